@@ -1,0 +1,94 @@
+"""Rank, world size, and the few collectives that losses and evaluation need; without a process group, world 1.
+
+The rule that every gradient here follows: each rank's loss is the mean over its own rows, and the engine AVERAGES
+parameter gradients over ranks. Then the update is that of one process on the global batch; see
+docs/adr/0003-pair-sums-and-gradients-across-ranks.md. Every rank must call these in the same order, with equal shapes.
+"""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists (also one of a single rank)."""
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number among all, 0 without a process group."""
+    return torch_dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return torch_dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def broadcast_object(value: T, src: int = 0) -> T:
+    """Rank `src`'s value on every rank; it travels pickled, so small things only."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=src)
+    return box[0]
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """Every rank's rows, in rank order; carries no gradient.
+
+    Args:
+        x: Local rows [m, ...], the same shape on every rank.
+
+    Returns:
+        [world_size * m, ...]; rank r's rows start at r * m. Without other ranks x itself, detached.
+    """
+    if world_size() == 1:
+        return x.detach()
+    gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
+    torch_dist.all_gather_into_tensor(gathered, x.contiguous())
+    return gathered
+
+
+@torch.no_grad()
+def all_mean_(x: Tensor) -> Tensor:
+    """Replace x by its mean over ranks, in place; for BatchNorm buffers and gradients outside the engine.
+
+    Raises:
+        ValueError: x is not of a floating dtype (a counter has no mean).
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"all_mean_ needs a floating dtype, got {x.dtype}")
+    if world_size() > 1:
+        total = x.contiguous()  # a copy where x is not: collectives take contiguous memory only
+        torch_dist.all_reduce(total)
+        x.copy_(total / world_size())
+    return x
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean over ranks of each rank's x (a mean over as many things on each), gradient passed straight through.
+
+    For a term phi(mean over the global batch), the same on every rank. With m = (1/W) sum_r x_r the true gradient is
+    d phi/d x_r = phi'(m)/W; the engine divides by W once more when it averages, so each rank hands it
+    W * phi'(m)/W = phi'(m): the derivative with d m/d x_r read as 1.
+
+    Args:
+        x: Any shape, floating dtype, the same shape on every rank.
+
+    Returns:
+        The mean, same shape, differentiable in the local x.
+    """
+    mean = all_mean_(x.detach().clone())
+    return mean + (x - x.detach())  # adds an exact 0 that carries the gradient

@@ -1,0 +1,26 @@
+"""The losses by the name that stands in a config: one file and one line here for each."""
+
+from torch import nn
+
+from fastssl.losses.mio import Mio, MioConfig
+from fastssl.losses.nt_xent import NtXent, NtXentConfig
+
+__all__ = ["LOSSES", "LossConfig", "Mio", "MioConfig", "NtXent", "NtXentConfig", "build_loss"]
+
+LossConfig = MioConfig | NtXentConfig
+
+LOSSES: dict[str, tuple[type, type[nn.Module]]] = {
+    "mio": (MioConfig, Mio),
+    "simclr": (NtXentConfig, NtXent),
+}
+
+
+def build_loss(config: LossConfig) -> nn.Module:
+    """The loss module of a config; call it with z_a, z_b [B, D].
+
+    Raises:
+        ValueError: `loss.name` is not one of LOSSES.
+    """
+    if config.name not in LOSSES:
+        raise ValueError(f"loss.name: unknown {config.name!r}, known: {', '.join(LOSSES)}")
+    return LOSSES[config.name][1](config)

@@ -1,0 +1,140 @@
+"""MIO: mutual information optimisation by binary contrastive learning, arXiv:2111.12664.
+
+# B local batch, N global batch, D projection; s_ik, p(i), Neg(i) as in losses/pairwise.py
+# tau_p, tau_n the temperatures; x_ik = s_ik/tau_n; sp(x) = log(1 + e^x); mean_N the mean over i and Neg(i)
+
+`naive` is [paper]: version 1 and its authors' code. The other four are [derived]: the abstracts of versions 2 and 3
+name two edits (drop the repulsion between positives, bound the negative term from above) but not the formula.
+
+| negative    | positive term        | negative term                  | what it bounds (tau_p = tau_n)            |
+|-------------|----------------------|--------------------------------|-------------------------------------------|
+| `naive`     | mean sp(-s_p/tau_p)  | mean_N sp(x)                   | Jensen-Shannon: (2 log 2 - L)/2 <= JSD    |
+| `exp`       | -mean s_p/tau_p      | mean_N e^x                     | Nguyen-Wainwright-Jordan: 1 - L <= KL     |
+| `jensen`    | -mean s_p/tau_p      | log(1 + mean_N e^x)            | -L <= Donsker-Varadhan <= KL              |
+| `quadratic` | -mean s_p/tau_p      | mean_N (log 2 + x/2 + x^2/8)   | chi^2, not in nats                        |
+| `softplus`  | -mean s_p/tau_p      | mean_N sp(x)                   | nothing: for ablation only                |
+
+`jensen` with per_anchor takes one logarithm a row: mean_i log(1 + mean_{k in Neg(i)} e^x_ik).
+JSD and KL are those of the joint distribution of two views against the product of its marginals; KL is their mutual
+information.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.losses.pairwise import (
+    check_impl,
+    check_temperature,
+    num_negatives,
+    positive_similarities,
+    softplus,
+    symmetric_pair_sums,
+    unit_rows,
+)
+from kernels.pair_loss import Impl, Kind
+
+Negative = Literal["naive", "exp", "jensen", "quadratic", "softplus"]
+
+_KIND: dict[Negative, Kind] = {
+    "naive": "softplus",
+    "exp": "exp",
+    "jensen": "exp",
+    "quadratic": "quadratic",
+    "softplus": "softplus",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MioConfig:
+    """Settings of `Mio`.
+
+    Attributes:
+        name: Selects this loss.
+        negative: The form, a row of the table above.
+        per_anchor: `jensen` only: one logarithm per row instead of one for the batch [derived].
+        temperature_positive: tau_p, .5 [paper].
+        temperature_negative: tau_n, .5 [paper]; at least .025 for `exp` and `jensen`.
+        alignment_weight: lambda of lambda * mean((u_a - u_b)^2), the paper uses 0 or 1 [paper].
+        impl: How the pairs are summed, see `kernels.pair_loss.pair_sums`.
+    """
+
+    name: Literal["mio"] = "mio"
+    negative: Negative = "exp"
+    per_anchor: bool = False
+    temperature_positive: float = 0.5
+    temperature_negative: float = 0.5
+    alignment_weight: float = 0.0
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        if self.negative not in get_args(Negative):
+            raise ValueError(f"loss.negative: must be one of {', '.join(get_args(Negative))}, got {self.negative!r}")
+        if self.per_anchor and self.negative != "jensen":
+            raise ValueError(f"loss.per_anchor: only for loss.negative jensen, got {self.negative}")
+        check_temperature("loss.temperature_positive", self.temperature_positive, of_exp=False)
+        check_temperature("loss.temperature_negative", self.temperature_negative, of_exp=_KIND[self.negative] == "exp")
+        if not (math.isfinite(self.alignment_weight) and self.alignment_weight >= 0):
+            raise ValueError(f"loss.alignment_weight: must be >= 0, got {self.alignment_weight}")
+        check_impl(self.impl)
+
+
+class Mio(nn.Module):
+    """Positive term + negative term + alignment_weight * mean((u_a - u_b)^2)."""
+
+    def __init__(self, config: MioConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """The loss of this rank's rows against the negatives of every rank.
+
+        Args:
+            z_a: Projections of view a [B, D], any floating dtype; normalised inside.
+            z_b: Same for view b; row i is the positive of z_a[i].
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        u = unit_rows(z_a, z_b)
+        loss = self._positive_term(u) + self._negative_term(u)
+        if self.config.alignment_weight:
+            u_a, u_b = u.chunk(2)
+            loss = loss + self.config.alignment_weight * (u_a - u_b).square().mean()
+        return loss
+
+    def _positive_term(self, u: Tensor) -> Tensor:
+        logits = positive_similarities(u) / self.config.temperature_positive
+        # sp(-x) = sp(x) - x: the linear forms drop sp(x), which pushes positives apart.
+        return softplus(-logits).mean() if self.config.negative == "naive" else -logits.mean()
+
+    def _negative_term(self, u: Tensor) -> Tensor:
+        config, inv_temperature = self.config, 1 / self.config.temperature_negative
+        sums = symmetric_pair_sums(u, kind=_KIND[config.negative], inv_temperature=inv_temperature, impl=config.impl)
+        row_means = sums / num_negatives(u)
+        if config.negative == "exp":  # the kernel's e^{x - 1/tau}, shifted back
+            return math.exp(inv_temperature) * row_means.mean()
+        if config.negative == "jensen":
+            means = row_means if config.per_anchor else dist.global_mean(row_means.mean())
+            return softplus(torch.log(means) + inv_temperature).mean()
+        return row_means.mean()
+
+    def bound_nats(self, value: float) -> float | None:
+        """The lower bound that a loss value puts on the dependence of two views, in nats, or None if it puts none.
+
+        `naive`: of the Jensen-Shannon divergence, at most log 2. `exp`, `jensen`: of the mutual information. They hold
+        for the expectation over batches (`jensen` takes the log of a batch mean: up to its bias). With an
+        alignment weight the value, and so the bound, only becomes weaker.
+        """
+        config = self.config
+        if config.temperature_positive != config.temperature_negative:  # two critics: no variational bound
+            return None
+        bounds = {"naive": math.log(2) - value / 2, "exp": 1 - value, "jensen": -value}
+        return bounds.get(config.negative)
