@@ -1,0 +1,165 @@
+"""Reads a .beton file without ffcv."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.beton.format import (
+    ALLOCATION,
+    FFCV_VERSION,
+    FIELD,
+    FIELD_DTYPES,
+    HEADER,
+    IMAGE_TYPE,
+    INT_TYPE,
+    MAX_FIELDS,
+    RAW,
+    sidecar_path,
+    summarise,
+)
+from pipelines.errors import DataError
+
+
+class BetonReader:
+    """Random access to a .beton file through a memory map; never imports ffcv.
+
+    Attributes:
+        path: The file.
+        num_samples: N.
+        sizes: int32 [N, 2], (height, width) in pixels.
+        labels: int64 [N]; -1 where there is none.
+        modes: uint8 [N], `JPG` or `RAW`.
+        data_ptr: uint64 [N], offset of the image's bytes in the file.
+        data_bytes: uint64 [N], their number.
+        mmap: uint8, the whole file.
+        sidecar: Contents of `<path>.json`; empty where the file has none.
+        class_names: Names by label, from the sidecar; None where unknown.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Map the file and check its structure (not the images' contents).
+
+        Raises:
+            DataError: no such file, not a .beton, truncated, no samples, or a sidecar of another file.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"{path}: no such file; `fastssl convert` writes a .beton")
+        if self.path.stat().st_size < HEADER.itemsize:
+            raise DataError(f"{path}: not a .beton file (shorter than its header); convert the data again")
+        try:
+            self.mmap = np.asarray(np.memmap(self.path, np.uint8, "r"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        header = self.mmap[: HEADER.itemsize].view(HEADER)[0]
+        self.num_samples = int(header["num_samples"])
+        self._read_metadata(header)
+        self._read_allocations(int(header["alloc_table_ptr"]))
+        self._read_sidecar()
+
+    def image_bytes(self, i: int) -> np.ndarray:
+        """Stored bytes of sample i, a uint8 view of the map: a JPEG file, or H*W*3 raw pixels."""
+        start = int(self.data_ptr[i])
+        return self.mmap[start : start + int(self.data_bytes[i])]
+
+    def decode(self, i: int) -> np.ndarray:
+        """Pixels of sample i, uint8 RGB [H, W, 3], decoded by Pillow where it is a JPEG.
+
+        Raises:
+            DataError: the bytes are not an image of the recorded size.
+        """
+        height_px, width_px = (int(side) for side in self.sizes[i])
+        stored = self.image_bytes(i)
+        try:
+            if self.modes[i] == RAW:
+                return stored.reshape(height_px, width_px, 3)
+            pixels = _decode_jpeg(stored)
+        except Exception as error:  # Pillow raises whatever its parsers meet
+            raise DataError(f"{self.path}: image {i} cannot be decoded ({_one_line(error)}); convert again") from error
+        if pixels.shape[:2] != (height_px, width_px):
+            found = f"{pixels.shape[0]}x{pixels.shape[1]}"
+            raise DataError(f"{self.path}: image {i} is {found}, not {height_px}x{width_px} as recorded; convert again")
+        return pixels
+
+    def _read_metadata(self, header: np.void) -> None:
+        num_fields = int(header["num_fields"])
+        if header["version"] != FFCV_VERSION or not 1 <= num_fields <= MAX_FIELDS:
+            raise DataError(f"{self.path}: not a .beton file of format version {FFCV_VERSION}; convert the data again")
+        start = HEADER.itemsize + num_fields * FIELD.itemsize
+        if start > len(self.mmap):
+            raise self._truncated()
+        types = self.mmap[HEADER.itemsize : start].view(FIELD)["type_id"].tolist()
+        if types.count(IMAGE_TYPE) != 1 or not set(types) <= set(FIELD_DTYPES):
+            raise DataError(f"{self.path}: needs one RGB image field beside int or float fields; field types: {types}")
+        if self.num_samples == 0:
+            raise DataError(f"{self.path}: holds no images; convert the data again")
+        record = np.dtype([(f"f{k}", FIELD_DTYPES[t]) for k, t in enumerate(types)], align=True)
+        self._data_start = start + self.num_samples * record.itemsize
+        if self._data_start > len(self.mmap):
+            raise self._truncated()
+        metadata = self.mmap[start : self._data_start].view(record)
+        image = metadata[f"f{types.index(IMAGE_TYPE)}"]
+        self.sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
+        self.modes = image["mode"].copy()
+        self.data_ptr = image["data_ptr"].astype(np.uint64)
+        labels = metadata[f"f{types.index(INT_TYPE)}"] if INT_TYPE in types else np.full(self.num_samples, -1)
+        self.labels = labels.astype(np.int64)
+
+    def _read_allocations(self, start: int) -> None:
+        num_bytes = len(self.mmap) - start
+        if not start or num_bytes < self.num_samples * ALLOCATION.itemsize or num_bytes % ALLOCATION.itemsize:
+            raise self._truncated()
+        table = self.mmap[start:].view(ALLOCATION)
+        table = table[np.argsort(table["ptr"], kind="stable")]
+        row = np.searchsorted(table["ptr"], self.data_ptr).clip(max=len(table) - 1)
+        self.data_bytes = table["size"][row].astype(np.uint64)
+        end = np.uint64(len(self.mmap))
+        outside = (self.data_ptr < self._data_start) | (self.data_ptr > end) | (self.data_bytes > end - self.data_ptr)
+        raw_bytes = self.sizes.prod(axis=1, dtype=np.uint64) * np.uint64(3)
+        damaged = (self.modes == RAW) & (self.data_bytes != raw_bytes) | (self.modes > RAW) | (raw_bytes == 0)
+        if np.any(table["ptr"][row] != self.data_ptr) or outside.any() or damaged.any():
+            raise self._truncated()
+
+    def _read_sidecar(self) -> None:
+        path = sidecar_path(self.path)
+        self.sidecar: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                self.sidecar = json.loads(path.read_text(encoding="utf-8"))
+                num_images = self.sidecar["num_images"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}: not a sidecar of `fastssl convert`; delete it or convert again") from error
+            if num_images != self.num_samples:
+                found = f"{num_images} images, {self.path.name} {self.num_samples}"
+                raise DataError(f"{path}: belongs to another file (it lists {found}); delete it or convert again")
+        self.class_names: list[str] | None = self.sidecar.get("class_names")
+
+    def _truncated(self) -> DataError:
+        return DataError(f"{self.path}: truncated or damaged; copy it again or convert the data again")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a .beton file holds, as JSON values.
+
+    Returns:
+        The sidecar's entries where there is one, and, read from the file itself: path, file_bytes, image_bytes (the
+        sum over the images), num_images, height_px and width_px (min, median, max), modes and class_counts.
+    Raises:
+        DataError: as `BetonReader`.
+    """
+    reader = BetonReader(path)
+    counted = summarise(reader.sizes, reader.modes, reader.labels, reader.class_names)
+    num_bytes = {"file_bytes": len(reader.mmap), "image_bytes": int(reader.data_bytes.sum())}
+    return reader.sidecar | {"path": str(path)} | num_bytes | counted
+
+
+def _decode_jpeg(stored: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(stored.tobytes())).convert("RGB"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{error}".split()) or type(error).__name__

@@ -1,0 +1,187 @@
+"""Writes a .beton file that stock FFCV reads, without ffcv."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import PIL
+
+from pipelines.beton.format import (
+    ALLOCATION,
+    FFCV_VERSION,
+    FIELD,
+    HEADER,
+    IMAGE_TYPE,
+    INT_TYPE,
+    JPG,
+    MAX_PAGE_BYTES,
+    MAX_SIDE_PX,
+    METADATA,
+    PAGE_BYTES,
+    RAW,
+    SIDECAR_VERSION,
+    sidecar_path,
+    summarise,
+)
+from pipelines.errors import DataError
+
+_VERSIONS = {"sidecar": SIDECAR_VERSION, "numpy": np.__version__, "pillow": PIL.__version__}
+
+
+class BetonWriter:
+    """Writes a .beton file and its sidecar, one image after the other; a context manager.
+
+    The metadata precede the data, so room for them is reserved and what stays unused is a hole of zeros (readers
+    go by the header's number of samples). At least PAGE_BYTES are reserved: 349,437 samples without a hint.
+    Samples never straddle a page. The page size grows, by doubling, to hold the largest sample: pages of one power
+    of two nest in those of the next, so what was written before stays valid.
+    Memory holds 32 bytes a sample and no images. The file appears under its name once it is whole, after its
+    sidecar; a killed process leaves `<name>.<pid>.partial`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        num_samples_hint: int = 0,
+        *,
+        class_names: Sequence[str] | None = None,
+        source: str = "",
+        options: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Describe the file; `with` opens it.
+
+        Args:
+            path: The file to write.
+            num_samples_hint: Upper bound of the number of samples.
+            class_names: Names by label.
+            source: Where the images come from, for the sidecar.
+            options: Options of the conversion, for the sidecar; JSON values.
+            overwrite: Replace an existing file.
+        """
+        self.path = Path(path)
+        self.num_samples = 0
+        self._about = {"source": source, "class_names": list(class_names) if class_names is not None else None}
+        self._options = options or {}
+        self._overwrite = overwrite
+        self._metadata_start = HEADER.itemsize + 2 * FIELD.itemsize
+        end = self._metadata_start + num_samples_hint * METADATA.itemsize
+        self._data_start = self._position = -(-end // PAGE_BYTES) * PAGE_BYTES
+        capacity = (self._data_start - self._metadata_start) // METADATA.itemsize
+        self._page_bytes = PAGE_BYTES
+        self._metadata = np.zeros(capacity, METADATA)
+        self._data_bytes = np.zeros(capacity, np.uint64)
+
+    def __enter__(self) -> Self:
+        """Open the temporary file.
+
+        Raises:
+            DataError: the file exists and `overwrite` is off, or its folder does not exist.
+        """
+        if self.path.exists() and not self._overwrite:
+            raise DataError(f"{self.path}: exists already; choose another name or pass --overwrite")
+        if not self.path.parent.is_dir():
+            raise DataError(f"{self.path.parent}: no such folder; create it first")
+        self._partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        self._file: BinaryIO = self._partial.open("wb")
+        self._file.seek(self._position)
+        return self
+
+    def write_jpeg(self, data: bytes, *, height_px: int, width_px: int, label: int = -1) -> None:
+        """Append one image as the bytes of a JPEG file (8-bit, grey or three components).
+
+        Raises:
+            ValueError: no bytes, a side outside 1..65535 px, or no room left.
+        """
+        self._write(data, JPG, height_px, width_px, label)
+
+    def write_raw(self, pixels: np.ndarray, *, label: int = -1) -> None:
+        """Append one image as its pixels, uint8 RGB [H, W, 3].
+
+        Raises:
+            ValueError: another shape or dtype, a side outside 1..65535 px, or no room left.
+        """
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"pixels must be uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
+        self._write(pixels.tobytes(), RAW, pixels.shape[0], pixels.shape[1], label)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Finish the file and give it its name; after an exception, remove it.
+
+        Raises:
+            DataError: no sample was written.
+        """
+        try:
+            with self._file:
+                if error is None:
+                    self._finish()
+            if error is None:
+                self._publish()
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _write(self, data: bytes, mode: int, height_px: int, width_px: int, label: int) -> None:
+        if not 1 <= min(height_px, width_px) <= max(height_px, width_px) <= MAX_SIDE_PX:
+            raise ValueError(f"sides must be 1..{MAX_SIDE_PX} px, not {height_px}x{width_px}")
+        if not 1 <= len(data) <= MAX_PAGE_BYTES:
+            raise ValueError(f"an image must take 1..{MAX_PAGE_BYTES} bytes, not {len(data)}")
+        if self.num_samples == len(self._metadata):
+            raise ValueError(f"room for {self.num_samples} samples only; give a larger num_samples_hint")
+        while len(data) > self._page_bytes:
+            self._page_bytes *= 2
+        if self._position % self._page_bytes + len(data) > self._page_bytes:
+            self._position += -self._position % self._page_bytes
+            self._file.seek(self._position)
+        self._file.write(data)
+        self._metadata[self.num_samples] = (mode, width_px, height_px, self._position), label
+        self._data_bytes[self.num_samples] = len(data)
+        self._position += len(data)
+        self.num_samples += 1
+
+    def _finish(self) -> None:
+        if not self.num_samples:
+            raise DataError(f"{self.path}: no images to write; check the source")
+        metadata = self._metadata[: self.num_samples]
+        table = np.empty(self.num_samples, ALLOCATION)
+        table["sample_id"] = np.arange(self.num_samples)
+        table["ptr"], table["size"] = metadata["f0"]["data_ptr"], self._data_bytes[: self.num_samples]
+        fields = np.zeros(2, FIELD)
+        fields["type_id"] = IMAGE_TYPE, INT_TYPE
+        fields["name"][:, :5] = np.frombuffer(b"imagelabel", np.uint8).reshape(2, 5)
+        header = np.array((FFCV_VERSION, 2, self._page_bytes, self.num_samples, self._position), HEADER)
+        self._file.seek(self._position)
+        self._file.write(table.tobytes())
+        self._file.seek(0)
+        self._file.write(header.tobytes() + fields.tobytes() + metadata.tobytes())
+        self._sync(self._file)
+
+    def _publish(self) -> None:
+        metadata = self._metadata[: self.num_samples]
+        image = metadata["f0"]
+        sizes = np.stack([image["height"], image["width"]], axis=1)
+        about = self._about | summarise(sizes, image["mode"], metadata["f1"], self._about["class_names"])
+        about |= {"versions": _VERSIONS} | {"options": self._options, "file_bytes": self._partial.stat().st_size}
+        with self._partial.open("rb") as file:
+            about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        sidecar = sidecar_path(self._partial)
+        try:
+            with sidecar.open("wb") as file:
+                file.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+                self._sync(file)
+            sidecar.replace(sidecar_path(self.path))
+        finally:
+            sidecar.unlink(missing_ok=True)
+        self._partial.replace(self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)  # the renames too must survive a power cut
+        os.fsync(folder)
+        os.close(folder)
+
+    @staticmethod
+    def _sync(file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
