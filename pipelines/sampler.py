@@ -1,0 +1,114 @@
+"""Which samples, in which order: pure functions of (seed, epoch), the same on every rank and world size."""
+
+# N samples, G global batch, W world size
+
+import numpy as np
+
+from pipelines.philox import random_words
+
+# Views count up from 0; the last view number belongs to the sampler, so its numbers are never a view's.
+_SAMPLER_VIEW = 0xFFFF
+_SHUFFLE_OP, _HOLDOUT_OP = 0, 1
+# The hold-out must be the same in every run, whatever its seed.
+_HOLDOUT_SEED, _HOLDOUT_EPOCH = 0, 0
+
+
+def epoch_order(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The samples in the order in which one epoch visits them.
+
+    A sample's place is the rank of its 64-bit Philox key: no generator's shuffle is involved, so the order is
+    the same under every version of numpy.
+
+    Args:
+        ids: Sample ids, int64 [N].
+        seed: The run's seed, in [0, 2**64).
+        epoch: In [0, 2**32).
+    Returns:
+        A permutation of ids, int64 [N].
+    """
+    ids = np.asarray(ids, np.int64)
+    return ids[np.argsort(_sort_keys(ids, seed, epoch, _SHUFFLE_OP), kind="stable")]
+
+
+def global_batches(ids: np.ndarray, seed: int, epoch: int, global_batch_size: int) -> np.ndarray:
+    """One epoch cut into global batches; the last incomplete batch is dropped.
+
+    Args:
+        ids: Sample ids, int64 [N].
+        seed: The run's seed.
+        epoch: The epoch.
+        global_batch_size: G, >= 1.
+    Returns:
+        int64 [N // G, G].
+    Raises:
+        ValueError: G < 1, or fewer than G samples.
+    """
+    if not 1 <= global_batch_size <= len(ids):
+        raise ValueError(f"global_batch_size must be in 1..{len(ids)} (the number of samples), got {global_batch_size}")
+    num_batches = len(ids) // global_batch_size
+    order = epoch_order(ids, seed, epoch)
+    return order[: num_batches * global_batch_size].reshape(num_batches, global_batch_size)
+
+
+def local_rows(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """The rows of one rank: the contiguous slice `rank` of every global batch.
+
+    Args:
+        batches: int64 [num_batches, G].
+        rank: In [0, W).
+        world_size: W, a divisor of G.
+    Returns:
+        int64 [num_batches, G // W]; concatenated over the ranks they are `batches` again.
+    Raises:
+        ValueError: rank out of range, or W does not divide G.
+    """
+    global_batch_size = batches.shape[1]
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    if global_batch_size % world_size:
+        raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of the world size {world_size}")
+    local_batch_size = global_batch_size // world_size
+    return batches[:, rank * local_batch_size : (rank + 1) * local_batch_size]
+
+
+def split_holdout(num_samples: int, fraction: float, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed hold-out, the same for every seed; stratified where labels are known.
+
+    Exactly round(N * fraction) samples are held out. Each class gives its share, rounded by largest remainder.
+
+    Args:
+        num_samples: N.
+        fraction: Share to hold out, in [0, 1).
+        labels: int64 [N] or None; -1 (no label) counts as a class of its own.
+    Returns:
+        (fit_ids, holdout_ids), int64, each ascending; disjoint, together 0..N-1.
+    Raises:
+        ValueError: fraction out of range, or labels of another length.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction}")
+    classes = np.zeros(num_samples, np.int64) if labels is None else np.asarray(labels)
+    if classes.shape != (num_samples,):
+        raise ValueError(f"labels must have shape ({num_samples},), got {classes.shape}")
+    _, class_index, class_counts = np.unique(classes, return_inverse=True, return_counts=True)
+    ids = np.arange(num_samples, dtype=np.int64)
+    keys = _sort_keys(ids, _HOLDOUT_SEED, _HOLDOUT_EPOCH, _HOLDOUT_OP)
+    grouped = np.lexsort((keys, class_index))  # class by class, random within a class
+    place_in_class = np.empty(num_samples, np.int64)
+    place_in_class[grouped] = ids - np.repeat(np.cumsum(class_counts) - class_counts, class_counts)
+    held_out = place_in_class < _class_shares(class_counts, fraction)[class_index]
+    return ids[~held_out], ids[held_out]
+
+
+def _class_shares(class_counts: np.ndarray, fraction: float) -> np.ndarray:
+    """Whole numbers near counts * fraction that sum to round(sum(counts) * fraction): largest remainder."""
+    exact = class_counts * fraction
+    shares = np.floor(exact).astype(np.int64)
+    num_missing = round(float(class_counts.sum()) * fraction) - int(shares.sum())
+    shares[np.argsort(shares - exact, kind="stable")[:num_missing]] += 1
+    return shares
+
+
+def _sort_keys(ids: np.ndarray, seed: int, epoch: int, op: int) -> np.ndarray:
+    words = random_words(seed, epoch, ids, _SAMPLER_VIEW, op, num_blocks=1)
+    return words[:, 0] << np.uint64(32) | words[:, 1]

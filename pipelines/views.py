@@ -1,0 +1,103 @@
+"""Recipes: the views of a run, as data. `draw` (pipelines/draw.py) turns a recipe into one batch's parameters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from pipelines.draw import draw, eval_params
+from pipelines.view_spec import EvalViewSpec, ViewSpec
+
+__all__ = [
+    "RECIPES",
+    "EvalViewSpec",
+    "ViewSpec",
+    "ViewsConfig",
+    "build_eval_spec",
+    "build_view_specs",
+    "draw",
+    "eval_params",
+    "size_groups",
+]
+
+_MIO_SMALL = ViewSpec()
+_MIO_V1 = ViewSpec(crop_scale=(0.8, 1.0))
+_SIMCLR_CIFAR = ViewSpec(crop_scale=(0.08, 1.0))
+_MOCO_V2 = ViewSpec(size_px=224, blur_p=0.5)
+_BYOL_A = ViewSpec(size_px=224, crop_scale=(0.08, 1.0), saturation=0.2, blur_p=1.0)
+_WEAK = ViewSpec(crop_scale=(0.08, 1.0), jitter_p=0.0, grayscale_p=0.0)
+# Our own: what leaves a handwritten digit the same digit. The images are grey: no hue, saturation, grayscale.
+_DIGITS = ViewSpec(
+    crop=False,
+    affine_p=1.0,
+    affine_degrees=20.0,
+    affine_translate_fraction=0.1,
+    affine_scale=(1 / 1.25, 1.25),
+    affine_shear_degrees=14.0,
+    flip_p=0.0,
+    saturation=0.0,
+    hue=0.0,
+    grayscale_p=0.0,
+)
+
+RECIPES: dict[str, tuple[ViewSpec, ViewSpec]] = {
+    "simclr": (_SIMCLR_CIFAR, _SIMCLR_CIFAR),  # Chen et al. 2020, arXiv:2002.05709, App. B.9: CIFAR-10, strength .5
+    "byol": (_BYOL_A, replace(_BYOL_A, blur_p=0.1, solarize_p=0.2)),  # Grill et al. 2020, arXiv:2006.07733, Table 6
+    "mocov2": (_MOCO_V2, _MOCO_V2),  # Chen et al. 2020, arXiv:2003.04297, the authors' main_moco.py --aug-plus
+    "mio_small": (_MIO_SMALL, _MIO_SMALL),  # small-data recipe of MIO's first author, arXiv:2111.12664
+    "mio_v1": (_MIO_V1, _MIO_V1),  # the code of arXiv:2111.12664v1
+    "weak": (_WEAK, _WEAK),  # supervised ImageNet training: RandomResizedCrop's defaults and the flip
+    "digits": (_DIGITS, _DIGITS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """The views of a run.
+
+    Attributes:
+        recipe: A key of RECIPES.
+        size_px: Side of every view and of the eval view; None: the recipe's.
+        mean, std: Per channel (RGB), in [0, 1] units; the defaults are ImageNet's.
+        override: ViewSpec fields set in every view, e.g. {"blur_p": 0.5}.
+        eval_crop_fraction: See EvalViewSpec.
+    """
+
+    recipe: str = "mio_small"
+    size_px: int | None = None
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    override: dict[str, Any] = field(default_factory=dict)
+    eval_crop_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        known = [item.name for item in fields(ViewSpec)]
+        unknown = sorted(set(self.override) - set(known))
+        if unknown:
+            raise ValueError(f"override has unknown fields {unknown}; known: {', '.join(known)}")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need three numbers, std > 0; got {self.mean} and {self.std}")
+        build_view_specs(self)
+        build_eval_spec(self)
+
+
+def build_view_specs(cfg: ViewsConfig) -> tuple[ViewSpec, ...]:
+    """The recipe's specs, one a view, with size_px and then override applied; ValueError names a bad field."""
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in cfg.override.items()}
+    if cfg.size_px is not None:
+        changes = {"size_px": cfg.size_px} | changes
+    return tuple(replace(spec, **changes) for spec in RECIPES[cfg.recipe])
+
+
+def build_eval_spec(cfg: ViewsConfig) -> EvalViewSpec:
+    """The eval view at the size of the first view."""
+    return EvalViewSpec(size_px=build_view_specs(cfg)[0].size_px, crop_fraction=cfg.eval_crop_fraction)
+
+
+def size_groups(specs: Sequence[ViewSpec | EvalViewSpec]) -> list[tuple[int, list[int]]]:
+    """(size_px, indices of the views of that size) for each size, in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for index, spec in enumerate(specs):
+        groups.setdefault(spec.size_px, []).append(index)
+    return list(groups.items())

@@ -1,0 +1,265 @@
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.augment import augment
+from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
+from kernels.torchvision_cpu import import_torchvision
+from pipelines.views import RECIPES, ViewSpec, draw
+
+import_torchvision()
+from torchvision.transforms.v2 import functional as v2  # noqa: E402
+
+IDENTITY: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# numba against the reference, in [0, 1] units. float32 rounding gives about 1e-7 an op. Hue divides by max - min,
+# which magnifies it for nearly grey pixels, but the result is scaled by max - min again: seen 2e-6. Affine
+# positions round at 1e-6 of the side: seen 7e-6 at 32 px, 2e-5 at 224.
+TOLERANCE = 1e-5
+AFFINE_TOLERANCE = 5e-5
+
+
+def _images(num: int, height_px: int = 32, width_px: int = 32, num_views: int = 1, seed: int = 0) -> np.ndarray:
+    """Noise, flat colours, greys, black and white: uint8 [num, num_views, H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (num, num_views, height_px, width_px, 3), dtype=np.uint8)
+    images[0::6] = rng.integers(0, 256, (3,))
+    images[1::6] = images[1::6, ..., :1]
+    images[2::6] = images[2::6] // 128 * 255
+    return images
+
+
+def _records(num: int = 1, **fields: Any) -> np.ndarray:
+    params = np.zeros((num, 1), VIEW_PARAMS)
+    for name, value in fields.items():
+        params[name] = value
+    return params
+
+
+def _jitter(op: int, factor: float) -> dict[str, Any]:
+    factors = np.array([1, 1, 1, 0], np.float32)
+    factors[op] = factor
+    return {"jitter": True, "jitter_order": [0, 1, 2, 3], "jitter_factor": factors}
+
+
+def _max_difference(images: np.ndarray, params: np.ndarray, **options: Any) -> float:
+    ours = augment(images, params, impl="numba", num_threads=1, **(IDENTITY | options))
+    reference = augment(images, params, impl="reference", **(IDENTITY | options))
+    return max(float((a - b).abs().max()) for a, b in zip(ours, reference, strict=True))
+
+
+# --- the reference is torchvision v2, op by op
+
+MATRIX_30_DEGREES = [0.8660254, 0.5, -5.673394, -0.5, 0.8660254, 9.826606]  # about the centre (15.5, 15.5)
+OPS = {
+    "flip": ({"flip": True}, v2.horizontal_flip),
+    "brightness": (_jitter(BRIGHTNESS, 1.3), lambda x: v2.adjust_brightness(x, 1.3)),
+    "contrast": (_jitter(CONTRAST, 0.7), lambda x: v2.adjust_contrast(x, 0.7)),
+    "saturation": (_jitter(SATURATION, 1.4), lambda x: v2.adjust_saturation(x, 1.4)),
+    "hue": (_jitter(HUE, -0.08), lambda x: v2.adjust_hue(x, -0.08)),
+    "grayscale": ({"grayscale": True}, lambda x: v2.rgb_to_grayscale(x, 3)),
+    "blur": ({"blur_sigma": 1.5, "blur_kernel_px": 23}, lambda x: v2.gaussian_blur(x, [23, 23], [1.5, 1.5])),
+    "solarize": ({"solarize": True, "solarize_threshold": 0.3}, lambda x: v2.solarize(x, 0.3)),
+    "affine": (
+        {"affine": True, "affine_matrix": MATRIX_30_DEGREES},
+        lambda x: v2.affine(x, 30.0, [0, 0], 1.0, [0.0, 0.0], interpolation=v2.InterpolationMode.BILINEAR),
+    ),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "numba"])
+@pytest.mark.parametrize("name", OPS)
+def test_each_op_is_torchvisions(name: str, impl: Any) -> None:
+    fields, op = OPS[name]
+    images = _images(12)
+    expected = v2.normalize(
+        op(torch.from_numpy(images[:, 0]).permute(0, 3, 1, 2) * np.float32(1 / 255)), IMAGENET["mean"], IMAGENET["std"]
+    )
+    (result,) = augment(images, _records(12, **fields), impl=impl, **IMAGENET)
+    tolerance = AFFINE_TOLERANCE if name == "affine" else TOLERANCE
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance / min(IMAGENET["std"]))
+
+
+def test_affine_draws_equal_torchvisions() -> None:
+    """Rotation, whole-pixel shift, scale and shear together: the drawn matrix against v2.affine's own arguments."""
+    from pipelines.philox import uniform
+
+    spec = RECIPES["digits"][0]
+    images, ids = _images(20), np.arange(20)
+    params = draw((spec,), 0, 0, ids, np.full((20, 2), 32))
+    params["jitter"] = False
+    numbers = uniform(0, 0, ids, 0, 1, num=7)
+    results = augment(images, params, impl="reference", **IDENTITY)[0]
+    for image, (_, *u), result in zip(images[:, 0], numbers.tolist(), results, strict=True):
+        expected = v2.affine(
+            torch.from_numpy(image).permute(2, 0, 1) * np.float32(1 / 255),
+            angle=20 * (2 * u[0] - 1),
+            translate=[round(3.2 * (2 * u[1] - 1)), round(3.2 * (2 * u[2] - 1))],
+            scale=0.8 + 0.45 * u[3],
+            shear=[14 * (2 * u[4] - 1), 14 * (2 * u[5] - 1)],
+            interpolation=v2.InterpolationMode.BILINEAR,
+        )
+        torch.testing.assert_close(result, expected, rtol=0, atol=AFFINE_TOLERANCE)
+
+
+@pytest.mark.parametrize("order", [(0, 3), (3, 0), (1, 2), (2, 1), (1, 3), (3, 1)])
+def test_jitter_order_is_the_drawn_one(order: tuple[int, int]) -> None:
+    """Strong factors: the clamps make the order visible."""
+    adjust = {
+        BRIGHTNESS: v2.adjust_brightness,
+        CONTRAST: v2.adjust_contrast,
+        SATURATION: v2.adjust_saturation,
+        HUE: v2.adjust_hue,
+    }
+    factors = {BRIGHTNESS: 1.8, CONTRAST: 1.7, SATURATION: 2.0, HUE: 0.3}
+    rest = [op for op in range(4) if op not in order]
+    neutral = [factors[op] if op in order else float(op != HUE) for op in range(4)]
+    images = _images(6)
+    params = _records(6, jitter=True, jitter_order=[*order, *rest], jitter_factor=neutral)
+    image = torch.from_numpy(images[:, 0]).permute(0, 3, 1, 2) * np.float32(1 / 255)
+    for op in order:
+        image = adjust[op](image, factors[op])
+    for impl in ("reference", "numba"):
+        (result,) = augment(images, params, impl=impl, **IDENTITY)
+        torch.testing.assert_close(result, image, rtol=0, atol=TOLERANCE)
+
+
+# --- numba equals the reference
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_at_32_px(recipe: str) -> None:
+    num = 300
+    params = draw(RECIPES[recipe], 3, 0, np.arange(num), np.full((num, 2), 32))
+    assert _max_difference(_images(num, num_views=2), params) < (AFFINE_TOLERANCE if recipe == "digits" else TOLERANCE)
+
+
+@pytest.mark.parametrize("size_px", [(8, 8), (33, 47), (96, 64), (224, 224)])
+def test_everything_at_once_at_other_sizes(size_px: tuple[int, int]) -> None:
+    """No solarize above another threshold than .5: it jumps there, and a rounding error would be a jump too."""
+    spec = ViewSpec(affine_p=0.5, affine_degrees=40.0, affine_shear_degrees=10.0, blur_p=0.5, solarize_p=0.5)
+    params = draw((spec,), 5, 0, np.arange(24), np.full((24, 2), 32))
+    assert _max_difference(_images(24, *size_px), params) < AFFINE_TOLERANCE
+
+
+@pytest.mark.parametrize("hue", [-0.5, -0.25, -0.1, 0.1, 1 / 3, 0.5])
+def test_hue_of_every_kind_of_pixel(hue: float) -> None:
+    """All 16^3 colours of a coarse grid (greys, black, white, ties of two channels) and their neighbours."""
+    levels = np.array([0, 1, 2, 15, 16, 64, 65, 100, 127, 128, 129, 180, 200, 253, 254, 255], np.uint8)
+    colours = np.array(list(itertools.product(levels, repeat=3)), np.uint8).reshape(1, 1, 64, 64, 3)
+    assert _max_difference(colours, _records(**_jitter(HUE, hue))) < 2e-6
+
+
+def test_grey_pixels_keep_their_value_under_hue_and_saturation() -> None:
+    greys = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 1, 16, 16, 3)
+    expected = torch.arange(256).reshape(16, 16) / 255
+    for fields in (_jitter(HUE, 0.2), _jitter(SATURATION, 0.3)):
+        (result,) = augment(greys, _records(**fields), **IDENTITY)
+        # torchvision's grey weights sum to .9999, so saturation moves a grey by up to 7e-5
+        torch.testing.assert_close(result[0], expected.expand(3, 16, 16), rtol=0, atol=1e-4)
+
+
+def test_results_stay_in_zero_to_one() -> None:
+    spec = ViewSpec(jitter_p=1.0, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5, solarize_p=0.5)
+    params = draw((spec,), 0, 0, np.arange(100), np.full((100, 2), 32))
+    (result,) = augment(_images(100), params, **IDENTITY)
+    assert float(result.min()) >= -1e-6
+    assert float(result.max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("size_px", [(1, 1), (2, 5), (8, 8), (11, 11), (12, 12)])
+def test_blur_kernel_larger_than_the_image_is_cut(size_px: tuple[int, int]) -> None:
+    """23 taps need 12 px; below that the largest kernel that reflect padding can serve is used."""
+    images = _images(6, *size_px)
+    params = _records(6, blur_sigma=2.0, blur_kernel_px=23)
+    assert _max_difference(images, params) < TOLERANCE
+    assert np.all(params["blur_kernel_px"] == 23)
+    kernel_px = min(23, 2 * min(size_px) - 1)
+    expected = v2.gaussian_blur(torch.from_numpy(images[:, 0]).permute(0, 3, 1, 2) / 255, [kernel_px] * 2, [2.0, 2.0])
+    torch.testing.assert_close(augment(images, params, **IDENTITY)[0], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_blur_sigma_from_nothing_to_wide() -> None:
+    sigmas = np.linspace(0.1, 5, 30, dtype=np.float32)[:, None]
+    assert _max_difference(_images(30), _records(30, blur_sigma=sigmas, blur_kernel_px=23)) < TOLERANCE
+
+
+def test_flip_and_affine_do_not_commute_and_affine_is_first() -> None:
+    images = _images(6)
+    affine = {"affine": True, "affine_matrix": MATRIX_30_DEGREES}
+    (both,) = augment(images, _records(6, flip=True, **affine), **IDENTITY)
+    (only_affine,) = augment(images, _records(6, **affine), **IDENTITY)
+    torch.testing.assert_close(both, only_affine.flip(-1), rtol=0, atol=0)
+    (flipped_before,) = augment(np.ascontiguousarray(images[:, :, :, ::-1]), _records(6, **affine), **IDENTITY)
+    assert float((both - flipped_before).abs().max()) > 0.1
+
+
+# --- the interface
+
+
+@pytest.mark.parametrize("impl", ["numba", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_layout_and_dtype(impl: Any, dtype: torch.dtype) -> None:
+    images = _images(5, 16, 24, num_views=3)
+    params = np.zeros((5, 3), VIEW_PARAMS)
+    views = augment(images, params, dtype=dtype, impl=impl, **IMAGENET)
+    exact = augment(images, params, impl="reference", **IMAGENET)
+    assert len(views) == 3
+    for view, expected in zip(views, exact, strict=True):
+        assert view.shape == (5, 3, 16, 24)
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(view.float(), expected.to(dtype).float(), rtol=2**-8, atol=1e-6)
+
+
+def test_number_of_threads_changes_nothing() -> None:
+    spec = RECIPES["byol"]
+    params = draw(spec, 0, 0, np.arange(37), np.full((37, 2), 32))
+    images = _images(37, num_views=2)
+    one = augment(images, params, num_threads=1, **IMAGENET)
+    for num_threads in (2, 3, 8):
+        for view, expected in zip(augment(images, params, num_threads=num_threads, **IMAGENET), one, strict=True):
+            assert torch.equal(view, expected)
+
+
+def test_a_sample_does_not_see_its_batch() -> None:
+    params = draw(RECIPES["byol"], 0, 0, np.arange(9), np.full((9, 2), 32))
+    images = _images(9, num_views=2)
+    whole = augment(images, params, **IMAGENET)
+    for row in range(9):
+        for view, alone in enumerate(augment(images[row : row + 1], params[row : row + 1], **IMAGENET)):
+            assert torch.equal(alone[0], whole[view][row])
+
+
+def test_inputs_that_are_slices_work_and_are_not_changed() -> None:
+    """A loader passes the views of one size: columns of the drawn parameters, not contiguous."""
+    params = draw(RECIPES["simclr"] * 2, 0, 0, np.arange(8), np.full((8, 2), 32))
+    images = _images(8, num_views=4)
+    before = images.copy(), params.copy()
+    views = augment(images[:, ::2], params[:, [0, 2]], **IMAGENET)
+    whole = augment(images, params, **IMAGENET)
+    assert torch.equal(views[1], whole[2])
+    np.testing.assert_array_equal(images, before[0])
+    np.testing.assert_array_equal(params, before[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"views": np.zeros((2, 1, 8, 8, 3), np.float32)}, "uint8"),
+        ({"views": np.zeros((2, 1, 3, 8, 8), np.uint8)}, "uint8"),
+        ({"params": np.zeros((2, 2), VIEW_PARAMS)}, "params"),
+        ({"params": np.zeros((2, 1), np.float32)}, "params"),
+        ({"std": (1.0, 0.0, 1.0)}, "std"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"impl": "cuda"}, "impl"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {"views": np.zeros((2, 1, 8, 8, 3), np.uint8), "params": np.zeros((2, 1), VIEW_PARAMS)} | IDENTITY
+    with pytest.raises(ValueError, match=message):
+        augment(**(arguments | change))
