@@ -1,0 +1,41 @@
+"""What a pipeline yields: the raw batch of an engine and the finished batch of a loader."""
+
+# B local batch, V views, Vg views of one output size, H and W their height and width in pixels
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """One batch as an engine leaves it: decoded, cropped and resized, nothing else.
+
+    Attributes:
+        views: One uint8 array [B, Vg, H, W, 3] (RGB) for each output size, in the order of
+            `views.size_groups`.
+        params: Drawn parameters, structured `kernels.augment.VIEW_PARAMS` [B, V].
+        labels: int64 [B]; -1 where the sample has no label.
+        sample_ids: int64 [B], indices into the .beton file.
+    """
+
+    views: list[np.ndarray]
+    params: np.ndarray
+    labels: np.ndarray
+    sample_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the device, ready for the network.
+
+    Attributes:
+        views: V tensors [B, 3, H, W], normalised, channels-last in memory, in the order of the view specs.
+        labels: int64 [B]; -1 where the sample has no label.
+        sample_ids: int64 [B], indices into the .beton file.
+    """
+
+    views: list[Tensor]
+    labels: Tensor
+    sample_ids: Tensor

@@ -1,0 +1,71 @@
+"""Engines: each decodes, crops and resizes what `draw` drew, and nothing else; all give the same views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+import numpy as np
+
+from pipelines.beton import BetonReader
+
+if TYPE_CHECKING:
+    from pipelines.batch import RawBatch
+
+EngineName = Literal["ffcv", "torch", "synthetic"]
+# (sample_ids int64 [B], sizes int32 [B, 2]) -> VIEW_PARAMS [B, V]
+DrawBatch = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# (size_px, indices of the views of that size), one for each size: `views.size_groups`
+Groups = list[tuple[int, list[int]]]
+
+
+class Engine(Protocol):
+    """Turns sample ids into batches of uint8 views. One iteration at a time: a new one ends the one before."""
+
+    def batches(
+        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+    ) -> Generator[RawBatch, None, None]:
+        """Yield the samples in the order given.
+
+        A batch's arrays may be overwritten once the next batch is asked for: copy what must stay.
+        Closing the generator, or leaving its loop, stops the work.
+
+        Args:
+            sample_ids: int64 [num].
+            local_batch_size: B; the last batch may be short.
+            draw_batch: Draws the parameters of one batch; may be called from another thread.
+            groups: The views of each output size; together every view of the draw, once.
+        Raises:
+            DataError: a sample cannot be decoded; names the file and the sample.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop the threads. The engine is of no use afterwards; a second call does nothing."""
+        ...
+
+
+def build_engine(name: str, reader: BetonReader, *, num_workers: int, prefetch_batches: int) -> Engine:
+    """Build an engine on one file.
+
+    Args:
+        name: One of `EngineName`.
+        reader: The open file.
+        num_workers: Threads that decode, >= 1 (ffcv).
+        prefetch_batches: Batches made ahead of the consumer, >= 1 (ffcv).
+    Raises:
+        ValueError: unknown name.
+    """
+    if name == "ffcv":
+        from pipelines.engines.ffcv import FfcvEngine
+
+        return FfcvEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches)
+    if name == "torch":
+        from pipelines.engines.torch import TorchEngine
+
+        return TorchEngine(reader)
+    if name == "synthetic":
+        from pipelines.engines.synthetic import SyntheticEngine
+
+        return SyntheticEngine(reader)
+    raise ValueError(f"engine must be one of {', '.join(get_args(EngineName))}, got {name!r}")

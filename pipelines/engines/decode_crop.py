@@ -1,0 +1,180 @@
+"""Decode each sample of a batch once and cut its views: the ffcv engine's work, spread over threads.
+
+The threads are a pool and not numba's `prange`: ranges of about equal bytes balance images of uneven size, and
+numba's workqueue layer cannot be entered by two threads at once (the pixel op runs beside it).
+"""
+
+# B local batch, V views, Vg views of one output size S
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from pipelines import resample
+from pipelines.beton import JPG, BetonReader
+from pipelines.engines import turbojpeg
+from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg
+from pipelines.errors import DataError
+from pipelines.resample import resized_crop
+
+# What the kernel needs of one batch: file_bytes, sample_ids, boxes, place, outputs.
+_Work = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]
+
+_BAD_BOX = 3
+# A task holds at least so many encoded bytes (some 5 ms of decoding), so that its start costs nothing against
+# it; more than 16 a thread would not balance better.
+_MIN_TASK_BYTES = 256 * 1024
+_MAX_TASKS_PER_THREAD = 16
+
+
+def _build_kernel(source_hash: str) -> Callable[..., Any]:
+    """The jitted kernel, cached on disk under its own file's date and `source_hash`.
+
+    numba compiles what the kernel calls into it, but watches the kernel's file alone: without their hash, which
+    the closure makes part of the cache's key, a change of the resampler would leave the old one in use.
+    """
+
+    @njit(nogil=True, cache=True)
+    def decode_samples(
+        first: int,
+        stop: int,
+        forgiven: int,
+        handle: int,
+        pixels: np.ndarray,
+        file_bytes: np.ndarray,
+        sample_ids: np.ndarray,
+        boxes: np.ndarray,
+        place: np.ndarray,
+        outputs: tuple[np.ndarray, ...],
+        data_ptr: np.ndarray,
+        data_bytes: np.ndarray,
+        modes: np.ndarray,
+        sizes: np.ndarray,
+    ) -> tuple[int, int]:
+        """Decode samples first..stop-1 of the batch and cut their views.
+
+        Returns:
+            (stop, OK), or the position of the first sample that failed and its status. A sample at position
+            `forgiven` may be UNREADABLE: its warning was looked at and is harmless.
+        """
+        assert source_hash  # in the closure
+        for position in range(first, stop):
+            sample = sample_ids[position]
+            start = np.int64(data_ptr[sample])
+            data = file_bytes[start : start + np.int64(data_bytes[sample])]
+            height_px, width_px = sizes[sample, 0], sizes[sample, 1]
+            if modes[sample] == JPG:
+                status = decode_jpeg(handle, data, height_px, width_px, pixels)
+                if status == WRONG_SIZE or (status != OK and position != forgiven):
+                    return position, status
+                image = pixels[: height_px * width_px * 3].reshape((height_px, width_px, 3))
+            else:
+                image = data.reshape((height_px, width_px, 3))
+            for view in range(boxes.shape[1]):
+                top_px, left_px, crop_height_px, crop_width_px = boxes[position, view]
+                if min(top_px, left_px) < 0 or min(crop_height_px, crop_width_px) < 1:
+                    return position, _BAD_BOX
+                if top_px + crop_height_px > height_px or left_px + crop_width_px > width_px:
+                    return position, _BAD_BOX
+                out = outputs[place[view, 0]][position, place[view, 1]]
+                resized_crop(image, top_px, left_px, crop_height_px, crop_width_px, out)
+        return stop, OK
+
+    return decode_samples
+
+
+_decode_samples = _build_kernel(
+    "".join(hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (resample, turbojpeg))
+)
+
+
+class BatchDecoder:
+    """A pool of threads, each with a decompressor and room for one image (the largest seen, never a batch)."""
+
+    def __init__(self, reader: BetonReader, num_threads: int) -> None:
+        self._reader = reader
+        self._sizes = reader.sizes.astype(np.int64)  # height * width * 3 may pass 2**31
+        self._num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-decode")
+        self._decoders: SimpleQueue[JpegDecoder] = SimpleQueue()
+        for _ in range(num_threads):
+            self._decoders.put(JpegDecoder())
+
+    def decode(
+        self,
+        file_bytes: np.ndarray,
+        sample_ids: np.ndarray,
+        boxes: np.ndarray,
+        groups: list[tuple[int, list[int]]],
+        outputs: tuple[np.ndarray, ...],
+    ) -> None:
+        """Fill `outputs` with the views of a batch; returns when all threads are done.
+
+        Args:
+            file_bytes: The whole .beton file, uint8.
+            sample_ids: int64 [B].
+            boxes: Crop boxes (top, left, height, width), int32 [B, V, 4].
+            groups: `views.size_groups`.
+            outputs: uint8 [B, Vg, S, S, 3] for each group; written.
+        Raises:
+            DataError: a sample cannot be decoded, or a box lies outside its image.
+        """
+        place = np.empty((boxes.shape[1], 2), np.int64)  # of a view: its group and its index there
+        for group, (_, views) in enumerate(groups):
+            for slot, view in enumerate(views):
+                place[view] = group, slot
+        bounds = self._split(sample_ids)
+        work = (file_bytes, sample_ids, boxes, place, outputs)
+        tasks = [self._pool.submit(self._decode_range, *pair, work) for pair in pairwise(bounds)]
+        wait(tasks)
+        for task in tasks:
+            task.result()
+
+    def close(self) -> None:
+        """Stop the threads and free their decompressors; a second call does nothing."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        while not self._decoders.empty():
+            self._decoders.get().close()
+
+    def _split(self, sample_ids: np.ndarray) -> list[int]:
+        """Bounds of contiguous ranges of samples of about equal encoded size."""
+        ends = np.cumsum(self._reader.data_bytes[sample_ids])
+        most = self._num_threads * _MAX_TASKS_PER_THREAD
+        num_tasks = int(np.clip(ends[-1] // _MIN_TASK_BYTES, self._num_threads, most))
+        inner = np.searchsorted(ends, ends[-1] * np.arange(1, num_tasks) / num_tasks)
+        return [0, *np.unique(inner[(inner > 0) & (inner < len(ends))]).tolist(), len(ends)]
+
+    def _decode_range(self, first: int, stop: int, work: _Work) -> None:
+        reader = self._reader
+        sample_ids = work[1]
+        decoder = self._decoders.get()
+        try:
+            decoder.reserve(3 * int(self._sizes[sample_ids[first:stop]].prod(1).max()))
+            forgiven = -1
+            while first < stop:
+                first, status = _decode_samples(
+                    first, stop, forgiven, decoder.handle, decoder.pixels, *work,
+                    reader.data_ptr, reader.data_bytes, reader.modes, self._sizes,
+                )  # fmt: skip
+                if status == UNREADABLE and decoder.is_harmless():
+                    forgiven = first
+                elif status != OK:
+                    raise self._error(int(sample_ids[first]), status, decoder)
+        finally:
+            self._decoders.put(decoder)
+
+    def _error(self, sample_id: int, status: int, decoder: JpegDecoder) -> DataError:
+        height_px, width_px = self._sizes[sample_id]
+        reasons = {
+            UNREADABLE: f"cannot be decoded ({decoder.last_message()}); convert again",
+            WRONG_SIZE: f"is not {height_px}x{width_px} as recorded; convert again",
+            _BAD_BOX: f"was given a crop box outside its {height_px}x{width_px} pixels",
+        }
+        return DataError(f"{self._reader.path}: image {sample_id} {reasons[status]}")

@@ -1,0 +1,238 @@
+"""The default engine: FFCV's Loader with one operation that decodes a sample once and cuts all its views.
+
+FFCV gives the file's memory map, the thread that works ahead and the (pinned) output slots. Its generated code
+is left uncompiled: it runs once a batch, and numba would compile it anew, for 10 to 50 s, in every process.
+"""
+
+# B local batch, V views, Vg views of one output size S
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from queue import Empty, Full
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from pipelines.batch import RawBatch
+from pipelines.beton import BetonReader
+from pipelines.beton.format import FIELD, HEADER, IMAGE_TYPE
+from pipelines.engines import DrawBatch, Groups
+from pipelines.engines.decode_crop import BatchDecoder
+
+
+@contextmanager
+def _thread_counts_kept() -> Iterator[None]:
+    """FFCV sets torch's and numba's thread counts, at import already and whenever a Loader is built."""
+    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(torch_threads)
+        numba.set_num_threads(numba_threads)
+
+
+with _thread_counts_kept():
+    from ffcv.loader import Loader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.operation import Operation
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+    from ffcv.pipeline.state import State
+    from ffcv.traversal_order.base import TraversalOrder
+
+# A thread that has a batch ready looks this often whether it is still wanted.
+_POLL_S = 0.05
+
+
+class FfcvEngine:
+    """FFCV's file access and look-ahead, our draw, decoding and resampling."""
+
+    def __init__(self, reader: BetonReader, *, num_workers: int, prefetch_batches: int) -> None:
+        """Build FFCV's Loader once, for every epoch.
+
+        Args:
+            reader: The open file.
+            num_workers: Threads that decode, >= 1.
+            prefetch_batches: Batches made ahead of the consumer, >= 1.
+        """
+        self._decoder = BatchDecoder(reader, num_workers)
+        self._operation = _DecodeViews(reader, self._decoder)
+        self._loader = _build_loader(reader, self._operation, prefetch_batches)
+        self._thread: _EpochThread | None = None
+
+    def batches(
+        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+    ) -> Generator[RawBatch, None, None]:
+        """See `Engine.batches`."""
+        self._stop()
+        if not len(sample_ids):
+            return
+        self._operation.epoch = _Epoch(draw_batch=draw_batch, groups=groups)
+        self._loader.batch_size = local_batch_size
+        self._loader.traversal_order.sample_ids = sample_ids
+        thread = self._thread = iter(self._loader)
+        try:
+            for (batch,) in thread:
+                yield batch
+        finally:
+            thread.stop()
+            if self._thread is thread:
+                self._thread = None  # and with it the output slots
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._stop()
+        self._decoder.close()
+
+    def _stop(self) -> None:
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """What one iteration applies."""
+
+    draw_batch: DrawBatch
+    groups: Groups
+
+
+class _DecodeViews(Operation):
+    """FFCV's decoder operation for all views of a sample."""
+
+    def __init__(self, reader: BetonReader, decoder: BatchDecoder) -> None:
+        super().__init__()
+        self._reader = reader
+        self._decoder = decoder
+        self.epoch: _Epoch | None = None
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
+        """One output for each size, uint8 [Vg, S, S, 3] a sample; FFCV asks again for every epoch."""
+        groups = self.epoch.groups if self.epoch else []
+        shapes = [(len(members), size_px, size_px, 3) for size_px, members in groups]
+        return replace(previous_state, jit_mode=True), tuple(AllocationQuery(s, np.dtype(np.uint8)) for s in shapes)
+
+    def generate_code(self) -> Callable[..., RawBatch]:
+        """The function that FFCV's thread calls for each batch."""
+        return self._decode
+
+    def _decode(self, sample_ids: np.ndarray, outputs: tuple[np.ndarray, ...], _: Any, storage: tuple) -> RawBatch:
+        assert self.epoch is not None
+        reader = self._reader
+        params = self.epoch.draw_batch(sample_ids, reader.sizes[sample_ids])
+        boxes = np.ascontiguousarray(params["crop_box"])
+        self._decoder.decode(np.asarray(storage[0]), sample_ids, boxes, self.epoch.groups, outputs)
+        return RawBatch(views=list(outputs), params=params, labels=reader.labels[sample_ids], sample_ids=sample_ids)
+
+
+class _GivenOrder(TraversalOrder):
+    """The sampler's order. FFCV's Loader wants an instance and then calls it."""
+
+    def __init__(self) -> None:
+        self.sample_ids = np.empty(0, np.int64)
+
+    def __call__(self, loader: Loader) -> "_GivenOrder":
+        return self
+
+    def sample_order(self, epoch: int) -> np.ndarray:
+        return self.sample_ids
+
+
+class _Loader(Loader):
+    """FFCV's Loader; its own `__iter__` would set torch's thread count."""
+
+    traversal_order: _GivenOrder
+
+    def __iter__(self) -> "_EpochThread":
+        return _EpochThread(self, self.next_traversal_order())
+
+
+class _EpochThread(EpochIterator):
+    """FFCV's look-ahead thread, which hands over its exceptions and can be stopped.
+
+    Upstream's `run` lets an exception end the thread while the consumer waits for ever, cannot be stopped once
+    the queue is full at the end, and sets torch's thread count.
+    """
+
+    def run(self) -> None:
+        try:
+            for number, sample_ids in enumerate(self.iter_ixes):
+                # Slots: one being written, `batches_ahead` waiting and one in the consumer's hands.
+                slot = number % (self.loader.batches_ahead + 2)
+                if not self._hand_over((slot, self.run_pipeline(number, sample_ids, slot, None))):
+                    return
+            self._hand_over(None)
+        except BaseException as error:
+            error.add_note(f"while making a batch from {self.loader.fname}")
+            self._hand_over(error)
+
+    def __next__(self) -> tuple[RawBatch]:
+        item = self.output_queue.get()
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        return item[1]
+
+    def stop(self) -> None:
+        """End the thread and wait for it: at most for the batch that it is making."""
+        self.terminate_event.set()
+        self.join()
+        self.close()
+        with suppress(Empty):
+            while True:
+                self.output_queue.get_nowait()
+        # Whoever still holds this iterator must not wait for ever.
+        self.output_queue.put(RuntimeError("this iteration was ended by another one, or by close()"))
+
+    def _hand_over(self, item: object) -> bool:
+        while not self.terminate_event.is_set():
+            with suppress(Full):
+                self.output_queue.put(item, timeout=_POLL_S)
+                return True
+        return False
+
+
+def _build_loader(reader: BetonReader, operation: Operation, prefetch_batches: int) -> _Loader:
+    """FFCV's Loader with `operation` on the image field and its code generation left uncompiled."""
+    num_fields = int(reader.mmap[: HEADER.itemsize].view(HEADER)["num_fields"][0])
+    fields = reader.mmap[HEADER.itemsize :][: num_fields * FIELD.itemsize].view(FIELD)
+    pipelines: dict[str, PipelineSpec | None] = {}
+    for field in fields:
+        name = field["name"].tobytes().rstrip(b"\0").decode()
+        # None switches a field off: labels come from our reader.
+        pipelines[name] = PipelineSpec(name, decoder=operation) if field["type_id"] == IMAGE_TYPE else None
+    with _thread_counts_kept(), _uncompiled():
+        return _Loader(
+            str(reader.path),
+            batch_size=1,
+            num_workers=1,
+            os_cache=True,
+            order=_GivenOrder(),
+            pipelines=pipelines,  # pyright: ignore[reportArgumentType] (its annotation is too narrow)
+            drop_last=False,
+            batches_ahead=prefetch_batches,
+        )
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Keep FFCV from compiling, and from its `state_type`.
+
+    That property sets `mutable = False` on numba's one and only type object uint8[::1], under every kernel that
+    has been compiled for it: their look-ups then fail with a KeyError. It serves compilation alone.
+    """
+    was_enabled, state_type = getattr(Compiler, "is_enabled", True), OSCacheManager.state_type
+    Compiler.set_enabled(False)
+    OSCacheManager.state_type = None  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        OSCacheManager.state_type = state_type  # pyright: ignore[reportAttributeAccessIssue]
+        Compiler.set_enabled(was_enabled)

@@ -1,0 +1,54 @@
+"""The reference engine: Pillow decodes, torchvision resizes, one sample after the other. Slow and obvious."""
+
+from collections.abc import Generator
+
+import numpy as np
+import torch
+
+from kernels.torchvision_cpu import import_torchvision
+from pipelines.batch import RawBatch
+from pipelines.beton import BetonReader
+from pipelines.engines import DrawBatch, Groups
+
+import_torchvision()
+from torchvision.transforms.v2 import functional as v2  # noqa: E402
+
+
+class TorchEngine:
+    """What the other engines are tested against: torchvision v2's resized_crop on float32, rounded once."""
+
+    def __init__(self, reader: BetonReader) -> None:
+        self._reader = reader
+
+    def batches(
+        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+    ) -> Generator[RawBatch, None, None]:
+        """See `Engine.batches`."""
+        for first in range(0, len(sample_ids), local_batch_size):
+            ids = sample_ids[first : first + local_batch_size]
+            params = draw_batch(ids, self._reader.sizes[ids])
+            views = [np.empty((len(ids), len(members), size, size, 3), np.uint8) for size, members in groups]
+            for row, sample_id in enumerate(ids.tolist()):
+                image = torch.from_numpy(self._reader.decode(sample_id).transpose(2, 0, 1).astype(np.float32))
+                for (size_px, members), out in zip(groups, views, strict=True):
+                    for slot, view in enumerate(members):
+                        out[row, slot] = resized_crop(image, params["crop_box"][row, view].tolist(), size_px)
+            yield RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def resized_crop(image: torch.Tensor, box: list[int], size_px: int) -> np.ndarray:
+    """Crop and resize one view.
+
+    Args:
+        image: Levels 0..255, float32 [3, H, W].
+        box: Top, left, height, width in pixels.
+        size_px: Side S of the output.
+    Returns:
+        uint8 [S, S, 3].
+    """
+    top, left, height, width = box
+    view = v2.resized_crop(image, top, left, height, width, [size_px, size_px], antialias=True)
+    return view.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

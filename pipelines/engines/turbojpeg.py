@@ -1,0 +1,116 @@
+"""JPEG decoding for jitted code without the GIL: libjpeg-turbo's TurboJPEG, which FFCV's extension links.
+
+numba cannot cache code that calls through ctypes; it can cache calls of symbols that LLVM resolves when the code
+is loaded. Importing this module makes the symbols known; it does not import ffcv (and with it torch).
+"""
+
+import ctypes
+import importlib.util
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+from numba import njit, types
+
+# What `decode_jpeg` and the kernels on top of it return.
+OK, UNREADABLE, WRONG_SIZE = 0, 1, 2
+
+_PIXEL_FORMAT_RGB = 0  # TJPF_RGB
+# TJFLAG_ACCURATEDCT: Pillow's DCT. FFCV's own decoder takes the fast one, which is off by several levels.
+_FLAGS = 4096
+# libjpeg's warnings (jerror.h) that leave every pixel as it was written: stray bytes after the last one, and
+# oddities of the header. Of several warnings the first is kept: stray bytes elsewhere may hide something worse.
+_HARMLESS_WARNINGS = (
+    "extraneous bytes before marker 0xd9",
+    "Unknown Adobe color transform code",
+    "unknown JFIF revision number",
+    "Invalid SOS parameters for sequential JPEG",
+)
+
+
+def _load_library() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("ffcv")
+    folders = spec.submodule_search_locations if spec else None
+    paths = [path for folder in folders or () for path in Path(folder).glob("_libffcv*.so")]
+    if not paths:
+        raise ImportError("the ffcv engine needs FFCV: pip install --no-deps ffcv==1.0.2")
+    llvm.load_library_permanently(str(paths[0]))
+    return ctypes.CDLL(str(paths[0]))
+
+
+_library = _load_library()
+_library.tjInitDecompress.restype = ctypes.c_void_p
+_library.tjDestroy.argtypes = [ctypes.c_void_p]
+_library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+_library.tjGetErrorStr2.restype = ctypes.c_char_p
+
+# (handle, bytes, number of bytes, addresses of width, height, subsampling, colour space)
+_decompress_header = types.ExternalFunction(
+    "tjDecompressHeader3", types.int32(*[types.intp] * 2, types.uint64, *[types.intp] * 4)
+)
+# (handle, bytes, number of bytes, pixels, width, row pitch or 0, height, pixel format, flags)
+_decompress = types.ExternalFunction(
+    "tjDecompress2", types.int32(*[types.intp] * 2, types.uint64, types.intp, *[types.int32] * 5)
+)
+
+
+class JpegDecoder:
+    """One decompressor and the buffer for one image, for one thread at a time.
+
+    Attributes:
+        handle: TurboJPEG's handle, as an integer.
+        pixels: uint8 buffer, at least as long as asked for by `reserve`.
+    """
+
+    def __init__(self) -> None:
+        self.handle: int = _library.tjInitDecompress()
+        if not self.handle:
+            raise MemoryError("TurboJPEG: no decompressor")
+        self.pixels = np.empty(0, np.uint8)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make room for an image of so many bytes, keeping what is larger already."""
+        if len(self.pixels) < num_bytes:
+            self.pixels = np.empty(num_bytes, np.uint8)
+
+    def last_message(self) -> str:
+        """Why the last call failed."""
+        return _library.tjGetErrorStr2(self.handle).decode(errors="replace")
+
+    def is_harmless(self) -> bool:
+        """Whether the last failure was a warning that leaves the image whole; a worse message replaces its own."""
+        return any(warning in self.last_message() for warning in _HARMLESS_WARNINGS)
+
+    def close(self) -> None:
+        """Free the decompressor."""
+        if self.handle:
+            _library.tjDestroy(self.handle)
+            self.handle = 0
+
+
+@njit(nogil=True, cache=True)
+def decode_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pixels: np.ndarray) -> int:
+    """Decode one JPEG to RGB.
+
+    Args:
+        handle: Of a JpegDecoder that no other thread uses.
+        data: The file's bytes, uint8 [num_bytes].
+        height_px, width_px: The size that the image must have.
+        pixels: uint8, at least height * width * 3 long; written.
+    Returns:
+        OK, WRONG_SIZE (nothing is written), or UNREADABLE: the decompressor keeps the message. After a warning
+        (`JpegDecoder.is_harmless`) the pixels are written too.
+    """
+    num_bytes = np.uint64(len(data))
+    facts = np.zeros(4, np.int32)  # width, height, subsampling, colour space
+    at = facts.ctypes.data
+    # Its status is no verdict: a warning fails it, and so does a subsampling without a name, which decodes well.
+    _decompress_header(handle, data.ctypes.data, num_bytes, at, at + 4, at + 8, at + 12)
+    width_found_px, height_found_px = facts[0], facts[1]
+    if width_found_px == 0:
+        return UNREADABLE
+    if width_found_px != width_px or height_found_px != height_px:
+        return WRONG_SIZE
+    target = pixels.ctypes.data
+    status = _decompress(handle, data.ctypes.data, num_bytes, target, width_px, 0, height_px, _PIXEL_FORMAT_RGB, _FLAGS)
+    return OK if status == 0 else UNREADABLE

@@ -1,0 +1,284 @@
+"""Loaders: sampler -> engine -> pixel op -> device, one batch after the other."""
+
+# N samples, G global batch, B local batch, W world size, V views
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipelines.beton import BetonReader
+from pipelines.engines import Engine, EngineName, build_engine
+from pipelines.errors import DataError
+from pipelines.sampler import global_batches, local_rows
+from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.batch import Batch, RawBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are read.
+
+    Attributes:
+        train: The .beton file to train on.
+        test: The .beton file to evaluate on; None: a hold-out of the training file.
+        engine: What decodes, crops and resizes.
+        global_batch_size: Images of one step, over all processes.
+        num_workers: Threads of one process that decode; 0: the cores it may use, shared by the processes of a node.
+        prefetch_batches: Batches made ahead.
+        holdout_fraction: Share of the training images kept from the probes.
+    """
+
+    train: str = ""
+    test: str | None = None
+    engine: EngineName = "ffcv"
+    global_batch_size: int = 256
+    num_workers: int = 0
+    prefetch_batches: int = 3
+    holdout_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in (("global_batch_size", 1), ("num_workers", 0), ("prefetch_batches", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if not 0 <= self.holdout_fraction < 1:
+            raise ValueError(f"holdout_fraction must be in [0, 1), got {self.holdout_fraction}")
+
+
+class Loader:
+    """The training batches of one rank; build it with `build_loader`.
+
+    Attributes:
+        num_samples: Images in the file.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        views: ViewsConfig,
+        *,
+        num_samples: int,
+        global_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
+        self.num_samples = num_samples
+        self._engine = engine
+        self._specs = build_view_specs(views)
+        self._groups = size_groups(self._specs)
+        self._global_batch_size = global_batch_size
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._finish = partial(_finish, groups=self._groups, views=views, device=device, num_threads=num_threads)
+
+    def __len__(self) -> int:
+        """Batches of an epoch: N // G."""
+        return self.num_samples // self._global_batch_size
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Generator[Batch, None, None]:
+        """The batches of one epoch, which depend on (seed, epoch, rank, world size) only.
+
+        Args:
+            epoch: >= 0.
+            first_batch: Start here, with the batches that the unbroken epoch has from here on.
+        Raises:
+            ValueError: first_batch is out of range.
+            DataError: a sample cannot be decoded.
+        """
+        if not 0 <= first_batch <= len(self):
+            raise ValueError(f"first_batch must be in [0, {len(self)}], got {first_batch}")
+        return self._iterate(epoch, first_batch)
+
+    def close(self) -> None:
+        """Stop the engine's threads."""
+        self._engine.close()
+
+    def _iterate(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
+        batches = global_batches(np.arange(self.num_samples), self._seed, epoch, self._global_batch_size)
+        rows = local_rows(batches[first_batch:], self._rank, self._world_size)
+        draw_batch = partial(draw, self._specs, self._seed, epoch)
+        with closing(self._engine.batches(rows.reshape(-1), rows.shape[1], draw_batch, self._groups)) as raw_batches:
+            for raw in raw_batches:
+                yield self._finish(raw)
+
+
+class EvalLoader:
+    """Samples in order, once an iteration, each as its one deterministic view; build it with `build_eval_loader`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        views: ViewsConfig,
+        *,
+        sample_ids: np.ndarray,
+        local_batch_size: int,
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
+        self._engine = engine
+        self._sample_ids = sample_ids
+        self._local_batch_size = local_batch_size
+        self._spec = build_eval_spec(views)
+        self._groups = size_groups([self._spec])
+        self._finish = partial(_finish, groups=self._groups, views=views, device=device, num_threads=num_threads)
+
+    def __len__(self) -> int:
+        """Batches, the short last one too."""
+        return -(-len(self._sample_ids) // self._local_batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        def draw_batch(_: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+            return eval_params(self._spec, sizes)
+
+        raw_batches = self._engine.batches(self._sample_ids, self._local_batch_size, draw_batch, self._groups)
+        with closing(raw_batches):
+            for raw in raw_batches:
+                yield self._finish(raw)
+
+    def close(self) -> None:
+        """Stop the engine's threads."""
+        self._engine.close()
+
+
+def open_train_reader(cfg: DataConfig) -> BetonReader:
+    """Open data.train.
+
+    Raises:
+        DataError: the path is not set, or the file is not a .beton.
+    """
+    if not cfg.train:
+        raise DataError("data.train is not set: give a .beton file (`fastssl convert` writes one)")
+    return BetonReader(cfg.train)
+
+
+def build_loader(
+    reader: BetonReader,
+    cfg: DataConfig,
+    views: ViewsConfig,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    num_threads: int,
+) -> Loader:
+    """Build the training loader of one rank.
+
+    Args:
+        reader: The open training file.
+        cfg: The data section.
+        views: The views section.
+        seed: The run's seed.
+        rank: In [0, world_size).
+        world_size: W.
+        device: Where the batches go.
+        num_threads: CPU threads of the pixel op, >= 1.
+    Raises:
+        ValueError: rank is out of range.
+        DataError: the global batch is larger than the data set, or W does not divide it.
+    """
+    size = cfg.global_batch_size
+    if size > reader.num_samples:
+        raise DataError(
+            f"data.global_batch_size is {size}, but {reader.path} holds {reader.num_samples} images: lower it"
+        )
+    if size % world_size:
+        raise DataError(f"data.global_batch_size is {size}, not a multiple of the {world_size} processes: change it")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    num_workers = cfg.num_workers or _cores_per_process()
+    engine = build_engine(cfg.engine, reader, num_workers=num_workers, prefetch_batches=cfg.prefetch_batches)
+    return Loader(
+        engine,
+        views,
+        num_samples=reader.num_samples,
+        global_batch_size=size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        num_threads=num_threads,
+    )
+
+
+def build_eval_loader(
+    reader: BetonReader,
+    views: ViewsConfig,
+    *,
+    local_batch_size: int,
+    engine: str,
+    device: torch.device,
+    sample_ids: np.ndarray | None = None,
+    num_workers: int = 0,
+) -> EvalLoader:
+    """Build a loader of the eval views.
+
+    Args:
+        reader: The open file.
+        views: The views section.
+        local_batch_size: B, >= 1.
+        engine: Its name.
+        device: Where the batches go.
+        sample_ids: Which samples, int64 [num]; None: all.
+        num_workers: Threads; 0: the cores this process may use, shared by the processes of a node.
+    Raises:
+        ValueError: B < 1, or a sample id out of range.
+    """
+    ids = np.arange(reader.num_samples) if sample_ids is None else np.asarray(sample_ids, np.int64)
+    if local_batch_size < 1:
+        raise ValueError(f"local_batch_size must be >= 1, got {local_batch_size}")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < reader.num_samples:
+        raise ValueError(f"sample_ids must be in [0, {reader.num_samples}), got {ids.min()}..{ids.max()}")
+    num_threads = num_workers or _cores_per_process()
+    return EvalLoader(
+        build_engine(engine, reader, num_workers=num_threads, prefetch_batches=2),
+        views,
+        sample_ids=ids,
+        local_batch_size=local_batch_size,
+        device=device,
+        num_threads=num_threads,
+    )
+
+
+def _cores_per_process() -> int:
+    """Cores this process may use, divided by the processes of the node (torchrun's and DeepSpeed's variables)."""
+    num_local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, len(os.sched_getaffinity(0)) // int(num_local))
+
+
+def _finish(
+    raw: RawBatch,
+    *,
+    groups: Sequence[tuple[int, list[int]]],
+    views: ViewsConfig,
+    device: torch.device,
+    num_threads: int,
+) -> Batch:
+    """Pixel op and transfer of one batch."""
+    import torch
+
+    from kernels.augment import augment
+    from pipelines.batch import Batch
+
+    finished: dict[int, torch.Tensor] = {}
+    for (_, members), pixels in zip(groups, raw.views, strict=True):
+        params = raw.params[:, members]
+        tensors = augment(pixels, params, mean=views.mean, std=views.std, num_threads=num_threads)
+        finished |= zip(members, tensors, strict=True)
+    return Batch(
+        views=[finished[view].to(device, non_blocking=True) for view in sorted(finished)],
+        labels=torch.from_numpy(raw.labels).to(device, non_blocking=True),
+        sample_ids=torch.from_numpy(raw.sample_ids).to(device, non_blocking=True),
+    )

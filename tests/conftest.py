@@ -1,0 +1,63 @@
+"""Shared fixtures: real data sets as .beton files, and runs in real subprocesses."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT, environment
+
+# Enough of everything, small enough for seconds: digits at 16 px, a tiny ResNet with batch norm.
+TINY = """
+run: {dir: RUN, log_every_steps: 1, num_threads: 1}
+data: {train: TRAIN, test: TEST, global_batch_size: 128}
+views: {recipe: digits, size_px: 16}
+model: {backbone: timm/resnet18, stem: cifar, pool_px: 1, projector_hidden: [32], projector_dim: 16,
+        backbone_kwargs: {channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}}
+loss: {name: mio, temperature_positive: 0.2, temperature_negative: 0.2}
+optim: {base_lr: 0.1, warmup_epochs: 1}
+train: {num_epochs: 2}
+eval: {knn_k: 20, few_labels: [5], baselines: true}
+"""
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.beton (1,297) and test.beton (500): scikit-learn's digits."""
+    from pipelines.convert import convert
+
+    folder = tmp_path_factory.mktemp("digits")
+    for split in ("train", "test"):
+        convert("digits", None, folder / f"{split}.beton", split=split)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(digits: Path, tmp_path: Path) -> Path:
+    """A YAML file of a two-epoch run on the digits; its run folder is tmp_path / "run"."""
+    paths = {"RUN": tmp_path / "run", "TRAIN": digits / "train.beton", "TEST": digits / "test.beton"}
+    text = TINY
+    for name, path in paths.items():
+        text = text.replace(name, str(path), 1)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(text)
+    return config
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command of this environment from the repository's root; output captured, never a terminal."""
+
+    def run(*arguments: str | Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            list(map(str, arguments)),
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run

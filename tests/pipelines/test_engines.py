@@ -1,0 +1,336 @@
+"""All engines give the same views in the same order; what goes wrong in FFCV's thread comes out in ours."""
+
+import io
+import os
+import tarfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.beton import BetonReader, BetonWriter
+from pipelines.engines import build_engine
+from pipelines.engines.turbojpeg import OK, JpegDecoder, decode_jpeg
+from pipelines.errors import DataError
+from pipelines.views import RECIPES, ViewSpec, draw, size_groups
+
+# Decoding agrees with Pillow exactly here: both are libjpeg-turbo's accurate DCT. Another build may differ by 1.
+MAX_DECODE_DIFFERENCE_LEVELS = 1
+# Resampling alone differs by at most 1 level (test_resample.py), where float32 sums are rounded to either side.
+MAX_VIEW_DIFFERENCE_LEVELS = 1
+MEAN_VIEW_DIFFERENCE_LEVELS = 0.002
+
+SPECS = (ViewSpec(size_px=64, crop_scale=(0.08, 1.0)), ViewSpec(size_px=64), ViewSpec(size_px=24))
+
+
+def encode(pixels: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+def make_photograph(rng: np.random.Generator, height_px: int, width_px: int) -> np.ndarray:
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width_px, height_px), Image.Resampling.BICUBIC), np.float64)
+    return np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def make_jpegs(num: int) -> list[bytes]:
+    """Photograph-like JPEGs of uneven odd sizes: 4:2:0, 4:4:4, 4:2:2, progressive and grey."""
+    rng = np.random.default_rng(0)
+    kinds = [{"subsampling": 2}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {}]
+    files = []
+    for i in range(num):
+        pixels = make_photograph(rng, *rng.integers(50, 260, 2).tolist())
+        files.append(encode(pixels[..., 0] if i % 5 == 4 else pixels, **kinds[i % 5]))
+    return files
+
+
+def write_jpegs(path: Path, files: list[bytes], sizes: dict[int, tuple[int, int]] | None = None) -> BetonReader:
+    """Write JPEGs, labelled 0, 1, 2, ...; `sizes` overrides the (height, width) that is recorded."""
+    with BetonWriter(path, len(files)) as writer:
+        for i, data in enumerate(files):
+            width_px, height_px = Image.open(io.BytesIO(data)).size
+            height_px, width_px = (sizes or {}).get(i, (height_px, width_px))
+            writer.write_jpeg(data, height_px=height_px, width_px=width_px, label=i)
+    return BetonReader(path)
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory) -> BetonReader:
+    return write_jpegs(tmp_path_factory.mktemp("jpegs") / "jpegs.beton", make_jpegs(30))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> BetonReader:
+    from sklearn.datasets import load_digits
+
+    path = tmp_path_factory.mktemp("digits") / "digits.beton"
+    images, labels = load_digits(return_X_y=True)
+    with BetonWriter(path, 64) as writer:
+        for pixels, label in zip(images[:64].reshape(-1, 8, 8, 1), labels[:64], strict=True):
+            writer.write_raw(np.repeat(np.round(pixels * 255 / 16).astype(np.uint8), 3, axis=2), label=int(label))
+    return BetonReader(path)
+
+
+@pytest.fixture
+def ffcv(jpegs):
+    engine = build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=2)
+    yield engine
+    engine.close()
+
+
+def iterate(engine, ids, specs=SPECS, local_batch_size=8, draw_batch=None):
+    """Copies of all batches: an engine may overwrite a batch once the next is asked for."""
+    draw_batch = draw_batch or partial(draw, specs, 7, 3)
+    for raw in engine.batches(np.asarray(ids), local_batch_size, draw_batch, size_groups(specs)):
+        yield [view.copy() for view in raw.views], raw
+
+
+def assert_same_views(reader: BetonReader, specs, ids=None) -> None:
+    ids = np.random.default_rng(1).permutation(reader.num_samples) if ids is None else ids
+    engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2)
+    reference = build_engine("torch", reader, num_workers=1, prefetch_batches=1)
+    pairs = zip(iterate(engine, ids, specs), iterate(reference, ids, specs), strict=True)
+    differences = []
+    for (views, raw), (expected, expected_raw) in pairs:
+        np.testing.assert_array_equal(raw.sample_ids, expected_raw.sample_ids)
+        np.testing.assert_array_equal(raw.params, expected_raw.params)
+        np.testing.assert_array_equal(raw.labels, reader.labels[raw.sample_ids])
+        for ours, theirs in zip(views, expected, strict=True):
+            assert ours.shape == theirs.shape
+            differences.append(np.abs(ours.astype(np.int16) - theirs).reshape(-1))
+    engine.close()
+    difference = np.concatenate(differences)
+    assert difference.max() <= MAX_VIEW_DIFFERENCE_LEVELS
+    assert difference.mean() <= MEAN_VIEW_DIFFERENCE_LEVELS
+
+
+def test_an_unknown_engine_lists_the_known(jpegs):
+    with pytest.raises(ValueError, match="ffcv, torch, synthetic"):
+        build_engine("dalli", jpegs, num_workers=1, prefetch_batches=1)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "mio_small"])
+def test_ffcv_equals_torch_on_digits(digits, recipe):
+    assert_same_views(digits, RECIPES[recipe])
+
+
+def test_ffcv_equals_torch_on_jpegs_with_two_output_sizes(jpegs):
+    assert_same_views(jpegs, SPECS)
+
+
+@pytest.fixture(scope="module")
+def imagenet_sample(tmp_path_factory) -> BetonReader:
+    folder = os.environ.get("FASTSSL_TEST_DATA")
+    archive = Path(folder or "") / "imagenet-sample-500.tar"
+    if not folder or not archive.is_file():
+        pytest.skip("set FASTSSL_TEST_DATA to the folder of imagenet-sample-500.tar")
+    with tarfile.open(archive) as tar:
+        files = [tar.extractfile(member) for member in tar if member.name.lower().endswith((".jpg", ".jpeg"))]
+        data = [file.read() for file in files[::8] if file]
+    data = [file for file in data if Image.open(io.BytesIO(file)).mode in ("RGB", "L")]
+    return write_jpegs(tmp_path_factory.mktemp("imagenet") / "imagenet.beton", data)
+
+
+def test_ffcv_equals_torch_on_photographs(imagenet_sample):
+    assert_same_views(imagenet_sample, RECIPES["byol"])
+
+
+def assert_decodes_like_pillow(reader: BetonReader) -> None:
+    decoder = JpegDecoder()
+    for i in range(reader.num_samples):
+        height_px, width_px = reader.sizes[i].tolist()
+        decoder.reserve(height_px * width_px * 3)
+        assert decode_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels) == OK
+        pixels = decoder.pixels[: height_px * width_px * 3].reshape(height_px, width_px, 3)
+        assert np.abs(pixels.astype(int) - reader.decode(i)).max() <= MAX_DECODE_DIFFERENCE_LEVELS
+    decoder.close()
+
+
+def test_decoding_equals_pillow_on_jpegs(jpegs):
+    assert_decodes_like_pillow(jpegs)
+
+
+def test_decoding_equals_pillow_on_photographs(imagenet_sample):
+    assert_decodes_like_pillow(imagenet_sample)
+
+
+@pytest.mark.parametrize("name", ["ffcv", "torch", "synthetic"])
+def test_order_labels_and_the_short_last_batch(jpegs, name):
+    engine = build_engine(name, jpegs, num_workers=2, prefetch_batches=2)
+    ids = np.array([5, 3, 3, 29, 0, 11, 17])
+    raws = [raw for _, raw in iterate(engine, ids, local_batch_size=3)]
+    assert [len(raw.labels) for raw in raws] == [3, 3, 1]
+    assert [[view.shape for view in raw.views] for raw in raws[1:]] == [
+        [(3, 2, 64, 64, 3), (3, 1, 24, 24, 3)],
+        [(1, 2, 64, 64, 3), (1, 1, 24, 24, 3)],
+    ]
+    np.testing.assert_array_equal(np.concatenate([raw.sample_ids for raw in raws]), ids)
+    np.testing.assert_array_equal(np.concatenate([raw.labels for raw in raws]), ids)
+    np.testing.assert_array_equal(raws[0].params, draw(SPECS, 7, 3, ids[:3], jpegs.sizes[ids[:3]]))
+    assert list(iterate(engine, np.empty(0, np.int64))) == []
+    engine.close()
+
+
+def test_views_do_not_depend_on_batch_size_or_workers(jpegs, ffcv):
+    ids = np.arange(30)
+    one_worker = build_engine("ffcv", jpegs, num_workers=1, prefetch_batches=1)
+    alone = np.concatenate([views[0] for views, _ in iterate(one_worker, ids, local_batch_size=1)])
+    together = np.concatenate([views[0] for views, _ in iterate(ffcv, ids, local_batch_size=16)])
+    np.testing.assert_array_equal(alone, together)
+    one_worker.close()
+
+
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(ffcv):
+    ids = np.arange(30)
+    expected = [views for views, _ in iterate(ffcv, ids, local_batch_size=2)]
+    batches = ffcv.batches(ids, 2, partial(draw, SPECS, 7, 3), size_groups(SPECS))
+    for raw, views in zip(batches, expected, strict=True):
+        if raw.sample_ids[0] < 12:
+            time.sleep(0.15)  # the engine fills all its slots meanwhile
+        for array, kept in zip(raw.views, views, strict=True):
+            np.testing.assert_array_equal(array, kept)
+
+
+def test_thread_counts_and_ffcvs_compiler_setting_stay(jpegs):
+    import numba
+    from ffcv.pipeline.compiler import Compiler
+
+    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine = build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=1)
+        seen = [torch.get_num_threads() for _ in iterate(engine, np.arange(30))]
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        engine.close()
+        assert {*seen, torch.get_num_threads()} == {3}
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert numba.get_num_threads() == numba_threads
+    assert Compiler.is_enabled
+
+
+def damage(data: bytes, kind: str) -> bytes:
+    middle = len(data) // 2
+    return {
+        "no header": b"\0" * len(data),
+        "cut short": data[:middle],
+        "zeroed": data[:middle] + b"\0" * (len(data) - middle),
+        "overwritten": data[:middle] + b"\xff\xd0\x12\xff\xc4" * 40 + data[middle + 200 :],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["no header", "cut short", "zeroed", "overwritten"])
+def test_a_damaged_jpeg_is_named(tmp_path, kind):
+    files = make_jpegs(20)
+    path = tmp_path / "damaged.beton"
+    sizes = {13: Image.open(io.BytesIO(files[13])).size[::-1]}
+    with BetonWriter(path, len(files)) as writer:
+        for i, data in enumerate(files):
+            width_px, height_px = Image.open(io.BytesIO(data)).size
+            height_px, width_px = sizes.get(i, (height_px, width_px))
+            writer.write_jpeg(damage(data, kind) if i == 13 else data, height_px=height_px, width_px=width_px)
+    engine = build_engine("ffcv", BetonReader(path), num_workers=2, prefetch_batches=2)
+    batches = iterate(engine, np.arange(20), local_batch_size=4)
+    assert [len(next(batches)[1].labels) for _ in range(3)] == [4, 4, 4]
+    with pytest.raises(DataError, match=r"damaged\.beton: image 13 cannot be decoded"):
+        next(batches)
+    good = np.array([0, 1, 14, 19])
+    assert [len(raw.labels) for _, raw in iterate(engine, good)] == [4]  # the engine lives on
+    engine.close()
+
+
+def test_a_jpeg_of_another_size_is_named(tmp_path):
+    reader = write_jpegs(tmp_path / "resized.beton", make_jpegs(6), sizes={2: (64, 64)})
+    engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2)
+    with pytest.raises(DataError, match=r"resized\.beton: image 2 is not 64x64 as recorded"):
+        list(iterate(engine, np.arange(6)))
+    engine.close()
+
+
+def test_a_warning_that_leaves_the_image_whole_is_no_error(tmp_path):
+    """Stray bytes before the end marker: libjpeg warns, Pillow does not mind."""
+    files = make_jpegs(5)
+    files[3] = files[3][:-2] + b"\x12\x34\x56" + files[3][-2:]
+    assert_same_views(write_jpegs(tmp_path / "stray.beton", files), SPECS)
+
+
+def test_a_box_outside_the_image_is_refused(ffcv):
+    def draw_outside(ids, sizes):
+        params = draw(SPECS, 0, 0, ids, sizes)
+        params["crop_box"][1, 1] = (0, 1, *sizes[1])
+        return params
+
+    with pytest.raises(DataError, match=r"image 1 was given a crop box outside"):
+        list(iterate(ffcv, np.arange(8), draw_batch=draw_outside))
+
+
+def test_an_exception_in_the_draw_arrives_within_a_second(ffcv, jpegs):
+    def fail(ids, sizes):
+        if 20 in ids:
+            raise KeyError("draw failed")
+        return draw(SPECS, 0, 0, ids, sizes)
+
+    list(iterate(ffcv, np.arange(4)))  # compiled
+    start = time.perf_counter()
+    with pytest.raises(KeyError, match="draw failed") as caught:
+        list(iterate(ffcv, np.arange(30), draw_batch=fail))
+    assert time.perf_counter() - start < 1
+    assert str(jpegs.path) in caught.value.__notes__[0]
+
+
+def num_lookahead_threads() -> int:
+    return sum(type(thread).__name__ == "_EpochThread" for thread in threading.enumerate())
+
+
+def test_leaving_the_loop_stops_the_thread(jpegs):
+    num_threads = threading.active_count()
+    engine = build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=2)
+
+    def start():
+        batches = engine.batches(np.arange(30), 2, partial(draw, SPECS, 7, 3), size_groups(SPECS))
+        next(batches)
+        assert num_lookahead_threads() == 1
+        return batches
+
+    for _ in iterate(engine, np.arange(30), local_batch_size=2):
+        break
+    assert num_lookahead_threads() == 0
+    start().close()
+    assert num_lookahead_threads() == 0
+    abandoned = start()
+    assert len(list(iterate(engine, np.arange(30)))) == 4  # a new iteration ends the one before
+    assert num_lookahead_threads() == 0
+    with pytest.raises(RuntimeError, match="ended by another one"):
+        next(abandoned)
+    left_open = start()
+    engine.close()
+    engine.close()
+    assert threading.active_count() == num_threads
+    left_open.close()
+
+
+def resident_bytes() -> int:
+    num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_epochs_grow_neither_memory_nor_threads(ffcv):
+    specs = (ViewSpec(size_px=224), ViewSpec(size_px=224))
+    draw_batch = partial(draw, specs, 0, 0)
+    output_bytes = 4 * 15 * 2 * 224 * 224 * 3  # of one epoch's slots
+    seen = []
+    for _ in range(20):
+        for _ in ffcv.batches(np.arange(30), 15, draw_batch, size_groups(specs)):
+            pass
+        seen.append((threading.active_count(), resident_bytes()))
+    assert seen[-1][0] == seen[0][0]
+    assert seen[-1][1] - seen[2][1] < 2 * output_bytes  # 17 epochs that leaked would be 17
