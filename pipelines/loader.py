@@ -198,7 +198,7 @@ def build_loader(
         raise DataError(f"data.global_batch_size is {size}, not a multiple of the {world_size} processes: change it")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-    num_workers = cfg.num_workers or _cores_per_process()
+    num_workers = cfg.num_workers or cores_per_process()
     engine = build_engine(cfg.engine, reader, num_workers=num_workers, prefetch_batches=cfg.prefetch_batches)
     return Loader(
         engine,
@@ -241,7 +241,7 @@ def build_eval_loader(
         raise ValueError(f"local_batch_size must be >= 1, got {local_batch_size}")
     if len(ids) and not 0 <= ids.min() <= ids.max() < reader.num_samples:
         raise ValueError(f"sample_ids must be in [0, {reader.num_samples}), got {ids.min()}..{ids.max()}")
-    num_threads = num_workers or _cores_per_process()
+    num_threads = num_workers or cores_per_process()
     return EvalLoader(
         build_engine(engine, reader, num_workers=num_threads, prefetch_batches=2),
         views,
@@ -252,7 +252,7 @@ def build_eval_loader(
     )
 
 
-def _cores_per_process() -> int:
+def cores_per_process() -> int:
     """Cores this process may use, divided by the processes of the node (torchrun's and DeepSpeed's variables)."""
     num_local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return max(1, len(os.sched_getaffinity(0)) // int(num_local))

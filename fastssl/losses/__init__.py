@@ -1,21 +1,23 @@
 """The losses by the name that stands in a config: one file and one line here for each."""
 
-from torch import nn
+from collections.abc import Callable
 
 from fastssl.losses.mio import Mio, MioConfig
 from fastssl.losses.nt_xent import NtXent, NtXentConfig
 
-__all__ = ["LOSSES", "LossConfig", "Mio", "MioConfig", "NtXent", "NtXentConfig", "build_loss"]
+__all__ = ["LOSSES", "Loss", "LossConfig", "Mio", "MioConfig", "NtXent", "NtXentConfig", "build_loss"]
 
 LossConfig = MioConfig | NtXentConfig
 
-LOSSES: dict[str, tuple[type, type[nn.Module]]] = {
+Loss = Mio | NtXent
+
+LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
     "mio": (MioConfig, Mio),
     "simclr": (NtXentConfig, NtXent),
 }
 
 
-def build_loss(config: LossConfig) -> nn.Module:
+def build_loss(config: LossConfig) -> Loss:
     """The loss module of a config; call it with z_a, z_b [B, D].
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core import config as numba_config
 
 from pipelines.batch import RawBatch
 from pipelines.beton import BetonReader
@@ -34,7 +35,17 @@ def _thread_counts_kept() -> Iterator[None]:
         numba.set_num_threads(numba_threads)
 
 
-with _thread_counts_kept():
+@contextmanager
+def _numba_off() -> Iterator[None]:
+    """At its import FFCV fills a numba dictionary of two entries, which takes 4 s to compile; a plain one serves."""
+    was_disabled, numba_config.DISABLE_JIT = numba_config.DISABLE_JIT, True  # pyright: ignore
+    try:
+        yield
+    finally:
+        numba_config.DISABLE_JIT = was_disabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+with _thread_counts_kept(), _numba_off():
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers import OSCacheManager

@@ -1,0 +1,39 @@
+# `make demo` and `make test` install what they need first; a second call reuses the environment.
+
+VENV ?= .venv
+DEMO ?= runs/demo
+BIN := $(abspath $(VENV))/bin
+PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+
+.PHONY: demo test test-slow lint format type clean install install-dev
+
+install:
+	@VENV=$(VENV) scripts/install.sh run
+
+install-dev:
+	@VENV=$(VENV) scripts/install.sh dev
+
+demo: install
+	@PATH="$(BIN):$$PATH" scripts/demo.sh $(DEMO)
+
+test: install-dev
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-slow: install-dev
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+type: install-dev
+	$(BIN)/pyright
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

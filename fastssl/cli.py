@@ -1,0 +1,118 @@
+"""The `fastssl` command: thin; each sub-command calls one function. Heavy imports wait until they are needed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastssl import __version__
+from pipelines.errors import DataError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit code: 0; 2 for bad input, 3 for a run that diverged, each after one line on stderr.
+    """
+    args = _parser().parse_args(argv)
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastssl.errors import DivergedError, UserError
+
+    try:
+        args.call(args)
+    except (UserError, DataError) as error:
+        return _fail(str(error), 2)
+    except DivergedError as error:
+        return _fail(str(error), 3)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
+    print(f"fastssl: error{where}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _train(args: argparse.Namespace) -> None:
+    from fastssl.config import load_config
+    from fastssl.trainer import train
+
+    train(load_config(args.cfg, args.set))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from fastssl.errors import UserError
+    from pipelines.convert import convert
+
+    options = {"max_px": args.max_px, "on_error": args.on_error, "split": args.split, "overwrite": args.overwrite}
+    try:
+        done = convert(args.kind, args.src, args.out, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print(
+        f"{done.out}: {done.num_images:,} images in {done.wall_s:.1f} s "
+        f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
+        f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    import yaml
+
+    from pipelines.beton import BetonReader, inspect
+    from pipelines.contact_sheet import contact_sheet
+
+    print(yaml.safe_dump(inspect(args.beton), sort_keys=False, allow_unicode=True), end="")
+    out = args.out or args.beton.with_name(f"{args.beton.name}.png")
+    contact_sheet(BetonReader(args.beton), out)
+    print(f"contact_sheet: {out}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from fastssl.evaluation.run import evaluate_run
+
+    print(evaluate_run(args.run))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastssl", description="Pre-train image encoders without labels.")
+    parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train one run (one process; see `deepspeed fastssl/train.py` for more)")
+    train.add_argument("--cfg", required=True, type=Path, help="YAML file of the run")
+    train.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    train.set_defaults(call=_train)
+
+    convert = commands.add_parser("convert", help="write a .beton file from images")
+    convert.add_argument("--from", dest="kind", required=True, choices=["folder", "npz", "digits"])
+    convert.add_argument("src", nargs="?", metavar="SRC", help="folder or .npz file (digits: leave it out)")
+    convert.add_argument("out", type=Path, metavar="OUT.beton")
+    convert.add_argument("--split", help="digits: train or test (default: both); npz: reads x_SPLIT and y_SPLIT")
+    convert.add_argument("--max-px", type=int, help="shrink images whose longer side is over this")
+    convert.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do at a corrupt image")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    convert.set_defaults(call=_convert)
+
+    inspect = commands.add_parser("inspect", help="print what a .beton file holds and draw a contact sheet")
+    inspect.add_argument("beton", type=Path, metavar="X.beton")
+    inspect.add_argument("--out", type=Path, help="the PNG (default: beside the file)")
+    inspect.set_defaults(call=_inspect)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's encoder")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.set_defaults(call=_eval)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The configuration of a run: defaults < YAML < `--set key=value`, checked strictly, written out resolved.
+
+Each section is a frozen dataclass owned by the module that uses it. Unknown keys fail and name the nearest
+known ones; every message carries the dotted key.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from fastssl.errors import ConfigError
+from fastssl.evaluation.config import EvalConfig
+from fastssl.losses import LossConfig, MioConfig
+from fastssl.models.config import ModelConfig
+from fastssl.optim import OptimConfig
+from pipelines.loader import DataConfig
+from pipelines.views import ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lies and how it starts.
+
+    Attributes:
+        dir: The run's folder.
+        seed: Of the weights, the order of the samples and the views.
+        device: "auto" takes the GPU where there is one.
+        resume: "never" refuses a folder that holds a run; "auto" goes on from its last checkpoint.
+        init_from: A run's folder or a weights.pt: start from its weights (nothing else is taken).
+        checkpoint_every_steps: Also save every so many steps; 0: at the ends of epochs only.
+        checkpoint_every_epochs: Save at every so many epochs, and at the last.
+        keep_every_epochs: Keep the checkpoint of every so many epochs for good; 0: the last one only.
+        log_every_steps: One row of metrics.jsonl for so many steps.
+        num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
+    """
+
+    dir: str = "runs/default"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: Literal["never", "auto"] = "never"
+    init_from: str | None = None
+    checkpoint_every_steps: int = 0
+    checkpoint_every_epochs: int = 1
+    keep_every_epochs: int = 0
+    log_every_steps: int = 10
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every_steps", "keep_every_epochs", "num_threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0")
+        for name in ("checkpoint_every_epochs", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the steps are taken.
+
+    Attributes:
+        num_epochs: Passes over the training images.
+        precision: "bf16" is torch's autocast under DeepSpeed: weights, statistics and the loss stay in fp32.
+        zero_stage: DeepSpeed's ZeRO stage.
+        grad_clip_norm: Global gradient norm to clip to; 0: no clipping.
+    """
+
+    num_epochs: int = 200
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2] = 0
+    grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1:
+            raise ValueError("num_epochs must be >= 1")
+        if self.grad_clip_norm < 0:
+            raise ValueError("grad_clip_norm must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: Annotated[LossConfig, Field(discriminator="name")] = field(default_factory=MioConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.name == "lars" and self.train.zero_stage > 0:
+            raise ValueError(
+                "train.zero_stage must be 0 with optim.name=lars: ZeRO flattens the layers whose norms LARS needs"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides and check everything.
+
+    Raises:
+        ConfigError: no such file, no YAML mapping, unknown key or bad value; the message names it.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(tree)
+
+
+def build_config(tree: Mapping[str, Any]) -> Config:
+    """Check a nested mapping and build the Config from it.
+
+    Raises:
+        ConfigError: unknown key or bad value; the message names it.
+    """
+    tree = dict(tree)
+    if isinstance(tree.get("loss"), Mapping):
+        tree["loss"] = {"name": MioConfig().name, **tree["loss"]}
+    try:
+        return _adapter().validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """The resolved configuration as plain YAML values."""
+    return TypeAdapter(Config).dump_python(cfg, mode="json")
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+    """Lines "key: old -> new" for each dotted key in which two resolved configurations differ."""
+    a, b = dict(_flatten(old)), dict(_flatten(new))
+    keys = [key for key in sorted(a.keys() | b.keys()) if key not in ignore]
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections such as data: and model:")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set wants key=value, such as loss.temperature=0.2, not {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
+    *sections, leaf = key.split(".")
+    for section in sections:
+        if not isinstance(tree.setdefault(section, {}), dict):
+            raise ConfigError(f"--set {key}: {section} is no section")
+        tree = tree[section]
+    tree[leaf] = value
+
+
+def _adapter() -> TypeAdapter[Config]:
+    for cls in _dataclasses_of(Config):
+        cls.__pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
+    return TypeAdapter(Config)
+
+
+def _dataclasses_of(annotation: Any) -> Iterator[type]:
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        yield annotation
+        for hint in typing.get_type_hints(annotation).values():
+            yield from _dataclasses_of(hint)
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for option in typing.get_args(annotation):
+            yield from _dataclasses_of(option)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    tags = {tag for cls in typing.get_args(LossConfig) for tag in _names(cls)}
+    loc = [str(part) for part in first["loc"] if part not in tags]
+    key = ".".join(loc)
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key}{_nearest(loc)}"
+    if first["type"] == "value_error":
+        message = str(first.get("ctx", {}).get("error"))  # ours, from a __post_init__: it names the field
+        return message if not key or message.startswith(key) else f"{key}.{message}"
+    return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r}"
+
+
+def _names(loss_config: type) -> tuple[str, ...]:
+    return typing.get_args(typing.get_type_hints(loss_config)["name"])
+
+
+def _nearest(loc: list[str]) -> str:
+    known = _known_keys(loc[:-1])
+    near = difflib.get_close_matches(loc[-1], known, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(known)}"
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    level: list[type] = [Config]
+    for name in section:
+        level = [cls for parent in level for cls in _direct(typing.get_type_hints(parent).get(name))]
+    return sorted({f.name for cls in level for f in dataclasses.fields(cls)})
+
+
+def _direct(annotation: Any) -> list[type]:
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return [annotation]
+    return [option for option in typing.get_args(annotation) if isinstance(option, type)]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

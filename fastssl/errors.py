@@ -1,0 +1,13 @@
+"""The errors that end a command with one line."""
+
+
+class UserError(ValueError):
+    """Something that the user must mend: the message is one line that names it and says what to do (exit code 2)."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run; the message names the key."""
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite (exit code 3)."""

@@ -1,0 +1,67 @@
+"""A linear probe that learns beside the training, from features whose gradient it never touches."""
+
+# B local batch, V views, F features, C classes
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastssl import dist
+from fastssl.evaluation.config import EvalConfig
+
+
+class OnlineProbe(nn.Module):
+    """Linear classifier on detached fp32 features, with its own SGD (momentum .9, no weight decay).
+
+    It learns from the labelled samples outside of the hold-out and is scored on those inside, so its accuracy is
+    not that of memorised samples. The state dict carries the optimizer too.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, cfg: EvalConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, num_classes)
+        self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=cfg.probe_lr, momentum=0.9)
+
+    def step(self, h: list[Tensor], labels: Tensor, is_holdout: Tensor) -> dict[str, Tensor]:
+        """Score one batch, then learn from it. Copies nothing to the host.
+
+        Args:
+            h: V features [B, F], of any precision; detached inside.
+            labels: int64 [B]; -1 (no label) is left out of everything.
+            is_holdout: bool [B].
+
+        Returns:
+            Scalars of this rank: "online_correct" and "online_total", counted over the views of the hold-out samples.
+        """
+        features = torch.cat([view.detach() for view in h]).float()
+        labels, is_holdout = labels.repeat(len(h)), is_holdout.repeat(len(h))
+        is_labelled = labels >= 0
+        with torch.autocast(features.device.type, enabled=False):  # the backward, too, would run in low precision
+            logits = self.linear(features)
+            losses = cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+            self._learn(losses, is_labelled & ~is_holdout)
+        is_scored = is_labelled & is_holdout
+        is_correct = (logits.detach().argmax(1) == labels) & is_scored
+        return {"online_correct": is_correct.sum(), "online_total": is_scored.sum()}
+
+    def _learn(self, losses: Tensor, learns: Tensor) -> None:
+        # Sums and their number are averaged over the ranks together, and divided only then: the exact gradient
+        # of the mean over the global batch, however unevenly the hold-out fell on the ranks.
+        parameters = list(self.linear.parameters())
+        gradients = torch.autograd.grad(torch.where(learns, losses, 0.0).sum(), parameters)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), learns.sum().float()[None]])
+        dist.all_mean_(flat)
+        mean = flat[:-1] / flat[-1].clamp(min=1e-6)  # no sample at all: the sum is zero as well
+        for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.optimizer.step()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The optimizer's state, for `state_dict`."""
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up the optimizer's state, for `load_state_dict`."""
+        self.optimizer.load_state_dict(state)

@@ -1,0 +1,64 @@
+"""Starting the processes of a run: device, threads and the process group, under any launcher or none."""
+
+import logging
+import os
+import warnings
+
+import torch
+import torch.distributed as torch_dist
+
+from fastssl.config import RunConfig
+from fastssl.errors import ConfigError
+from pipelines.loader import cores_per_process
+
+
+def start_process(cfg: RunConfig) -> torch.device:
+    """Choose this process's device, set its threads and join the process group.
+
+    Works under `deepspeed` (which passes --local_rank and sets RANK), under torchrun, and alone.
+
+    Returns:
+        The device of this process.
+    Raises:
+        ConfigError: the config demands a GPU and there is none.
+    """
+    device = choose_device(cfg.device)
+    torch.set_num_threads(num_threads_of(cfg))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _init_deepspeed(device)
+    return device
+
+
+def num_threads_of(cfg: RunConfig) -> int:
+    """CPU threads that this process may use."""
+    return cfg.num_threads or cores_per_process()
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `run.device` names; ConfigError where it demands a GPU and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is cuda, but torch finds no GPU: use --set run.device=cpu, or mend the driver")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _init_deepspeed(device: torch.device) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # DeepSpeed would compile its shared-memory collective for a minute and a half; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch_dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" not in os.environ:  # alone: no launcher, so no address and no port that could be taken
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)

@@ -1,0 +1,1 @@
+"""Encoders, the two-view model around them, and the moving average of their weights."""

@@ -1,0 +1,121 @@
+"""Any torchvision or timm classification model as an encoder: its classifier gone, its parameter names kept."""
+
+# B images, H = W = image_px, F features
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl.models.config import ModelConfig
+from kernels.torchvision_cpu import import_torchvision
+
+TIMM_PREFIX = "timm/"
+
+
+def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
+    """Build the encoder and measure its features on one blank image.
+
+    Modules are replaced where they stand, never wrapped, so the state dict loads into the plain torchvision or
+    timm model with `strict=False`, where only the classifier is missing (and the first convolution has another
+    shape under the "cifar" stem).
+
+    Args:
+        cfg: The model section.
+        image_px: Side of the training images in pixels.
+
+    Returns:
+        The encoder, images [B, 3, H, W] -> features [B, F], and F.
+
+    Raises:
+        ValueError: unknown name (the nearest known ones are named), arguments the model does not take, a stem or
+            pool_px that it has no place for, or no [B, F] output at image_px.
+    """
+    torchvision = import_torchvision()  # before timm, which imports torchvision itself
+    if cfg.backbone.startswith(TIMM_PREFIX):
+        model, is_resnet = _build_timm(cfg)
+    else:
+        model = _build_torchvision(cfg)
+        is_resnet = isinstance(model, torchvision.models.ResNet)
+    if not is_resnet and (cfg.stem == "cifar" or cfg.pool_px > 1):
+        raise ValueError(f"model.stem=cifar and model.pool_px > 1 are for ResNets only, not for {cfg.backbone}")
+    if cfg.stem == "cifar":
+        _put_cifar_stem(model)
+    if cfg.pool_px > 1:
+        _put_pool(model, cfg.pool_px)
+    return model, _count_features(model, cfg, image_px)
+
+
+def _build_torchvision(cfg: ModelConfig) -> nn.Module:
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if cfg.backbone not in known:
+        raise _unknown_backbone(cfg.backbone, known)
+    model = _call_builder(models.get_model, cfg.backbone, cfg)
+    if getattr(model, "aux_logits", False):  # GoogLeNet and Inception give a tuple in training only
+        raise ValueError(f"model.backbone: {cfg.backbone} needs model.backbone_kwargs: {{aux_logits: false}}")
+    _drop_classifier(model, cfg.backbone)
+    return model
+
+
+def _build_timm(cfg: ModelConfig) -> tuple[nn.Module, bool]:
+    import timm  # heavy, and many runs do without it
+    from timm.models.resnet import ResNet
+
+    name = cfg.backbone.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(name):
+        raise _unknown_backbone(cfg.backbone, [TIMM_PREFIX + known for known in timm.list_models()])
+    model = _call_builder(timm.create_model, name, cfg, num_classes=0)
+    return model, isinstance(model, ResNet)
+
+
+def _call_builder(builder: Any, name: str, cfg: ModelConfig, **fixed: Any) -> nn.Module:
+    try:
+        return builder(name, **fixed, **cfg.backbone_kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"model.backbone_kwargs {cfg.backbone_kwargs} do not fit {cfg.backbone}: {message}") from error
+
+
+def _unknown_backbone(name: str, known: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "give a torchvision model or timm/<name>"
+    return ValueError(f"model.backbone: no model named {name}; {hint}")
+
+
+def _drop_classifier(model: nn.Module, name: str) -> None:
+    # In every torchvision classifier the last linear layer to be registered is the one that gives the classes.
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(f"model.backbone: {name} has no linear classifier to take off")
+    parent, _, leaf = linears[-1].rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Identity())
+
+
+def _put_cifar_stem(model: Any) -> None:
+    width = model.bn1.num_features  # also when timm's deep stem of three convolutions stands there
+    model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+def _put_pool(model: Any, pool_px: int) -> None:
+    if hasattr(model, "global_pool"):  # timm's pooling flattens too
+        model.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(pool_px), nn.Flatten(1))
+    else:
+        model.avgpool = nn.AdaptiveAvgPool2d(pool_px)
+
+
+@torch.inference_mode()
+def _count_features(model: nn.Module, cfg: ModelConfig, image_px: int) -> int:
+    model.eval()  # one blank image has no batch statistics, and must not move the running ones
+    try:
+        h = model(torch.zeros(1, 3, image_px, image_px))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"model.backbone: {cfg.backbone} does not take {image_px} px images: {message}") from error
+    model.train()
+    if not isinstance(h, torch.Tensor) or h.ndim != 2:
+        raise ValueError(f"model.backbone: {cfg.backbone} does not give one feature vector per image")
+    return h.shape[1]

@@ -1,0 +1,39 @@
+"""The `model:` section of a configuration; imports no torch, so that the command line starts fast."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder and its projector.
+
+    Attributes:
+        backbone: A torchvision classification model by name, or `timm/<name>`; random initial weights.
+        stem: "cifar": a 3x3 stride-1 first convolution and no max-pooling, for images of about 32 px and less
+            (SimCLR, arXiv:2002.05709, appendix B.9); ResNets only. "imagenet": as the model comes.
+        backbone_kwargs: Passed on to the model's builder, such as timm's `layers` and `channels`. A timm ResNet's
+            first width is 64, or twice its `stem_width` with `stem_type: deep`; the "cifar" stem keeps it.
+        pool_px: Features are average-pooled to pool_px x pool_px and flattened; more than 1 with ResNets only.
+            1: the backbone's own pooling.
+        projector_hidden: Widths of the projector's hidden layers, each followed by batch norm and ReLU.
+        projector_dim: Width D of the projections.
+        projector_last_norm: Batch norm after the last layer too.
+    """
+
+    backbone: str = "resnet18"
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    pool_px: int = 1
+    projector_hidden: tuple[int, ...] = (512,)
+    projector_dim: int = 128
+    projector_last_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stem not in ("imagenet", "cifar"):
+            raise ValueError(f"stem must be imagenet or cifar, not {self.stem!r}")
+        for name in ("pool_px", "projector_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1")
+        if any(width < 1 for width in self.projector_hidden):
+            raise ValueError("projector_hidden must hold widths >= 1")

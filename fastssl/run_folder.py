@@ -1,0 +1,135 @@
+"""The folder of a run: claimed once, never overwritten, and what it needs to be understood later."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastssl.config import Config, build_config, differing_keys, to_dict
+from fastssl.errors import ConfigError
+
+# A resumed run may differ in these: they change neither a weight nor the order of events.
+FREE_KEYS = (
+    "run.dir",
+    "run.resume",
+    "run.checkpoint_every_steps",
+    "run.checkpoint_every_epochs",
+    "run.keep_every_epochs",
+    "data.num_workers",
+    "data.prefetch_batches",
+)
+_PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "pillow", "timm", "scikit-learn", "triton")
+
+
+class RunFolder:
+    """Paths of one run.
+
+    Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
+    curves.png, eval.json.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.views = self.path / "views.png"
+        self.curves = self.path / "curves.png"
+        self.evaluation = self.path / "eval.json"
+
+    def check_claim(self, cfg: Config) -> bool:
+        """Whether the run is to be resumed; refuses to overwrite one.
+
+        Raises:
+            ConfigError: the folder holds a run and run.resume is "never", or the run was made with another config.
+        """
+        if not self.config.exists():
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"run.dir: {self.path} is a file")
+            return False
+        if cfg.run.resume == "never":
+            raise ConfigError(
+                f"{self.path} holds a run already: go on with --set run.resume=auto, or choose another run.dir"
+            )
+        differences = differing_keys(yaml.safe_load(self.config.read_text()), to_dict(cfg), ignore=FREE_KEYS)
+        if differences:
+            raise ConfigError(f"{self.path} was made with another config; it differs in {'; '.join(differences)}")
+        return True
+
+    def create(self, cfg: Config, world_size: int) -> None:
+        """Write the resolved configuration and the environment (rank 0)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
+        replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: it marks the folder as a run
+
+    def load_config(self) -> Config:
+        """The resolved configuration of the run.
+
+        Raises:
+            ConfigError: no run lies here.
+        """
+        if not self.config.exists():
+            raise ConfigError(f"{self.path} is no run folder: it has no config.yaml")
+        return build_config(yaml.safe_load(self.config.read_text()))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it: readers see the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def describe_environment(world_size: int) -> dict[str, Any]:
+    """Versions, hardware, commit and command of this process, for environment.json and benchmark rows."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": [sys.executable, *sys.argv],
+        "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "world_size": world_size,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "commit": _git_commit(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if dirty else commit
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,11 @@
+"""Entry of a training: `deepspeed fastssl/train.py --cfg configs/X.yaml [--set key=value ...]`, torchrun or python."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a script, Python puts fastssl/ itself first on the path: the packages lie beside it.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from fastssl.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

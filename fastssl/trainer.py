@@ -1,0 +1,278 @@
+"""The trainer: built once, then one straight path for a batch."""
+
+# B local batch, F backbone features, D projection
+
+import resource
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl import dist, report
+from fastssl.checkpoint import last_checkpoint, load_checkpoint, load_weights, plain_weights, prune, save_checkpoint
+from fastssl.config import Config
+from fastssl.ds_config import build_ds_config
+from fastssl.errors import ConfigError, DivergedError
+from fastssl.evaluation.probe import OnlineProbe
+from fastssl.launch import num_threads_of, start_process
+from fastssl.losses import build_loss
+from fastssl.metrics import Metrics, StepTimer
+from fastssl.models.two_view import TwoViewModel
+from fastssl.optim import build_optimizer
+from fastssl.run_folder import RunFolder
+from fastssl.schedules import learning_rate
+from pipelines.batch import Batch
+from pipelines.beton import BetonReader
+from pipelines.loader import build_loader, open_train_reader
+from pipelines.sampler import split_holdout
+from pipelines.views import build_view_specs
+
+
+class Trainer:
+    """One run: builds everything from the config; `fit` takes it to its last epoch.
+
+    Raises (on construction):
+        ConfigError, pipelines.errors.DataError: what the user must mend, in one line.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.folder = RunFolder(cfg.run.dir)
+        resuming = self.folder.check_claim(cfg)
+        self.device = start_process(cfg.run)
+        torch.manual_seed(cfg.run.seed)
+
+        reader = open_train_reader(cfg.data)
+        self.loader = build_loader(
+            reader,
+            cfg.data,
+            cfg.views,
+            seed=cfg.run.seed,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            device=self.device,
+            num_threads=num_threads_of(cfg.run),
+        )
+        self.steps_per_epoch = len(self.loader)
+        self.total_steps = self.steps_per_epoch * cfg.train.num_epochs
+        self.image_px = build_view_specs(cfg.views)[0].size_px
+
+        self.model = build_model(cfg, self.image_px)
+        self.loss = build_loss(cfg.loss).to(self.device)
+        self.probe = self._build_probe(reader)
+        self.engine, self.optimizer = self._build_engine()
+        self.learning_rate = partial(
+            learning_rate,
+            base_lr=cfg.optim.base_lr,
+            global_batch_size=cfg.data.global_batch_size,
+            warmup_steps=round(cfg.optim.warmup_epochs * self.steps_per_epoch),
+            total_steps=self.total_steps,
+            final_fraction=cfg.optim.final_lr_fraction,
+        )
+        self.step = 0
+        self.epoch_sums = self._zero_sums()
+        self.timer = StepTimer()
+        self.metrics = self._claim_folder(resuming)
+
+    def fit(self) -> None:
+        """Train to the last epoch, from the checkpoint's position where the run was resumed."""
+        if self.step == self.total_steps:
+            self._say(f"{self.folder.path} is complete: {self.step} steps")
+        self.timer.start()
+        for epoch in range(self.step // self.steps_per_epoch, self.cfg.train.num_epochs):
+            self._fit_epoch(epoch)
+        self.loader.close()
+        if self.metrics:
+            self.metrics.close()
+            report.draw_curves(self.folder)
+        dist.barrier()
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimizer step.
+
+        Args:
+            batch: The local batch, on the device.
+        Returns:
+            Detached scalars of this rank: "loss", and "online_correct" and "online_total" of the probe.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        h, z = self.engine(batch.views)
+        loss = self.loss(*z)
+        self.engine.backward(loss)
+        self.engine.step()
+        self.step += 1
+        return {"loss": loss.detach().float()} | self._probe_step(h, batch)
+
+    def _fit_epoch(self, epoch: int) -> None:
+        self.engine.train()
+        batches = self.loader.epoch(epoch, first_batch=self.step % self.steps_per_epoch)
+        for batch in self.timer.waiting(batches, self.cfg.data.global_batch_size):
+            if self.step == 0 and self.metrics:
+                report.draw_views(batch, self.cfg.views, self.folder.views)
+            values = self.train_step(batch)
+            for name, value in values.items():
+                self.epoch_sums[name] += value
+            self._log_step(values)
+            if self.step % self.steps_per_epoch == 0:
+                self._log_epoch(epoch)
+            if self._checkpoint_due():
+                self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint of this step (all ranks)."""
+        weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
+        state = {"step": self.step, "loss": self.loss.state_dict()}
+        if self.probe:
+            state["probe"] = self.probe.state_dict()
+        save_checkpoint(
+            self.folder.checkpoints,
+            self.engine,
+            step=self.step,
+            state=state,
+            rank_state={"epoch_sums": self.epoch_sums},
+            weights=weights,
+        )
+        if dist.rank() == 0:
+            prune(self.folder.checkpoints, keep_every_steps=self.cfg.run.keep_every_epochs * self.steps_per_epoch)
+
+    def _restore(self) -> None:
+        path = last_checkpoint(self.folder.checkpoints)
+        if path is None:
+            return
+        state = load_checkpoint(path, self.engine)
+        self.step = state["step"]
+        self.epoch_sums = {name: value.to(self.device) for name, value in state["epoch_sums"].items()}
+        self.loss.load_state_dict(state["loss"])
+        if self.probe:
+            self.probe.load_state_dict(state["probe"])
+
+    def _build_engine(self) -> tuple[Any, Any]:
+        import deepspeed
+
+        engine, optimizer, _, _ = deepspeed.initialize(
+            model=self.model,
+            optimizer=build_optimizer(self.model, self.cfg.optim),
+            config=build_ds_config(self.cfg, world_size=dist.world_size()),
+            dist_init_required=False,
+        )
+        return engine, optimizer
+
+    def _build_probe(self, reader: BetonReader) -> OnlineProbe | None:
+        """A linear probe where at least two classes are labelled; it learns from all but the held-out images."""
+        num_classes = int(reader.labels.max()) + 1
+        if num_classes < 2:
+            return None
+        _, holdout_ids = split_holdout(reader.num_samples, self.cfg.data.holdout_fraction, reader.labels)
+        is_holdout = np.zeros(reader.num_samples, dtype=bool)
+        is_holdout[holdout_ids] = True
+        self.is_holdout = torch.from_numpy(is_holdout).to(self.device)
+        return OnlineProbe(self.model.num_features, num_classes, self.cfg.eval).to(self.device)
+
+    def _probe_step(self, h: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        if self.probe is None:
+            return {}
+        return self.probe.step(h, batch.labels, self.is_holdout[batch.sample_ids])
+
+    def _claim_folder(self, resuming: bool) -> Metrics | None:
+        if dist.rank() == 0:
+            if resuming:
+                prune(self.folder.checkpoints, keep_every_steps=1)  # half-written ones only
+            else:
+                self.folder.create(self.cfg, dist.world_size())
+        dist.barrier()
+        if resuming:
+            self._restore()
+        self._say(self._headline())
+        if dist.rank() != 0:
+            return None
+        return Metrics(
+            self.folder,
+            start_step=self.step,
+            steps_per_epoch=self.steps_per_epoch,
+            num_epochs=self.cfg.train.num_epochs,
+        )
+
+    def _log_step(self, values: dict[str, Tensor]) -> None:
+        if self.metrics:
+            self.metrics.advance()
+        if self.step % self.cfg.run.log_every_steps:
+            return
+        loss = dist.all_mean_(values["loss"].clone())
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss.item()} at step {self.step}: lower optim.base_lr or raise the warm-up"
+            )
+        if self.metrics:
+            row = {"loss": loss, "learning_rate": self.learning_rate(self.step - 1), **self.timer.read("step")}
+            self.metrics.step_row(self.step, row | {"memory_bytes": self._memory_bytes()})
+
+    def _log_epoch(self, epoch: int) -> None:
+        sums = {name: dist.all_mean_(value.clone()) for name, value in self.epoch_sums.items()}
+        self.epoch_sums = self._zero_sums()
+        if not self.metrics:
+            return
+        row: dict[str, Any] = {"loss": sums["loss"] / self.steps_per_epoch, **self.timer.read("epoch")}
+        bound = self.loss.bound_nats(row["loss"].item())
+        if bound is not None:
+            row["mutual_information_bound_nats"] = bound
+        if self.probe:
+            row["online_top1"] = sums["online_correct"] / sums["online_total"].clamp(min=1e-9)
+        self.metrics.epoch_row(epoch, self.step, row)
+
+    def _checkpoint_due(self) -> bool:
+        epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
+        at_epoch_end = in_epoch == 0 and epoch % self.cfg.run.checkpoint_every_epochs == 0
+        every = self.cfg.run.checkpoint_every_steps
+        return self.step == self.total_steps or at_epoch_end or bool(every and self.step % every == 0)
+
+    def _zero_sums(self) -> dict[str, Tensor]:
+        names = ["loss", *(["online_correct", "online_total"] if self.probe else [])]
+        return {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in names}
+
+    def _memory_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _headline(self) -> str:
+        num_parameters = sum(parameter.numel() for parameter in self.model.backbone.parameters())
+        start = f", resumed at step {self.step}" if self.step else ""
+        return (
+            f"{self.cfg.loss.name} on {self.loader.num_samples:,} images, {self.cfg.model.backbone} "
+            f"({num_parameters / 1e6:.2f} M parameters), global batch {self.cfg.data.global_batch_size} on "
+            f"{dist.world_size()} x {self.device.type}, {self.total_steps} steps{start} -> {self.folder.path}"
+        )
+
+    def _say(self, line: str) -> None:
+        if dist.rank() == 0:
+            print(line, flush=True)
+
+
+def build_model(cfg: Config, image_px: int) -> TwoViewModel:
+    """The model at its seeded start, with the weights of run.init_from where that is set.
+
+    Raises:
+        ConfigError: the weights do not fit the model.
+    """
+    torch.manual_seed(cfg.run.seed)
+    try:
+        model = TwoViewModel(cfg.model, image_px)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if cfg.run.init_from:
+        weights = load_weights(cfg.run.init_from)
+        try:
+            model.backbone.load_state_dict(weights["backbone"])
+            model.projector.load_state_dict(weights["projector"])
+        except RuntimeError as error:
+            raise ConfigError(f"run.init_from: the weights do not fit: {' '.join(str(error).split())[:300]}") from None
+    return model
+
+
+def train(cfg: Config) -> None:
+    """Run one training to its end."""
+    Trainer(cfg).fit()

@@ -1,0 +1,80 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastssl.config import Config, build_config, differing_keys, load_config, to_dict
+from fastssl.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_set_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("run: {seed: 1}\noptim: {base_lr: 1e-4, weight_decay: 0.1}\n")
+    cfg = load_config(path, ["optim.weight_decay=1e-6", "loss.negative=jensen"])
+    assert (cfg.run.seed, cfg.optim.base_lr, cfg.optim.weight_decay) == (1, 1e-4, 1e-6)
+    assert cfg.loss.name == "mio"
+    assert cfg.loss.negative == "jensen"
+    assert cfg.train.num_epochs == Config().train.num_epochs
+
+
+def test_loss_section_is_the_named_loss():
+    assert build_config({"loss": {"name": "simclr", "temperature": 0.1}}).loss.temperature == 0.1
+    with pytest.raises(ConfigError, match=r"unknown key loss.negative"):
+        build_config({"loss": {"name": "simclr", "negative": "exp"}})
+
+
+@pytest.mark.parametrize(
+    ("tree", "parts"),
+    [
+        ({"optim": {"bas_lr": 1}}, ["unknown key optim.bas_lr", "base_lr"]),
+        ({"otim": {}}, ["unknown key otim", "optim"]),
+        ({"zzz": 1}, ["unknown key zzz", "known here", "data"]),
+        ({"loss": {"negativ": "exp"}}, ["unknown key loss.negativ", "negative"]),
+        ({"optim": {"base_lr": "fast"}}, ["optim.base_lr", "'fast'"]),
+        ({"train": {"zero_stage": 7}}, ["train.zero_stage", "7"]),
+        ({"train": {"num_epochs": 0}}, ["train.num_epochs must be >= 1"]),
+        ({"loss": {"temperature_positive": 0}}, ["loss.temperature_positive"]),
+        ({"loss": {"name": "nope"}}, ["loss", "nope"]),
+        ({"views": {"override": {"flip": 1}}}, ["views.override", "flip_p"]),
+        ({"train": 3}, ["train", "3"]),
+        ({"train": {"zero_stage": 1}, "optim": {"name": "lars"}}, ["train.zero_stage", "optim.name=lars"]),
+    ],
+)
+def test_bad_values_name_the_key_in_one_line(tree, parts):
+    with pytest.raises(ConfigError) as caught:
+        build_config(tree)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_bad_files_name_the_path(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing.yaml"):
+        load_config(tmp_path / "missing.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"bad.yaml is not YAML"):
+        load_config(bad)
+    bad.write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(bad)
+    bad.write_text("{}")
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(bad, ["oops"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_survives_the_round_trip(path):
+    cfg = load_config(path)
+    assert build_config(yaml.safe_load(yaml.safe_dump(to_dict(cfg)))) == cfg
+
+
+def test_differing_keys_are_named():
+    old = to_dict(Config())
+    new = to_dict(dataclasses.replace(Config(), optim=dataclasses.replace(Config().optim, base_lr=9.0)))
+    assert differing_keys(old, new) == [f"optim.base_lr: {Config().optim.base_lr} -> 9.0"]
+    assert differing_keys(old, new, ignore=("optim.base_lr",)) == []

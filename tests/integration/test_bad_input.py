@@ -1,0 +1,76 @@
+"""Bad input gets one line on stderr and exit code 2, never a traceback."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def assert_one_line(done, *parts):
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastssl: error")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["optim.bse_lr=1"], ["unknown key optim.bse_lr", "base_lr"]),
+        (["data.train=/no/such.beton"], ["/no/such.beton"]),
+        (["data.train="], ["data.train"]),
+        (["data.global_batch_size=4096"], ["data.global_batch_size", "4096", "1297"]),
+        (["run.device=cuda"], ["run.device", "GPU"]),
+        (["model.backbone=resnet81"], ["model.backbone", "resnet18"]),
+        (["run.init_from=/no/such/run"], ["/no/such/run"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_train(settings, parts, tiny_config, command):
+    import torch
+
+    if settings == ["run.device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = command(sys.executable, "fastssl/train.py", "--cfg", tiny_config, "--set", *settings)
+    assert_one_line(done, *parts)
+    assert not (tiny_config.parent / "run").exists()  # nothing is left behind
+
+
+def test_train_on_broken_files(tiny_config, digits, tmp_path, command):
+    cut = tmp_path / "cut.beton"
+    cut.write_bytes((digits / "train.beton").read_bytes()[:-5000])
+    train = [sys.executable, "fastssl/train.py", "--cfg", tiny_config, "--set"]
+    assert_one_line(command(*train, f"data.train={cut}"), str(cut), "truncated")
+    text = tmp_path / "text.beton"
+    text.write_text("not a beton " * 1000)
+    assert_one_line(command(*train, f"data.train={text}"), str(text))
+
+
+def test_missing_config(command):
+    assert_one_line(command("fastssl", "train", "--cfg", "/no/such.yaml"), "/no/such.yaml")
+
+
+def test_convert(tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    convert = ["fastssl", "convert", "--from", "folder"]
+    assert_one_line(command(*convert, tmp_path / "empty", tmp_path / "x.beton"), str(tmp_path / "empty"))
+    images = tmp_path / "images" / "a"
+    images.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 80, 3), dtype=np.uint8)).save(images / "good.jpg")
+    bad = images / "bad.jpg"
+    bad.write_bytes((images / "good.jpg").read_bytes()[:300])
+    assert_one_line(command(*convert, tmp_path / "images", tmp_path / "x.beton"), str(bad))
+    assert not (tmp_path / "x.beton").exists()
+
+    skipped = command(*convert, tmp_path / "images", tmp_path / "x.beton", "--on-error", "skip")
+    assert skipped.returncode == 0, skipped.stderr
+    inspected = command("fastssl", "inspect", tmp_path / "x.beton", "--out", tmp_path / "sheet.png")
+    assert inspected.returncode == 0, inspected.stderr
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_eval_without_a_run(tmp_path, command):
+    assert_one_line(command("fastssl", "eval", tmp_path), str(tmp_path))

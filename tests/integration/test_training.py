@@ -1,0 +1,186 @@
+"""Real trainings of seconds, in real processes, by every way to start one."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl.checkpoint import last_checkpoint
+from fastssl.metrics import read_rows
+from tests.processes import ROOT, environment
+
+TRAIN = [sys.executable, "fastssl/train.py", "--cfg"]
+TIMING = ("img_per_s", "data_wait_fraction", "memory_bytes")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def deepspeed(num_ranks: int) -> list[str]:
+    return ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", free_port(), "fastssl/train.py", "--cfg"]
+
+
+def torchrun(num_ranks: int) -> list[str]:
+    torch_run = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torch_run, f"--nproc_per_node={num_ranks}", f"--master_port={free_port()}", "fastssl/train.py", "--cfg"]
+
+
+def losses(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run / "metrics.jsonl")]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a run ends with: weights, optimizer, each rank's buffers, the probe."""
+    folder = last_checkpoint(run / "checkpoints")
+    assert folder is not None
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.pt")):
+        _collect(torch.load(file, weights_only=False), file.name, found)
+    return found
+
+
+def _collect(value, name, found):
+    if isinstance(value, torch.Tensor):
+        found[name] = value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _collect(item, f"{name}/{key}", found)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _collect(item, f"{name}/{index}", found)
+
+
+def assert_same_end(run_a: Path, run_b: Path) -> None:
+    a, b = final_state(run_a), final_state(run_b)
+    assert a.keys() == b.keys()
+    assert len(a) > 20
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert different == []
+    assert losses(run_a) == losses(run_b)
+
+
+def run_of(config: Path) -> Path:
+    return config.parent / "run"
+
+
+def test_one_process_leaves_a_whole_run_folder_and_evaluates(tiny_config, command):
+    done = command(*TRAIN, tiny_config)
+    assert done.returncode == 0, done.stderr
+    run = run_of(tiny_config)
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "views.png", "curves.png", "tensorboard"):
+        assert (run / name).exists(), name
+    assert done.stdout.count("epoch ") == 2  # one line an epoch when not a terminal
+    rows = losses(run)
+    assert [row["step"] for row in rows if "kind" not in row] == list(range(1, 21))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert 0 < rows[-1]["online_top1"] <= 1
+
+    table = command("fastssl", "eval", run)
+    assert table.returncode == 0, table.stderr
+    results = json.loads((run / "eval.json").read_text())["results"]
+    assert set(results) == {"raw pixels", "untrained encoder", "pre-trained encoder"}
+    for name in results:
+        assert name in table.stdout
+
+
+def test_a_run_is_not_overwritten_and_a_changed_config_is_named(tiny_config, command):
+    assert command(*TRAIN, tiny_config, "--set", "train.num_epochs=1").returncode == 0
+    again = command(*TRAIN, tiny_config, "--set", "train.num_epochs=1")
+    assert again.returncode == 2
+    assert "run.resume=auto" in again.stderr
+    changed = command(*TRAIN, tiny_config, "--set", "train.num_epochs=3", "run.resume=auto")
+    assert changed.returncode == 2
+    assert "train.num_epochs: 1 -> 3" in changed.stderr
+    complete = command(*TRAIN, tiny_config, "--set", "train.num_epochs=1", "run.resume=auto")
+    assert complete.returncode == 0
+    assert "is complete" in complete.stdout
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [(deepspeed, ["train.zero_stage=2"]), (torchrun, ["train.precision=bf16", "train.zero_stage=1"])],
+    ids=["deepspeed-zero2", "torchrun-bf16-zero1"],
+)
+def test_two_ranks(launcher, settings, tiny_config, command):
+    done = command(*launcher(2), tiny_config, "--set", *settings, "train.num_epochs=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 x cpu" in done.stdout
+    assert len([row for row in losses(run_of(tiny_config)) if "kind" not in row]) == 10
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_killed_in_mid_epoch_and_resumed_it_ends_bit_for_bit_the_same(num_ranks, zero_stage, tiny_config, command):
+    settings = ["--set", f"train.zero_stage={zero_stage}", "run.checkpoint_every_steps=3"]
+    whole = tiny_config.parent / "whole"
+    launcher = TRAIN if num_ranks == 1 else deepspeed(num_ranks)
+    done = command(*launcher, tiny_config, *settings, f"run.dir={whole}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    kill_after_step([*launcher, str(tiny_config), *settings], run_of(tiny_config), step=14)
+    resumed = command(*launcher, tiny_config, *settings, "run.resume=auto")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed at step" in resumed.stdout
+    assert_same_end(whole, run_of(tiny_config))
+
+
+def kill_after_step(command: list[str], run: Path, *, step: int) -> None:
+    """Start a training and kill -9 all its processes once it has logged `step`."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_rows(run / "metrics.jsonl")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kill_session(process)
+    assert last_checkpoint(run / "checkpoints") is not None
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    import psutil
+
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def test_init_from_takes_weights_only(tiny_config, command):
+    assert command(*TRAIN, tiny_config, "--set", "train.num_epochs=1").returncode == 0
+    second = tiny_config.parent / "second"
+    settings = [
+        f"run.init_from={run_of(tiny_config)}",
+        f"run.dir={second}",
+        "train.num_epochs=1",
+        "optim.base_lr=1e-30",
+    ]
+    done = command(*TRAIN, tiny_config, "--set", *settings)
+    assert done.returncode == 0, done.stderr
+    first, after = (weights_of(run)["backbone"] for run in (run_of(tiny_config), second))
+    assert torch.equal(first["conv1.weight"], after["conv1.weight"])  # no step is large enough to move what was taken
+    assert next(row["step"] for row in losses(second)) == 1
+
+
+def weights_of(run: Path) -> dict:
+    folder = last_checkpoint(run / "checkpoints")
+    assert folder is not None
+    return torch.load(folder / "weights.pt", weights_only=True)
