@@ -6,6 +6,7 @@ It is written under a temporary name and renamed when every rank is done.
 """
 
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,8 +118,8 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
-        raise ConfigError(f"{file} is no weights file of fastssl: {str(error).splitlines()[0]}") from None
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(f"{file} is no weights file of fastssl, or it is damaged") from error
 
 
 def _find_weights(path: Path) -> Path:

@@ -31,6 +31,8 @@ def _run(args: argparse.Namespace) -> int:
         return _fail(str(error), 3)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

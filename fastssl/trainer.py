@@ -46,6 +46,7 @@ class Trainer:
         torch.manual_seed(cfg.run.seed)
 
         reader = open_train_reader(cfg.data)
+        self.data_identity = [reader.num_samples, len(reader.mmap)]  # a resumed run must find the same file
         self.loader = build_loader(
             reader,
             cfg.data,
@@ -125,7 +126,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
-        state = {"step": self.step, "loss": self.loss.state_dict()}
+        state = {"step": self.step, "data_identity": self.data_identity, "loss": self.loss.state_dict()}
         if self.probe:
             state["probe"] = self.probe.state_dict()
         save_checkpoint(
@@ -144,6 +145,11 @@ class Trainer:
         if path is None:
             return
         state = load_checkpoint(path, self.engine)
+        if state["data_identity"] != self.data_identity:
+            raise ConfigError(
+                f"data.train: {self.cfg.data.train} holds [images, bytes] {self.data_identity}, but the run was made "
+                f"on {state['data_identity']}: resume with the same file, or start another run"
+            )
         self.step = state["step"]
         self.epoch_sums = {name: value.to(self.device) for name, value in state["epoch_sums"].items()}
         self.loss.load_state_dict(state["loss"])

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,16 +12,10 @@ import torch
 
 from fastssl.checkpoint import last_checkpoint
 from fastssl.metrics import read_rows
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, free_port
 
 TRAIN = [sys.executable, "fastssl/train.py", "--cfg"]
 TIMING = ("img_per_s", "data_wait_fraction", "memory_bytes")
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def deepspeed(num_ranks: int) -> list[str]:
@@ -105,6 +98,52 @@ def test_a_run_is_not_overwritten_and_a_changed_config_is_named(tiny_config, com
     assert "is complete" in complete.stdout
 
 
+def test_engines_see_the_same_views_and_so_the_same_loss(tiny_config, command):
+    first_loss = {}
+    for engine in ("ffcv", "torch", "synthetic"):
+        run = tiny_config.parent / engine
+        done = command(*TRAIN, tiny_config, "--set", f"data.engine={engine}", f"run.dir={run}", "train.num_epochs=1")
+        assert done.returncode == 0, done.stderr
+        first_loss[engine] = losses(run)[0]["loss"]
+    assert first_loss["ffcv"] == pytest.approx(first_loss["torch"], abs=2e-3)
+    assert abs(first_loss["synthetic"] - first_loss["torch"]) > 2e-3
+
+
+def test_a_terminal_shows_a_progress_bar(tiny_config):
+    import os
+    import pty
+
+    leader, follower = pty.openpty()
+    arguments = [*TRAIN, str(tiny_config), "--set", "train.num_epochs=1"]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=follower, stderr=follower)
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            shown += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    assert process.wait() == 0
+    os.close(leader)
+    text = shown.decode(errors="replace")
+    for part in ("10/10", "loss ", "img/s", "data wait", "step/s"):
+        assert part in text, text
+    assert "epoch 1/1" not in text
+
+
+def test_another_data_set_is_no_continuation(tiny_config, digits, command):
+    settings = ["--set", "train.num_epochs=2", "data.global_batch_size=100"]
+    copy = tiny_config.parent / "copy.beton"
+    copy.write_bytes((digits / "train.beton").read_bytes())
+    first = command(*TRAIN, tiny_config, *settings, f"data.train={copy}")
+    assert first.returncode == 0, first.stderr
+    copy.write_bytes((digits / "test.beton").read_bytes())
+    other = command(*TRAIN, tiny_config, *settings, f"data.train={copy}", "run.resume=auto")
+    assert other.returncode == 2
+    assert "data.train" in other.stderr
+    assert "1297" in other.stderr
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("launcher", "settings"),
@@ -184,3 +223,18 @@ def weights_of(run: Path) -> dict:
     folder = last_checkpoint(run / "checkpoints")
     assert folder is not None
     return torch.load(folder / "weights.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_killed_again_and_again_it_still_ends_bit_for_bit_the_same(tiny_config, command):
+    settings = ["--set", "train.num_epochs=4", "run.checkpoint_every_steps=3", "train.zero_stage=1"]
+    whole = tiny_config.parent / "whole"
+    done = command(*deepspeed(2), tiny_config, *settings, f"run.dir={whole}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in (5, 14, 23, 32):
+        start = [*deepspeed(2), str(tiny_config), *settings, "run.resume=auto"]
+        kill_after_step(start, run_of(tiny_config), step=step)
+    resumed = command(*deepspeed(2), tiny_config, *settings, "run.resume=auto")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_same_end(whole, run_of(tiny_config))
