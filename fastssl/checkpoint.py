@@ -42,7 +42,7 @@ def save_checkpoint(
     """
     temporary, final = root / f".{_PREFIX}{step:08d}.tmp", root / f"{_PREFIX}{step:08d}"
     engine.save_checkpoint(str(root), tag=temporary.name, client_state=dict(state), save_latest=False)
-    torch.save(_rank_state(engine.module) | dict(rank_state), temporary / f"rank_{dist.rank()}.pt")
+    torch.save(_rank_state(engine) | dict(rank_state), temporary / f"rank_{dist.rank()}.pt")
     if dist.rank() == 0:
         torch.save(dict(weights), temporary / "weights.pt")
     dist.barrier()
@@ -58,19 +58,23 @@ def load_checkpoint(path: Path, engine: Any) -> dict[str, Any]:
         `state` of the save, and this rank's `rank_state`, in one mapping.
 
     Raises:
-        ConfigError: the checkpoint is of another world size.
+        ConfigError: the checkpoint is of another world size, or of another kind of device.
     """
     own = path / f"rank_{dist.rank()}.pt"
     num_ranks = len(list(path.glob("rank_*.pt")))
     if num_ranks != dist.world_size():
         raise ConfigError(f"{path} was saved by {num_ranks} processes; it cannot go on with {dist.world_size()}")
+    rank_state = torch.load(own, map_location="cpu", weights_only=True)
+    if rank_state["device"] != engine.device.type:
+        raise ConfigError(
+            f"{path} was saved on {rank_state['device']}; it cannot go on on {engine.device.type}: see run.device"
+        )
     _, state = engine.load_checkpoint(str(path.parent), tag=path.name)
-    rank_state = torch.load(own, weights_only=True)
     buffers = dict(engine.module.named_buffers())
     for name, value in rank_state["buffers"].items():
         buffers[name].copy_(value)
     torch.set_rng_state(rank_state["rng_state"])
-    if torch.cuda.is_available():
+    if engine.device.type == "cuda":
         torch.cuda.set_rng_state(rank_state["cuda_rng_state"])
     return state | rank_state
 
@@ -87,12 +91,17 @@ def step_of(path: Path) -> int:
 
 def prune(root: Path, *, keep_every_steps: int) -> None:
     """Delete what is not needed (rank 0): half-written ones, and all but the last and each `keep_every_steps`."""
-    for path in root.glob(f".{_PREFIX}*.tmp"):
-        shutil.rmtree(path)
+    drop_half_written(root)
     last = last_checkpoint(root)
     for path in root.glob(f"{_PREFIX}*"):
         if path != last and not (keep_every_steps and step_of(path) % keep_every_steps == 0):
             shutil.rmtree(path)
+
+
+def drop_half_written(root: Path) -> None:
+    """Delete what a killed save left behind (rank 0)."""
+    for path in root.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(path)
 
 
 def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: int) -> dict[str, Any]:
@@ -131,9 +140,10 @@ def _find_weights(path: Path) -> Path:
     return path
 
 
-def _rank_state(module: nn.Module) -> dict[str, Any]:
-    state: dict[str, Any] = {"buffers": dict(module.named_buffers()), "rng_state": torch.get_rng_state()}
-    if torch.cuda.is_available():
+def _rank_state(engine: Any) -> dict[str, Any]:
+    buffers = dict(engine.module.named_buffers())
+    state: dict[str, Any] = {"device": engine.device.type, "buffers": buffers, "rng_state": torch.get_rng_state()}
+    if engine.device.type == "cuda":
         state["cuda_rng_state"] = torch.cuda.get_rng_state()
     return state
 
@@ -146,8 +156,6 @@ def _publish(temporary: Path, final: Path) -> None:
     for file in temporary.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if final.exists():  # the same step saved again after a resume
-        shutil.rmtree(final)
     temporary.rename(final)
     folder = os.open(final.parent, os.O_RDONLY)
     try:

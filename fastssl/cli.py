@@ -30,7 +30,7 @@ def _run(args: argparse.Namespace) -> int:
     except DivergedError as error:
         return _fail(str(error), 3)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted; a training goes on from its last checkpoint with --set run.resume=auto", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
 def _fail(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-    print(f"fastssl: error{where}: {message}", file=sys.stderr, flush=True)
+    print(f"fastssl: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 
 
@@ -74,14 +74,17 @@ def _inspect(args: argparse.Namespace) -> None:
 
     print(yaml.safe_dump(inspect(args.beton), sort_keys=False, allow_unicode=True), end="")
     out = args.out or args.beton.with_name(f"{args.beton.name}.png")
-    contact_sheet(BetonReader(args.beton), out)
+    try:
+        contact_sheet(BetonReader(args.beton), out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written ({error.strerror})") from None
     print(f"contact_sheet: {out}")
 
 
 def _eval(args: argparse.Namespace) -> None:
     from fastssl.evaluation.run import evaluate_run
 
-    print(evaluate_run(args.run))
+    print(evaluate_run(args.run, args.set))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate a run's encoder")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     evaluate.set_defaults(call=_eval)
     return parser
 

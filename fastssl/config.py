@@ -54,6 +54,10 @@ class RunConfig:
     num_threads: int = 0
 
     def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("dir must name a folder")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError("seed must be in [0, 2**63)")
         for name in ("checkpoint_every_steps", "keep_every_epochs", "num_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0")
@@ -103,6 +107,13 @@ class Config:
             raise ValueError(
                 "train.zero_stage must be 0 with optim.name=lars: ZeRO flattens the layers whose norms LARS needs"
             )
+        if self.optim.warmup_epochs >= self.train.num_epochs:
+            raise ValueError(
+                f"optim.warmup_epochs ({self.optim.warmup_epochs:g}) must be less than train.num_epochs "
+                f"({self.train.num_epochs}): the learning rate would never reach its peak"
+            )
+        if self.data.global_batch_size < 2:
+            raise ValueError("data.global_batch_size must be >= 2: the negatives are other images of the batch")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -174,7 +185,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _adapter() -> TypeAdapter[Config]:
     for cls in _dataclasses_of(Config):
-        cls.__pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
+        cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # pyright: ignore[reportAttributeAccessIssue]
     return TypeAdapter(Config)
 
 
@@ -194,7 +205,9 @@ def _explain(error: ValidationError) -> str:
     loc = [str(part) for part in first["loc"] if part not in tags]
     key = ".".join(loc)
     if first["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key}{_nearest(loc)}"
+        return f"unknown key {key}{_nearest(loc, [str(part) for part in first['loc']])}"
+    if first["type"] == "union_tag_invalid":
+        return f"{key}.name must be one of {', '.join(sorted(tags))}, not {first.get('ctx', {}).get('tag')!r}"
     if first["type"] == "value_error":
         message = str(first.get("ctx", {}).get("error"))  # ours, from a __post_init__: it names the field
         return message if not key or message.startswith(key) else f"{key}.{message}"
@@ -205,16 +218,18 @@ def _names(loss_config: type) -> tuple[str, ...]:
     return typing.get_args(typing.get_type_hints(loss_config)["name"])
 
 
-def _nearest(loc: list[str]) -> str:
-    known = _known_keys(loc[:-1])
+def _nearest(loc: list[str], tagged: list[str]) -> str:
+    known = _known_keys(loc[:-1], tagged)
     near = difflib.get_close_matches(loc[-1], known, n=3, cutoff=0.5)
     return f": did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(known)}"
 
 
-def _known_keys(section: list[str]) -> list[str]:
+def _known_keys(section: list[str], tagged: list[str]) -> list[str]:
     level: list[type] = [Config]
     for name in section:
         level = [cls for parent in level for cls in _direct(typing.get_type_hints(parent).get(name))]
+    if len(level) > 1:  # a union: only the one that `name` chose
+        level = [cls for cls in level if set(_names(cls)) & set(tagged)]
     return sorted({f.name for cls in level for f in dataclasses.fields(cls)})
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -75,13 +76,12 @@ class Metrics:
         )
         self._started, self._start_step = time.perf_counter(), start_step
 
-    def step_row(self, step: int, values: dict[str, Tensor | float | int]) -> dict[str, Any]:
-        """Write the row of a step (1-based: the number of steps taken); returns it with plain numbers."""
+    def step_row(self, step: int, values: dict[str, Tensor | float | int]) -> None:
+        """Write the row of a step (1-based: the number of steps taken)."""
         row = {"step": step, "epoch": (step - 1) // self._steps_per_epoch} | {k: _plain(v) for k, v in values.items()}
         self._write(row, prefix="step")
         shown = f"loss {row['loss']:.4f}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
         self._bar.set_postfix_str(shown)
-        return row
 
     def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int]) -> None:
         """Write the row of an epoch (0-based) and, where there is no terminal, print its line."""
@@ -91,8 +91,9 @@ class Metrics:
         if self._bar.disable:
             print(self._line(row), flush=True)
 
-    def advance(self, num_steps: int = 1) -> None:
-        self._bar.update(num_steps)
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        self._bar.update()
 
     def close(self) -> None:
         self._bar.close()
@@ -111,7 +112,7 @@ class Metrics:
         online = "" if row.get("online_top1") is None else f"  online top-1 {row['online_top1']:.1%}"
         return (
             f"epoch {row['epoch'] + 1}/{self._num_epochs}  loss {row['loss']:.4f}{online}  {row['img_per_s']:.0f} img/s"
-            f"  data wait {row['data_wait_fraction']:.0%}  left {time.strftime('%H:%M:%S', time.gmtime(left_s))}"
+            f"  data wait {row['data_wait_fraction']:.0%}  left {timedelta(seconds=round(left_s))}"
         )
 
 

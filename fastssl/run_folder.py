@@ -6,13 +6,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastssl.config import Config, build_config, differing_keys, to_dict
+from fastssl.config import Config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 
 # A resumed run may differ in these: they change neither a weight nor the order of events.
@@ -22,8 +23,18 @@ FREE_KEYS = (
     "run.checkpoint_every_steps",
     "run.checkpoint_every_epochs",
     "run.keep_every_epochs",
+    "run.log_every_steps",
+    "run.num_threads",
+    "run.init_from",
+    "data.test",
     "data.num_workers",
     "data.prefetch_batches",
+    "eval.knn_k",
+    "eval.knn_temperature",
+    "eval.few_labels",
+    "eval.num_draws",
+    "eval.baselines",
+    "eval.local_batch_size",
 )
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "pillow", "timm", "scikit-learn", "triton")
 
@@ -50,36 +61,51 @@ class RunFolder:
         """Whether the run is to be resumed; refuses to overwrite one.
 
         Raises:
-            ConfigError: the folder holds a run and run.resume is "never", or the run was made with another config.
+            ConfigError: the folder holds a run and run.resume is "never", the run was made with another config, or
+                the folder cannot be written.
         """
         if not self.config.exists():
-            if self.path.exists() and not self.path.is_dir():
-                raise ConfigError(f"run.dir: {self.path} is a file")
+            self._check_fresh()
             return False
         if cfg.run.resume == "never":
             raise ConfigError(
                 f"{self.path} holds a run already: go on with --set run.resume=auto, or choose another run.dir"
             )
-        differences = differing_keys(yaml.safe_load(self.config.read_text()), to_dict(cfg), ignore=FREE_KEYS)
+        differences = differing_keys(to_dict(self.load_config()), to_dict(cfg), ignore=FREE_KEYS)
         if differences:
             raise ConfigError(f"{self.path} was made with another config; it differs in {'; '.join(differences)}")
         return True
 
     def create(self, cfg: Config, world_size: int) -> None:
-        """Write the resolved configuration and the environment (rank 0)."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
-        replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: it marks the folder as a run
+        """Write the resolved configuration and the environment (rank 0).
 
-    def load_config(self) -> Config:
-        """The resolved configuration of the run.
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
+            replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: it marks a run
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
+
+    def load_config(self, overrides: Sequence[str] = ()) -> Config:
+        """The resolved configuration of the run, with `key=value` changes.
 
         Raises:
             ConfigError: no run lies here.
         """
         if not self.config.exists():
             raise ConfigError(f"{self.path} is no run folder: it has no config.yaml")
-        return build_config(yaml.safe_load(self.config.read_text()))
+        return load_config(self.config, overrides)
+
+    def _check_fresh(self) -> None:
+        """Every rank looks, so that all stop alike: nothing of another run, and a folder that can be made."""
+        if any(self.checkpoints.glob("step_*")):
+            raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run.dir")
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"run.dir: {self.path} cannot be written ({existing} is a file or not writable)")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from fastssl import dist, report
-from fastssl.checkpoint import last_checkpoint, load_checkpoint, load_weights, plain_weights, prune, save_checkpoint
+from fastssl.checkpoint import (
+    drop_half_written,
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    plain_weights,
+    prune,
+    save_checkpoint,
+)
 from fastssl.config import Config
 from fastssl.ds_config import build_ds_config
 from fastssl.errors import ConfigError, DivergedError
+from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.launch import num_threads_of, start_process
 from fastssl.losses import build_loss
@@ -61,7 +70,11 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * cfg.train.num_epochs
         self.image_px = build_view_specs(cfg.views)[0].size_px
 
+        check_test_data(cfg, reader)
         self.model = build_model(cfg, self.image_px)
+        if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
+            take_weights(self.model, cfg.run.init_from)
+        torch.manual_seed(cfg.run.seed + dist.rank())  # dropout differs from rank to rank
         self.loss = build_loss(cfg.loss).to(self.device)
         self.probe = self._build_probe(reader)
         self.engine, self.optimizer = self._build_engine()
@@ -124,7 +137,8 @@ class Trainer:
                 self.save()
 
     def save(self) -> None:
-        """Save a checkpoint of this step (all ranks)."""
+        """Save a checkpoint of this step (all ranks); a run that has diverged keeps its last good one."""
+        self._check_finite(self.epoch_sums["loss"])
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
         state = {"step": self.step, "data_identity": self.data_identity, "loss": self.loss.state_dict()}
         if self.probe:
@@ -169,9 +183,9 @@ class Trainer:
 
     def _build_probe(self, reader: BetonReader) -> OnlineProbe | None:
         """A linear probe where at least two classes are labelled; it learns from all but the held-out images."""
-        num_classes = int(reader.labels.max()) + 1
-        if num_classes < 2:
+        if num_labelled_classes(reader) < 2:
             return None
+        num_classes = int(reader.labels.max()) + 1
         _, holdout_ids = split_holdout(reader.num_samples, self.cfg.data.holdout_fraction, reader.labels)
         is_holdout = np.zeros(reader.num_samples, dtype=bool)
         is_holdout[holdout_ids] = True
@@ -186,7 +200,7 @@ class Trainer:
     def _claim_folder(self, resuming: bool) -> Metrics | None:
         if dist.rank() == 0:
             if resuming:
-                prune(self.folder.checkpoints, keep_every_steps=1)  # half-written ones only
+                drop_half_written(self.folder.checkpoints)
             else:
                 self.folder.create(self.cfg, dist.world_size())
         dist.barrier()
@@ -207,16 +221,13 @@ class Trainer:
             self.metrics.advance()
         if self.step % self.cfg.run.log_every_steps:
             return
-        loss = dist.all_mean_(values["loss"].clone())
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss.item()} at step {self.step}: lower optim.base_lr or raise the warm-up"
-            )
+        loss = self._check_finite(values["loss"])
         if self.metrics:
             row = {"loss": loss, "learning_rate": self.learning_rate(self.step - 1), **self.timer.read("step")}
             self.metrics.step_row(self.step, row | {"memory_bytes": self._memory_bytes()})
 
     def _log_epoch(self, epoch: int) -> None:
+        self._check_finite(self.epoch_sums["loss"])
         sums = {name: dist.all_mean_(value.clone()) for name, value in self.epoch_sums.items()}
         self.epoch_sums = self._zero_sums()
         if not self.metrics:
@@ -225,9 +236,21 @@ class Trainer:
         bound = self.loss.bound_nats(row["loss"].item())
         if bound is not None:
             row["mutual_information_bound_nats"] = bound
-        if self.probe:
-            row["online_top1"] = sums["online_correct"] / sums["online_total"].clamp(min=1e-9)
+        if self.probe and sums["online_total"] > 0:
+            row["online_top1"] = sums["online_correct"] / sums["online_total"]
         self.metrics.epoch_row(epoch, self.step, row)
+
+    def _check_finite(self, loss: Tensor) -> Tensor:
+        """Mean over ranks of a loss (all ranks call it, and stop alike).
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        mean = dist.all_mean_(loss.clone())
+        if not torch.isfinite(mean):
+            hint = "lower optim.base_lr, or warm up longer"
+            raise DivergedError(f"the loss is {mean.item()} at step {self.step}: {hint}")
+        return mean
 
     def _checkpoint_due(self) -> bool:
         epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
@@ -250,7 +273,8 @@ class Trainer:
         return (
             f"{self.cfg.loss.name} on {self.loader.num_samples:,} images, {self.cfg.model.backbone} "
             f"({num_parameters / 1e6:.2f} M parameters), global batch {self.cfg.data.global_batch_size} on "
-            f"{dist.world_size()} x {self.device.type}, {self.total_steps} steps{start} -> {self.folder.path}"
+            f"{dist.world_size()} x {self.device.type}, {self.cfg.train.num_epochs} epochs of "
+            f"{self.steps_per_epoch} steps{start} -> {self.folder.path}"
         )
 
     def _say(self, line: str) -> None:
@@ -259,24 +283,31 @@ class Trainer:
 
 
 def build_model(cfg: Config, image_px: int) -> TwoViewModel:
-    """The model at its seeded start, with the weights of run.init_from where that is set.
+    """The model at its seeded start.
 
     Raises:
-        ConfigError: the weights do not fit the model.
+        ConfigError: there is no such model.
     """
     torch.manual_seed(cfg.run.seed)
     try:
-        model = TwoViewModel(cfg.model, image_px)
+        return TwoViewModel(cfg.model, image_px)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if cfg.run.init_from:
-        weights = load_weights(cfg.run.init_from)
-        try:
-            model.backbone.load_state_dict(weights["backbone"])
-            model.projector.load_state_dict(weights["projector"])
-        except RuntimeError as error:
-            raise ConfigError(f"run.init_from: the weights do not fit: {' '.join(str(error).split())[:300]}") from None
-    return model
+
+
+def take_weights(model: TwoViewModel, path: str) -> None:
+    """Start from the weights of run.init_from.
+
+    Raises:
+        ConfigError: they do not fit the model.
+    """
+    weights = load_weights(path)
+    try:
+        model.backbone.load_state_dict(weights["backbone"])
+        model.projector.load_state_dict(weights["projector"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"run.init_from: {path} is of another model, {weights['model']}: {reason}") from None
 
 
 def train(cfg: Config) -> None:

@@ -16,7 +16,7 @@ views: {recipe: digits, size_px: 16}
 model: {backbone: timm/resnet18, stem: cifar, pool_px: 1, projector_hidden: [32], projector_dim: 16,
         backbone_kwargs: {channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}}
 loss: {name: mio, temperature_positive: 0.2, temperature_negative: 0.2}
-optim: {base_lr: 0.1, warmup_epochs: 1}
+optim: {base_lr: 0.1, warmup_epochs: 0.5}
 train: {num_epochs: 2}
 eval: {knn_k: 20, few_labels: [5], baselines: true}
 """

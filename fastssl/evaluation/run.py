@@ -1,6 +1,7 @@
 """`fastssl eval RUN`: the last checkpoint's encoder against the baselines, on the run's own data."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.evaluation import evaluate_arrays, format_table
 from fastssl.evaluation.features import extract_features
+from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.launch import choose_device, num_threads_of
 from fastssl.models.backbones import build_backbone
 from fastssl.run_folder import RunFolder, replace_text
@@ -24,18 +26,22 @@ from pipelines.sampler import split_holdout
 Split = tuple[np.ndarray, np.ndarray]  # features [N, F] float32, labels [N] int64
 
 
-def evaluate_run(path: str | Path) -> str:
+def evaluate_run(path: str | Path, overrides: Sequence[str] = ()) -> str:
     """Evaluate a run's last checkpoint, write eval.json and return a table.
 
     With `data.test` the classifiers learn from all labelled training images and are read once on the test
     images; their settings were chosen on a part of the training images. Without it, they learn from the training
     images that are not held out and the held-out ones are scored.
 
+    Args:
+        path: The run's folder.
+        overrides: `key=value` changes of the run's configuration, such as eval.knn_k=10 or data.test=other.beton.
+
     Raises:
         ConfigError: no run, no checkpoint, or no labels.
     """
     folder = RunFolder(path)
-    cfg = folder.load_config()
+    cfg = folder.load_config(overrides)
     checkpoint = last_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ConfigError(f"{folder.path} has no checkpoint yet")
@@ -44,6 +50,7 @@ def evaluate_run(path: str | Path) -> str:
     weights = load_weights(checkpoint)
     image_px = weights["image_px"]
 
+    _check_data(cfg)
     results: dict[str, dict[str, Any]] = {}
     if cfg.eval.baselines:
         results["raw pixels"] = _evaluate(cfg, nn.Flatten(), device)
@@ -59,6 +66,15 @@ def evaluate_run(path: str | Path) -> str:
     return f"accuracy on {scored_on}, step {step_of(checkpoint)}\n{format_table(results)}"
 
 
+def _check_data(cfg: Config) -> None:
+    train = BetonReader(cfg.data.train)
+    if num_labelled_classes(train) < 2:
+        raise ConfigError(f"{cfg.data.train} holds fewer than two labelled classes: there is nothing to evaluate")
+    if not cfg.data.test and round(train.num_samples * cfg.data.holdout_fraction) == 0:
+        raise ConfigError("data.test is not set and data.holdout_fraction holds out no image: nothing to be judged by")
+    check_test_data(cfg, train)
+
+
 def _untrained(cfg: Config, image_px: int) -> nn.Module:
     """The encoder as the run's seed made it (run.init_from is not taken)."""
     torch.manual_seed(cfg.run.seed)
@@ -67,10 +83,7 @@ def _untrained(cfg: Config, image_px: int) -> nn.Module:
 
 def _evaluate(cfg: Config, encoder: nn.Module, device: torch.device) -> dict[str, Any]:
     encoder = encoder.to(device)
-    train_reader = BetonReader(cfg.data.train)
-    if train_reader.labels.max() < 1:
-        raise ConfigError(f"{cfg.data.train} holds fewer than two labelled classes: there is nothing to evaluate")
-    train = _features(cfg, train_reader, encoder, device)
+    train = _features(cfg, BetonReader(cfg.data.train), encoder, device)
     if cfg.data.test:
         test = _features(cfg, BetonReader(cfg.data.test), encoder, device)
     else:
@@ -90,7 +103,10 @@ def _features(cfg: Config, reader: BetonReader, encoder: nn.Module, device: torc
         device=device,
         num_workers=cfg.data.num_workers,
     )
-    return extract_features(encoder, loader)
+    try:
+        return extract_features(encoder, loader)
+    finally:
+        loader.close()
 
 
 def _split(data: Split, holdout_fraction: float) -> tuple[Split, Split]:

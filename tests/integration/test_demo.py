@@ -12,7 +12,16 @@ from tests.processes import ROOT, free_port
 def test_demo_beats_raw_pixels(digits, tmp_path, command):
     run = tmp_path / "run"
     settings = [f"run.dir={run}", f"data.train={digits / 'train.beton'}", f"data.test={digits / 'test.beton'}"]
-    train = ["deepspeed", "--master_port", free_port(), "fastssl/train.py", "--cfg", ROOT / "configs/demo.yaml"]
+    train = [
+        "deepspeed",
+        "--num_gpus",
+        "1",
+        "--master_port",
+        free_port(),
+        "fastssl/train.py",
+        "--cfg",
+        ROOT / "configs/demo.yaml",
+    ]
     done = command(*train, "--set", *settings, timeout_s=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert command("fastssl", "eval", run).returncode == 0

@@ -158,6 +158,37 @@ def test_two_ranks(launcher, settings, tiny_config, command):
 
 
 @pytest.mark.dist
+def test_without_batch_norm_two_ranks_take_the_steps_of_one(tiny_config, command):
+    # A sum of gradients in the place of their mean, or one rank's negatives alone, would show in the second loss.
+    vit = "model={backbone: timm/vit_tiny_patch16_224, projector_hidden: [], projector_last_norm: false,"
+    vit += " backbone_kwargs: {img_size: 16, patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}"
+    settings = ["--set", vit, "train.num_epochs=1", "optim.base_lr=0.02"]
+    found = {}
+    for num_ranks, launcher in ((1, TRAIN), (2, deepspeed(2))):
+        run = tiny_config.parent / f"ranks{num_ranks}"
+        done = command(*launcher, tiny_config, *settings, f"run.dir={run}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[num_ranks] = [row["loss"] for row in losses(run) if "kind" not in row]
+    assert found[2][:4] == pytest.approx(found[1][:4], rel=1e-4)
+    assert abs(found[1][3] - found[1][0]) > 1e-2  # the steps move
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(tiny_config, command):
+    settings = ["--set", "run.checkpoint_every_steps=5", "run.log_every_steps=1000", "optim.base_lr=1e30"]
+    done = command(*TRAIN, tiny_config, *settings)
+    assert done.returncode == 3, done.stderr
+    assert "the loss is" in done.stderr
+    assert last_checkpoint(run_of(tiny_config) / "checkpoints") is None  # nothing good was there to save
+
+
+def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, command):
+    (run_of(tiny_config) / "checkpoints" / "step_00000900").mkdir(parents=True)
+    done = command(*TRAIN, tiny_config)
+    assert done.returncode == 2
+    assert "config.yaml" in done.stderr
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_killed_in_mid_epoch_and_resumed_it_ends_bit_for_bit_the_same(num_ranks, zero_stage, tiny_config, command):
