@@ -5,13 +5,9 @@ parameter gradients over ranks. Then the update is that of one process on the gl
 docs/adr/0003-pair-sums-and-gradients-across-ranks.md. Every rank must call these in the same order, with equal shapes.
 """
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -33,15 +29,6 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         torch_dist.barrier()
-
-
-def broadcast_object(value: T, src: int = 0) -> T:
-    """Rank `src`'s value on every rank; it travels pickled, so small things only."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    torch_dist.broadcast_object_list(box, src=src)
-    return box[0]
 
 
 @torch.no_grad()

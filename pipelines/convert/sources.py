@@ -14,6 +14,7 @@ from pipelines.errors import DataError
 SourceKind = Literal["folder", "npz", "digits"]
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 NUM_DIGITS_TEST = 500
+MAX_LABEL = 999_999  # a classifier has one output for each number up to the largest label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,10 @@ def npz_source(path: Path, split: str | None = None) -> Source:
         raise DataError(f"{path}: not a readable .npz of plain arrays; write it with numpy.savez") from error
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3) or not x.size:
         raise DataError(f"{path}: {x_key} must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}")
-    if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),) or y.min() < -1:
-        raise DataError(f"{path}: {y_key} must be integers >= -1, [{len(x)}], not {y.dtype} {list(y.shape)}")
+    if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
+        raise DataError(f"{path}: {y_key} must be integers [{len(x)}], not {y.dtype} {list(y.shape)}")
+    if not -1 <= int(y.min()) <= int(y.max()) <= MAX_LABEL:
+        raise DataError(f"{path}: {y_key} must be in -1..{MAX_LABEL}, not {y.min()}..{y.max()}")
     return Source(name=str(path.resolve()), images=x, labels=y.astype(np.int64))
 
 

@@ -1,6 +1,6 @@
 """The default engine: FFCV's Loader with one operation that decodes a sample once and cuts all its views.
 
-FFCV gives the file's memory map, the thread that works ahead and the (pinned) output slots. Its generated code
+FFCV gives the file's memory map, the thread that works ahead and the output slots. Its generated code
 is left uncompiled: it runs once a batch, and numba would compile it anew, for 10 to 50 s, in every process.
 """
 

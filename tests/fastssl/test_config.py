@@ -59,6 +59,9 @@ def test_bad_files_name_the_path(tmp_path):
     bad.write_text("a: [1")
     with pytest.raises(ConfigError, match=r"bad.yaml is not YAML"):
         load_config(bad)
+    bad.write_text("optim: {base_lr: 1}\noptim: {momentum: 0}")
+    with pytest.raises(ConfigError, match="optim stands twice"):
+        load_config(bad)
     bad.write_text("- 1")
     with pytest.raises(ConfigError, match="mapping"):
         load_config(bad)
