@@ -74,10 +74,10 @@ class Trainer:
         self.model = build_model(cfg, self.image_px)
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
             take_weights(self.model, cfg.run.init_from)
-        torch.manual_seed(cfg.run.seed + dist.rank())  # dropout differs from rank to rank
         self.loss = build_loss(cfg.loss).to(self.device)
         self.probe = self._build_probe(reader)
         self.engine, self.optimizer = self._build_engine()
+        torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
         self.learning_rate = partial(
             learning_rate,
             base_lr=cfg.optim.base_lr,
