@@ -16,7 +16,7 @@ import yaml
 from fastssl.config import Config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 
-# A resumed run may differ in these: they change neither a weight nor the order of events.
+# A resumed run may differ in these: they change no event of the training (num_threads its last bits only).
 FREE_KEYS = (
     "run.dir",
     "run.resume",
@@ -25,16 +25,8 @@ FREE_KEYS = (
     "run.keep_every_epochs",
     "run.log_every_steps",
     "run.num_threads",
-    "run.init_from",
-    "data.test",
     "data.num_workers",
     "data.prefetch_batches",
-    "eval.knn_k",
-    "eval.knn_temperature",
-    "eval.few_labels",
-    "eval.num_draws",
-    "eval.baselines",
-    "eval.local_batch_size",
 )
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "pillow", "timm", "scikit-learn", "triton")
 

@@ -52,8 +52,6 @@ class Trainer:
         self.folder = RunFolder(cfg.run.dir)
         resuming = self.folder.check_claim(cfg)
         self.device = start_process(cfg.run)
-        torch.manual_seed(cfg.run.seed)
-
         reader = open_train_reader(cfg.data)
         self.data_identity = [reader.num_samples, len(reader.mmap)]  # a resumed run must find the same file
         self.loader = build_loader(
@@ -227,8 +225,7 @@ class Trainer:
             self.metrics.step_row(self.step, row | {"memory_bytes": self._memory_bytes()})
 
     def _log_epoch(self, epoch: int) -> None:
-        self._check_finite(self.epoch_sums["loss"])
-        sums = {name: dist.all_mean_(value.clone()) for name, value in self.epoch_sums.items()}
+        sums = {name: self._check_finite(value) for name, value in self.epoch_sums.items()}
         self.epoch_sums = self._zero_sums()
         if not self.metrics:
             return
@@ -240,13 +237,13 @@ class Trainer:
             row["online_top1"] = sums["online_correct"] / sums["online_total"]
         self.metrics.epoch_row(epoch, self.step, row)
 
-    def _check_finite(self, loss: Tensor) -> Tensor:
-        """Mean over ranks of a loss (all ranks call it, and stop alike).
+    def _check_finite(self, value: Tensor) -> Tensor:
+        """Mean over ranks of a loss or a count (all ranks call it, and stop alike).
 
         Raises:
             DivergedError: it is not finite.
         """
-        mean = dist.all_mean_(loss.clone())
+        mean = dist.all_mean_(value.clone())
         if not torch.isfinite(mean):
             hint = "lower optim.base_lr, or warm up longer"
             raise DivergedError(f"the loss is {mean.item()} at step {self.step}: {hint}")
