@@ -38,10 +38,14 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
     else:
         model = _build_torchvision(cfg)
         is_resnet = isinstance(model, torchvision.models.ResNet)
-    if not is_resnet and (cfg.stem == "cifar" or cfg.pool_px > 1):
-        raise ValueError(f"model.stem=cifar and model.pool_px > 1 are for ResNets only, not for {cfg.backbone}")
+    if not is_resnet and (cfg.stem != "imagenet" or cfg.pool_px > 1):
+        raise ValueError(
+            f"model.stem={cfg.stem} and model.pool_px={cfg.pool_px} are for ResNets only, not for {cfg.backbone}"
+        )
     if cfg.stem == "cifar":
-        _put_cifar_stem(model)
+        _put_cifar_convolution(model)
+    if cfg.stem != "imagenet":
+        model.maxpool = nn.Identity()
     if cfg.pool_px > 1:
         _put_pool(model, cfg.pool_px)
     return model, _count_features(model, cfg, image_px)
@@ -93,11 +97,10 @@ def _drop_classifier(model: nn.Module, name: str) -> None:
     setattr(model.get_submodule(parent), leaf, nn.Identity())
 
 
-def _put_cifar_stem(model: Any) -> None:
+def _put_cifar_convolution(model: Any) -> None:
     width = model.bn1.num_features  # also when timm's deep stem of three convolutions stands there
     model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
 
 
 def _put_pool(model: Any, pool_px: int) -> None:

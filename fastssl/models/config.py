@@ -11,7 +11,8 @@ class ModelConfig:
     Attributes:
         backbone: A torchvision classification model by name, or `timm/<name>`; random initial weights.
         stem: "cifar": a 3x3 stride-1 first convolution and no max-pooling, for images of about 32 px and less
-            (SimCLR, arXiv:2002.05709, appendix B.9); ResNets only. "imagenet": as the model comes.
+            (SimCLR, arXiv:2002.05709, appendix B.9). "no_pool": the model's own first convolution, no max-pooling,
+            which halves the resolution once and not twice. Both for ResNets only. "imagenet": as the model comes.
         backbone_kwargs: Passed on to the model's builder, such as timm's `layers` and `channels`. A timm ResNet's
             first width is 64, or twice its `stem_width` with `stem_type: deep`; the "cifar" stem keeps it.
         pool_px: Features are average-pooled to pool_px x pool_px and flattened; more than 1 with ResNets only.
@@ -22,7 +23,7 @@ class ModelConfig:
     """
 
     backbone: str = "resnet18"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "no_pool", "cifar"] = "imagenet"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     pool_px: int = 1
     projector_hidden: tuple[int, ...] = (512,)
@@ -30,8 +31,8 @@ class ModelConfig:
     projector_last_norm: bool = True
 
     def __post_init__(self) -> None:
-        if self.stem not in ("imagenet", "cifar"):
-            raise ValueError(f"stem must be imagenet or cifar, not {self.stem!r}")
+        if self.stem not in ("imagenet", "no_pool", "cifar"):
+            raise ValueError(f"stem must be imagenet, no_pool or cifar, not {self.stem!r}")
         for name in ("pool_px", "projector_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1")

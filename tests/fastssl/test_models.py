@@ -70,6 +70,16 @@ def test_cifar_stem_keeps_the_resolution(name):
     assert num_features == 512
 
 
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+def test_no_pool_stem_halves_the_resolution_once(name):
+    backbone, _ = build_backbone(ModelConfig(backbone=name, stem="no_pool"), image_px=32)
+    shapes = []
+    backbone.get_submodule("layer1").register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    backbone(torch.randn(2, 3, 32, 32))
+    assert shapes == [(2, 64, 16, 16)]
+    assert backbone.get_submodule("conv1").weight.shape == (64, 3, 7, 7)
+
+
 def test_cifar_stem_replaces_a_deep_stem_at_its_width():
     backbone, num_features = build_backbone(_tiny(), image_px=16)
     assert backbone.get_submodule("conv1").weight.shape == (8, 3, 3, 3)
@@ -87,7 +97,7 @@ def test_pool_averages_quadrants(name):
     torch.testing.assert_close(h[:, :, 0, 1], maps[0][:, :, :2, 2:].mean((2, 3)))
 
 
-@pytest.mark.parametrize("fields", [{"stem": "cifar"}, {"pool_px": 2}])
+@pytest.mark.parametrize("fields", [{"stem": "cifar"}, {"stem": "no_pool"}, {"pool_px": 2}])
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm/mobilenetv3_small_050"])
 def test_stem_and_pool_are_refused_beyond_resnets(name, fields):
     with pytest.raises(ValueError, match="ResNets only"):
