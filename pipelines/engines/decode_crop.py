@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pipelines import resample
+from pipelines import resample, simd
 from pipelines.beton import JPG, BetonReader
 from pipelines.engines import turbojpeg
 from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg
@@ -91,7 +91,9 @@ def _build_kernel(source_hash: str) -> Callable[..., Any]:
 
 
 _decode_samples = _build_kernel(
-    "".join(hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (resample, turbojpeg))
+    "".join(
+        hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (resample, simd, turbojpeg)
+    )
 )
 
 

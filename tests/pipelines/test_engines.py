@@ -333,4 +333,6 @@ def test_epochs_grow_neither_memory_nor_threads(ffcv):
             pass
         seen.append((threading.active_count(), resident_bytes()))
     assert seen[-1][0] == seen[0][0]
-    assert seen[-1][1] - seen[2][1] < 2 * output_bytes  # 17 epochs that leaked would be 17
+    # Which slots are touched varies, so the peak of the first epochs counts; 15 epochs that leaked would be 15.
+    most_at_first = max(resident for _, resident in seen[:5])
+    assert seen[-1][1] - most_at_first < 2 * output_bytes

@@ -67,18 +67,28 @@ def test_the_ends_of_the_range_stay_there():
         assert (crop(image, (2, 3, 50, 40), 33) == level).all()
 
 
-@pytest.mark.parametrize(("in_px", "out_px"), [(1, 1), (1, 32), (500, 224), (224, 500), (333, 332), (4000, 32), (8, 8)])
+@pytest.mark.parametrize(("in_px", "out_px"), [(1, 1), (1, 32), (3, 2), (500, 224), (224, 500), (333, 332), (4000, 32)])
 def test_weights_sum_to_one_and_stay_inside(in_px, out_px):
-    first, count, weights = triangle_weights(in_px, out_px)
+    first, weights = triangle_weights(in_px, out_px)
     assert first.min() >= 0
-    assert (first + count).max() <= in_px
-    assert count.min() >= 1
-    sums = [weights[i, : count[i]].sum() for i in range(out_px)]
-    np.testing.assert_allclose(sums, 1, atol=1e-6)
+    positions = first[:, None] + np.arange(weights.shape[1])
+    assert (weights[positions >= in_px] == 0).all()
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("in_px", "out_px"), [(1, 32), (3, 2), (500, 224), (224, 500), (333, 332), (4000, 32)])
+def test_weights_are_the_triangle_of_the_definition(in_px, out_px):
+    first, weights = triangle_weights(in_px, out_px)
+    scale = in_px / out_px
+    distance = np.abs(np.arange(in_px) + 0.5 - scale * (np.arange(out_px)[:, None] + 0.5))
+    expected = np.maximum(1 - distance / max(scale, 1), 0)
+    expected /= expected.sum(1, keepdims=True)
+    dense = np.zeros((out_px, in_px + weights.shape[1]))
+    np.put_along_axis(dense, first[:, None] + np.arange(weights.shape[1]), weights, 1)
+    np.testing.assert_allclose(dense[:, :in_px], expected, atol=1e-6)
 
 
 def test_same_size_needs_one_pixel_each():
-    first, count, weights = triangle_weights(8, 8)
-    np.testing.assert_array_equal(first, np.arange(8))
-    np.testing.assert_array_equal(count, 1)
-    np.testing.assert_array_equal(weights[:, 0], 1)
+    first, weights = triangle_weights(8, 8)
+    positions = first[:, None] + np.arange(2)
+    np.testing.assert_array_equal(weights, positions == np.arange(8)[:, None])
