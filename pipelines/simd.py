@@ -7,9 +7,11 @@ channels of one pixel: there these functions say what the lanes are. None of the
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
+
+intrinsic: Any = extending.intrinsic  # called with fewer arguments than defined: the first is numba's own
 
 _LANES = 4
 _FLOATS = ir.VectorType(ir.FloatType(), _LANES)

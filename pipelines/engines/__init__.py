@@ -33,7 +33,8 @@ class Engine(Protocol):
         Args:
             sample_ids: int64 [num].
             local_batch_size: B; the last batch may be short.
-            draw_batch: Draws the parameters of one batch; may be called from another thread.
+            draw_batch: Draws the parameters of one batch; called once for each batch, in order, perhaps from
+                another thread.
             groups: The views of each output size; together every view of the draw, once.
         Raises:
             DataError: a sample cannot be decoded; names the file and the sample.
