@@ -3,9 +3,11 @@
 VENV ?= .venv
 DEMO ?= runs/demo
 BIN := $(abspath $(VENV))/bin
+IMAGE ?= fastssl
+IMAGE_BUILD ?= docker build
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 
-.PHONY: demo test test-slow lint format type clean install install-dev
+.PHONY: demo test test-slow lint format type clean install install-dev image
 
 install:
 	@VENV=$(VENV) scripts/install.sh run
@@ -27,6 +29,7 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
 
 type: install-dev
 	$(BIN)/pyright
@@ -34,6 +37,10 @@ type: install-dev
 format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# BASE=... builds on another base image; IMAGE_BUILD="buildah build ..." needs no daemon (docs/docker.md).
+image:
+	$(IMAGE_BUILD) --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) .
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -14,7 +14,7 @@ die() { printf 'install: error: %s\n' "$*" >&2; exit 2; }
 
 requirements=(-r "requirements/$build.txt")
 [ "$kind" = dev ] && requirements+=(-r requirements/dev.txt)
-stamp=$(cat requirements/*.txt setup.py scripts/install.sh | sha256sum | cut -c1-16)-$build
+stamp=$(cat requirements/*.txt setup.py scripts/install*.sh | sha256sum | cut -c1-16)-$build
 # An environment with the developers' tools also serves to run.
 for have in dev "$kind"; do
     [ "$(cat "$venv/.fastssl-$have" 2>/dev/null)" = "$stamp" ] && exit 0
@@ -47,19 +47,6 @@ system_packages() {
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
 
-# FFCV's build asks pkg-config for all of OpenCV (689 MB of packages); it uses core and imgproc.
-install_ffcv() {
-    local shim
-    shim=$(mktemp -d)
-    mkdir -p "$shim/opencv2"
-    printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$shim/opencv2/opencv.hpp"
-    printf 'Name: OpenCV\nDescription: core and imgproc\nVersion: 4\nLibs: -lopencv_imgproc -lopencv_core\nCflags: -I%s -I/usr/include/opencv4\n' \
-        "$shim" >"$shim/opencv4.pc"
-    # --no-deps: its metadata asks for opencv-python, which clashes with the headless build.
-    PKG_CONFIG_PATH=$shim "$venv/bin/pip" install -q --no-deps --no-build-isolation --no-cache-dir ffcv==1.0.2
-    rm -rf "$shim"
-}
-
 command -v dpkg-query >/dev/null && system_packages
 python=$(find_python)
 [ -n "$python" ] || die "no Python 3.11 or 3.12 found: install one, or name it with PYTHON="
@@ -72,7 +59,7 @@ if [ -n "${TORCH_INDEX_URL:-}" ]; then
 fi
 "$venv/bin/pip" install -q "setuptools>=77.0.3,<82" wheel
 "$venv/bin/pip" install -q "${requirements[@]}"
-install_ffcv
+scripts/install_ffcv.sh "$venv/bin/pip"
 "$venv/bin/pip" install -q --no-deps --no-build-isolation -e .
 "$venv/bin/python" -c 'import deepspeed, ffcv.loader; from kernels.torchvision_cpu import import_torchvision; import_torchvision(); import timm' >/dev/null 2>"$venv/import.log" ||
     { cat "$venv/import.log" >&2; die "the packages are installed but do not import"; }
