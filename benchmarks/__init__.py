@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table and appends rows to benchmarks/results."""
