@@ -52,8 +52,6 @@ def augment(
     import torch
 
     _check(views, params, mean, std, num_threads)
-    params = np.array(params, order="C")  # a copy: the caller's kernel sizes stay as drawn
-    np.minimum(params["blur_kernel_px"], 2 * min(views.shape[2:4]) - 1, out=params["blur_kernel_px"])
     if impl == "reference":
         from kernels.augment.reference import augment_reference
 

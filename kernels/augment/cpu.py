@@ -1,4 +1,4 @@
-"""The pixel op in numba: float32 planes in a per-thread scratch, a few rows at a time, so that they stay in L1.
+"""The pixel op in numba: a view streams through every op in pieces of about a thousand pixels, which stay in L1.
 
 No prange: FFCV's thread may be inside numba at the same time, and numba's workqueue layer rejects concurrent
 parallel calls. The functions release the GIL and plain threads share out the samples; no sample depends on
@@ -6,52 +6,84 @@ another, so the result does not depend on the number of threads.
 One file: numba's cache on disk looks at the caller's file only, and would miss a change in another one.
 """
 
-# B samples, Vg views of one size, H and W height and width in pixels; r, g, b float32 [P] pieces of the planes
+# B samples, Vg views of one size, H and W height and width in pixels, P = H * W, R the blur's radius in pixels
+# piece: float32 [3 * _PLANE], red, green and blue of up to _PIECE_PX pixels, each plane at a multiple of _PLANE
+# row: float32 [3 W], interleaved red, green, blue
 
 import functools
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
-# Reassociation lets LLVM vectorise the sums; no op divides by zero or meets a NaN.
+# Reassociation lets LLVM vectorise the sums; no op divides by zero or meets a NaN or an infinity.
 _jit = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 
-_CHUNK_PX = 1024  # three float32 planes of it are 12 KiB: L1
-_CHUNKS_PER_THREAD = 4  # blurred views take longer than others: smaller shares even that out
+_PIECE_PX = 1024  # three float32 planes of it are 12 KiB: L1
+# The planes' distance is constant, so that LLVM sees without a test that they do not overlap. Not a multiple of
+# 4 KiB: the planes would share their places in L1.
+_PLANE = _PIECE_PX + 16
+_BLOCK = 32  # floats that the blur sums at once: four AVX2 registers
+_DROPPED_WEIGHT = 2e-6  # see _blur_weights
+_SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares even that out
+_MIN_SHARE_PX = 2**16  # 150 us of work; to start a share takes about 25
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 1, 2, 3, 4, 6))
+_NEVER = np.float32(2)  # a solarize threshold above every value
 _LEVEL = np.float32(1 / 255)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's grey
+_UNCHANGED = np.array([[1, 1, 1], [0, 0, 0]], np.float32)  # scale and shift that do nothing
 
 
 def augment_numba(
     views: np.ndarray, params: np.ndarray, mean: Sequence[float], std: Sequence[float], num_threads: int
 ) -> torch.Tensor:
-    """Every op of every view; arguments as in `augment`, params C-contiguous.
+    """Every op of every view; arguments as in `augment`.
 
     Returns:
         float32 [Vg, B, H, W, 3].
     """
     num_samples, num_views, height, width, _ = views.shape
-    out = torch.empty((num_views, num_samples, height, width, 3))
-    scale = np.asarray(1 / np.asarray(std, np.float64), np.float32)
-    shift = np.asarray(-np.asarray(mean, np.float64) / np.asarray(std, np.float64), np.float32)
-    arguments = (np.ascontiguousarray(views), params, scale, shift, out.numpy())
-    if num_threads == 1:
+    # numpy asks for huge pages, torch does not: at 224 px first touching 4 KiB pages took longer than the ops.
+    out = np.empty((num_views, num_samples, height, width, 3), np.float32)
+    scale = 1 / np.asarray(std, np.float64)
+    normal = np.tile((scale, -np.asarray(mean, np.float64) * scale), width).astype(np.float32)  # [2, 3 W]
+    max_radius = min(int(params["blur_kernel_px"].max(initial=0)) // 2, height - 1, width - 1)
+    levels = np.ascontiguousarray(views).reshape(-1)
+    size = (height, width, max_radius)
+    arguments = (levels, np.ascontiguousarray(params), size, normal, _UNCHANGED, out.reshape(-1))
+    most_shares = views.size // (3 * _MIN_SHARE_PX)
+    num_shares = min(_SHARES_PER_THREAD * num_threads, most_shares, num_samples) if num_threads > 1 else 1
+    if num_shares <= 1:
         _augment_range(*arguments, 0, num_samples)
-        return out
-    edges = np.linspace(0, num_samples, _CHUNKS_PER_THREAD * num_threads + 1).astype(int).tolist()
-    jobs = [_pool(num_threads).submit(_augment_range, *arguments, *edge) for edge in itertools.pairwise(edges)]
+    else:
+        edges = [num_samples * share // num_shares for share in range(num_shares + 1)]
+        _run_shares(functools.partial(_augment_range, *arguments), edges, min(num_threads, num_shares))
+    return torch.from_numpy(out)
+
+
+def _run_shares(augment_range: Callable[[int, int], Any], edges: list[int], num_threads: int) -> None:
+    """Every range between two edges, taken in turn by this thread and num_threads - 1 others."""
+    shares = iter(list(itertools.pairwise(edges)))  # the GIL gives each share to one thread
+
+    def run() -> None:
+        for first, stop in shares:
+            augment_range(first, stop)
+
+    jobs = [_pool(num_threads - 1).submit(run) for _ in range(num_threads - 1)]
+    run()
     for job in jobs:
         job.result()
-    return out
 
 
 @functools.cache
@@ -63,117 +95,135 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the 
 
 
 @_jit
-def _augment_range(views, params, scale, shift, out, start, stop):
-    """Views of the samples start..stop into out."""
-    height, width = views.shape[2], views.shape[3]
-    planes = np.empty((3, height * width), np.float32)
-    scratch = np.empty_like(planes)
-    line = np.empty(3 * width, np.float32)  # a row with reflected ends: the radius is below the width
-    weights = np.empty(max(height, width), np.float32)
-    for sample in range(start, stop):
-        for view in range(views.shape[1]):
-            record = params[sample, view]
-            _colour(views[sample, view], record, planes, scratch)
-            if record.blur_sigma > _ZERO:
-                radius = _blur_weights(record.blur_sigma, record.blur_kernel_px, weights)
-                for channel in range(3):
-                    _blur(planes[channel].reshape(height, width), scratch.reshape(scratch.size), line, weights, radius)
-            if record.solarize:
-                _solarize(planes.reshape(planes.size), record.solarize_threshold)
-            _store(planes, scale, shift, out[view, sample].reshape(planes.size))
+def _augment_range(levels, params, size, normal, unchanged, out, start, stop):
+    """Views of the samples start..stop-1, uint8 [B * Vg * P * 3], into out, float32 [Vg * B * P * 3].
 
-
-@_jit
-def _colour(image, record, planes, scratch):
-    """Affine, flip, jitter and grayscale of one view, uint8 [H, W, 3], into planes [3, H * W], in [0, 1].
-
-    Contrast needs the mean grey of the whole view, so what precedes it runs over every piece first.
+    size is (H, W, the largest radius); normal and unchanged are rows of scale and of shift, [2, 3 W] and [2, 3].
     """
-    height, width, _ = image.shape
+    height, width, max_radius = size
+    num_samples, num_views = params.shape
+    num_values = 3 * height * width
+    # The ring's 2 R + 1 rows, the blurred row, the padded row; each ends with room for a whole block.
+    row_size = _whole_blocks(3 * width)
+    pieces = np.zeros((height * width // _piece_px(width) + 1) * 3 * _PLANE, np.float32)
+    rows = np.zeros((2 * max_radius + 3) * row_size + 6 * max_radius, np.float32)
+    weights = np.empty(max_radius + 1, np.float32)
+    places = np.empty(2 * max_radius + 1, np.int64)
+    scratch = (pieces, rows, weights, places)
+    for sample in range(start, stop):
+        for view in range(num_views):
+            image = levels[(sample * num_views + view) * num_values :]
+            target = out[(view * num_samples + sample) * num_values :]
+            _augment_view(image, params[sample, view], size, scratch, normal, unchanged, target)
+
+
+@njit(inline="always")  # compiled once, in its caller: a sixth less to wait for
+def _augment_view(image, record, size, scratch, normal, unchanged, out):
+    """One view, piece by piece. Contrast needs the mean grey of the view as the parts before it leave it: then all
+    pieces first go as far as that, and are kept.
+    """
+    height, width, max_radius = size
+    pieces, _, weights, _ = scratch
+    num_px = height * width
+    piece_px = _piece_px(width)
+    threshold = record.solarize_threshold if record.solarize else _NEVER
+    radius = 0
+    if record.blur_sigma > _ZERO:
+        radius = _blur_weights(record.blur_sigma, min(record.blur_kernel_px // 2, max_radius), weights)
+    if radius == 0 and not (record.affine or record.flip or record.jitter or record.grayscale or record.solarize):
+        _normalise(image, normal, 3 * width, 3 * num_px, out)
+        return
     order, factor = record.jitter_order, record.jitter_factor
     num_parts = 4 if record.jitter else 0
     contrast_at = num_parts
     for place in range(num_parts):
         if order[place] == CONTRAST and factor[CONTRAST] != _ONE:
             contrast_at = place
-    has_contrast = contrast_at < num_parts
+    grey_sum, grey_mean = 0.0, _ZERO
+    for is_output in range(0 if contrast_at < num_parts else 1, 2):
+        for first in range(0, num_px, piece_px):
+            num = min(piece_px, num_px - first)
+            # Without contrast the pieces follow each other in one place, which stays in L1.
+            piece = pieces[first // piece_px * 3 * _PLANE if contrast_at < num_parts else 0 :]
+            begin, end = 0, num_parts if is_output else contrast_at
+            if is_output and contrast_at < num_parts:
+                begin = contrast_at
+            else:
+                _load(image, record, height, width, first, num, piece)
+            for place in range(begin, end):
+                _adjust(piece, num, order[place], factor[order[place]], grey_mean)
+            if not is_output:
+                grey_sum += _sum_grey(piece, num)
+                continue
+            if record.grayscale:
+                _adjust(piece, num, SATURATION, _ZERO, _ZERO)
+            if radius == 0:
+                _store(piece, 0, num, threshold, normal, out, 3 * first)
+            else:
+                _blur(piece, first, num, size, radius, scratch, threshold, normal, unchanged, out)
+        grey_mean = np.float32(grey_sum / num_px)
+
+
+@_jit
+def _normalise(image, normal, row_size, num_values, out):
+    """A view without an op: uint8 [P * 3] to normalised pixels."""
+    for first in range(0, num_values, row_size):
+        levels, row = image[first:], out[first:]
+        for i in range(row_size):
+            row[i] = levels[i] * _LEVEL * normal[0, i] + normal[1, i]
+
+
+@_jit
+def _load(image, record, height, width, first, num, piece):
+    """Pixels first..first + num - 1 of the view, after affine and flip, into the piece, in [0, 1]."""
     if record.affine:
-        _load(image, False, scratch, 0, height)
-        _affine(scratch, record.affine_matrix, record.flip, planes, height, width)
-    num_rows = max(1, _CHUNK_PX // width)
-    grey_sum = 0.0
-    for top in range(0, height, num_rows):
-        bottom = min(top + num_rows, height)
-        if not record.affine:
-            _load(image, record.flip, planes, top, bottom)
-        r, g, b = _piece(planes, top * width, bottom * width)
-        _jitter(r, g, b, order[:contrast_at], factor)
-        if has_contrast:
-            grey_sum += _sum_grey(r, g, b)
-    if not has_contrast and not record.grayscale:
+        _load_affine(image, record.affine_matrix, record.flip, height, width, first, num, piece)
         return
-    grey_mean = np.float32(grey_sum / (height * width))
-    for top in range(0, height, num_rows):
-        r, g, b = _piece(planes, top * width, min(top + num_rows, height) * width)
-        if has_contrast:
-            _contrast(r, g, b, factor[CONTRAST], grey_mean)
-            _jitter(r, g, b, order[contrast_at + 1 :], factor)
-        if record.grayscale:
-            _grayscale(r, g, b)
-
-
-@_jit
-def _piece(planes, start, stop):
-    # Unpacking planes[:, start:stop] would lose the contiguous layout, and with it vectorisation.
-    return planes[0, start:stop], planes[1, start:stop], planes[2, start:stop]
-
-
-@_jit
-def _load(image, flip, planes, top, bottom):
-    """Rows top..bottom of uint8 [H, W, 3] into planes [3, H * W]."""
-    width = image.shape[1]
-    levels = image.reshape(image.size)
-    if not flip:
-        values = levels[3 * top * width : 3 * bottom * width]
-        r, g, b = _piece(planes, top * width, bottom * width)
-        for i in range(r.size):
-            r[i] = values[3 * i] * _LEVEL
-            g[i] = values[3 * i + 1] * _LEVEL
-            b[i] = values[3 * i + 2] * _LEVEL
+    if not record.flip:
+        levels = image[3 * first :]
+        for i in range(num):
+            piece[i] = levels[3 * i] * _LEVEL
+            piece[i + _PLANE] = levels[3 * i + 1] * _LEVEL
+            piece[i + 2 * _PLANE] = levels[3 * i + 2] * _LEVEL
         return
-    for y in range(top, bottom):
-        values = levels[3 * y * width : 3 * (y + 1) * width]
-        r, g, b = _piece(planes, y * width, (y + 1) * width)
-        for x in range(width):
-            # Unsigned: numba's test for a negative index would stop vectorisation (2.4 against 1.0 us at 32 px).
-            i = np.uint64(width - 1) - np.uint64(x)
-            r[i] = values[3 * x] * _LEVEL
-            g[i] = values[3 * x + 1] * _LEVEL
-            b[i] = values[3 * x + 2] * _LEVEL
+    done = 0
+    while done < num:  # row by row, or a part of a row where it is wider than a piece
+        y = (first + done) // width
+        x = first + done - y * width
+        num_here = min(width - x, num - done)
+        levels = image[3 * (y * width + width - x - num_here) :]
+        for i in range(num_here):
+            # Unsigned: numba's test for a negative index would stop vectorisation.
+            j = np.uint64(done + num_here - 1) - np.uint64(i)
+            piece[j] = levels[3 * i] * _LEVEL
+            piece[j + np.uint64(_PLANE)] = levels[3 * i + 1] * _LEVEL
+            piece[j + np.uint64(2 * _PLANE)] = levels[3 * i + 2] * _LEVEL
+        done += num_here
 
 
 @_jit
-def _affine(source, matrix, flip, planes, height, width):
-    """Bilinear samples of source [3, H * W], zeros outside: a tap outside is read at the border with weight 0."""
-    m0, m1, m2, m3, m4, m5 = matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], matrix[5]
-    for y in range(height):
-        for x in range(width):
-            from_x = m0 * np.float32(x) + m1 * np.float32(y) + m2
-            from_y = m3 * np.float32(x) + m4 * np.float32(y) + m5
-            left, right, weight_left, weight_right = _two_taps(from_x, width)
-            above, below, weight_above, weight_below = _two_taps(from_y, height)
-            place = y * width + (width - 1 - x if flip else x)
-            for channel in range(3):
-                values = source[channel]
-                upper = weight_left * values[above * width + left] + weight_right * values[above * width + right]
-                lower = weight_left * values[below * width + left] + weight_right * values[below * width + right]
-                planes[channel, place] = weight_above * upper + weight_below * lower
+def _load_affine(image, matrix, flip, height, width, first, num, piece):
+    """Bilinear samples of the view, zeros outside: a tap outside is read at the border with weight 0."""
+    for i in range(num):
+        y = (first + i) // width
+        x = first + i - y * width
+        x = width - 1 - x if flip else x
+        from_x = matrix[0] * np.float32(x) + matrix[1] * np.float32(y) + matrix[2]
+        from_y = matrix[3] * np.float32(x) + matrix[4] * np.float32(y) + matrix[5]
+        left, right, weight_left, weight_right = _two_taps(from_x, width)
+        above, below, weight_above, weight_below = _two_taps(from_y, height)
+        above, below = above * width, below * width
+        for channel in range(3):
+            levels = image[channel:]
+            upper = weight_left * levels[3 * (above + left)] + weight_right * levels[3 * (above + right)]
+            lower = weight_left * levels[3 * (below + left)] + weight_right * levels[3 * (below + right)]
+            piece[i + channel * _PLANE] = (weight_above * upper + weight_below * lower) * _LEVEL
 
 
 @_jit
 def _two_taps(position, size):
     """The two pixels around a position on an axis and their weights."""
-    first = np.int32(np.floor(position))
+    first = np.int64(math.floor(position))
     share = position - np.float32(first)
     weight_first = _ONE - share if 0 <= first < size else _ZERO
     weight_second = share if -1 <= first < size - 1 else _ZERO
@@ -182,21 +232,8 @@ def _two_taps(position, size):
 
 
 @_jit
-def _jitter(r, g, b, order, factor):
-    """The parts of colour jitter but contrast, in order; a neutral factor is skipped."""
-    for place in range(order.size):
-        op = order[place]
-        if op == BRIGHTNESS and factor[op] != _ONE:
-            _brightness(r, g, b, factor[op])
-        elif op == SATURATION and factor[op] != _ONE:
-            _saturation(r, g, b, factor[op])
-        elif op == HUE and factor[op] != _ZERO:
-            _hue(r, g, b, factor[op])
-
-
-@_jit
-def _clamp(x):
-    return min(max(x, _ZERO), _ONE)
+def _clamp(x, high):
+    return min(max(x, _ZERO), high)
 
 
 @_jit
@@ -205,156 +242,194 @@ def _grey(r, g, b):
 
 
 @_jit
-def _brightness(r, g, b, factor):
-    for i in range(r.size):
-        r[i] = min(r[i] * factor, _ONE)
-        g[i] = min(g[i] * factor, _ONE)
-        b[i] = min(b[i] * factor, _ONE)
-
-
-@_jit
-def _sum_grey(r, g, b):
+def _sum_grey(piece, num):
     total = _ZERO
-    for i in range(r.size):
-        total += _grey(r[i], g[i], b[i])
+    for i in range(num):
+        total += _grey(piece[i], piece[i + _PLANE], piece[i + 2 * _PLANE])
     return total
 
 
 @_jit
-def _contrast(r, g, b, factor, grey_mean):
-    offset = (_ONE - factor) * grey_mean
-    for i in range(r.size):
-        r[i] = _clamp(r[i] * factor + offset)
-        g[i] = _clamp(g[i] * factor + offset)
-        b[i] = _clamp(b[i] * factor + offset)
+def _adjust(piece, num, op, factor, grey_mean):
+    """One part of colour jitter. Saturation with factor 0 is grayscale.
 
-
-@_jit
-def _saturation(r, g, b, factor):
-    for i in range(r.size):
-        offset = (_ONE - factor) * _grey(r[i], g[i], b[i])
-        r[i] = _clamp(r[i] * factor + offset)
-        g[i] = _clamp(g[i] * factor + offset)
-        b[i] = _clamp(b[i] * factor + offset)
-
-
-@_jit
-def _hue(r, g, b, turns):
-    """Rotate the hue at fixed saturation and value, without branches.
-
-    With hue h in [0, 6) each channel of a colour is low + range * clamp(.), a trapezoid of h: torchvision's
-    six cases in one formula (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative).
+    Hue turns at fixed saturation and value, without branches or a division. With hue h in [0, 6) each channel
+    is low + span * clamp(.), a trapezoid of h: torchvision's six cases in one formula
+    (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative); here `hue` is span * h.
     """
-    shift = _SIX * turns
-    for i in range(r.size):
-        red, green, blue = r[i], g[i], b[i]
-        high, low = max(red, green, blue), min(red, green, blue)
-        span = high - low
-        difference = green - blue if high == red else (blue - red if high == green else red - green)
-        sector = _ZERO if high == red else (_TWO if high == green else _FOUR)
-        h = sector + difference / (span if span > _ZERO else _ONE) + shift  # in [-4, 8]
-        h = h + _SIX if h < _ZERO else h
-        h = h - _SIX if h >= _SIX else h
-        r[i] = low + span * _clamp(abs(h - _THREE) - _ONE)
-        g[i] = low + span * _clamp(_TWO - abs(h - _TWO))
-        b[i] = low + span * _clamp(_TWO - abs(h - _FOUR))
+    if op == HUE:
+        if factor == _ZERO:
+            return
+        # In [1, 7]: added to h in [-1, 5] one wrap leads back to [0, 6].
+        red_at = _SIX * factor if _SIX * factor >= _ONE else _SIX * factor + _SIX
+        for i in range(num):
+            r, g, b = piece[i], piece[i + _PLANE], piece[i + 2 * _PLANE]
+            high, low = max(r, g, b), min(r, g, b)
+            span = high - low
+            difference = g - b if high == r else (b - r if high == g else r - g)
+            sector = red_at if high == r else (red_at + _TWO if high == g else red_at + _FOUR)
+            hue = sector * span + difference
+            hue = hue - _SIX * span if hue >= _SIX * span else hue
+            piece[i] = low + _clamp(abs(hue - _THREE * span) - span, span)
+            piece[i + _PLANE] = low + _clamp(_TWO * span - abs(hue - _TWO * span), span)
+            piece[i + 2 * _PLANE] = low + _clamp(_TWO * span - abs(hue - _FOUR * span), span)
+        return
+    if factor == _ONE:
+        return
+    if op == SATURATION:
+        for i in range(num):
+            r, g, b = piece[i], piece[i + _PLANE], piece[i + 2 * _PLANE]
+            offset = (_ONE - factor) * _grey(r, g, b)
+            piece[i] = _clamp(r * factor + offset, _ONE)
+            piece[i + _PLANE] = _clamp(g * factor + offset, _ONE)
+            piece[i + 2 * _PLANE] = _clamp(b * factor + offset, _ONE)
+        return
+    offset = _ZERO if op == BRIGHTNESS else (_ONE - factor) * grey_mean
+    for i in range(num):
+        piece[i] = _clamp(piece[i] * factor + offset, _ONE)
+        piece[i + _PLANE] = _clamp(piece[i + _PLANE] * factor + offset, _ONE)
+        piece[i + 2 * _PLANE] = _clamp(piece[i + 2 * _PLANE] * factor + offset, _ONE)
 
 
 @_jit
-def _grayscale(r, g, b):
-    for i in range(r.size):
-        grey = _grey(r[i], g[i], b[i])
-        r[i] = grey
-        g[i] = grey
-        b[i] = grey
+def _solarize(value, threshold):
+    return _ONE - value if value >= threshold else value
 
 
 @_jit
-def _blur_weights(sigma, kernel_px, weights):
-    """Half of a symmetric Gaussian into weights[0..radius]; returns the radius.
+def _store(piece, begin, num, threshold, normal, out, at):
+    """Pixels begin..begin + num - 1 of the piece to interleaved, solarized, normalised ones from out[at]."""
+    # Read once: LLVM cannot know that out does not overlap them.
+    scale_r, scale_g, scale_b = normal[0, 0], normal[0, 1], normal[0, 2]
+    shift_r, shift_g, shift_b = normal[1, 0], normal[1, 1], normal[1, 2]
+    source, target = piece[begin:], out[at:]
+    for i in range(num):
+        target[3 * i] = _solarize(source[i], threshold) * scale_r + shift_r
+        target[3 * i + 1] = _solarize(source[i + _PLANE], threshold) * scale_g + shift_g
+        target[3 * i + 2] = _solarize(source[i + 2 * _PLANE], threshold) * scale_b + shift_b
 
-    torchvision's weights are exp(-i^2 / (2 sigma^2)), normalised over the kernel. Those past 6 sigma are below
-    2e-8 together: left out.
+
+@_jit
+def _blur_weights(sigma, max_radius, weights):
+    """Half of a symmetric Gaussian into weights[0..R]; returns R.
+
+    torchvision's weights are exp(-i^2 / (2 sigma^2)), normalised over the kernel. The outermost are left out as
+    long as their share of the whole is below _DROPPED_WEIGHT, and the rest normalised: values in [0, 1] move by
+    less than that on each axis, 4e-6 together, a thousandth of a level of 255. (R is about 4.8 sigma.)
     """
-    radius = min(kernel_px // 2, int(6 * sigma) + 1)
     total = 0.0
-    for i in range(radius + 1):
-        weight = math.exp(-0.5 * (i / sigma) ** 2)
+    for i in range(max_radius + 1):
+        distance = i / sigma
+        weight = math.exp(-0.5 * distance * distance)
         weights[i] = weight
         total += weight if i == 0 else 2 * weight
+    radius, dropped = max_radius, 0.0
+    while radius > 0 and dropped + 2 * weights[radius] < _DROPPED_WEIGHT * total:
+        dropped += 2 * weights[radius]
+        radius -= 1
     for i in range(radius + 1):
-        weights[i] /= total
+        weights[i] /= total - dropped
     return radius
 
 
 @_jit
-def _blur(plane, scratch, line, weights, radius):
-    """Separable Gaussian with reflected borders of one plane [H, W], in place.
+def _piece_px(width):
+    """Pixels of a piece: whole rows, or a part of one that is too wide."""
+    return _PIECE_PX // width * width if width < _PIECE_PX else _PIECE_PX
 
-    scratch takes the H rows after the horizontal pass with `radius` reflected rows above and below:
-    at most 3 H - 2 rows.
+
+@_jit
+def _whole_blocks(num_floats):
+    return (num_floats + _BLOCK - 1) // _BLOCK * _BLOCK
+
+
+@_jit
+def _blur(piece, first, num, size, radius, scratch, threshold, normal, unchanged, out):
+    """Take pixels first..first + num - 1 of the view from the piece, and write every row that is complete.
+
+    Separable Gaussian with reflected borders. A row is blurred along itself into a ring of the last 2 R + 1
+    rows, from which the row R above it gets its blur across rows.
     """
-    height, width = plane.shape
-    for y in range(height):
-        row = plane[y]
-        for x in range(width):
-            line[radius + x] = row[x]
+    height, width, _ = size
+    _, rows, weights, places = scratch
+    row_size = _whole_blocks(3 * width)
+    ring_size = 2 * radius + 1
+    blurred = ring_size * row_size
+    padded = blurred + row_size + 3 * radius
+    done = 0
+    while done < num:
+        y = (first + done) // width
+        x = first + done - y * width
+        num_here = min(width - x, num - done)
+        _store(piece, done, num_here, _NEVER, unchanged, rows, padded + 3 * x)
+        done += num_here
+        if x + num_here < width:
+            return
+        last = padded + 3 * (width - 1)
+        places[0] = padded
         for i in range(1, radius + 1):
-            line[radius - i] = row[i]
-            line[radius + width - 1 + i] = row[width - 1 - i]
-        _convolve(line, radius, 1, weights, radius, scratch[(y + radius) * width : (y + radius + 1) * width])
-    first, last = radius * width, (radius + height - 1) * width
-    for i in range(width, radius * width + 1, width):
-        scratch[first - i : first - i + width] = scratch[first + i : first + i + width]
-        scratch[last + i : last + i + width] = scratch[last - i : last - i + width]
-    for y in range(height):
-        _convolve(scratch, (y + radius) * width, width, weights, radius, plane[y])
+            places[2 * i - 1], places[2 * i] = padded - 3 * i, padded + 3 * i
+            for channel in range(3):
+                rows[padded - 3 * i + channel] = rows[padded + 3 * i + channel]
+                rows[last + 3 * i + channel] = rows[last - 3 * i + channel]
+        _sum_taps(rows, places, weights, radius, y % ring_size * row_size, row_size)
+        for row in range(max(y - radius, 0), height if y == height - 1 else y - radius + 1):
+            places[0] = row % ring_size * row_size
+            for i in range(1, radius + 1):
+                below = height - 1 - abs(height - 1 - row - i)
+                places[2 * i - 1], places[2 * i] = abs(row - i) % ring_size * row_size, below % ring_size * row_size
+            _sum_taps(rows, places, weights, radius, blurred, row_size)
+            source, target = rows[blurred:], out[3 * width * row :]
+            for i in range(3 * width):
+                target[i] = _solarize(source[i], threshold) * normal[0, i] + normal[1, i]
 
 
 @_jit
-def _convolve(source, centre, stride, weights, radius, out):
-    """out[x] = sum over |i| <= radius of weights[|i|] * source[centre + i * stride + x]."""
-    middle, weight = source[centre:], weights[0]
-    for x in range(out.size):
-        out[x] = weight * middle[x]
-    tap = 1
-    while tap + 3 <= radius:  # four pairs at a time: a quarter of the traffic on out
-        _add_four_pairs(source, centre, tap * stride, stride, weights[tap : tap + 4], out)
-        tap += 4
-    while tap <= radius:
-        before, after, weight = source[centre - tap * stride :], source[centre + tap * stride :], weights[tap]
-        for x in range(out.size):
-            out[x] += weight * (before[x] + after[x])
-        tap += 1
+def _sum_taps(rows, places, weights, radius, to, num):
+    """rows[to + i] = weights[0] * rows[places[0] + i] + the pairs of taps at equal distance, for i < num.
+
+    Pair k is weights[k] * (rows[places[2 k - 1] + i] + rows[places[2 k] + i]), 1 <= k <= radius.
+    """
+    for block in range(0, num, _BLOCK):
+        _sum_block(rows, places, weights, radius, block, to + block)
 
 
-@_jit
-def _add_four_pairs(source, centre, offset, stride, weights, out):
-    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
-    before_a, after_a = source[centre - offset :], source[centre + offset :]
-    before_b, after_b = source[centre - offset - stride :], source[centre + offset + stride :]
-    before_c, after_c = source[centre - offset - 2 * stride :], source[centre + offset + 2 * stride :]
-    before_d, after_d = source[centre - offset - 3 * stride :], source[centre + offset + 3 * stride :]
-    for x in range(out.size):
-        near = a * (before_a[x] + after_a[x]) + b * (before_b[x] + after_b[x])
-        far = c * (before_c[x] + after_c[x]) + d * (before_d[x] + after_d[x])
-        out[x] += near + far
+def _declare_sum_block(_: Any, rows: Any, places: Any, weights: Any, radius: Any, at: Any, to: Any) -> Any:
+    """`_sum_taps` for at <= i < at + _BLOCK, written to rows[to...].
+
+    In numba the sums would live in memory, one load and store for each tap; here they stay in registers.
+    """
+    block, lanes = ir.VectorType(ir.FloatType(), _BLOCK), ir.VectorType(ir.IntType(32), _BLOCK)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        arrays = zip(signature.args[:3], args[:3], strict=True)
+        rows, places, weights = (context.make_array(kind)(context, builder, array).data for kind, array in arrays)
+        radius, at, to = args[3:]
+        zero, one = radius.type(0), radius.type(1)
+
+        def block_at(index: Any) -> Any:
+            return builder.bitcast(builder.gep(rows, [index]), block.as_pointer())
+
+        def tap(index: Any) -> Any:
+            place = builder.load(builder.gep(places, [index]))
+            return builder.load(block_at(builder.add(place, at)), align=4)
+
+        def weight(index: Any) -> Any:
+            value = builder.load(builder.gep(weights, [index]))
+            first = builder.insert_element(ir.Constant(block, ir.Undefined), value, ir.IntType(32)(0))
+            return builder.shuffle_vector(first, first, ir.Constant(lanes, None))
+
+        total = cgutils.alloca_once_value(builder, builder.fmul(weight(zero), tap(zero)))
+        with cgutils.for_range(builder, radius) as loop:
+            k = builder.add(loop.index, one)
+            after = builder.shl(k, one)
+            pair = builder.fadd(tap(builder.sub(after, one)), tap(after))
+            product = builder.fmul(weight(k), pair, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+        builder.store(builder.load(total), block_at(to), align=4)
+        return context.get_dummy_value()
+
+    return types.none(rows, places, weights, types.intp, types.intp, types.intp), generate
 
 
-@_jit
-def _solarize(values, threshold):
-    for i in range(values.size):
-        values[i] = _ONE - values[i] if values[i] >= threshold else values[i]
-
-
-@_jit
-def _store(planes, scale, shift, out):
-    """Planes [3, P] to interleaved, normalised pixels [P * 3]."""
-    r, g, b = _piece(planes, 0, planes.shape[1])
-    # Read once: numba cannot know that out does not overlap them.
-    scale_r, scale_g, scale_b = scale[0], scale[1], scale[2]
-    shift_r, shift_g, shift_b = shift[0], shift[1], shift[2]
-    for i in range(r.size):
-        out[3 * i] = r[i] * scale_r + shift_r
-        out[3 * i + 1] = g[i] * scale_g + shift_g
-        out[3 * i + 2] = b[i] * scale_b + shift_b
+_sum_block: Any = intrinsic(_declare_sum_block)

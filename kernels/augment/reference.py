@@ -43,7 +43,8 @@ def _apply(v2: Any, image: Tensor, record: Any) -> Tensor:
     if record["grayscale"]:
         image = v2.rgb_to_grayscale(image, num_output_channels=3)
     if record["blur_sigma"] > 0:
-        image = v2.gaussian_blur(image, [int(record["blur_kernel_px"])] * 2, [float(record["blur_sigma"])] * 2)
+        kernel_px = min(int(record["blur_kernel_px"]), 2 * min(image.shape[-2:]) - 1)
+        image = v2.gaussian_blur(image, [kernel_px] * 2, [float(record["blur_sigma"])] * 2)
     if record["solarize"]:
         image = v2.solarize(image, float(record["solarize_threshold"]))
     return image
