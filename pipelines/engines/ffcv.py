@@ -49,12 +49,25 @@ with _thread_counts_kept(), _numba_off():
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers import OSCacheManager
+    from ffcv.pipeline import graph as ffcv_graph
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.traversal_order.base import TraversalOrder
+
+
+def _allocate_slots(query: AllocationQuery, batch_size: int, num_slots: int) -> np.ndarray:
+    """FFCV's output slots from numpy.
+
+    FFCV takes them from torch, anew for every epoch: glibc does not give freed blocks of that kind out again, so the
+    memory grows; and with a GPU it pins them, for nothing, since the pixel op makes a copy of its own.
+    """
+    return np.empty((num_slots, batch_size, *query.shape), query.dtype)  # pyright: ignore (ours are numpy types)
+
+
+ffcv_graph.allocate_query = _allocate_slots
 
 # A thread that has a batch ready looks this often whether it is still wanted.
 _POLL_S = 0.05
