@@ -3,6 +3,7 @@
 # B local batch, F backbone features, D projection
 
 import resource
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -95,12 +96,27 @@ class Trainer:
             self._say(f"{self.folder.path} is complete: {self.step} steps")
         self.timer.start()
         for epoch in range(self.step // self.steps_per_epoch, self.cfg.train.num_epochs):
-            self._fit_epoch(epoch)
+            self.fit_batches(self.loader.epoch(epoch, first_batch=self.step % self.steps_per_epoch))
         self.loader.close()
         if self.metrics:
             self.metrics.close()
             report.draw_curves(self.folder)
         dist.barrier()
+
+    def fit_batches(self, batches: Iterable[Batch]) -> None:
+        """Take one step on each batch, and write the rows and the checkpoints that fall due."""
+        self.engine.train()
+        for batch in self.timer.waiting(batches, self.cfg.data.global_batch_size):
+            if self.step == 0 and self.metrics:
+                report.draw_views(batch, self.cfg.views, self.folder.views)
+            values = self.train_step(batch)
+            for name, value in values.items():
+                self.epoch_sums[name] += value
+            self._log_step(values)
+            if self.step % self.steps_per_epoch == 0:
+                self._log_epoch()
+            if self._checkpoint_due():
+                self.save()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step.
@@ -118,21 +134,6 @@ class Trainer:
         self.engine.step()
         self.step += 1
         return {"loss": loss.detach().float()} | self._probe_step(h, batch)
-
-    def _fit_epoch(self, epoch: int) -> None:
-        self.engine.train()
-        batches = self.loader.epoch(epoch, first_batch=self.step % self.steps_per_epoch)
-        for batch in self.timer.waiting(batches, self.cfg.data.global_batch_size):
-            if self.step == 0 and self.metrics:
-                report.draw_views(batch, self.cfg.views, self.folder.views)
-            values = self.train_step(batch)
-            for name, value in values.items():
-                self.epoch_sums[name] += value
-            self._log_step(values)
-            if self.step % self.steps_per_epoch == 0:
-                self._log_epoch(epoch)
-            if self._checkpoint_due():
-                self.save()
 
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks); a run that has diverged keeps its last good one."""
@@ -177,6 +178,8 @@ class Trainer:
             config=build_ds_config(self.cfg, world_size=dist.world_size()),
             dist_init_required=False,
         )
+        if dist.world_size() == 1 and self.cfg.train.zero_stage == 0:
+            engine.enable_backward_allreduce = False  # it copies every gradient twice to average it with no other
         return engine, optimizer
 
     def _build_probe(self, reader: BetonReader) -> OnlineProbe | None:
@@ -224,7 +227,7 @@ class Trainer:
             row = {"loss": loss, "learning_rate": self.learning_rate(self.step - 1), **self.timer.read("step")}
             self.metrics.step_row(self.step, row | {"memory_bytes": self._memory_bytes()})
 
-    def _log_epoch(self, epoch: int) -> None:
+    def _log_epoch(self) -> None:
         sums = {name: self._check_finite(value) for name, value in self.epoch_sums.items()}
         self.epoch_sums = self._zero_sums()
         if not self.metrics:
@@ -235,7 +238,7 @@ class Trainer:
             row["mutual_information_bound_nats"] = bound
         if self.probe and sums["online_total"] > 0:
             row["online_top1"] = sums["online_correct"] / sums["online_total"]
-        self.metrics.epoch_row(epoch, self.step, row)
+        self.metrics.epoch_row(self.step // self.steps_per_epoch - 1, self.step, row)
 
     def _check_finite(self, value: Tensor) -> Tensor:
         """Mean over ranks of a loss or a count (all ranks call it, and stop alike).
