@@ -9,9 +9,11 @@ import itertools
 import multiprocessing
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -287,7 +289,10 @@ PROVIDERS = {
 
 
 class Worker:
-    """A provider in its own process; it works only while it starts and while a window is measured."""
+    """A provider in its own process, which is stopped whenever it is not starting or being measured.
+
+    Left alone, the workers of a DataLoader go on for seconds to fill their queues, beside the next provider's window.
+    """
 
     def __init__(self, name: str, job: Job) -> None:
         self.reason: str | None = None  # why there is no figure
@@ -300,20 +305,35 @@ class Worker:
     def wait_until_ready(self) -> None:
         """Wait until it has compiled and made its first batches."""
         self._receive(_START_TIMEOUT_S)
+        self._signal(signal.SIGSTOP)
 
     def measure(self, window_s: float) -> Window | None:
         """One window; None where there is no figure, and then `reason` says why."""
         if self.reason:
             return None
+        self._signal(signal.SIGCONT)
         self._connection.send(window_s)
-        return self._receive(10 * window_s + 60)
+        window = self._receive(10 * window_s + 60)
+        self._signal(signal.SIGSTOP)
+        return window
 
     def close(self) -> None:
         """Ask the process to end, and end it where it does not."""
+        self._signal(signal.SIGCONT)
         self._connection.close()  # which ends its loop
         self._process.join(10)
         self._process.kill()
         self._process.join()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and its children, as far as they are still there."""
+        import psutil
+
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self._process.pid)
+            for each in (process, *process.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    each.send_signal(number)
 
     def _receive(self, timeout_s: float) -> Window | None:
         try:
