@@ -1,0 +1,209 @@
+"""Sums over the pairs of a batch of a function of their similarity, and their gradients, without the matrix of pairs.
+
+# W ranks; V views of B samples on each; D width; a block: the B rows of one view on one rank; Q blocks of columns
+# rows u [V, B, D], columns [Q, B, D], unit rows;  s_ik = u_i . u_k;  l_ik = t s_ik + b the logit
+# t the inverse temperature, b the bias, both dimensionless
+
+Every loss over pairs here is made of three steps, and an implementation is a module with these three functions:
+
+    normalize    u_i = z_i / |z_i|, and the similarities of the positive pairs, in full precision
+    accumulate   for the pairs (i, k) of two sides that are not excluded, add to what each side asks for:
+                     sums_i   += f(l_ik)
+                     slopes_i += f'(l_ik)
+                     pulls_i  += f'(l_ik) u_k            f' times (g_i + g_k) where the sides carry weights g
+    finish       dz from the pulls and from the gradients of the positive similarities
+
+| kind       | f(l)         | f'(l)      |
+|------------|--------------|------------|
+| `exp`      | e^l          | e^l        |
+| `softplus` | log(1 + e^l) | sigmoid(l) |
+| `square`   | l^2          | 2 l        |
+
+One pass is enough where all rows weigh the same: dL/ds_ik is known as soon as s_ik is. Losses with a logarithm for
+each row (NT-Xent) know their weights after the sums only: a second `accumulate`, with weights. f is symmetric, so the
+gradient of the local rows counts each pair as row and as column there, and is complete without any gradient from other
+ranks. No function here waits for the device, and the same inputs give the same bits.
+
+| impl        | what it does                                                             | where          |
+|-------------|--------------------------------------------------------------------------|----------------|
+| `fused`     | Triton, fp16 operands, fp32 sums; nothing of size [rows, columns] is kept | CUDA; the CPU in Triton's interpreter |
+| `chunked`   | torch, a tile of pairs at a time, fp32 or fp64                           | any device     |
+| `reference` | the equations on the whole matrix, fp32 or fp64                          | tests          |
+| `auto`      | `fused` where it can be and half precision is wanted, else `chunked`      |                |
+"""
+
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "IMPLS",
+    "MAX_WIDTH",
+    "Impl",
+    "Implementation",
+    "Kind",
+    "Rows",
+    "Side",
+    "Term",
+    "choose_impl",
+    "load_impl",
+]
+
+Kind = Literal["exp", "softplus", "square"]
+Impl = Literal["auto", "fused", "chunked", "reference"]
+IMPLS: tuple[str, ...] = get_args(Impl)
+
+MAX_WIDTH = 2048  # D of the fused kernels
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """f and its logit.
+
+    Attributes:
+        kind: Which f.
+        inv_temperature: t, 0-dim, fp32 (fp64 for fp64 rows), on the device of the rows.
+        bias: b, likewise.
+        wide_range: e^l spans more than fp16's normal numbers, so a kernel in fp16 must scale it as it goes.
+    """
+
+    kind: Kind
+    inv_temperature: Tensor
+    bias: Tensor
+    wide_range: bool = True
+
+
+class Rows(NamedTuple):
+    """What `normalize` makes of z [V, B, D].
+
+    Attributes:
+        u: Unit rows in the implementation's operand form, contiguous; [V, B, D'], to be gathered as they are.
+        inv_norm: 1 / |z| [V, B], fp32 (fp64 for fp64 z).
+        positives: s of the positive pairs [V (V - 1) / 2, B], views (v, w) with v < w in lexical order, dtype as inv_norm.
+    """
+
+    u: Tensor
+    inv_norm: Tensor
+    positives: Tensor
+
+
+@dataclass(kw_only=True)
+class Side:
+    """One side of the pairs: rows, what goes with them, and what is to be added up for them (None: nothing).
+
+    Attributes:
+        u: [Q, B, D'] as `normalize` gives it; blocks may lie apart in memory, a block is contiguous.
+        groups: Integers [Q, B]; pairs of equal groups are excluded.
+        weights: g [Q, B], fp32 or fp64; both sides have them or none.
+        sums: [Q, B].
+        slopes: [Q, B].
+        pulls: [Q, B, D].
+    """
+
+    u: Tensor
+    groups: Tensor | None = None
+    weights: Tensor | None = None
+    sums: Tensor | None = None
+    slopes: Tensor | None = None
+    pulls: Tensor | None = None
+
+
+class Implementation(Protocol):
+    """The functions of an implementation module."""
+
+    def normalize(self, z: Tensor, inv_temperature: Tensor) -> Rows:
+        """z [V, B, D], any floating dtype; inv_temperature as in Term, for forms that fold it into the operands."""
+        ...
+
+    def accumulate(self, rows: Side, columns: Side, term: Term, own: int | None) -> None:
+        """Add up the pairs of two sides.
+
+        Args:
+            rows: [V, B, D'].
+            columns: [Q, B, D']. The very same object as rows: a pair is visited once and counted for both of its
+                rows. Another object with accumulators: those are filled as well, with rows and columns in turned roles.
+            term: f.
+            own: The first of the V blocks of columns that belong to the same samples as the rows: the pairs of the
+                same sample are excluded there. None: the columns are of other samples.
+        """
+        ...
+
+    def finish(
+        self, z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient of the unnormalised rows, dz = (I - u u^T) du / |z|, du = pull_scale * pulls + positives' part.
+
+        Args:
+            z: As in `normalize`.
+            inv_norm: From it.
+            pulls: [V, B, D], or None for zeros.
+            pull_scale: 0-dim, dtype of the pulls.
+            positive_grads: dL/ds of the positive pairs, as `Rows.positives`.
+
+        Returns:
+            dz [V, B, D] of z's dtype, and <u_i, pulls_i> [V, B] (times t this is sum_k f' t s_ik; None without pulls).
+        """
+        ...
+
+
+def choose_impl(impl: Impl, z: Tensor) -> Impl:
+    """What "auto" means for z; any other choice is checked and returned.
+
+    "auto" is "fused" on a CUDA device of at least compute capability 8.0 with Triton, up to MAX_WIDTH, for fp16 and
+    bf16 z, and for fp32 z where torch may round products of fp32 as well (`torch.set_float32_matmul_precision`).
+
+    Args:
+        impl: The wish.
+        z: [..., D], on its device.
+
+    Raises:
+        ValueError: Unknown, or "fused" cannot run on z.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "fused" and (reason := _why_not_fused(z)):
+        raise ValueError(f"impl fused: {reason}")
+    if impl != "auto":
+        return impl
+    rounds = z.dtype in (torch.float16, torch.bfloat16) or torch.get_float32_matmul_precision() != "highest"
+    chosen: Impl = "fused" if z.is_cuda and rounds and not _why_not_fused(z) else "chunked"
+    if not torch.compiler.is_compiling():
+        _say_choice(chosen, z.device.type, str(z.dtype).removeprefix("torch."), z.shape[-1])
+    return chosen
+
+
+def load_impl(impl: Impl) -> Implementation:
+    """The module of a choice of `choose_impl`; Triton is imported for "fused" only."""
+    return importlib.import_module(f"kernels.similarity.{impl}")  # pyright: ignore[reportReturnType]
+
+
+def _why_not_fused(z: Tensor) -> str | None:
+    if z.dtype == torch.float64:
+        return "fp64 is for chunked and reference"
+    if z.shape[-1] > MAX_WIDTH:
+        return f"rows are at most {MAX_WIDTH} wide, got {z.shape[-1]}"
+    if not z.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1 in the environment), the rows are on {z.device.type}"
+    if z.is_cuda and torch.cuda.get_device_capability(z.device) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    if not _has_triton():
+        return "Triton is not installed"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _say_choice(chosen: str, device: str, dtype: str, width: int) -> None:
+    _log.info("pair losses: %s kernels for %s rows of width %d on %s", chosen, dtype, width, device)

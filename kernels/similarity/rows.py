@@ -1,0 +1,47 @@
+"""`normalize` and `finish` in torch, for `chunked` and `reference`: fp32, or fp64 for fp64 rows."""
+
+# V views of B samples, D width
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from kernels.similarity import Rows
+
+EPS = 1e-12  # of torch.nn.functional.normalize: rows shorter than this are divided by it
+
+
+def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
+    """See `kernels.similarity.Implementation`."""
+    del inv_temperature  # these forms multiply the similarities by it
+    z = widen(z)
+    inv_norm = torch.linalg.vector_norm(z, dim=2).clamp_min(EPS).reciprocal()
+    u = z * inv_norm[..., None]
+    positives = [(u[v] * u[w]).sum(1) for v, w in view_pairs(len(z))]
+    return Rows(u.contiguous(), inv_norm, torch.stack(positives) if positives else inv_norm.new_empty(0, z.shape[1]))
+
+
+def finish(
+    z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """See `kernels.similarity.Implementation`."""
+    u = widen(z) * inv_norm[..., None]
+    dots = None if pulls is None else torch.linalg.vecdot(u, pulls)
+    du = torch.zeros_like(u) if pulls is None else pulls * pull_scale
+    for (v, w), grads in zip(view_pairs(len(z)), positive_grads, strict=True):
+        du[v].addcmul_(grads[:, None], u[w])
+        du[w].addcmul_(grads[:, None], u[v])
+    radial = torch.linalg.vecdot(u, du)
+    du.addcmul_(radial[..., None], u, value=-1).mul_(inv_norm[..., None])
+    return du.to(z.dtype), dots
+
+
+def view_pairs(num_views: int) -> list[tuple[int, int]]:
+    """The pairs (v, w) of views with v < w, in the order of `Rows.positives`."""
+    return list(itertools.combinations(range(num_views), 2))
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp64 stays, everything else becomes fp32: a product rounded to bf16 is off by 4e-3, times 1/temperature."""
+    return x if x.dtype == torch.float64 else x.float()
