@@ -24,12 +24,12 @@ each row (NT-Xent) know their weights after the sums only: a second `accumulate`
 gradient of the local rows counts each pair as row and as column there, and is complete without any gradient from other
 ranks. No function here waits for the device, and the same inputs give the same bits.
 
-| impl        | what it does                                                             | where          |
-|-------------|--------------------------------------------------------------------------|----------------|
-| `fused`     | Triton, fp16 operands, fp32 sums; nothing of size [rows, columns] is kept | CUDA; the CPU in Triton's interpreter |
-| `chunked`   | torch, a tile of pairs at a time, fp32 or fp64                           | any device     |
-| `reference` | the equations on the whole matrix, fp32 or fp64                          | tests          |
-| `auto`      | `fused` where it can be and half precision is wanted, else `chunked`      |                |
+| impl        | what it does                                                    | where                        |
+|-------------|-----------------------------------------------------------------|------------------------------|
+| `fused`     | Triton: fp16 operands, fp32 sums, no [rows, columns] in memory  | CUDA, or Triton's interpreter |
+| `chunked`   | torch, a tile of pairs at a time, fp32 or fp64                  | any device                   |
+| `reference` | the equations on the whole matrix, fp32 or fp64                 | tests                        |
+| `auto`      | `fused` where it runs and rounding is welcome, else `chunked`   |                              |
 """
 
 import importlib
@@ -87,7 +87,7 @@ class Rows(NamedTuple):
     Attributes:
         u: Unit rows in the implementation's operand form, contiguous; [V, B, D'], to be gathered as they are.
         inv_norm: 1 / |z| [V, B], fp32 (fp64 for fp64 z).
-        positives: s of the positive pairs [V (V - 1) / 2, B], views (v, w) with v < w in lexical order, dtype as inv_norm.
+        positives: s of the positive pairs [V (V - 1) / 2, B], views v < w in lexical order, dtype of inv_norm.
     """
 
     u: Tensor

@@ -15,7 +15,8 @@ from kernels.similarity.rows import finish, normalize
 
 __all__ = ["TILE_ROWS", "accumulate", "finish", "normalize"]
 
-# R and C at most. CPU: three fp32 buffers of 4 MiB (512: 20 % slower, 2048: more memory for nothing). GPU: enough pairs to fill the device.
+# R and C at most. CPU: three fp32 buffers of 4 MiB (512 is 20 % slower, 2048 takes more memory and is no faster).
+# GPU: enough pairs to fill the device; not measured yet.
 TILE_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
