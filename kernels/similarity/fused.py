@@ -1,0 +1,114 @@
+"""Triton kernels behind the functions of similarity/__init__.py: fp16 operands, fp32 sums, no atomics.
+
+# V views of B samples, D width; u [V, B, D'] fp16, D' = D rounded up to a multiple of 8 (16 bytes, for the copy engine)
+# u = z / |z| sqrt(t log2 e): the product of two rows of it is the exponent of 2 already
+
+Rows up to 256 wide take one pass (tiles.py); for wider ones the pulls no longer fit in registers, and strips of slopes
+go through memory to torch's products (strips.py).
+"""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.similarity import MAX_WIDTH, Rows, Side, Term
+from kernels.similarity.row_kernels import finish_rows, normalize_rows
+from kernels.similarity.strips import accumulate_strips
+from kernels.similarity.tiles import MAX_TILE_WIDTH, accumulate_tiles
+
+__all__ = ["accumulate", "finish", "normalize"]
+
+WIDTH_MULTIPLE = 8
+# Elements of a program of the row kernels: 16 a thread and view. Not measured yet.
+ROW_KERNEL_ELEMENTS = 2048
+
+
+def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
+    """See `kernels.similarity.Implementation`; z fp32, fp16 or bf16.
+
+    Raises:
+        ValueError: fp64, or wider than MAX_WIDTH.
+    """
+    _check(z)
+    z = _with_dense_rows(z)
+    num_views, num_samples, width = z.shape
+    padded = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    rows = Rows(
+        z.new_empty(num_views, num_samples, padded, dtype=torch.float16),
+        z.new_empty(num_views, num_samples, dtype=torch.float32),
+        z.new_empty(num_views * (num_views - 1) // 2, num_samples, dtype=torch.float32),
+    )
+    with _on_device_of(z):
+        normalize_rows[_row_grid(z)](
+            z, *rows, inv_temperature, num_samples, z.stride(0), z.stride(1),
+            V=num_views, D=width, PADDED=padded, WIDTH=_width(z), ROWS=_row_block(z),
+        )  # fmt: skip
+    return rows
+
+
+def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
+    """See `kernels.similarity.Implementation`; accumulators are fp32 with dense rows.
+
+    Raises:
+        ValueError: The sides have blocks of unequal shape, or an accumulator has strided rows.
+    """
+    if rows.u.shape[1:] != columns.u.shape[1:]:
+        raise ValueError(f"blocks of both sides must be alike, got {list(rows.u.shape)} and {list(columns.u.shape)}")
+    for x in (x for side in (rows, columns) for x in (side.sums, side.slopes, side.pulls) if x is not None):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"accumulators must have dense rows, got strides {list(x.stride())}")
+    with _on_device_of(rows.u):
+        if rows.u.shape[2] > MAX_TILE_WIDTH:
+            accumulate_strips(rows, columns, term, own)
+            return
+        num_views = len(rows.u)
+        accumulate_tiles(rows, columns, term, (0, num_views), (own, num_views) if own is not None else (0, 0))
+        if columns is not rows:
+            accumulate_tiles(columns, rows, term, (own, num_views) if own is not None else (0, 0), (0, num_views))
+
+
+def finish(
+    z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """See `kernels.similarity.Implementation`; u is computed again from z in fp32."""
+    _check(z)
+    z = _with_dense_rows(z)
+    num_views, num_samples, width = z.shape
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    dots = None if pulls is None else torch.empty_like(inv_norm, memory_format=torch.contiguous_format)
+    pulls = None if pulls is None else _with_dense_rows(pulls)
+    with _on_device_of(z):
+        finish_rows[_row_grid(z)](
+            z, inv_norm.contiguous(), pulls, pull_scale, positive_grads.contiguous(), dz, dots, num_samples,
+            z.stride(0), z.stride(1), *((0, 0) if pulls is None else pulls.stride()[:2]),
+            V=num_views, D=width, WIDTH=_width(z), ROWS=_row_block(z), HAS_PULLS=pulls is not None,
+        )  # fmt: skip
+    return dz, dots
+
+
+def _check(z: Tensor) -> None:
+    if z.dtype == torch.float64 or z.shape[2] > MAX_WIDTH:
+        raise ValueError(f"fused rows are fp32, fp16 or bf16 and at most {MAX_WIDTH} wide, got {z.dtype}, {z.shape[2]}")
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _width(z: Tensor) -> int:
+    return triton.next_power_of_2(max(z.shape[2], WIDTH_MULTIPLE))
+
+
+def _row_block(z: Tensor) -> int:
+    return max(1, ROW_KERNEL_ELEMENTS // _width(z))
+
+
+def _row_grid(z: Tensor) -> tuple[int]:
+    return (triton.cdiv(z.shape[1], _row_block(z)),)
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
