@@ -1,3 +1,4 @@
+# type: ignore  (Triton's language is no Python to a type checker)
 """What a fused kernel makes of a tile of exponents: values f and slopes f', as few instructions as they take.
 
 # x = l log2(e): the exponent of e^l = 2^x; a tile is [R, C] pairs of R rows and C columns
@@ -8,10 +9,10 @@ normal numbers (2^-14 .. 2^16); the kernels undo it in fp32:
 
 | kind       | scale of the slopes                                                                |
 |------------|------------------------------------------------------------------------------------|
-| `exp`      | 1, or with a wide range 2^(TOP - ceil(largest x of the row so far)), as it goes     |
+| `exp`      | 1, or with a wide range 2^(TOP - ceil(largest x of the row so far))                 |
 | `softplus` | 2^TOP: sigmoids down to 2^-29 are normal numbers, those below 2^-40 vanish          |
-| `square`   | 2^TOP over the least power of two above (t + |b|) log2(e), which bounds |x|         |
-| weighted   | 2^(TOP - ceil(log2(largest weighted slope of the row so far))), for every kind       |
+| `square`   | of f' / 2 = l: 2^TOP over the least power of two above t + |b|, which bounds |l|    |
+| weighted   | 2^(TOP - n), 2^n above the largest weighted slope of the row so far, for every kind  |
 
 A tile writes its pulls' operand at once, so its scale follows the rows as in flash attention; a strip of slopes that
 stays in memory is scaled there, by row and by column (strips.py).
@@ -23,6 +24,7 @@ import triton.language as tl
 EXP: tl.constexpr = tl.constexpr(0)
 SOFTPLUS: tl.constexpr = tl.constexpr(1)
 SQUARE: tl.constexpr = tl.constexpr(2)
+INTERPRETED = triton.knobs.runtime.interpret
 KINDS = {"exp": EXP.value, "softplus": SOFTPLUS.value, "square": SQUARE.value}
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -37,9 +39,18 @@ def ex2(x, INTERP: tl.constexpr):
     """2^x; rel. error 2^-22; 0 below 2^-126."""
     if INTERP:
         return tl.math.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def ex2_of_minus_abs(x, INTERP: tl.constexpr):
+    """2^-|x|: sign and magnitude are modifiers of the one instruction, which ptxas sees in one piece of PTX only."""
+    if INTERP:
+        return tl.math.exp2(-tl.abs(x))
     return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+        "{.reg .f32 y; abs.f32 y, $1; neg.f32 y, y; ex2.approx.ftz.f32 $0, y;}",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -47,9 +58,7 @@ def lg2(x, INTERP: tl.constexpr):
     """log2(x); error 2^-22, absolute between 1/2 and 2 and relative beyond."""
     if INTERP:
         return tl.math.log2(x)
-    return tl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -57,9 +66,7 @@ def rcp(x, INTERP: tl.constexpr):
     """1 / x; rel. error 2^-23."""
     if INTERP:
         return 1.0 / x
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -92,7 +99,7 @@ def softplus(x, INTERP: tl.constexpr):
     """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
-    e = ex2(-tl.abs(x), INTERP)
+    e = ex2_of_minus_abs(x, INTERP)
     a, b = tl.split(tl.reshape(1.0 + e, (R, C // 2, 2)))
     product = a * b
     inverse = rcp(product, INTERP) * 32768.0
@@ -109,19 +116,25 @@ def softplus(x, INTERP: tl.constexpr):
 @triton.jit
 def softplus_each(x, INTERP: tl.constexpr):
     """As `softplus`, with the values of each pair, [R, C]."""
-    e = ex2(-tl.abs(x), INTERP)
+    e = ex2_of_minus_abs(x, INTERP)
     inverse = rcp(1.0 + e, INTERP) * 32768.0
     return tl.maximum(x, 0.0) + lg2(1.0 + e, INTERP), tl.where(x >= 0, inverse, e * inverse)
 
 
 @triton.jit
+def exponent_above(x):
+    """The least whole number n with x < 2^n, from the bits of normal numbers x > 0."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
+
+
+@triton.jit
 def square_scale(inv_temperature, bias):
-    """The scale of x and of the slopes of `square`: |x| times it is at most 2^TOP."""
-    bound = (inv_temperature + tl.abs(bias)) * (LOG2_E * 1.01) + 1e-30
-    return pow2(-(tl.ceil(tl.math.log2(bound)) - TOP))
+    """The scale of l in `square`: |l| times it is at most 2^TOP."""
+    bound = (inv_temperature + tl.abs(bias)) * 1.01
+    return pow2(-(exponent_above(tl.maximum(bound, 1e-30)) - TOP))
 
 
 @triton.jit
 def rising_top(top, largest):
-    """The new exponent of a row's scale, never falling: the least whole number that is at least log2 of `largest`."""
-    return tl.maximum(top, tl.ceil(tl.math.log2(tl.maximum(largest, 1e-30))))
+    """The new exponent of a row's scale, never falling: `largest` is below 2 to it."""
+    return tl.maximum(top, exponent_above(tl.maximum(largest, 1e-30)))

@@ -8,9 +8,9 @@ go through memory to torch's products (strips.py).
 """
 
 import contextlib
+from typing import Any, cast
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.similarity import MAX_WIDTH, Rows, Side, Term
@@ -41,7 +41,7 @@ def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
         z.new_empty(num_views * (num_views - 1) // 2, num_samples, dtype=torch.float32),
     )
     with _on_device_of(z):
-        normalize_rows[_row_grid(z)](
+        cast(Any, normalize_rows)[_row_grid(z)](
             z, *rows, inv_temperature, num_samples, z.stride(0), z.stride(1),
             V=num_views, D=width, PADDED=padded, WIDTH=_width(z), ROWS=_row_block(z),
         )  # fmt: skip
@@ -80,7 +80,7 @@ def finish(
     dots = None if pulls is None else torch.empty_like(inv_norm, memory_format=torch.contiguous_format)
     pulls = None if pulls is None else _with_dense_rows(pulls)
     with _on_device_of(z):
-        finish_rows[_row_grid(z)](
+        cast(Any, finish_rows)[_row_grid(z)](
             z, inv_norm.contiguous(), pulls, pull_scale, positive_grads.contiguous(), dz, dots, num_samples,
             z.stride(0), z.stride(1), *((0, 0) if pulls is None else pulls.stride()[:2]),
             V=num_views, D=width, WIDTH=_width(z), ROWS=_row_block(z), HAS_PULLS=pulls is not None,
@@ -98,7 +98,7 @@ def _with_dense_rows(x: Tensor) -> Tensor:
 
 
 def _width(z: Tensor) -> int:
-    return triton.next_power_of_2(max(z.shape[2], WIDTH_MULTIPLE))
+    return 1 << (max(z.shape[2], WIDTH_MULTIPLE) - 1).bit_length()
 
 
 def _row_block(z: Tensor) -> int:
@@ -106,7 +106,7 @@ def _row_block(z: Tensor) -> int:
 
 
 def _row_grid(z: Tensor) -> tuple[int]:
-    return (triton.cdiv(z.shape[1], _row_block(z)),)
+    return (-(-z.shape[1] // _row_block(z)),)
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

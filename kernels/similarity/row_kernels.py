@@ -1,3 +1,4 @@
+# type: ignore  (Triton's language is no Python to a type checker)
 """The Triton kernels of `normalize` and `finish`: one pass over the rows of all views, fp32 inside.
 
 # V views of B samples, D width; V, D are compile-time constants; a program takes ROWS samples of all views

@@ -1,0 +1,263 @@
+"""Cases of the fused kernels in Triton's interpreter, which test_fused.py switches on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.similarity import Side, fused, reference, strips, tiles
+from kernels.similarity import rows as torch_rows
+from tests.kernels.similarity.three_way import (
+    Case,
+    assert_three_way,
+    gradient,
+    make_inputs,
+    run_fused,
+    worst_row_error,
+)
+
+KINDS = ("exp", "softplus", "square")
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 16 rows, so that a block has several."""
+    monkeypatch.setattr(strips, "STRIP_BYTES", 2 * 16 * 16)
+
+
+@pytest.mark.parametrize("clustered", [False, True], ids=["random", "clustered"])
+@pytest.mark.parametrize(("t", "log2_exp_b"), [(2.0, 0), (5.0, -4), (20.0, -14), (40.0, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_way(kind: str, t: float, log2_exp_b: int, clustered: bool) -> None:
+    assert_three_way(Case(kind=kind, t=t, log2_exp_b=log2_exp_b, clustered=clustered, symmetric=True))
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 33])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_samples(kind: str, num_samples: int) -> None:
+    assert_three_way(Case(kind=kind, num_samples=num_samples, log2_exp_b=-1, width=16, symmetric=True))
+
+
+@pytest.mark.parametrize("width", [5, 128, 200, 300, 1030])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("small_strips")
+def test_any_width(kind: str, width: int) -> None:
+    assert_three_way(Case(kind=kind, width=width, log2_exp_b=-1, symmetric=True, clustered=True))
+
+
+@pytest.mark.parametrize("width", [24, 300])
+@pytest.mark.parametrize(("kind", "own"), [("exp", None), ("softplus", 1), ("square", 0), ("softplus", None)])
+@pytest.mark.usefixtures("small_strips")
+def test_more_blocks_of_columns_than_views(kind: str, own: int | None, width: int) -> None:
+    """Both sides have accumulators: the columns' are filled with the roles turned."""
+    assert_three_way(Case(kind=kind, num_blocks=3, own=own, width=width, log2_exp_b=1))
+
+
+@pytest.mark.parametrize("width", [24, 300])
+@pytest.mark.parametrize("weight", [1e-6, 1.0, 1e20])
+@pytest.mark.parametrize("t", [5.0, 40.0])
+@pytest.mark.usefixtures("small_strips")
+def test_weights_of_any_magnitude(weight: float, t: float, width: int) -> None:
+    assert_three_way(Case(kind="exp", t=t, weight=weight, width=width, clustered=True, symmetric=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_two_sides(kind: str) -> None:
+    assert_three_way(Case(kind=kind, weight=3.0, num_blocks=3, own=1, width=24))
+
+
+@pytest.mark.parametrize("width", [24, 300])
+@pytest.mark.parametrize(("kind", "weight"), [("exp", None), ("exp", 1.0), ("softplus", None), ("square", 1.0)])
+@pytest.mark.usefixtures("small_strips")
+def test_groups(kind: str, weight: float | None, width: int) -> None:
+    assert_three_way(Case(kind=kind, groups=True, weight=weight, num_blocks=3, own=1, width=width))
+
+
+@pytest.mark.parametrize("width", [24, 300])
+def test_a_narrow_range_needs_no_scale(width: int) -> None:
+    assert_three_way(Case(kind="exp", t=6.0, wide_range=False, width=width, symmetric=True, clustered=True))
+
+
+@pytest.mark.parametrize("wanted", [("sums",), ("slopes",), ("pulls",)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_asked_for(kind: str, wanted: tuple[str, ...]) -> None:
+    for width in (24, 300):
+        assert_three_way(Case(kind=kind, wanted=wanted, width=width, num_samples=5, symmetric=True))
+
+
+@pytest.mark.parametrize("num_samples", [31, 41])
+@pytest.mark.parametrize("kind", ["exp", "softplus"])
+def test_tiles_with_more_columns_than_rows(kind: str, num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETED_CONFIG", tiles.TileConfig(16, 32, 4, 1, 1))
+    assert_three_way(Case(kind=kind, num_samples=num_samples, num_blocks=3, own=1, width=16))
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("exp", False), ("softplus", True), ("square", False)])
+def test_shares_of_the_columns(kind: str, groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "choose_splits", lambda *_: 3)
+    assert_three_way(Case(kind=kind, num_samples=33, num_blocks=3, own=1, width=16, groups=groups))
+
+
+def test_shares_fill_the_device() -> None:
+    assert tiles.choose_splits(1024, 1024, 396, 2**25) == 1  # two shares would take more memory than they may
+    assert tiles.choose_splits(256, 256, 396, 2**23) == 3  # 768 programs in two rounds of 396
+    assert tiles.choose_splits(8, 8, 396, 2**18) == 2  # at least four tiles each
+    assert tiles.choose_splits(8, 1, 396, 0) == 1
+
+
+@pytest.mark.parametrize("width", [24, 300])
+def test_blocks_that_lie_apart(width: int) -> None:
+    """Columns with other memory between their blocks, as gathered views have."""
+    case = Case(kind="softplus", num_blocks=4, own=None, width=width)
+    inputs = make_inputs(case)
+    term = case.term(torch.float32)
+    u = fused.normalize(inputs.column_z, term.inv_temperature).u
+    apart = torch.full((4, 3, *u.shape[1:]), float("nan"), dtype=u.dtype)
+    apart[:, 1] = u
+    rows = [
+        Side(u=u[:2], sums=torch.zeros(2, 17), pulls=torch.zeros(2, 2, 17, width)[:, 1]) for _ in range(2)
+    ]  # accumulators apart as well
+    fused.accumulate(rows[0], Side(u=u), term, None)
+    fused.accumulate(rows[1], Side(u=apart[:, 1]), term, None)
+    assert torch.equal(rows[0].sums, rows[1].sums)
+    assert torch.equal(rows[0].pulls, rows[1].pulls)
+
+
+@pytest.mark.parametrize("width", [24, 300])
+def test_accumulators_are_added_to(width: int) -> None:
+    case = Case(kind="softplus", width=width, symmetric=True)
+    inputs = make_inputs(case)
+    (once, _), u = run_fused(case, inputs), fused.normalize(inputs.column_z, torch.tensor(case.t)).u
+    twice = Side(u=u, sums=once.sums.clone(), slopes=once.slopes.clone(), pulls=once.pulls.clone())
+    fused.accumulate(twice, twice, case.term(torch.float32), case.own)
+    for name in case.wanted:
+        torch.testing.assert_close(getattr(twice, name), 2 * getattr(once, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [24, 300])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("small_strips")
+def test_the_same_bits_every_time(kind: str, width: int) -> None:
+    case = Case(kind=kind, width=width, num_blocks=3, own=1, weight=1.0 if kind == "exp" else None)
+    inputs = make_inputs(case)
+    first, second = run_fused(case, inputs), run_fused(case, inputs)
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in case.wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_zeros(kind: str) -> None:
+    """They have the similarity 0 with everything, and no NaN."""
+    case = Case(kind=kind, log2_exp_b=-1, symmetric=True)
+    inputs = make_inputs(case)
+    inputs.column_z[0, 3] = 0
+    inputs.row_z[0, 3] = 0
+    side, _ = run_fused(case, inputs)
+    term = case.term(torch.float64)
+    u = torch_rows.normalize(inputs.column_z.double(), term.inv_temperature).u
+    exact = Side(u=u, sums=torch.zeros(2, 17, dtype=torch.float64))
+    reference.accumulate(exact, exact, term, case.own)
+    assert worst_row_error(side.sums, exact.sums) < 1e-3
+    rows = fused.normalize(inputs.column_z, torch.tensor(5.0))
+    dz, dots = fused.finish(inputs.column_z, rows.inv_norm, side.pulls, torch.tensor(0.1), -rows.positives)
+    assert all(x.isfinite().all() for x in (*rows, dz, dots, side.pulls))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_views", "num_samples", "width"), [(1, 3, 5), (2, 17, 48), (3, 65, 130), (4, 2, 2048)])
+def test_normalize(num_views: int, num_samples: int, width: int, dtype: torch.dtype) -> None:
+    z = torch.randn(num_views, num_samples, width).to(dtype)
+    t = torch.tensor(7.0)
+    rows, exact = fused.normalize(z, t), torch_rows.normalize(z.double(), t.double())
+    padded = -(-width // 8) * 8
+    assert rows.u.shape == (num_views, num_samples, padded)
+    assert rows.u.dtype == torch.float16
+    assert rows.u.is_contiguous()
+    assert not rows.u[..., width:].any()
+    scale = (7.0 * torch.tensor(2.0, dtype=torch.float64).log().reciprocal()).sqrt()
+    torch.testing.assert_close(rows.u[..., :width].double(), exact.u * scale, rtol=2**-11 + 1e-6, atol=2**-24)
+    torch.testing.assert_close(rows.inv_norm.double(), exact.inv_norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows.positives.double(), exact.positives, rtol=0, atol=1e-6)
+    assert rows.positives.shape == exact.positives.shape
+
+
+def strided(z: Tensor, how: str) -> Tensor:
+    """The same values with other strides."""
+    if how == "views inside":
+        return z.transpose(0, 1).contiguous().transpose(0, 1)
+    if how == "rows apart":
+        return torch.cat([z, z], 2)[..., : z.shape[2]]
+    return z.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("how", ["views inside", "rows apart", "width strided"])
+def test_strides_of_z_do_not_matter(how: str) -> None:
+    z, t = torch.randn(2, 9, 20), torch.tensor(3.0)
+    other = strided(z, how)
+    assert not other.is_contiguous()
+    assert torch.equal(other, z)
+    rows, others = fused.normalize(z, t), fused.normalize(other, t)
+    assert all(torch.equal(a, b) for a, b in zip(rows, others, strict=True))
+    pulls, scale = torch.randn(2, 9, 20), torch.tensor(0.3)
+    expected = fused.finish(z, rows.inv_norm, pulls, scale, rows.positives)
+    actual = fused.finish(other, rows.inv_norm, strided(pulls, how), scale, rows.positives)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("has_pulls", [True, False])
+@pytest.mark.parametrize(("num_views", "num_samples", "width"), [(1, 3, 5), (2, 17, 48), (4, 9, 130), (2, 2, 2048)])
+def test_finish(num_views: int, num_samples: int, width: int, has_pulls: bool) -> None:
+    z = torch.randn(num_views, num_samples, width)
+    rows = torch_rows.normalize(z, torch.tensor(1.0))
+    pulls = torch.randn_like(z) if has_pulls else None
+    grads = torch.randn_like(rows.positives)
+    dz, dots = fused.finish(z, rows.inv_norm, pulls, torch.tensor(0.7), grads)
+    wide = [x if x is None else x.double() for x in (z, rows.inv_norm, pulls, torch.tensor(0.7), grads)]
+    expected, expected_dots = torch_rows.finish(*wide)
+    torch.testing.assert_close(dz.double(), expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max() + 1e-9))
+    assert (dots is None) == (not has_pulls)
+    if has_pulls:
+        torch.testing.assert_close(dots.double(), expected_dots, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_finish_gives_the_dtype_of_z(dtype: torch.dtype) -> None:
+    z = torch.randn(2, 5, 12).to(dtype)
+    rows = fused.normalize(z, torch.tensor(1.0))
+    arguments = (rows.inv_norm, torch.randn(2, 5, 12), torch.tensor(0.7), torch.randn(1, 5))
+    dz, _ = fused.finish(z, *arguments)
+    expected, _ = torch_rows.finish(z, *arguments)
+    assert dz.dtype == dtype
+    torch.testing.assert_close(dz, expected)
+
+
+@pytest.mark.parametrize("clustered", [False, True], ids=["random", "clustered"])
+@pytest.mark.parametrize(("kind", "t", "weight"), [("softplus", 10.0, None), ("exp", 20.0, None), ("exp", 5.0, 1e-4)])
+def test_gradient_three_way(kind: str, t: float, weight: float | None, clustered: bool) -> None:
+    case = Case(kind=kind, t=t, weight=weight, clustered=clustered, width=40)
+    z = make_inputs(case).column_z
+    exact = gradient(z, case, "exact")
+    errors = {form: float((gradient(z, case, form) - exact).norm() / exact.norm()) for form in ("fused", "torch")}
+    assert errors["fused"] <= errors["torch"] + 1e-5
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="at most 2048 wide"):
+        fused.normalize(torch.zeros(1, 1, 2056), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="fp32, fp16 or bf16"):
+        fused.normalize(torch.zeros(1, 1, 8, dtype=torch.float64), torch.tensor(1.0))
+    case = Case(kind="exp")
+    u = torch.zeros(2, 4, 8, dtype=torch.float16)
+    with pytest.raises(ValueError, match="blocks of both sides must be alike"):
+        fused.accumulate(Side(u=u), Side(u=u[:, :3]), case.term(torch.float32), None)
+    side = Side(u=u, sums=torch.zeros(4, 2).T)
+    with pytest.raises(ValueError, match="dense rows"):
+        fused.accumulate(side, side, case.term(torch.float32), 0)

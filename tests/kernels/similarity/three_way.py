@@ -1,0 +1,162 @@
+"""The criterion of the fused kernels: no further from fp64 than torch is with the same fp16 operands, fp32 inside.
+
+# V views of B samples, D width; Q blocks of columns; m = V B
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.similarity import Kind, Side, Term, fused, reference
+from kernels.similarity import rows as torch_rows
+
+# Beyond the rounding of the operands, which both have: fp32 sums in another order, and 2^-22 of each special function.
+TOLERANCE = 2e-5
+ACCUMULATORS = ("sums", "slopes", "pulls")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Rows are blocks own .. own + V of the columns, or where `own` is None V blocks of other samples.
+
+    e^b is a power of two: where a kernel leaves it out of its slopes, it rounds the same digits all the same.
+    """
+
+    kind: Kind
+    t: float = 5.0
+    log2_exp_b: int = 0
+    num_views: int = 2
+    num_blocks: int = 2
+    num_samples: int = 17
+    width: int = 48
+    own: int | None = 0
+    symmetric: bool = False
+    clustered: bool = False
+    wide_range: bool = True
+    weight: float | None = None  # the magnitude of the weights
+    groups: bool = False
+    wanted: tuple[str, ...] = ACCUMULATORS
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def term(self, dtype: torch.dtype) -> Term:
+        t, b = (torch.tensor(x, dtype=dtype, device=self.device) for x in (self.t, self.log2_exp_b * math.log(2)))
+        return Term(kind=self.kind, inv_temperature=t, bias=b, wide_range=self.wide_range)
+
+
+class Inputs(NamedTuple):
+    row_z: Tensor
+    column_z: Tensor
+    row_groups: Tensor
+    column_groups: Tensor
+    row_weights: Tensor
+    column_weights: Tensor
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case.num_blocks + (0 if case.own is not None else case.num_views), case.num_samples)
+    z = torch.randn(*shape, case.width, generator=generator, dtype=torch.float64)
+    if case.clustered:  # eight tight groups, as trained projections are: many similarities near 1
+        centers = F.normalize(torch.randn(8, case.width, generator=generator, dtype=torch.float64), dim=1)
+        z = centers[torch.randint(0, 8, shape, generator=generator)] + 0.1 * F.normalize(z, dim=2)
+    z = (3 * z).to(case.dtype).to(case.device)
+    groups = torch.randint(0, 5, shape, generator=generator).to(case.device)
+    weights = torch.rand(*shape, generator=generator).mul(case.weight or 1.0).to(case.device)
+    if case.own is None:
+        cuts = slice(0, case.num_views), slice(case.num_views, None)
+    else:
+        cuts = slice(case.own, case.own + case.num_views), slice(None)
+    return Inputs(z[cuts[0]], z[cuts[1]], groups[cuts[0]], groups[cuts[1]], weights[cuts[0]], weights[cuts[1]])
+
+
+def make_sides(case: Case, inputs: Inputs, row_u: Tensor, column_u: Tensor, dtype: torch.dtype) -> tuple[Side, Side]:
+    """The two sides with accumulators of zeros; the very same one where the case is symmetric."""
+
+    def side(u: Tensor, groups: Tensor, weights: Tensor) -> Side:
+        shapes = {"sums": u.shape[:2], "slopes": u.shape[:2], "pulls": (*u.shape[:2], case.width)}
+        return Side(
+            u=u,
+            groups=groups if case.groups else None,
+            weights=weights.to(dtype) if case.weight is not None else None,
+            **{name: torch.zeros(shapes[name], dtype=dtype, device=u.device) for name in case.wanted},
+        )
+
+    columns = side(column_u, inputs.column_groups, inputs.column_weights)
+    return columns if case.symmetric else side(row_u, inputs.row_groups, inputs.row_weights), columns
+
+
+def run_fused(case: Case, inputs: Inputs) -> tuple[Side, Side]:
+    term = case.term(torch.float32)
+    u = [fused.normalize(z, term.inv_temperature).u for z in (inputs.row_z, inputs.column_z)]
+    sides = make_sides(case, inputs, *u, torch.float32)
+    fused.accumulate(*sides, term, case.own)
+    return sides
+
+
+def run_exact(case: Case, inputs: Inputs) -> tuple[Side, Side]:
+    term = case.term(torch.float64)
+    u = [torch_rows.normalize(z.double(), term.inv_temperature).u for z in (inputs.row_z, inputs.column_z)]
+    sides = make_sides(case, inputs, *u, torch.float64)
+    reference.accumulate(*sides, term, case.own)
+    return sides
+
+
+def run_torch(case: Case, inputs: Inputs) -> tuple[Side, Side]:
+    """torch with the operands that the fused kernels have: rows and slopes in fp16, everything else in fp32."""
+    term = case.term(torch.float32)
+    fold = (term.inv_temperature * math.log2(math.e)).sqrt()
+    u = [fused.normalize(z, term.inv_temperature).u.float()[..., : case.width] / fold for z in inputs[:2]]
+    rows, columns = make_sides(case, inputs, *u, torch.float32)
+    logits = rows.u.flatten(0, 1) @ columns.u.flatten(0, 1).T * term.inv_temperature + term.bias
+    is_counted = reference._is_counted(rows, columns, case.own)
+    values = reference._value(logits, case.kind) * is_counted
+    slopes = reference._slope(logits, case.kind) * is_counted
+    if rows.weights is not None and columns.weights is not None:
+        slopes *= rows.weights.flatten()[:, None] + columns.weights.flatten()
+    turned = [] if case.symmetric else [(columns, rows, values.T, slopes.T)]
+    for side, other, f, g in [(rows, columns, values, slopes), *turned]:
+        scale = g.abs().amax(1, keepdim=True).clamp_min(1e-30).log2().ceil().exp2()
+        pulls = scale * ((g / scale).half().float() @ other.u.flatten(0, 1))
+        for name, x in zip(ACCUMULATORS, (f.sum(1), g.sum(1), pulls), strict=True):
+            if name in case.wanted:
+                getattr(side, name).copy_(x.view_as(getattr(side, name)))
+    return rows, columns
+
+
+def worst_row_error(actual: Tensor, exact: Tensor) -> float:
+    """The largest error of a row relative to its length, or to 1 % of the rms length where its sum cancels."""
+    actual, exact = (x.double().reshape(*x.shape[:2], -1) for x in (actual, exact))
+    error, length = (actual - exact).norm(dim=2), exact.norm(dim=2)
+    floor = 0.01 * length.square().mean().sqrt()
+    return float((error / length.maximum(floor).clamp_min(1e-300)).max())
+
+
+def assert_three_way(case: Case, seed: int = 0) -> None:
+    inputs = make_inputs(case, seed)
+    for ours, torchs, exact in zip(
+        run_fused(case, inputs), run_torch(case, inputs), run_exact(case, inputs), strict=True
+    ):
+        for name in case.wanted:
+            expected = getattr(exact, name)
+            error = worst_row_error(getattr(ours, name), expected)
+            allowed = worst_row_error(getattr(torchs, name), expected) + TOLERANCE
+            assert error <= allowed, f"{name}: {error:.2e} off fp64, torch {allowed - TOLERANCE:.2e} ({case})"
+
+
+def gradient(z: Tensor, case: Case, form: str) -> Tensor:
+    """dz of the mean over pairs of f plus the positives' pull, through the three steps of a form."""
+    term = case.term(torch.float64 if form == "exact" else torch.float32)
+    z = z.double() if form == "exact" else z
+    module = fused if form == "fused" else torch_rows
+    rows = module.normalize(z, term.inv_temperature)
+    inputs = make_inputs(case)._replace(row_z=z, column_z=z)
+    symmetric = replace(case, symmetric=True, wanted=("pulls",))
+    side, _ = {"fused": run_fused, "exact": run_exact, "torch": run_torch}[form](symmetric, inputs)
+    assert side.pulls is not None
+    scale = term.inv_temperature / side.pulls.shape[1]
+    return module.finish(z, rows.inv_norm, side.pulls, scale, -rows.positives)[0]
