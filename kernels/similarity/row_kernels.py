@@ -14,9 +14,15 @@ from kernels.similarity.epilogues import LOG2_E
 @triton.jit
 def _load(x, view, rows, columns, is_row, stride_view, stride_row, D: tl.constexpr):
     """[ROWS, WIDTH] of one view in fp32; zeros beyond B and D."""
-    start = x + view * stride_view.to(tl.int64)
+    start = x + view * tl.cast(stride_view, tl.int64)
     pointers = start + rows[:, None] * stride_row + columns[None, :]
     return tl.load(pointers, mask=is_row[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pair(v: tl.constexpr, w: tl.constexpr, V: tl.constexpr):
+    """Where the positives of views v < w stand, in lexical order."""
+    return v * (2 * V - v - 1) // 2 + w - v - 1
 
 
 @triton.jit
@@ -24,7 +30,7 @@ def _inv_norm(x):
     return 1.0 / tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1)), 1e-12)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples"])
 def normalize_rows(
     z, u, inv_norm, positives, inv_temperature, num_samples, stride_view, stride_row,
     V: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -43,12 +49,11 @@ def normalize_rows(
         tl.store(pointers, scaled, mask=is_row[:, None] & (columns < PADDED)[None, :])
         for w in tl.static_range(v + 1, V):
             y = _load(z, w, rows, columns, is_row, stride_view, stride_row, D)
-            pair: tl.constexpr = v * (2 * V - v - 1) // 2 + w - v - 1
             similarity = tl.sum(x * y, 1) * inv * _inv_norm(y)
-            tl.store(positives + pair * num_samples + rows, similarity, mask=is_row)
+            tl.store(positives + _pair(v, w, V) * num_samples + rows, similarity, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples"])
 def finish_rows(
     z, inv_norm, pulls, pull_scale, positive_grads, dz, dots, num_samples,
     stride_view, stride_row, pulls_stride_view, pulls_stride_row,
@@ -68,9 +73,7 @@ def finish_rows(
             du = pull * tl.load(pull_scale)
         for w in tl.static_range(V):
             if w != v:
-                first: tl.constexpr = v if v < w else w
-                second: tl.constexpr = w if v < w else v
-                pair: tl.constexpr = first * (2 * V - first - 1) // 2 + second - first - 1
+                pair = _pair(v, w, V) if v < w else _pair(w, v, V)
                 grad = tl.load(positive_grads + pair * num_samples + rows, mask=is_row, other=0.0)
                 other_inv = tl.load(inv_norm + w * num_samples + rows, mask=is_row, other=0.0)
                 other = _load(z, w, rows, columns, is_row, stride_view, stride_row, D)

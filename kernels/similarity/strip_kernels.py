@@ -11,7 +11,7 @@ import triton.language as tl
 from kernels.similarity.epilogues import LN_2, LOG2_E, SOFTPLUS, SQUARE, ex2, softplus_each
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "diagonal"])
 def pair_strip(
     rows, columns, bias, row_groups, column_groups, row_weights, column_weights,
     slopes, slopes_stride, row_parts, column_parts, row_slope_parts, column_slope_parts,

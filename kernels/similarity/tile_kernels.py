@@ -112,7 +112,7 @@ def _store_wide(
         _store(pointers[:, None] + d[None, :], x, is_row[:, None] & (d < D)[None, :], ADDS)
 
 
-@triton.jit(do_not_specialize=["own_row", "own_rows", "own_column", "own_columns", "num_blocks"])
+@triton.jit(do_not_specialize=["num_samples", "own_row", "own_rows", "own_column", "own_columns", "num_blocks"])
 def one_pass_rows(
     rows, columns, inv_temperature, bias, row_groups, column_groups, row_weights, column_weights,
     sums, slopes, pulls, num_samples, num_blocks, own_row, own_rows, own_column, own_columns,

@@ -41,8 +41,13 @@ CONFIGS = {
     128: TileConfig(64, 64, 4, 3, 3),
     256: TileConfig(64, 64, 4, 2, 2),
 }
-WEIGHTED_PULLS_CONFIGS = CONFIGS | {128: TileConfig(64, 128, 4, 2, 2)}  # weights and nothing but pulls, no groups
+WEIGHTED_PULLS_CONFIGS = CONFIGS | {128: TileConfig(64, 128, 4, 2, 2)}
 INTERPRETED_CONFIG = TileConfig(16, 16, 4, 1, 1)
+
+
+def choose_config(width: int, weighted: bool, groups: bool, only_pulls: bool) -> TileConfig:
+    """The tiles for rows of a width that is a power of two, at least 16."""
+    return (WEIGHTED_PULLS_CONFIGS if weighted and only_pulls and not groups else CONFIGS)[width]
 
 
 def accumulate_tiles(
@@ -65,9 +70,7 @@ def accumulate_tiles(
     weights = [_dense(side.weights) for side in (rows, columns)]
     has_groups, has_weights = all(x is not None for x in groups), all(x is not None for x in weights)
     has_sums = rows.sums is not None or rows.slopes is not None
-    config = (WEIGHTED_PULLS_CONFIGS if has_weights and not has_groups and not has_sums else CONFIGS)[width]
-    if INTERPRETED:
-        config = INTERPRETED_CONFIG
+    config = INTERPRETED_CONFIG if INTERPRETED else choose_config(width, has_weights, has_groups, not has_sums)
     num_programs = num_views * _ceil_div(num_samples, config.rows)
     num_splits = choose_splits(
         num_programs,
