@@ -5,6 +5,8 @@ parameter gradients over ranks. Then the update is that of one process on the gl
 docs/adr/0003-pair-sums-and-gradients-across-ranks.md. Every rank must call these in the same order, with equal shapes.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
@@ -79,3 +81,39 @@ def global_mean(x: Tensor) -> Tensor:
     """
     mean = all_mean_(x.detach().clone())
     return mean + (x - x.detach())  # adds an exact 0 that carries the gradient
+
+
+class Exchange:
+    """This process group as `kernels.exchange.Exchange`."""
+
+    @property
+    def size(self) -> int:
+        """W."""
+        return world_size()
+
+    def blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """x [V, B, ...], then the blocks of the ranks before and after this one; the gather runs meanwhile."""
+        x = x.detach()
+        if world_size() == 1:
+            yield x
+            return
+        x = x.contiguous()
+        gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
+        work = torch_dist.all_gather_into_tensor(gathered, x, async_op=True)
+        yield x
+        work.wait()
+        start = rank() * len(x)
+        yield from (piece for piece in (gathered[:start], gathered[start + len(x) :]) if len(piece))
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if world_size() > 1:
+            torch_dist.all_reduce(x)
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        """See `global_mean`."""
+        return global_mean(x) if world_size() > 1 else x
+
+
+EXCHANGE = Exchange()

@@ -1,130 +1,137 @@
-"""Sums over the pairs of a batch of a function of the similarity, without the matrix of pairs.
+"""Losses that are a mean over positive pairs plus a mean over negative pairs: MIO, SigLIP.
 
-# m rows here, n columns (the global batch, rows included), D width of a projection
-# s_ik = rows_i . columns_k,  t = inv_temperature = 1 / temperature
-# the rows are one block [view a of m/2 samples; view b of the same], and columns[row_offset : row_offset + m]
-# Neg(i): every column but row i itself and its partner, the other view of the same sample
+# V views of B samples on this rank, N samples over all ranks, D width; u_i = z_i / |z_i|; s_ik = u_i . u_k
+# t, t_p inverse temperatures of negatives and positives, b bias; l = t s + b;  Neg(i) see pair_loss/terms.py
 
-    pair_sums       r_i = sum_{k in Neg(i)} f(s_ik)
-    pair_sums_grad  d/d row_i of sum_j g_j r_j over all n columns j
-                    = sum_{k in Neg(i)} (g_i + g_k) f'(s_ik) columns_k
+| `positives` | term, averaged over the ordered positive pairs |
+|-------------|------------------------------------------------|
+| `linear`    | -t_p s                                         |
+| `softplus`  | log(1 + e^{-(t_p s + b)})                      |
 
-The second takes each pair both as row i, column k and as row k, column i: f is symmetric, so the gradient of the
-local rows is complete without any gradient from elsewhere.
-
-| kind        | f(s)                               |
-|-------------|------------------------------------|
-| `exp`       | e^{t (s - 1)}, the shift keeps it in (0, 1] for unit rows |
-| `softplus`  | log(1 + e^{t s})                   |
-| `quadratic` | log 2 + t s / 2 + (t s)^2 / 8, an upper bound of softplus |
+| `negatives` | term over i and Neg(i)                     |
+|-------------|--------------------------------------------|
+| `exp`       | mean e^l                                   |
+| `jensen`    | log(1 + mean e^l), the mean over all ranks |
+| `softplus`  | mean log(1 + e^l)                          |
+| `square`    | mean l^2                                   |
 """
 
-import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kernels.pair_loss import chunked, reference
-from kernels.pair_loss.reference import KINDS, MAX_EXP_INV_TEMPERATURE, Impl, Kind
+from kernels.exchange import ALONE, Exchange
+from kernels.pair_loss.terms import PairTerms, Topology, pair_terms
+from kernels.similarity import Impl, Kind
+from kernels.similarity.exponent import check_inv_temperature, exp_shift, is_narrow, log_of_sum, scalar
 
-__all__ = ["KINDS", "MAX_EXP_INV_TEMPERATURE", "Impl", "Kind", "pair_sums", "pair_sums_grad"]
+__all__ = ["Negatives", "PairTerms", "Positives", "Topology", "count_negatives", "pair_loss", "pair_terms", "softplus"]
 
-_IMPLEMENTATIONS = {"auto": chunked, "chunked": chunked, "reference": reference}
+Positives = Literal["linear", "softplus"]
+Negatives = Literal["exp", "jensen", "softplus", "square"]
 
-
-@torch.no_grad()
-def pair_sums(
-    rows: Tensor, columns: Tensor, *, kind: Kind, inv_temperature: float, row_offset: int = 0, impl: Impl = "auto"
-) -> Tensor:
-    """Sum f over the negatives of each row. Not differentiable: `pair_sums_grad` is its backward.
-
-    Args:
-        rows: Unit rows [m, D], m even: [view a; view b]; fp64, fp32, fp16 or bf16.
-        columns: Unit rows [n, D] of the global batch, same dtype and device; holds the rows at `row_offset`.
-        kind: Which f, see the table above.
-        inv_temperature: t, > 0, dimensionless; at most MAX_EXP_INV_TEMPERATURE for `exp`.
-        row_offset: Where the rows stand in the columns.
-        impl: "reference" holds the [m, n] matrix, "chunked" one strip of it; "auto" picks.
-
-    Returns:
-        r [m], fp64 for fp64 inputs, else fp32 (the sums run in that precision under autocast, too).
-
-    Raises:
-        ValueError: Shapes, dtypes, the offset, the kind or the temperature do not fit.
-    """
-    _check(rows, columns, kind, inv_temperature, row_offset, impl)
-    with torch.autocast(rows.device.type, enabled=False):
-        return _IMPLEMENTATIONS[impl].pair_sums(_wide(rows), _wide(columns), kind, inv_temperature, row_offset)
+_KIND: dict[Negatives, Kind] = {"exp": "exp", "jensen": "exp", "softplus": "softplus", "square": "square"}
 
 
-@torch.no_grad()
-def pair_sums_grad(
-    rows: Tensor,
-    columns: Tensor,
-    grad_rows: Tensor,
-    grad_columns: Tensor,
+def pair_loss(
+    z: Tensor,
     *,
-    kind: Kind,
-    inv_temperature: float,
-    row_offset: int = 0,
+    negatives: Negatives,
+    positives: Positives = "linear",
+    inv_temperature: float | Tensor,
+    positive_inv_temperature: float | Tensor | None = None,
+    bias: float | Tensor = 0.0,
+    balanced: bool = True,
+    topology: Topology = "self",
+    groups: Tensor | None = None,
+    exchange: Exchange = ALONE,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Gradient of sum_j g_j r_j, all pairs of the global batch included, in the local rows.
+    """The mean positive term plus the mean negative term, in one pass over the pairs.
+
+    MIO, arXiv:2111.12664 (`fastssl.losses.mio` says which forms are the paper's); SigLIP, Zhai et al. 2023,
+    arXiv:2303.15343, Eq. 1: `softplus` twice, `cross`, not balanced, a learned inv_temperature and bias.
 
     Args:
-        rows: As in `pair_sums`.
-        columns: As in `pair_sums`.
-        grad_rows: g of the rows [m].
-        grad_columns: g of the columns [n]; equals grad_rows at `row_offset`.
-        kind: As in `pair_sums`.
-        inv_temperature: As in `pair_sums`.
-        row_offset: As in `pair_sums`.
-        impl: As in `pair_sums`.
+        z: Projections [V, B, D], V >= 2, any floating dtype; normalised inside. Differentiable.
+        negatives: A row of the second table.
+        positives: A row of the first.
+        inv_temperature: t, > 0, dimensionless; a number or a 0-dim tensor, which may be learned.
+        positive_inv_temperature: t_p; None: t.
+        bias: b, a number or a 0-dim tensor, which may be learned.
+        balanced: Positives and negatives are averaged apart. False: the negatives of a row are summed, as in SigLIP.
+        topology: "self": all rows against all rows. "cross": V = 2, rows of view 0 against those of view 1.
+        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other.
+        exchange: The other ranks; their z has the same shape.
+        impl: See `kernels.similarity`.
 
     Returns:
-        [m, D], fp64 for fp64 rows, else fp32.
+        0-dim, fp32 (fp64 for fp64 z), nats (`square`: none). Its mean over ranks is the loss of the global batch, and
+        an engine that averages parameter gradients over ranks makes that loss's gradient of it.
 
     Raises:
-        ValueError: As in `pair_sums`, or the shape of a gradient does not fit.
+        ValueError: Shapes, dtypes or choices do not fit, or a temperature that is a number leaves fp32's range.
     """
-    _check(rows, columns, kind, inv_temperature, row_offset, impl)
-    if grad_rows.shape != rows.shape[:1] or grad_columns.shape != columns.shape[:1]:
-        raise ValueError(
-            f"grad_rows and grad_columns must be [{len(rows)}] and [{len(columns)}],"
-            f" got {list(grad_rows.shape)} and {list(grad_columns.shape)}"
-        )
-    dtype = _wide(rows).dtype
-    with torch.autocast(rows.device.type, enabled=False):
-        return _IMPLEMENTATIONS[impl].pair_sums_grad(
-            _wide(rows),
-            _wide(columns),
-            grad_rows.to(dtype),
-            grad_columns.to(dtype),
-            kind,
-            inv_temperature,
-            row_offset,
-        )
+    if negatives not in _KIND:
+        raise ValueError(f"negatives must be one of {', '.join(_KIND)}, got {negatives!r}")
+    if positives not in get_args(Positives):
+        raise ValueError(f"positives must be one of {', '.join(get_args(Positives))}, got {positives!r}")
+    kind = _KIND[negatives]
+    check_inv_temperature(inv_temperature, of_exp=kind == "exp")
+    t, b = scalar(inv_temperature, z), scalar(bias, z)
+    t_p = t if positive_inv_temperature is None else scalar(positive_inv_temperature, z)
+    wide_range = not (is_narrow(inv_temperature) and not isinstance(bias, Tensor) and bias == 0)
+    shift = exp_shift(t) if kind == "exp" and wide_range else torch.zeros_like(t)
+    terms = pair_terms(
+        z,
+        kind=kind,
+        inv_temperature=t,
+        bias=b + shift,
+        wide_range=wide_range,
+        topology=topology,
+        groups=groups,
+        exchange=exchange,
+        impl=impl,
+    )
+    num_negatives = count_negatives(z, topology, groups, exchange)
+    return _positive_term(terms.positives, positives, t_p, b) + _negative_term(
+        terms.total / num_negatives, shift, negatives, exchange
+    ) * (1 if balanced else num_negatives / _num_rows(z, topology))
 
 
-def _wide(x: Tensor) -> Tensor:
-    """fp64 stays, everything else becomes fp32: a product rounded to bf16 is off by 4e-3, times 1/temperature."""
-    return x if x.dtype == torch.float64 else x.float()
+def _positive_term(similarities: Tensor, positives: Positives, t_p: Tensor, b: Tensor) -> Tensor:
+    if positives == "linear":
+        return -t_p * similarities.mean()
+    return softplus(-(t_p * similarities + b)).mean()
 
 
-def _check(rows: Tensor, columns: Tensor, kind: str, inv_temperature: float, row_offset: int, impl: str) -> None:
-    if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1]:
-        raise ValueError(f"rows and columns must be [m, D] and [n, D], got {list(rows.shape)}, {list(columns.shape)}")
-    if rows.dtype != columns.dtype or not rows.is_floating_point():
-        raise ValueError(f"rows and columns must have one floating dtype, got {rows.dtype} and {columns.dtype}")
-    if len(rows) % 2:
-        raise ValueError(f"rows must be [view a; view b], an even number, got {len(rows)}")
-    if not 0 <= row_offset <= len(columns) - len(rows):
-        raise ValueError(f"row_offset {row_offset}: {len(rows)} rows do not fit there into {len(columns)} columns")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not (math.isfinite(inv_temperature) and inv_temperature > 0):
-        raise ValueError(f"inv_temperature must be finite and > 0, got {inv_temperature}")
-    if kind == "exp" and inv_temperature > MAX_EXP_INV_TEMPERATURE:
-        raise ValueError(f"inv_temperature must be <= {MAX_EXP_INV_TEMPERATURE:g} for exp, got {inv_temperature}")
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(_IMPLEMENTATIONS)}, got {impl!r}")
+def _negative_term(mean: Tensor, shift: Tensor, negatives: Negatives, exchange: Exchange) -> Tensor:
+    """From the mean of f; `exp` and `jensen` have it times e^shift."""
+    if negatives == "exp":
+        return torch.exp(-shift) * mean
+    if negatives == "jensen":
+        return softplus(log_of_sum(exchange.mean(mean)) - shift)
+    return mean
+
+
+def count_negatives(z: Tensor, topology: Topology, groups: Tensor | None, exchange: Exchange) -> float | Tensor:
+    """The sum of |Neg(i)| over the rows i that `pair_terms` counts; with groups the mean of that over ranks."""
+    (num_views, num_local, _), num_samples = z.shape, z.shape[1] * exchange.size
+    per_pair_of_samples = num_views**2 if topology == "self" else 1
+    if groups is None:
+        return per_pair_of_samples * num_local * (num_samples - 1)
+    every = torch.sort(torch.cat([piece.flatten() for piece in exchange.blocks(groups[None])])).values
+    num_equal = torch.searchsorted(every, groups, right=True) - torch.searchsorted(every, groups)
+    counts = (num_samples - num_equal).sum() * per_pair_of_samples
+    return exchange.mean(counts.to(scalar(1.0, z))).clamp_min(1)
+
+
+def _num_rows(z: Tensor, topology: Topology) -> int:
+    return z.shape[1] * (len(z) if topology == "self" else 1)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), exact: F.softplus turns linear above 20."""
+    return -F.logsigmoid(-x)

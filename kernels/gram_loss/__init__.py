@@ -1,0 +1,85 @@
+"""Losses that are quadratic in the similarities, in O(N D^2): spectral, and MIO's quadratic form.
+
+# V views of B samples on this rank, N samples over all ranks, D width; s_p of a positive pair, s_ik of a negative pair
+
+| `form`      | loss                                                                    | source               |
+|-------------|-------------------------------------------------------------------------|----------------------|
+| `spectral`  | (1/mu) (-2 mean s_p + mean s_ik^2), rows clipped to the norm sqrt(mu)   | arXiv:2106.04156     |
+| `quadratic` | -t_p mean s_p + mean(log 2 + l/2 + l^2/8), l = t s_ik, unit rows        | [derived] from MIO   |
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.exchange import ALONE, Exchange
+from kernels.gram_loss.terms import gram_terms
+from kernels.pair_loss import count_negatives
+from kernels.pair_loss.terms import Topology
+from kernels.similarity import Impl
+from kernels.similarity.exponent import check_inv_temperature
+
+__all__ = ["gram_terms", "quadratic_loss", "spectral_loss"]
+
+
+def spectral_loss(
+    z: Tensor, *, mu: float = 1.0, topology: Topology = "cross", exchange: Exchange = ALONE, impl: Impl = "auto"
+) -> Tensor:
+    """The spectral contrastive loss of HaoChen et al. 2021, arXiv:2106.04156, Eq. 6, as its authors' code has it.
+
+    Args:
+        z: Projections [V, B, D], V >= 2, any floating dtype; longer rows are shortened to sqrt(mu). Differentiable.
+        mu: > 0; 1 for small images, 3 for CIFAR in the authors' code.
+        topology: "cross" is the paper's: V = 2, i of view 0, k != i of view 1. "self" takes all rows.
+        exchange: The other ranks; their z has the same shape.
+        impl: See `kernels.gram_loss.terms.gram_terms`.
+
+    Returns:
+        0-dim, fp32 (fp64 for fp64 z). Its mean over ranks is the loss of the global batch.
+
+    Raises:
+        ValueError: Shapes, dtypes or choices do not fit, or mu is not > 0.
+    """
+    if not (math.isfinite(mu) and mu > 0):
+        raise ValueError(f"mu must be finite and > 0, got {mu}")
+    wide = z if z.dtype == torch.float64 else z.float()
+    longest = math.sqrt(mu)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    clipped = wide * (longest / norm.clamp_min(longest))
+    terms = gram_terms(clipped, linear=0.0, square=1.0, unit=False, topology=topology, exchange=exchange, impl=impl)
+    num_negatives = count_negatives(z, topology, None, exchange)
+    return (terms.total / num_negatives - 2 * terms.positives.mean()) / mu
+
+
+def quadratic_loss(
+    z: Tensor,
+    *,
+    inv_temperature: float,
+    positive_inv_temperature: float | None = None,
+    topology: Topology = "self",
+    exchange: Exchange = ALONE,
+    impl: Impl = "auto",
+) -> Tensor:
+    """MIO's form with the quadratic upper bound of the softplus, log 2 + l/2 + l^2/8 [derived].
+
+    Args:
+        z: Projections [V, B, D], V >= 2, any floating dtype; normalised inside. Differentiable.
+        inv_temperature: t, > 0, dimensionless.
+        positive_inv_temperature: t_p; None: t.
+        topology: See `kernels.pair_loss.pair_loss`.
+        exchange: The other ranks; their z has the same shape.
+        impl: See `kernels.gram_loss.terms.gram_terms`.
+
+    Returns:
+        0-dim, fp32 (fp64 for fp64 z). Its mean over ranks is the loss of the global batch.
+
+    Raises:
+        ValueError: Shapes, dtypes or choices do not fit, or the temperature is not a positive number.
+    """
+    check_inv_temperature(inv_temperature, of_exp=False)
+    t = inv_temperature
+    t_p = t if positive_inv_temperature is None else positive_inv_temperature
+    terms = gram_terms(z, linear=t / 2, square=t * t / 8, topology=topology, exchange=exchange, impl=impl)
+    num_negatives = count_negatives(z, topology, None, exchange)
+    return math.log(2) + terms.total / num_negatives - t_p * terms.positives.mean()

@@ -1,0 +1,210 @@
+"""The logarithm of each row's sum over its negatives: two passes; differentiable, also under torch.compile."""
+
+# V views of B samples, D width; s, t as in kernels/similarity/__init__.py; Neg(i) as in kernels/pair_loss/terms.py
+# r_i = sum_{k in Neg(i)} e^{t s_ik + b};  b a shift that keeps r in fp32's range;  g_i = dL/dr_i
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.exchange import ALONE, Exchange
+from kernels.pair_loss.terms import (
+    Topology,
+    check_views,
+    column_sides,
+    counted_rows,
+    groups_of_rows,
+    meetings,
+    sum_wide,
+)
+from kernels.similarity import Impl, Side, Term, choose_impl, load_impl
+from kernels.similarity.exponent import exp_shift, log_of_sum
+
+
+class PartitionTerms(NamedTuple):
+    """What `partition_terms` returns.
+
+    Attributes:
+        positives: s of the positive pairs [V (V - 1) / 2, B], views v < w in lexical order; fp32, or fp64 for fp64 z.
+        log_sums: log sum_{k in Neg(i)} e^{t s_ik} [V, B], same dtype.
+    """
+
+    positives: Tensor
+    log_sums: Tensor
+
+
+def partition_terms(
+    z: Tensor,
+    *,
+    inv_temperature: Tensor,
+    topology: Topology = "self",
+    groups: Tensor | None = None,
+    exchange: Exchange = ALONE,
+    impl: Impl = "auto",
+) -> PartitionTerms:
+    """Similarities of the positive pairs, and the log-sum-exp over the negatives of each row.
+
+    The gradient in z is complete, as that of `kernels.pair_loss.pair_terms`: ranks exchange the rows forward, and
+    dL/dr, one number a row, backward.
+
+    Args:
+        z: Projections [V, B, D], V >= 2, any floating dtype; normalised inside. Differentiable.
+        inv_temperature: t, 0-dim, > 0, of z's device; fp32, or fp64 for fp64 z. Differentiable.
+        topology: "self": all rows against all rows. "cross": V = 2, the rows of each view against those of the other.
+        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other.
+        exchange: The other ranks; their z has the same shape.
+        impl: See `kernels.similarity`.
+
+    Raises:
+        ValueError: Shapes, dtypes or choices do not fit.
+    """
+    check_views(z, topology, groups)
+    shift = exp_shift(inv_temperature)
+    choices = (topology, choose_impl(impl, z))
+    if exchange.size == 1:
+        positives, sums = _partition_terms(z, inv_temperature, shift, groups, *choices)
+    else:
+        positives, sums = _AcrossRanks.apply(z, inv_temperature, shift, groups, choices, exchange)  # pyright: ignore
+    return PartitionTerms(positives, log_of_sum(sums) - shift)
+
+
+def _forward(
+    z: Tensor,
+    inv_temperature: Tensor,
+    shift: Tensor,
+    groups: Tensor | None,
+    topology: str,
+    impl: str,
+    exchange: Exchange,
+) -> tuple[Tensor, Tensor, list[Side]]:
+    """positives, r, and the columns of other ranks."""
+    implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
+    u, inv_norm, positives = implementation.normalize(z, inv_temperature)
+    rows = Side(u=u, groups=groups_of_rows(groups, z), sums=torch.zeros_like(inv_norm))
+    assert rows.sums is not None
+    seen: list[Side] = []
+    for side, columns, own in meetings(rows, _kept(column_sides(exchange, rows), seen), topology):
+        implementation.accumulate(side, columns, _term(inv_temperature, shift), own)
+    return positives, rows.sums, seen[1:]
+
+
+def _kept(sides: Any, kept: list[Side]) -> Any:
+    for side in sides:
+        kept.append(side)
+        yield side
+
+
+def _term(inv_temperature: Tensor, shift: Tensor) -> Term:
+    return Term(kind="exp", inv_temperature=inv_temperature, bias=shift)
+
+
+def _backward(
+    z: Tensor,
+    inv_temperature: Tensor,
+    shift: Tensor,
+    groups: Tensor | None,
+    positive_grads: Tensor,
+    sum_grads: Tensor,
+    topology: str,
+    impl: str,
+    others: list[Side],
+    exchange: Exchange,
+) -> tuple[Tensor, Tensor]:
+    """dz, dt: the pair (i, k) weighs g_i + g_k, as a term of both rows' sums."""
+    implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
+    u, inv_norm, _ = implementation.normalize(z, inv_temperature)  # one more pass over z is cheaper than keeping u
+    rows = Side(
+        u=u,
+        groups=groups_of_rows(groups, z),
+        weights=sum_grads.contiguous(),
+        pulls=inv_norm.new_zeros(z.shape),
+    )
+    assert rows.weights is not None
+    weights = exchange.blocks(rows.weights)
+    columns = (Side(u=s.u, groups=s.groups, weights=g) for s, g in zip([rows, *others], weights, strict=True))
+    for side, other, own in meetings(rows, columns, topology):
+        implementation.accumulate(side, other, _term(inv_temperature, shift), own)
+    dz, dots = implementation.finish(z, inv_norm, rows.pulls, inv_temperature, positive_grads)
+    assert dots is not None
+    # `self`: summed over all rows, each pair's slope stands there twice.
+    slope = sum_wide(counted_rows(dots, topology))
+    return dz, slope / 2 if topology == "self" else slope
+
+
+@torch.library.custom_op("fastssl::partition_terms", mutates_args=())
+def _partition_terms(
+    z: Tensor, inv_temperature: Tensor, shift: Tensor, groups: Tensor | None, topology: str, impl: str
+) -> tuple[Tensor, Tensor]:
+    positives, sums, _ = _forward(z, inv_temperature, shift, groups, topology, impl, ALONE)
+    return positives, sums
+
+
+@_partition_terms.register_fake
+def _(z, inv_temperature, shift, groups, topology, impl):
+    num_views, num_samples, _ = z.shape
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return (
+        z.new_empty((num_views * (num_views - 1) // 2, num_samples), dtype=dtype),
+        z.new_empty((num_views, num_samples), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fastssl::partition_terms_backward", mutates_args=())
+def _partition_terms_backward(
+    z: Tensor,
+    inv_temperature: Tensor,
+    shift: Tensor,
+    groups: Tensor | None,
+    positive_grads: Tensor,
+    sum_grads: Tensor,
+    topology: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return _backward(z, inv_temperature, shift, groups, positive_grads, sum_grads, topology, impl, [], ALONE)
+
+
+@_partition_terms_backward.register_fake
+def _(z, inv_temperature, shift, groups, positive_grads, sum_grads, topology, impl):
+    return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(inv_temperature)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    del output
+    *tensors, topology, impl = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.choices = (topology, impl)
+
+
+def _backward_of_op(ctx: Any, positive_grads: Tensor, sum_grads: Tensor) -> tuple:
+    dz, dt = _partition_terms_backward(*ctx.saved_tensors, positive_grads, sum_grads, *ctx.choices)
+    return dz, dt, *[None] * 4
+
+
+_partition_terms.register_autograd(_backward_of_op, setup_context=_setup_context)
+
+
+class _AcrossRanks(torch.autograd.Function):
+    """The same for several ranks. Not an op, as the exchange is the caller's: torch.compile breaks its graph here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        inv_temperature: Tensor,
+        shift: Tensor,
+        groups: Tensor | None,
+        choices: tuple[str, str],
+        exchange: Exchange,
+    ) -> tuple[Tensor, Tensor]:
+        positives, sums, others = _forward(z, inv_temperature, shift, groups, *choices, exchange)  # pyright: ignore
+        ctx.save_for_backward(z, inv_temperature, shift, groups)
+        ctx.choices, ctx.others, ctx.exchange = choices, others, exchange
+        return positives, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, positive_grads: Tensor, sum_grads: Tensor) -> tuple:  # pyright: ignore
+        dz, dt = _backward(*ctx.saved_tensors, positive_grads, sum_grads, *ctx.choices, ctx.others, ctx.exchange)  # pyright: ignore
+        return dz, dt, *[None] * 4

@@ -1,0 +1,53 @@
+"""Where e^{t s + b}, s in [-1, 1], is kept in the range of its number format."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# With exp_shift every term is a normal fp32 number: e^{40 - 2 t} >= e^-80 = 1.8e-35, and sums end below 1e38.
+MAX_EXP_INV_TEMPERATURE = 60.0
+
+_HEADROOM = 40.0
+_MAX_NARROW = 9.0  # e^{+-9} are normal numbers of fp16, which ends at 6.1e-5 and 65504
+
+
+def scalar(x: float | Tensor, z: Tensor) -> Tensor:
+    """x as a 0-dim tensor on z's device, fp64 for fp64 z, else fp32; a tensor keeps its graph."""
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    if isinstance(x, Tensor):
+        return x.to(z.device, dtype).reshape(())
+    return torch.full((), x, dtype=dtype, device=z.device)
+
+
+def check_inv_temperature(inv_temperature: float | Tensor, *, of_exp: bool) -> None:
+    """Refuse a number that is not > 0, or, for an exponential, at which e^{s t} leaves fp32; tensors are not looked at.
+
+    Raises:
+        ValueError: Says so.
+    """
+    if isinstance(inv_temperature, Tensor):
+        return
+    if not (math.isfinite(inv_temperature) and inv_temperature > 0):
+        raise ValueError(f"inv_temperature must be finite and > 0, got {inv_temperature}")
+    if of_exp and inv_temperature > MAX_EXP_INV_TEMPERATURE:
+        raise ValueError(f"inv_temperature must be <= {MAX_EXP_INV_TEMPERATURE:g} for exp, got {inv_temperature}")
+
+
+def exp_shift(inv_temperature: Tensor) -> Tensor:
+    """A number b for sums of e^{t s + b} that neither overflow nor vanish in fp32, without a gradient: 40 - t.
+
+    Sums of 10^7 terms stay below 3e24. A term is a normal number down to s = 1 - 127 / t: always up to t = 60, and at
+    t = 100 (a learned temperature) down to s = -.27; no row of a batch has all its negatives below that.
+    """
+    return _HEADROOM - inv_temperature.detach()
+
+
+def is_narrow(inv_temperature: float | Tensor) -> bool:
+    """Whether e^{t s} is known to fit fp16 as it is, so that it needs no shift."""
+    return not isinstance(inv_temperature, Tensor) and inv_temperature <= _MAX_NARROW
+
+
+def log_of_sum(sums: Tensor) -> Tensor:
+    """log of a sum of positive terms that may have vanished all: finite."""
+    return torch.log(sums.clamp_min(torch.finfo(sums.dtype).tiny))
