@@ -20,7 +20,10 @@ setup(
         "pipelines.engines",
         "kernels",
         "kernels.augment",
+        "kernels.gram_loss",
         "kernels.pair_loss",
+        "kernels.partition_loss",
+        "kernels.similarity",
     ],
     # Versions are pinned in requirements/: torch's build (CPU or CUDA) must be chosen there, not by a resolver here.
     install_requires=[],

@@ -33,6 +33,7 @@ from fastssl.config import Config, load_config
 from fastssl.launch import num_threads_of
 from fastssl.losses import build_loss
 from fastssl.metrics import StepTimer
+from fastssl.models.objective import Objective
 from fastssl.optim import build_optimizer
 from fastssl.trainer import Trainer, build_model
 from pipelines.batch import Batch
@@ -54,9 +55,8 @@ class BareLoop:
 
     def __init__(self, cfg: Config, trainer: Trainer) -> None:
         """Build model, loss and optimizer as the trainer does, with equal initial weights."""
-        self.model = build_model(cfg, trainer.image_px).to(trainer.device)
-        self.loss = build_loss(cfg.loss).to(trainer.device)
-        self.optimizer = build_optimizer(self.model, cfg.optim)
+        self.objective = Objective(build_model(cfg, trainer.image_px), build_loss(cfg.loss)).to(trainer.device)
+        self.optimizer = build_optimizer(self.objective, cfg.optim)
         self.learning_rate = trainer.learning_rate
         self.log_every_steps = cfg.run.log_every_steps
         self.grad_clip_norm = cfg.train.grad_clip_norm
@@ -67,13 +67,12 @@ class BareLoop:
 
     def fit_batches(self, batches: Iterable[Batch]) -> None:
         """Take one step on each batch."""
-        self.model.train()
+        self.objective.train()
         for batch in batches:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
             with self.autocast:
-                _, z = self.model(batch.views)
-            loss = self.loss(*z)
+                _, loss = self.objective(batch.views)
             self.backward(loss)
             self.update()
             self.step += 1
@@ -85,7 +84,7 @@ class BareLoop:
 
     def update(self) -> None:
         if self.grad_clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.grad_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -319,7 +318,7 @@ def _parts(bench: Bench) -> dict[str, dict[str, tuple[Any, str]]]:
     """The methods that are timed; "averaging of gradients" is inside of "backward"."""
     bare, trainer = bench.bare, bench.trainer
     of_bare = {
-        "forward": (bare.model, "forward"),
+        "forward": (bare.objective.model, "forward"),
         "loss": (bare.loss, "forward"),
         "backward": (bare, "backward"),
         "optimizer": (bare, "update"),

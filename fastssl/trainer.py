@@ -30,6 +30,7 @@ from fastssl.evaluation.probe import OnlineProbe
 from fastssl.launch import num_threads_of, start_process
 from fastssl.losses import build_loss
 from fastssl.metrics import Metrics, StepTimer
+from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.run_folder import RunFolder
@@ -73,7 +74,7 @@ class Trainer:
         self.model = build_model(cfg, self.image_px)
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
             take_weights(self.model, cfg.run.init_from)
-        self.loss = build_loss(cfg.loss).to(self.device)
+        self.loss = build_loss(cfg.loss)
         self.probe = self._build_probe(reader)
         self.engine, self.optimizer = self._build_engine()
         torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
@@ -128,8 +129,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        h, z = self.engine(batch.views)
-        loss = self.loss(*z)
+        h, loss = self.engine(batch.views)
         self.engine.backward(loss)
         self.engine.step()
         self.step += 1
@@ -139,7 +139,7 @@ class Trainer:
         """Save a checkpoint of this step (all ranks); a run that has diverged keeps its last good one."""
         self._check_finite(self.epoch_sums["loss"])
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
-        state = {"step": self.step, "data_identity": self.data_identity, "loss": self.loss.state_dict()}
+        state = {"step": self.step, "data_identity": self.data_identity}
         if self.probe:
             state["probe"] = self.probe.state_dict()
         save_checkpoint(
@@ -165,16 +165,16 @@ class Trainer:
             )
         self.step = state["step"]
         self.epoch_sums = {name: value.to(self.device) for name, value in state["epoch_sums"].items()}
-        self.loss.load_state_dict(state["loss"])
         if self.probe:
             self.probe.load_state_dict(state["probe"])
 
     def _build_engine(self) -> tuple[Any, Any]:
         import deepspeed
 
+        objective = Objective(self.model, self.loss)
         engine, optimizer, _, _ = deepspeed.initialize(
-            model=self.model,
-            optimizer=build_optimizer(self.model, self.cfg.optim),
+            model=objective,
+            optimizer=build_optimizer(objective, self.cfg.optim),
             config=build_ds_config(self.cfg, world_size=dist.world_size()),
             dist_init_required=False,
         )

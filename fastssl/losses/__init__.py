@@ -2,18 +2,41 @@
 
 from collections.abc import Callable
 
+from fastssl.losses.dcl import Dcl, DclConfig, DclwConfig
 from fastssl.losses.mio import Mio, MioConfig
 from fastssl.losses.nt_xent import NtXent, NtXentConfig
+from fastssl.losses.siglip import SigLip, SigLipConfig
+from fastssl.losses.spectral import Spectral, SpectralConfig
 
-__all__ = ["LOSSES", "Loss", "LossConfig", "Mio", "MioConfig", "NtXent", "NtXentConfig", "build_loss"]
+__all__ = [
+    "LOSSES",
+    "Dcl",
+    "DclConfig",
+    "DclwConfig",
+    "Loss",
+    "LossConfig",
+    "Mio",
+    "MioConfig",
+    "NtXent",
+    "NtXentConfig",
+    "SigLip",
+    "SigLipConfig",
+    "Spectral",
+    "SpectralConfig",
+    "build_loss",
+]
 
-LossConfig = MioConfig | NtXentConfig
+LossConfig = MioConfig | NtXentConfig | DclConfig | DclwConfig | SigLipConfig | SpectralConfig
 
-Loss = Mio | NtXent
+Loss = Mio | NtXent | Dcl | SigLip | Spectral
 
 LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
     "mio": (MioConfig, Mio),
     "simclr": (NtXentConfig, NtXent),
+    "dcl": (DclConfig, Dcl),
+    "dclw": (DclwConfig, Dcl),
+    "siglip": (SigLipConfig, SigLip),
+    "spectral": (SpectralConfig, Spectral),
 }
 
 

@@ -25,28 +25,17 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fastssl import dist
-from fastssl.losses.pairwise import (
-    check_impl,
-    check_temperature,
-    num_negatives,
-    positive_similarities,
-    softplus,
-    symmetric_pair_sums,
-    unit_rows,
-)
-from kernels.pair_loss import Impl, Kind
+from fastssl.dist import EXCHANGE
+from fastssl.losses.pairwise import check_impl, check_temperature, stack_views
+from kernels.gram_loss import quadratic_loss
+from kernels.pair_loss import count_negatives, pair_loss, softplus
+from kernels.partition_loss import partition_terms
+from kernels.similarity import Impl
+from kernels.similarity.exponent import scalar
 
 Negative = Literal["naive", "exp", "jensen", "quadratic", "softplus"]
-
-_KIND: dict[Negative, Kind] = {
-    "naive": "softplus",
-    "exp": "exp",
-    "jensen": "exp",
-    "quadratic": "quadratic",
-    "softplus": "softplus",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +47,9 @@ class MioConfig:
         negative: The form, a row of the table above.
         per_anchor: `jensen` only: one logarithm per row instead of one for the batch [derived].
         temperature_positive: tau_p, .5 [paper].
-        temperature_negative: tau_n, .5 [paper]; at least .025 for `exp` and `jensen`.
+        temperature_negative: tau_n, .5 [paper]; at least .0167 for `exp` and `jensen`.
         alignment_weight: lambda of lambda * mean((u_a - u_b)^2), the paper uses 0 or 1 [paper].
-        impl: How the pairs are summed, see `kernels.pair_loss.pair_sums`.
+        impl: How the pairs are summed, see `kernels.similarity`.
     """
 
     name: Literal["mio"] = "mio"
@@ -77,7 +66,9 @@ class MioConfig:
         if self.per_anchor and self.negative != "jensen":
             raise ValueError(f"loss.per_anchor: only for loss.negative jensen, got {self.negative}")
         check_temperature("loss.temperature_positive", self.temperature_positive, of_exp=False)
-        check_temperature("loss.temperature_negative", self.temperature_negative, of_exp=_KIND[self.negative] == "exp")
+        check_temperature(
+            "loss.temperature_negative", self.temperature_negative, of_exp=self.negative in ("exp", "jensen")
+        )
         if not (math.isfinite(self.alignment_weight) and self.alignment_weight >= 0):
             raise ValueError(f"loss.alignment_weight: must be >= 0, got {self.alignment_weight}")
         check_impl(self.impl)
@@ -103,28 +94,33 @@ class Mio(nn.Module):
         Raises:
             ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
         """
-        u = unit_rows(z_a, z_b)
-        loss = self._positive_term(u) + self._negative_term(u)
+        z = stack_views(z_a, z_b)
+        loss = self._pairs(z)
         if self.config.alignment_weight:
-            u_a, u_b = u.chunk(2)
+            u_a, u_b = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=2)
             loss = loss + self.config.alignment_weight * (u_a - u_b).square().mean()
         return loss
 
-    def _positive_term(self, u: Tensor) -> Tensor:
-        logits = positive_similarities(u) / self.config.temperature_positive
+    def _pairs(self, z: Tensor) -> Tensor:
+        """Positive term + negative term."""
+        config = self.config
+        settings = {"exchange": EXCHANGE, "impl": config.impl}
+        t_p, t_n = 1 / config.temperature_positive, 1 / config.temperature_negative
+        if config.negative == "quadratic":
+            return quadratic_loss(z, inv_temperature=t_n, positive_inv_temperature=t_p, **settings)
+        if config.per_anchor:
+            terms = partition_terms(z, inv_temperature=scalar(t_n, z), **settings)
+            num_negatives = count_negatives(z, "self", None, EXCHANGE) / terms.log_sums.numel()
+            return softplus(terms.log_sums - math.log(num_negatives)).mean() - t_p * terms.positives.mean()
         # sp(-x) = sp(x) - x: the linear forms drop sp(x), which pushes positives apart.
-        return softplus(-logits).mean() if self.config.negative == "naive" else -logits.mean()
-
-    def _negative_term(self, u: Tensor) -> Tensor:
-        config, inv_temperature = self.config, 1 / self.config.temperature_negative
-        sums = symmetric_pair_sums(u, kind=_KIND[config.negative], inv_temperature=inv_temperature, impl=config.impl)
-        row_means = sums / num_negatives(u)
-        if config.negative == "exp":  # the kernel's e^{x - 1/tau}, shifted back
-            return math.exp(inv_temperature) * row_means.mean()
-        if config.negative == "jensen":
-            means = row_means if config.per_anchor else dist.global_mean(row_means.mean())
-            return softplus(torch.log(means) + inv_temperature).mean()
-        return row_means.mean()
+        return pair_loss(
+            z,
+            positives="softplus" if config.negative == "naive" else "linear",
+            negatives="softplus" if config.negative == "naive" else config.negative,
+            inv_temperature=t_n,
+            positive_inv_temperature=t_p,
+            **settings,
+        )
 
     def bound_nats(self, value: float) -> float | None:
         """The lower bound that a loss value puts on the dependence of two views, in nats, or None if it puts none.

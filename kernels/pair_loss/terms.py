@@ -110,8 +110,7 @@ def meetings(rows: Side, columns: Iterator[Side], topology: str) -> Iterator[tup
 
 def _view(side: Side, view: int) -> Side:
     """Every second block, beginning at `view`; parts share memory with the whole."""
-    parts = {name: None if x is None else x[view::2] for name, x in vars(side).items()}
-    return Side(**parts)
+    return Side(**{name: x[view::2] for name, x in vars(side).items() if x is not None})
 
 
 def counted_rows(x: Tensor, topology: str) -> Tensor:

@@ -17,10 +17,10 @@ from benchmarks.bench_step import OVERRIDES, Bench, forever
 from fastssl.config import load_config
 
 bench = Bench(load_config(sys.argv[1], [*OVERRIDES, "optim.warmup_epochs=0"]))
-start = {name: tensor.clone() for name, tensor in bench.bare.model.state_dict().items()}
+start = {name: tensor.clone() for name, tensor in bench.bare.objective.model.state_dict().items()}
 bench.bare.fit_batches(islice(forever(bench.held), 5))
 bench.fit_trainer(islice(forever(bench.held), 5), probe=False)
-bare, trained = bench.bare.model.state_dict(), bench.trainer.model.state_dict()
+bare, trained = bench.bare.objective.model.state_dict(), bench.trainer.model.state_dict()
 bench.close()
 print("moved:", sum(not torch.equal(start[name], bare[name]) for name in bare), "of", len(bare))
 print("different:", [name for name in bare if not torch.equal(bare[name], trained[name])])

@@ -1,0 +1,74 @@
+"""Decoupled contrastive learning: Yeh et al. 2021, arXiv:2110.06848.
+
+# B local batch, N global batch, D projection; s_ik, Neg(i) as in losses/pairwise.py; s_p = s_{i,p(i)}
+
+    DCL   (Eq. 5)   L = mean_i [ -s_p/tau + log sum_{k in Neg(i)} e^{s_ik/tau} ]
+    DCLW  (Eq. 7)   the same with w_i s_p for s_p,   w_i = 2 - N softmax_i(s_p/sigma), sigma = .5, no gradient
+
+NT-Xent without the positive in the sum, which makes its gradient vanish once a positive is easy.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fastssl.dist import EXCHANGE
+from fastssl.losses.pairwise import check_impl, check_temperature, stack_views
+from kernels.partition_loss import partition_loss
+from kernels.similarity import Impl
+
+
+@dataclass(frozen=True, kw_only=True)
+class DclConfig:
+    """Settings of `Dcl`.
+
+    Attributes:
+        name: Selects this loss.
+        temperature: tau, at least .0167; .1 is the paper's.
+        impl: How the pairs are summed, see `kernels.similarity`.
+    """
+
+    name: Literal["dcl"] = "dcl"
+    temperature: float = 0.1
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        check_temperature("loss.temperature", self.temperature, of_exp=True)
+        check_impl(self.impl)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DclwConfig(DclConfig):
+    """Settings of `Dcl` with weighted positives, DCLW: those of DclConfig."""
+
+    name: Literal["dclw"] = "dclw"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Dcl(nn.Module):
+    """Attraction to the partner and repulsion from all other samples, each at full strength."""
+
+    def __init__(self, config: DclConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """The mean loss of this rank's 2B rows against every rank's.
+
+        Args:
+            z_a: Projections of view a [B, D], any floating dtype; normalised inside.
+            z_b: Same for view b; row i is the positive of z_a[i].
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        z = stack_views(z_a, z_b)
+        t, impl = 1 / self.config.temperature, self.config.impl
+        return partition_loss(z, form=self.config.name, inv_temperature=t, exchange=EXCHANGE, impl=impl)
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: it bounds no mutual information."""
+        return None

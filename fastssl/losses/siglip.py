@@ -1,0 +1,82 @@
+"""The pairwise sigmoid loss of SigLIP, between two views: Zhai et al. 2023, arXiv:2303.15343, Eq. 1.
+
+# B local batch, N global batch, D projection; s_ij = u_a,i . u_b,j; y_ij = 1 for i = j, else -1; t, b learned
+
+    L = -(1/N) sum_ij log sigma(y_ij (t s_ij + b))
+      = mean_i softplus(-(t s_ii + b)) + (1/N) sum_{i != j} softplus(t s_ij + b)
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.dist import EXCHANGE
+from fastssl.losses.pairwise import check_impl, stack_views
+from kernels.pair_loss import pair_loss
+from kernels.similarity import Impl
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigLipConfig:
+    """Settings of `SigLip`.
+
+    Attributes:
+        name: Selects this loss.
+        initial_inv_temperature: t at the start, 10 in the paper; t = e^{t'}, t' is learned.
+        initial_bias: b at the start, -10 in the paper: most pairs are negative.
+        impl: How the pairs are summed, see `kernels.similarity`.
+    """
+
+    name: Literal["siglip"] = "siglip"
+    initial_inv_temperature: float = 10.0
+    initial_bias: float = -10.0
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.initial_inv_temperature) and self.initial_inv_temperature > 0):
+            raise ValueError(f"loss.initial_inv_temperature: must be > 0, got {self.initial_inv_temperature}")
+        if not math.isfinite(self.initial_bias):
+            raise ValueError(f"loss.initial_bias: must be a number, got {self.initial_bias}")
+        check_impl(self.impl)
+
+
+class SigLip(nn.Module):
+    """Each pair of a row of view a and a row of view b is classified as same sample or not."""
+
+    def __init__(self, config: SigLipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.log_inv_temperature = nn.Parameter(torch.tensor(math.log(config.initial_inv_temperature)))
+        self.bias = nn.Parameter(torch.tensor(float(config.initial_bias)))
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """The loss of this rank's rows of view a against every rank's of view b.
+
+        Args:
+            z_a: Projections of view a [B, D], any floating dtype; normalised inside.
+            z_b: Same for view b; row i is the positive of z_a[i].
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        return pair_loss(
+            stack_views(z_a, z_b),
+            positives="softplus",
+            negatives="softplus",
+            inv_temperature=self.log_inv_temperature.exp(),
+            bias=self.bias,
+            balanced=False,
+            topology="cross",
+            exchange=EXCHANGE,
+            impl=self.config.impl,
+        )
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: N - 1 negatives to a positive; only the balanced form bounds a divergence."""
+        return None

@@ -1,0 +1,67 @@
+"""The spectral contrastive loss: HaoChen et al. 2021, arXiv:2106.04156, Eq. 6, as its authors' code has it.
+
+# N global batch, D projection; x = z, shortened to the norm sqrt(mu) where it is longer; a, b the views
+
+    L = (1/mu) [ -(2/N) sum_i x_a,i . x_b,i + 1/(N (N - 1)) sum_{i != j} (x_a,i . x_b,j)^2 ]
+
+From D x D moments, without any pair: O(N D^2).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fastssl.dist import EXCHANGE
+from fastssl.losses.pairwise import check_impl, stack_views
+from kernels.gram_loss import spectral_loss
+from kernels.similarity import Impl
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralConfig:
+    """Settings of `Spectral`.
+
+    Attributes:
+        name: Selects this loss.
+        mu: The squared norm that rows are shortened to, > 0; 1 is the authors' default.
+        impl: How the sums are made, see `kernels.gram_loss.terms.gram_terms`.
+    """
+
+    name: Literal["spectral"] = "spectral"
+    mu: float = 1.0
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mu) and self.mu > 0):
+            raise ValueError(f"loss.mu: must be > 0, got {self.mu}")
+        check_impl(self.impl)
+
+
+class Spectral(nn.Module):
+    """Factorises the similarity of images under augmentation, up to a rotation."""
+
+    def __init__(self, config: SpectralConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """The loss of this rank's rows of view a against every rank's of view b.
+
+        Args:
+            z_a: Projections of view a [B, D], any floating dtype.
+            z_b: Same for view b; row i is the positive of z_a[i].
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        z = stack_views(z_a, z_b)
+        return spectral_loss(z, mu=self.config.mu, exchange=EXCHANGE, impl=self.config.impl)
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: it bounds a chi-squared divergence, not in nats."""
+        return None
