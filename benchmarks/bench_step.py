@@ -43,6 +43,7 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy")
 NUM_HELD_BATCHES = 4  # more than one, so that no batch stays in the CPU's caches
 # A benchmark saves nothing, and never comes to its last step.
 OVERRIDES = ("run.resume=never", "train.num_epochs=1000000", "run.checkpoint_every_epochs=1000000")
+INNER_PARTS = ("loss", "averaging of gradients")  # of "forward" and of "backward"
 SHOWN = ("loop", "probe", "batches", "img_per_s_p50", "ratio_to_bare_p50", "ratio_to_synthetic_p50")
 SHOWN += ("data_wait_fraction", "cpu_ms_per_image")
 
@@ -300,7 +301,7 @@ def breakdown(bench: Bench, *, num_rounds: int, num_warmup: int, num_steps: int)
                 fit(islice(forever(bench.held), num_steps))
                 spent[name]["whole step"] += time.perf_counter() - started
     for parts in spent.values():
-        own = sum(seconds for part, seconds in parts.items() if part not in ("whole step", "averaging of gradients"))
+        own = sum(seconds for part, seconds in parts.items() if part not in ("whole step", *INNER_PARTS))
         parts["the rest"] = parts["whole step"] - own
     num_timed = num_rounds * num_steps
     order = [*dict.fromkeys([*spent["trainer"], *spent["bare"]])]
@@ -315,11 +316,11 @@ def _probed(bench: Bench) -> FitBatches:
 
 
 def _parts(bench: Bench) -> dict[str, dict[str, tuple[Any, str]]]:
-    """The methods that are timed; "averaging of gradients" is inside of "backward"."""
+    """The methods that are timed; INNER_PARTS are inside of others."""
     bare, trainer = bench.bare, bench.trainer
     of_bare = {
-        "forward": (bare.objective.model, "forward"),
-        "loss": (bare.loss, "forward"),
+        "forward": (bare.objective, "forward"),
+        "loss": (bare.objective.loss, "forward"),
         "backward": (bare, "backward"),
         "optimizer": (bare, "update"),
     }

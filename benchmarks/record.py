@@ -19,16 +19,15 @@ def environment_columns(packages: Sequence[str]) -> dict[str, Value]:
     """The columns that make a figure repeatable.
 
     Args:
-        packages: Distributions whose versions matter, e.g. ("torch", "ffcv"): those of
-            `fastssl.run_folder.describe_environment`.
+        packages: Distributions whose versions matter, e.g. ("torch", "ffcv").
     Returns:
         command, cpu, num_cpus, gpus (names; empty without), python, one column a package (None where it is not
         installed), commit (with "-dirty" after changes to tracked files) and time_utc.
     """
-    from fastssl.run_folder import describe_environment  # imports torch: seconds
+    from fastssl.run_folder import describe_environment, package_version  # imports torch: seconds
 
     found = describe_environment(world_size=1)
-    versions = {name.replace("-", "_"): found["packages"][name] for name in packages}
+    versions = {name.replace("-", "_"): package_version(name) for name in packages}
     return {
         "command": command_line(sys.argv),
         "cpu": found["cpu"],

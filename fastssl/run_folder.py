@@ -123,7 +123,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "commit": _git_commit(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
     }
 
 
@@ -146,7 +146,7 @@ def _git_commit() -> str | None:
     return f"{commit}-dirty" if dirty else commit
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -5,14 +5,15 @@ from torch import Tensor
 
 
 def add_rows(
-    x: Tensor, first: Tensor, second: Tensor, linear: float, square: float, own: list[Tensor]
+    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.gram_loss.terms.GramImplementation`."""
-    pulls = x @ second
-    sums = square * torch.linalg.vecdot(x, pulls) + linear * (x @ first)
+    rows = x[view]
+    pulls = rows @ second
+    sums = square * torch.linalg.vecdot(rows, pulls) + linear * (rows @ first)
     pulls.mul_(2 * square).add_(first, alpha=linear)
-    for rows in own:
-        s = torch.linalg.vecdot(x, rows)
+    for other in (x[w] for w in own):
+        s = torch.linalg.vecdot(rows, other)
         sums -= linear * s + square * s.square()
-        pulls.addcmul_((linear + 2 * square * s)[:, None], rows, value=-1)
+        pulls.addcmul_((linear + 2 * square * s)[:, None], other, value=-1)
     return sums, pulls

@@ -4,13 +4,14 @@ from torch import Tensor
 
 
 def add_rows(
-    x: Tensor, first: Tensor, second: Tensor, linear: float, square: float, own: list[Tensor]
+    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.gram_loss.terms.GramImplementation`."""
-    sums = linear * (x @ first) + square * ((x @ second) * x).sum(1)
-    pulls = linear * first + 2 * square * (x @ second)
-    for rows in own:
-        s = (x * rows).sum(1)
+    rows = x[view]
+    sums = linear * (rows @ first) + square * ((rows @ second) * rows).sum(1)
+    pulls = linear * first + 2 * square * (rows @ second)
+    for other in (x[w] for w in own):
+        s = (rows * other).sum(1)
         sums = sums - (linear * s + square * s**2)
-        pulls = pulls - (linear + 2 * square * s)[:, None] * rows
+        pulls = pulls - (linear + 2 * square * s)[:, None] * other
     return sums, pulls

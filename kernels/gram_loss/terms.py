@@ -29,17 +29,18 @@ class GramImplementation(Protocol):
     """The function of an implementation module."""
 
     def add_rows(
-        self, x: Tensor, first: Tensor, second: Tensor, linear: float, square: float, own: list[Tensor]
+        self, x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
     ) -> tuple[Tensor, Tensor]:
         """sum_{k in Neg(i)} f(s_ik) [B] and sum_{k in Neg(i)} f'(s_ik) x_k [B, D] of one view's rows.
 
         Args:
-            x: [B, D], fp32 or fp64.
+            x: The rows of this rank [V, B, D], fp32 or fp64, contiguous.
+            view: Which rows.
+            own: Views whose rows are in the moments.
             first: m [D].
             second: M [D, D].
             linear: c1.
             square: c2.
-            own: Rows [B, D] of the same samples that the moments contain.
         """
         ...
 
@@ -101,7 +102,7 @@ def _forward(
         for v in range(len(x)):
             others = list(range(len(x))) if topology == "self" else [1 - v]
             moments = first[others].sum(0), second[others].sum(0)
-            sums[v], pulls[v] = implementation.add_rows(x[v], *moments, linear, square, [x[w] for w in others])
+            sums[v], pulls[v] = implementation.add_rows(x, v, others, *moments, linear, square)
     total = sum_wide(counted_rows(sums, topology))
     return positives, total, inv_norm, pulls if with_grad else x.new_empty(0)
 

@@ -1,0 +1,277 @@
+"""Losses over all pairs of a large batch: time, memory and gradient error of ours beside their usual forms.
+
+    python benchmarks/bench_loss.py                      # on the device that is there
+    python benchmarks/bench_loss.py --device cpu --rows 8192 --widths 128 --out benchmarks/results/loss_cpu.csv
+
+Forward and backward of one loss on random z; every provider of a cell is measured in turns in the same run. A cell that
+cannot be run gives a row that says why. Rows are written as cells are finished.
+"""
+
+# n rows, D width; n^2 D pairs: 4 n^2 D operations are the fewest that value and gradient of a one-pass loss take (two
+# products), 6 n^2 D with a second pass over the pairs (nt_xent); `siglip` has (n/2)^2 pairs and two more products: 6.
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from loss_providers import LOSSES, PROVIDERS, LossOf, NotInstalledError, build  # noqa: E402
+from record import append_rows, environment_columns, format_table  # noqa: E402
+
+PACKAGES = ("torch", "triton", "numpy", "lightly", "siglip_kernel")
+ROWS = {"cpu": [8192], "cuda": [4096, 16384, 65536, 262144]}
+WIDTHS = {"cpu": [128], "cuda": [64, 128, 256, 768]}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+MAX_EXACT_ROWS = {"cpu": 8192, "cuda": 65536}  # the fp64 gradient of more would take longer than all else
+BUDGET_S = {"cpu": 4.0, "cuda": 0.3}  # of the repetitions of one provider in one cell
+COLUMNS = ("loss", "provider", "rows", "width", "ms_p20", "ms_p50", "ms_p80", "num_repetitions", "peak_mb")
+COLUMNS += ("tflop_per_s", "gb_per_s", "gradient_error", "note")
+SHOWN = ("loss", "rows", "width", "provider", "ms_p50", "peak_mb", "tflop_per_s", "gradient_error", "note")
+AXIS_LABELS = ("ms, forward + backward", "peak MB above inputs")
+OPERATIONS = {"softplus": 4, "exp": 4, "nt_xent": 6, "siglip": 6 / 4}  # times n^2 D
+
+
+def main() -> None:
+    args = _parse()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    environment = environment_columns(PACKAGES)
+    constant = {"device": device, "dtype": str(DTYPES[device]).removeprefix("torch."), "seed": 0}
+    rows = [row | constant for row in ceilings(device)]
+    write(args.out, rows, environment)
+    for loss in args.losses:
+        for width in args.widths or WIDTHS[device]:
+            for num_rows in args.rows or ROWS[device]:
+                cell = [row | constant for row in measure_cell(loss, num_rows, width, device, args.providers)]
+                print(format_table(cell, SHOWN), flush=True)
+                write(args.out, cell, environment)
+                rows += cell
+    if args.out:
+        plot(rows, args.out.with_suffix(".png"))
+
+
+def write(path: Path | None, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
+    if path:
+        append_rows(path, [row | environment for row in rows])
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+    """All columns, floats to four digits."""
+    rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
+    return dict.fromkeys(COLUMNS) | rounded
+
+
+# -- one cell
+
+
+def measure_cell(loss: str, num_rows: int, width: int, device: str, providers: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each provider, of n = num_rows rows of the width."""
+    cell = {"loss": loss, "rows": num_rows, "width": width}
+    z = _inputs(num_rows, width, device)
+    exact = exact_gradient(loss, z) if num_rows <= MAX_EXACT_ROWS[device] else None
+    ready: dict[str, LossOf] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for provider in providers:
+        try:
+            ready[provider] = build(provider, loss, device=device)
+            error, peak_bytes = gradient_error(ready[provider], z, exact), peak_memory(provider, loss, z)
+            rows[provider] = cell | {"provider": provider, "gradient_error": error, "peak_mb": peak_bytes / 1e6}
+        except NotInstalledError as error:
+            rows[provider] = cell | {"provider": provider, "note": f"not measured: {error}"}
+        except (torch.OutOfMemoryError, MemoryError):
+            rows[provider] = cell | {"provider": provider, "note": "not measured: out of memory"}
+        if "note" in rows[provider]:
+            ready.pop(provider, None)
+        _free()
+    for provider, times_ms in measure_times(ready, z).items():
+        p20, p50, p80 = quantiles(times_ms)
+        tflop = OPERATIONS[loss] * num_rows**2 * width / 1e12
+        times = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "num_repetitions": len(times_ms)}
+        rows[provider] |= times | {"tflop_per_s": tflop / p50 * 1e3}
+    return [_row(row) for row in rows.values()]
+
+
+def _inputs(num_rows: int, width: int, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(2, num_rows // 2, width, generator=generator, device=device).to(DTYPES[device]).requires_grad_()
+
+
+def forward_backward(loss_of: LossOf, z: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(loss_of(z), z)
+    return grad
+
+
+def exact_gradient(loss: str, z: Tensor) -> Tensor:
+    """In fp64, from the same rounded z."""
+    z = z.detach().double().requires_grad_()
+    return forward_backward(build("fastssl chunked", loss, device=z.device.type), z)
+
+
+def gradient_error(loss_of: LossOf, z: Tensor, exact: Tensor | None) -> float | None:
+    """|grad - exact| / |exact|, Frobenius; includes the rounding of the gradient to z's dtype."""
+    grad = forward_backward(loss_of, z).double()
+    return None if exact is None else float((grad - exact).norm() / exact.norm())
+
+
+# -- time
+
+
+def measure_times(ready: dict[str, LossOf], z: Tensor) -> dict[str, list[float]]:
+    """Milliseconds of each repetition; the providers take turns."""
+    times: dict[str, list[float]] = {provider: [] for provider in ready}
+    budget_s = BUDGET_S[z.device.type]
+    for _ in range(1000):
+        waiting = [name for name, spent in times.items() if sum(spent) < budget_s * 1e3 or len(spent) < 3]
+        if not waiting:
+            break
+        for provider in waiting:
+            times[provider].append(_time_ms(lambda provider=provider: forward_backward(ready[provider], z), z))
+    return times
+
+
+def _time_ms(call: Callable[[], object], z: Tensor) -> float:
+    _synchronize(z)
+    started = time.perf_counter()
+    call()
+    _synchronize(z)
+    return (time.perf_counter() - started) * 1e3
+
+
+def _synchronize(z: Tensor) -> None:
+    if z.is_cuda:
+        torch.cuda.synchronize()
+
+
+def quantiles(times_ms: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    fifths = statistics.quantiles(times_ms, n=5, method="inclusive")
+    return fifths[0], statistics.median(times_ms), fifths[3]
+
+
+# -- memory
+
+
+def peak_memory(provider: str, loss: str, z: Tensor) -> int:
+    """Bytes that forward and backward take at most, the gradient included, above z and what was there before.
+
+    CUDA: torch's allocator. CPU: the resident set of a process of its own, whose malloc gives freed blocks back.
+
+    Raises:
+        MemoryError: The process was killed or ran out of memory.
+    """
+    if z.is_cuda:
+        _free()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        forward_backward(build(provider, loss, device="cuda"), z)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    command = [sys.executable, __file__, "--measure-peak", provider, loss, *map(str, (z.shape[1] * 2, z.shape[2]))]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if found.returncode:
+        raise MemoryError(found.stderr[-500:])
+    return int(found.stdout)
+
+
+def _print_peak(provider: str, loss: str, num_rows: int, width: int) -> None:
+    """What `peak_memory` runs on the CPU."""
+    loss_of = build(provider, loss, device="cpu")
+    forward_backward(loss_of, _inputs(64, width, "cpu"))  # libraries allocate at their first call
+    z = _inputs(num_rows, width, "cpu")
+    _free()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _resident_bytes("VmRSS")
+    forward_backward(loss_of, z)
+    print(_resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# -- what the device can do
+
+
+def ceilings(device: str) -> list[dict[str, Any]]:
+    """Rows of the best product (in the dtype of the losses' operands) and of a copy."""
+    n, dtype = (4096, torch.float32) if device == "cpu" else (8192, torch.float16)
+    x = torch.randn(n, n, device=device).to(dtype)
+    y = torch.empty_like(x)
+    product_ms = min(_time_ms(lambda: torch.mm(x, x, out=y), x) for _ in range(5))
+    copy_ms = min(_time_ms(lambda: y.copy_(x), x) for _ in range(5))
+    rows = [
+        {"loss": "ceiling", "provider": f"product {n} x {n}, {str(dtype).removeprefix('torch.')}", "ms_p50": product_ms}
+        | {"tflop_per_s": 2 * n**3 / product_ms / 1e9},
+        {"loss": "ceiling", "provider": f"copy of {x.nbytes >> 20} MiB", "ms_p50": copy_ms}
+        | {"gb_per_s": 2 * x.nbytes / copy_ms / 1e6},
+    ]
+    rows = [_row(row) for row in rows]
+    print(format_table(rows, ["provider", "ms_p50", "tflop_per_s", "gb_per_s"]), flush=True)
+    return rows
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Milliseconds and peak memory over n, a column for each loss, of the width that was measured most."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if row.get("width") and row.get("ms_p50")]
+    losses = list(dict.fromkeys(row["loss"] for row in measured))
+    width = 128 if any(row["width"] == 128 for row in measured) else measured[0]["width"]
+    figure, axes = pyplot.subplots(2, len(losses), figsize=(4 * len(losses), 7), squeeze=False, sharex=True)
+    for column, loss in enumerate(losses):
+        cells = [row for row in measured if (row["loss"], row["width"]) == (loss, width)]
+        axes[0][column].set_title(f"{loss}, D = {width}")
+        for axis, field, label in zip(axes[:, column], ("ms_p50", "peak_mb"), AXIS_LABELS, strict=True):
+            for provider in PROVIDERS:
+                points = sorted((row["rows"], row[field]) for row in cells if row["provider"] == provider)
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", label=provider)
+            axis.set(xscale="log", yscale="log", ylabel=label, xlabel="rows n")
+            axis.grid(True, which="both", alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA where there is one")
+    parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows n, even")
+    parser.add_argument("--widths", type=int, nargs="+", help="widths D")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--out", type=Path, help="CSV file to append the rows to; a plot goes beside it")
+    parser.add_argument("--measure-peak", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure_peak:
+        provider, loss, num_rows, width = args.measure_peak
+        _print_peak(provider, loss, int(num_rows), int(width))
+        sys.exit()
+    return args
+
+
+if __name__ == "__main__":
+    main()

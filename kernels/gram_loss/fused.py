@@ -1,0 +1,95 @@
+"""The equations of gram_loss/terms.py in one Triton kernel: sums and gradient of a row tile, fp32 by TF32 products."""
+
+# pyright: reportArgumentType=false
+# x [V, B, D]; a program has BM rows of one view, and makes their product with M [D, D] BD columns at a time
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def add_rows(
+    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.gram_loss.terms.GramImplementation`."""
+    num_views, num_rows, width = x.shape
+    sums, pulls = x.new_empty(num_rows), x.new_empty(num_rows, width)
+    block = 32 if width <= 32 else 64
+    _add_rows[(triton.cdiv(num_rows, block),)](
+        x,
+        first,
+        second.contiguous(),
+        sums,
+        pulls,
+        linear,
+        square,
+        view,
+        num_rows,
+        width,
+        NUM_VIEWS=num_views,
+        OWN=sum(1 << w for w in own),
+        BM=block,
+        BD=block,
+    )
+    return sums, pulls
+
+
+@triton.jit
+def _add_rows(
+    x_ptr,
+    first_ptr,
+    second_ptr,
+    sums_ptr,
+    pulls_ptr,
+    linear,
+    square,
+    view,
+    num_rows,
+    width,
+    NUM_VIEWS: tl.constexpr,
+    OWN: tl.constexpr,  # bit w: the rows of view w are in the moments
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    column = tl.arange(0, BD)
+    is_row = row < num_rows
+    rows = x_ptr + (view * num_rows + row)[:, None] * width
+    sums = tl.zeros((BM,), tl.float32)
+    for w in tl.static_range(NUM_VIEWS):
+        if (OWN >> w) & 1:
+            s = _similarity(rows, x_ptr + (w * num_rows + row)[:, None] * width, is_row, column, width, BM, BD)
+            sums -= linear * s + square * s * s
+    for d in range(0, width, BD):
+        inside = is_row[:, None] & (d + column < width)[None, :]
+        product = tl.zeros((BM, BD), tl.float32)
+        for k in range(0, width, BD):
+            is_k = k + column < width
+            x_k = tl.load(rows + (k + column)[None, :], mask=is_row[:, None] & is_k[None, :], other=0.0)
+            second = second_ptr + (k + column).to(tl.int64)[:, None] * width + (d + column)[None, :]
+            m_kd = tl.load(second, mask=is_k[:, None] & (d + column < width)[None, :], other=0.0)
+            product = tl.dot(x_k, m_kd, product)
+        first = tl.load(first_ptr + d + column, mask=d + column < width, other=0.0)
+        x_d = tl.load(rows + (d + column)[None, :], mask=inside, other=0.0)
+        sums += tl.sum(x_d * (square * product + linear * first[None, :]), 1)
+        pulls = 2.0 * square * product + linear * first[None, :]
+        for w in tl.static_range(NUM_VIEWS):
+            if (OWN >> w) & 1:
+                others = x_ptr + (w * num_rows + row)[:, None] * width
+                s = _similarity(rows, others, is_row, column, width, BM, BD)
+                x_w = tl.load(others + (d + column)[None, :], mask=inside, other=0.0)
+                pulls -= (linear + 2.0 * square * s)[:, None] * x_w
+        tl.store(pulls_ptr + row[:, None] * width + (d + column)[None, :], pulls, mask=inside)
+    tl.store(sums_ptr + row, sums, mask=is_row)
+
+
+@triton.jit
+def _similarity(rows, others, is_row, column, width, BM: tl.constexpr, BD: tl.constexpr):
+    """x_i . x_w,i in fp32: [BM]."""
+    s = tl.zeros((BM,), tl.float32)
+    for k in range(0, width, BD):
+        mask = is_row[:, None] & (k + column < width)[None, :]
+        a = tl.load(rows + (k + column)[None, :], mask=mask, other=0.0)
+        b = tl.load(others + (k + column)[None, :], mask=mask, other=0.0)
+        s += tl.sum(a * b, 1)
+    return s
