@@ -35,7 +35,7 @@ ROWS = {"cpu": [8192], "cuda": [4096, 16384, 65536, 262144]}
 WIDTHS = {"cpu": [128], "cuda": [64, 128, 256, 768]}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 MAX_EXACT_ROWS = {"cpu": 8192, "cuda": 65536}  # the fp64 gradient of more would take longer than all else
-BUDGET_S = {"cpu": 4.0, "cuda": 0.3}  # of the repetitions of one provider in one cell
+SECONDS = {"cpu": 4.0, "cuda": 0.3}  # of the repetitions of one provider in one cell
 COLUMNS = ("loss", "provider", "rows", "width", "ms_p20", "ms_p50", "ms_p80", "num_repetitions", "peak_mb")
 COLUMNS += ("tflop_per_s", "gb_per_s", "gradient_error", "note")
 SHOWN = ("loss", "rows", "width", "provider", "ms_p50", "peak_mb", "tflop_per_s", "gradient_error", "note")
@@ -53,7 +53,7 @@ def main() -> None:
     for loss in args.losses:
         for width in args.widths or WIDTHS[device]:
             for num_rows in args.rows or ROWS[device]:
-                cell = [row | constant for row in measure_cell(loss, num_rows, width, device, args.providers)]
+                cell = [row | constant for row in measure_cell(args, loss, num_rows, width, device)]
                 print(format_table(cell, SHOWN), flush=True)
                 write(args.out, cell, environment)
                 rows += cell
@@ -75,14 +75,14 @@ def _row(values: dict[str, Any]) -> dict[str, Any]:
 # -- one cell
 
 
-def measure_cell(loss: str, num_rows: int, width: int, device: str, providers: Sequence[str]) -> list[dict[str, Any]]:
+def measure_cell(args: argparse.Namespace, loss: str, num_rows: int, width: int, device: str) -> list[dict[str, Any]]:
     """A row for each provider, of n = num_rows rows of the width."""
     cell = {"loss": loss, "rows": num_rows, "width": width}
     z = _inputs(num_rows, width, device)
     exact = exact_gradient(loss, z) if num_rows <= MAX_EXACT_ROWS[device] else None
     ready: dict[str, LossOf] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for provider in providers:
+    for provider in args.providers:
         try:
             ready[provider] = build(provider, loss, device=device)
             error, peak_bytes = gradient_error(ready[provider], z, exact), peak_memory(provider, loss, z)
@@ -94,7 +94,7 @@ def measure_cell(loss: str, num_rows: int, width: int, device: str, providers: S
         if "note" in rows[provider]:
             ready.pop(provider, None)
         _free()
-    for provider, times_ms in measure_times(ready, z).items():
+    for provider, times_ms in measure_times(ready, z, args.seconds or SECONDS[device]).items():
         p20, p50, p80 = quantiles(times_ms)
         tflop = OPERATIONS[loss] * num_rows**2 * width / 1e12
         times = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "num_repetitions": len(times_ms)}
@@ -127,12 +127,11 @@ def gradient_error(loss_of: LossOf, z: Tensor, exact: Tensor | None) -> float | 
 # -- time
 
 
-def measure_times(ready: dict[str, LossOf], z: Tensor) -> dict[str, list[float]]:
+def measure_times(ready: dict[str, LossOf], z: Tensor, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each repetition; the providers take turns."""
     times: dict[str, list[float]] = {provider: [] for provider in ready}
-    budget_s = BUDGET_S[z.device.type]
     for _ in range(1000):
-        waiting = [name for name, spent in times.items() if sum(spent) < budget_s * 1e3 or len(spent) < 3]
+        waiting = [name for name, spent in times.items() if sum(spent) < seconds * 1e3 or len(spent) < 3]
         if not waiting:
             break
         for provider in waiting:
@@ -263,6 +262,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", help="widths D")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--seconds", type=float, help="of the repetitions of one provider in one cell")
     parser.add_argument("--out", type=Path, help="CSV file to append the rows to; a plot goes beside it")
     parser.add_argument("--measure-peak", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
