@@ -212,7 +212,7 @@ def _free() -> None:
 
 def ceilings(device: str) -> list[dict[str, Any]]:
     """Rows of the best product (in the dtype of the losses' operands) and of a copy."""
-    n, dtype = (4096, torch.float32) if device == "cpu" else (8192, torch.float16)
+    n, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.float16)
     x = torch.randn(n, n, device=device).to(dtype)
     y = torch.empty_like(x)
     product_ms = min(_time_ms(lambda: torch.mm(x, x, out=y), x) for _ in range(5))
