@@ -123,7 +123,8 @@ def count_negatives(z: Tensor, topology: Topology, groups: Tensor | None, exchan
     if groups is None:
         return per_pair_of_samples * num_local * (num_samples - 1)
     every = torch.sort(torch.cat([piece.flatten() for piece in exchange.blocks(groups[None])])).values
-    num_equal = torch.searchsorted(every, groups, right=True) - torch.searchsorted(every, groups)
+    own = groups.contiguous()  # searchsorted warns of anything else
+    num_equal = torch.searchsorted(every, own, right=True) - torch.searchsorted(every, own)
     counts = (num_samples - num_equal).sum() * per_pair_of_samples
     return exchange.mean(counts.to(scalar(1.0, z))).clamp_min(1)
 
