@@ -77,9 +77,10 @@ def quadratic_loss(
     Raises:
         ValueError: Shapes, dtypes or choices do not fit, or the temperature is not a positive number.
     """
-    check_inv_temperature(inv_temperature, of_exp=False)
     t = inv_temperature
     t_p = t if positive_inv_temperature is None else positive_inv_temperature
+    for number in (t, t_p):
+        check_inv_temperature(number, of_exp=False)
     terms = gram_terms(z, linear=t / 2, square=t * t / 8, topology=topology, exchange=exchange, impl=impl)
     num_negatives = count_negatives(z, topology, None, exchange)
     return math.log(2) + terms.total / num_negatives - t_p * terms.positives.mean()

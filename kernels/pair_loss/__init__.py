@@ -79,9 +79,11 @@ def pair_loss(
     if positives not in get_args(Positives):
         raise ValueError(f"positives must be one of {', '.join(get_args(Positives))}, got {positives!r}")
     kind = _KIND[negatives]
+    if positive_inv_temperature is None:
+        positive_inv_temperature = inv_temperature
     check_inv_temperature(inv_temperature, of_exp=kind == "exp")
-    t, b = scalar(inv_temperature, z), scalar(bias, z)
-    t_p = t if positive_inv_temperature is None else scalar(positive_inv_temperature, z)
+    check_inv_temperature(positive_inv_temperature, of_exp=False)
+    t, t_p, b = (scalar(x, z) for x in (inv_temperature, positive_inv_temperature, bias))
     wide_range = not (is_narrow(inv_temperature) and not isinstance(bias, Tensor) and bias == 0)
     shift = exp_shift(t) if kind == "exp" and wide_range else torch.zeros_like(t)
     terms = pair_terms(
