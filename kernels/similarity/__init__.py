@@ -173,7 +173,7 @@ def choose_impl(impl: Impl, z: Tensor) -> Impl:
         raise ValueError(f"impl fused: {reason}")
     if impl != "auto":
         return impl
-    rounds = z.dtype in (torch.float16, torch.bfloat16) or torch.get_float32_matmul_precision() != "highest"
+    rounds = z.dtype in (torch.float16, torch.bfloat16) or _may_round_fp32()
     chosen: Impl = "fused" if z.is_cuda and rounds and not _why_not_fused(z) else "chunked"
     if not torch.compiler.is_compiling():
         _say_choice(chosen, z.device.type, str(z.dtype).removeprefix("torch."), z.shape[-1])
@@ -190,9 +190,22 @@ def _why_not_fused(z: Tensor) -> str | None:
         return "fp64 is for chunked and reference"
     if z.shape[-1] > MAX_WIDTH:
         return f"rows are at most {MAX_WIDTH} wide, got {z.shape[-1]}"
-    if not z.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs a CUDA device (or TRITON_INTERPRET=1 in the environment), the rows are on {z.device.type}"
-    if z.is_cuda and torch.cuda.get_device_capability(z.device) < (8, 0):
+    return _why_not_triton(z.device)
+
+
+# torch.compile cannot look into these two, and takes what they say when it compiles.
+
+
+@torch.compiler.assume_constant_result
+def _may_round_fp32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton(device: torch.device) -> str | None:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1 in the environment), the rows are on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the device is older than compute capability 8.0"
     if not _has_triton():
         return "Triton is not installed"
