@@ -14,6 +14,11 @@ __all__ = ["accumulate", "finish", "normalize"]
 
 def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
     """See `kernels.similarity.Implementation`."""
+    with torch.autocast(rows.u.device.type, enabled=False):
+        _accumulate(rows, columns, term, own)
+
+
+def _accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
     logits = rows.u.flatten(0, 1) @ columns.u.flatten(0, 1).T * term.inv_temperature + term.bias
     is_counted = _is_counted(rows, columns, own)
     values = _value(logits, term.kind) * is_counted

@@ -27,14 +27,20 @@ def finish(
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.similarity.Implementation`."""
     u = widen(z) * inv_norm[..., None]
-    dots = None if pulls is None else torch.linalg.vecdot(u, pulls)
+    dots = None if pulls is None else _dot(u, pulls)
     du = torch.zeros_like(u) if pulls is None else pulls * pull_scale
     for (v, w), grads in zip(view_pairs(len(z)), positive_grads, strict=True):
         du[v].addcmul_(grads[:, None], u[w])
         du[w].addcmul_(grads[:, None], u[v])
-    radial = torch.linalg.vecdot(u, du)
+    radial = _dot(u, du)
     du.addcmul_(radial[..., None], u, value=-1).mul_(inv_norm[..., None])
     return du.to(z.dtype), dots
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of rows, also within an autocast, which would round a vecdot's inputs: [V, B]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.linalg.vecdot(x, y)
 
 
 def view_pairs(num_views: int) -> list[tuple[int, int]]:
