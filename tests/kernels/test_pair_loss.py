@@ -1,195 +1,248 @@
-"""Pair sums: the equation with loops, autograd, strips of any size, precision, memory, refusals."""
+"""Positive mean + negative mean: the equation on the whole matrix, every choice; known cases; range; refusals."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.pair_loss import KINDS, MAX_EXP_INV_TEMPERATURE, chunked, pair_sums, pair_sums_grad, reference
+from kernels.exchange import ALONE
+from kernels.pair_loss import count_negatives, pair_loss, pair_terms
+from kernels.similarity import chunked
+from tests.kernels.pairs import ROWS, assert_same_with_grads, is_negative, is_positive, random_rows, similarities
 
 IMPLS = ("chunked", "reference")
+NEGATIVES = ("exp", "jensen", "softplus", "square")
+POSITIVES = ("linear", "softplus")
+VIEWS = {"self2": (2, "self"), "self3": (3, "self"), "cross": (2, "cross")}
+GROUPS = torch.tensor([4, 7, 4, 0, 7, 4, 2])
+T, T_P, B = (torch.tensor(x, dtype=torch.float64) for x in (2.5, 1.7, -0.6))
 
 
-def unit(num_rows: int, width: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(num_rows, width, generator=generator, dtype=dtype), dim=1)
+@pytest.fixture(autouse=True)
+def tiles_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chunked.TILE_ROWS, "cpu", 3)
 
 
-def scalar_value(kind: str, s: float, t: float) -> float:
-    x = t * s
-    return {
-        "exp": math.exp(x - t),
-        "softplus": math.log1p(math.exp(x)),
-        "quadratic": math.log(2) + x / 2 + x * x / 8,
-    }[kind]
+def softplus(x: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(x))
 
 
-def set_strip_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, columns: Tensor) -> None:
-    """Make the chunked form work `num_rows` rows at a time: two buffers of [num_rows, n]."""
-    strip_bytes = 2 * num_rows * len(columns) * columns.element_size()
-    monkeypatch.setitem(chunked.STRIP_BYTES, "cpu", strip_bytes)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_sums_are_the_equation_with_loops(kind: str, impl: str) -> None:
-    columns, num_rows, offset, t = unit(12, 5), 4, 4, 3.0
-    expected = []
-    for i in range(num_rows):
-        own, partner = offset + i, offset + (i + 2) % 4
-        negatives = [k for k in range(12) if k not in (own, partner)]
-        expected.append(sum(scalar_value(kind, float(columns[own] @ columns[k]), t) for k in negatives))
-    actual = pair_sums(columns[4:8], columns, kind=kind, inv_temperature=t, row_offset=offset, impl=impl)
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("strip_rows", [1, 3, 5, 100])
-@pytest.mark.parametrize("kind", KINDS)
-def test_strips_of_any_size_equal_the_reference(kind: str, strip_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = unit(42, 7)
-    set_strip_rows(monkeypatch, strip_rows, columns)
-    g = torch.rand(42, dtype=torch.float64)
-    own = slice(14, 28)
-    settings = {"kind": kind, "inv_temperature": 4.0, "row_offset": 14}
-    sums = [pair_sums(columns[own], columns, impl=impl, **settings) for impl in IMPLS]
-    grads = [pair_sums_grad(columns[own], columns, g[own], g, impl=impl, **settings) for impl in IMPLS]
-    torch.testing.assert_close(*sums, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-13)
+def whole_matrix(
+    z: Tensor,
+    t: Tensor,
+    t_p: Tensor,
+    b: Tensor,
+    *,
+    negatives: str,
+    positives: str,
+    balanced: bool,
+    topology: str,
+    groups: Tensor | None,
+) -> Tensor:
+    """The equation. `cross` over the rows of both views: each pair is counted from both sides, the means are equal."""
+    s = similarities(z)
+    s_p, s_n = s[is_positive(z)], s[is_negative(z, topology, groups)]
+    positive = (softplus(-(t_p * s_p + b)) if positives == "softplus" else -t_p * s_p).mean()
+    logits = t * s_n + b
+    negative = {
+        "exp": lambda: logits.exp().mean(),
+        "jensen": lambda: torch.log1p(logits.exp().mean()),
+        "softplus": lambda: softplus(logits).mean(),
+        "square": lambda: logits.square().mean(),
+    }[negatives]()
+    return positive + negative * (1 if balanced else len(s_n) / len(s))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_grad_is_autograd_of_every_pair_of_the_global_batch(kind: str, impl: str) -> None:
-    """Three blocks of one global batch: the local formula gives each block's slice of the whole gradient."""
-    u, g = unit(18, 5).requires_grad_(), torch.randn(18, dtype=torch.float64)
-    blocks = [slice(start, start + 6) for start in (0, 6, 12)]
-    total = sum(g[own] @ reference.pair_sums(u[own], u, kind, 2.5, own.start) for own in blocks)
-    (expected,) = torch.autograd.grad(total, u)
-    columns = u.detach()
-    for own in blocks:
-        actual = pair_sums_grad(
-            columns[own], columns, g[own], g, kind=kind, inv_temperature=2.5, row_offset=own.start, impl=impl
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["", "groups"])
+@pytest.mark.parametrize("balanced", [True, False], ids=["", "unbalanced"])
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_it_is_the_equation(negatives, positives, balanced: bool, groups: Tensor | None, views: str, impl) -> None:
+    num_views, topology = VIEWS[views]
+    settings = {"negatives": negatives, "positives": positives, "balanced": balanced}
+    settings |= {"topology": topology, "groups": groups}
+
+    def ours(z: Tensor, t: Tensor, t_p: Tensor, b: Tensor) -> Tensor:
+        return pair_loss(z, inv_temperature=t, positive_inv_temperature=t_p, bias=b, impl=impl, **settings)
+
+    def expected(z: Tensor, t: Tensor, t_p: Tensor, b: Tensor) -> Tensor:
+        return whole_matrix(z, t, t_p, b, **settings)
+
+    assert_same_with_grads(ours, expected, random_rows(num_views, 7, 5), T, T_P, B)
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_numbers_and_learned_tensors_give_the_same(negatives) -> None:
+    """Numbers take short cuts: no shift where e^l is known to be narrow. One positive temperature where none is set."""
+    z = random_rows(2, 7, 5)
+    for t, b in itertools.product((2.5, 20.0), (0.0, -0.6)):
+        as_tensors = {"inv_temperature": torch.tensor(t), "bias": torch.tensor(b)}  # fp32: as a model's parameters are
+        by_number = pair_loss(z, negatives=negatives, inv_temperature=t, bias=float(torch.tensor(b)))
+        torch.testing.assert_close(pair_loss(z, negatives=negatives, **as_tensors), by_number, rtol=1e-12, atol=0)
+        both = pair_loss(z, negatives=negatives, positive_inv_temperature=t, **as_tensors)
+        torch.testing.assert_close(both, by_number, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("topology", ["self", "cross"])
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["", "groups"])
+def test_it_is_the_equation_with_loops(groups: Tensor | None, topology) -> None:
+    """SigLIP's and MIO's form, pair by pair: also a check of the whole-matrix equation above."""
+    z = random_rows(2, 7, 5)
+    u = [[row / row.norm() for row in view] for view in z]
+    positive, negative, num_negatives = 0.0, 0.0, 0
+    for (v, i), (w, k) in itertools.product(itertools.product(range(2), range(7)), repeat=2):
+        if topology == "cross" and v == w:
+            continue
+        logit = 2.5 * float(u[v][i] @ u[w][k]) - 0.6
+        if i == k:
+            positive += math.log(1 + math.exp(-logit)) / 14 if v != w else 0.0
+        elif groups is None or groups[i] != groups[k]:
+            negative += math.log(1 + math.exp(logit))
+            num_negatives += 1
+    for balanced, divisor in ((True, num_negatives), (False, 14)):
+        actual = pair_loss(
+            z,
+            negatives="softplus",
+            positives="softplus",
+            inv_temperature=2.5,
+            bias=-0.6,
+            balanced=balanced,
+            topology=topology,
+            groups=groups,
         )
-        torch.testing.assert_close(actual, expected[own], rtol=1e-12, atol=1e-13)
+        assert actual.item() == pytest.approx(positive + negative / divisor, rel=1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_non_contiguous_rows_and_gradients(kind: str) -> None:
-    u = unit(5, 10).T
-    assert not u.is_contiguous()
-    g = torch.ones((), dtype=torch.float64).expand(10)
-    for impl in IMPLS:
-        settings = {"kind": kind, "inv_temperature": 2.0, "impl": impl}
-        dense = u.contiguous()
-        torch.testing.assert_close(pair_sums(u, u, **settings), pair_sums(dense, dense, **settings))
-        torch.testing.assert_close(
-            pair_sums_grad(u, u, g, g, **settings), pair_sums_grad(dense, dense, g.clone(), g.clone(), **settings)
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_gradcheck(negatives, views: str) -> None:
+    num_views, topology = VIEWS[views]
+
+    def loss(z: Tensor, t: Tensor, t_p: Tensor, b: Tensor) -> Tensor:
+        return pair_loss(
+            z,
+            negatives=negatives,
+            positives="softplus",
+            inv_temperature=t,
+            positive_inv_temperature=t_p,
+            bias=b,
+            topology=topology,
+            groups=torch.tensor([0, 1, 0, 2]),
+            impl="chunked",
+        )
+
+    inputs = [x.clone().requires_grad_() for x in (random_rows(num_views, 4, 3), T, T_P, B)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_each_output_of_the_operator_alone_has_its_gradient() -> None:
+    """The other's upstream gradient is missing then, not zero."""
+    z = random_rows(2, 5, 3).requires_grad_()
+    for output in (0, 1):
+        assert torch.autograd.gradcheck(
+            lambda z, output=output: pair_terms(z, kind="exp", inv_temperature=T, bias=B)[output], z
         )
 
 
-@pytest.mark.parametrize("clustered", [False, True], ids=["random", "clustered"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_fp32_stays_near_fp64_and_half_inputs_accumulate_in_fp32(kind: str, clustered: bool) -> None:
-    u = unit(256, 64)
-    if clustered:  # eight tight groups, as trained projections are: many similarities near 1
-        u = F.normalize(u[:8].repeat(32, 1) + 0.1 * u, dim=1)
-    g, t = torch.rand(256, dtype=torch.float64), 20.0
-    settings = {"kind": kind, "inv_temperature": t}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rounded = u.to(dtype)
-        exact = rounded.double()
-        sums, grads = pair_sums(rounded, rounded, **settings), pair_sums_grad(rounded, rounded, g, g, **settings)
-        assert sums.dtype == grads.dtype == torch.float32
-        assert relative_error(sums, pair_sums(exact, exact, **settings)) < 3e-6
-        assert relative_error(grads, pair_sums_grad(exact, exact, g, g, **settings)) < 3e-6
+def test_all_samples_of_one_group_leave_the_positives_alone() -> None:
+    z = random_rows(2, 5, 3).requires_grad_()
+    for negatives in NEGATIVES:
+        groups = torch.zeros(5, dtype=torch.int64)
+        value = pair_loss(z, negatives=negatives, inv_temperature=2.0, groups=groups)
+        positive = -2.0 * F.cosine_similarity(z[0], z[1]).mean()
+        assert value.item() == pytest.approx(positive.item(), rel=1e-13)
+        ours, expected = (torch.autograd.grad(x, z)[0] for x in (value, positive))
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_groups_may_be_strided_and_of_any_integers(dtype: torch.dtype) -> None:
+    z = random_rows(2, 7, 5)
+    groups = (GROUPS.repeat_interleave(2)[::2] * -3).to(dtype)
+    strided = torch.stack([groups, groups], 1)[:, 0]
+    assert not strided.is_contiguous()
+    expected = pair_loss(z, negatives="exp", inv_temperature=2.5, groups=GROUPS)
+    assert torch.equal(pair_loss(z, negatives="exp", inv_temperature=2.5, groups=strided), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_does_not_reach_the_products(kind: str, impl: str) -> None:
-    u = unit(32, 16, dtype=torch.float32)
-    settings = {"kind": kind, "inv_temperature": 2.0, "impl": impl}
-    expected = pair_sums(u, u, **settings)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = pair_sums(u, u, **settings)
-    assert torch.equal(actual, expected)
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["", "groups"])
+def test_count_of_negatives(groups: Tensor | None, views: str) -> None:
+    num_views, topology = VIEWS[views]
+    z = random_rows(num_views, 7, 5)
+    expected = int(is_negative(z, topology, groups).sum()) // (2 if topology == "cross" else 1)
+    assert float(count_negatives(z, topology, groups, ALONE)) == expected
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_exp_at_the_lowest_temperature_neither_overflows_nor_vanishes(impl: str) -> None:
-    u = F.normalize(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]), dim=1)  # only s = -1 is left
-    settings = {"kind": "exp", "inv_temperature": MAX_EXP_INV_TEMPERATURE, "impl": impl}
-    sums = pair_sums(u, u, **settings)
-    torch.testing.assert_close(torch.log(sums), torch.full((4,), math.log(2) - 80.0))
-    collapsed = u[:1].expand(4, 2)
-    torch.testing.assert_close(pair_sums(collapsed, collapsed, **settings), torch.full((4,), 2.0))
+# -- the range of the exponentials: temperature .01, learned, in fp32
 
 
-def test_softplus_is_exact_far_above_zero() -> None:
-    u = unit(1, 4).expand(4, 4)
-    for impl in IMPLS:
-        actual = pair_sums(u, u, kind="softplus", inv_temperature=25.0, impl=impl)
-        expected = torch.full((4,), 2 * (25 + math.log1p(math.exp(-25))), dtype=torch.float64)
-        torch.testing.assert_close(actual, expected, rtol=1e-15, atol=0)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("negatives", ["exp", "jensen", "softplus"])
+def test_a_learned_temperature_of_one_hundredth_stays_finite_where_the_loss_is(negatives, rows: str) -> None:
+    """The loss of `exp` itself reaches e^100 where negatives are equal, which fp32 does not have: then it is inf."""
+    z = ROWS[rows](2, 32, 8)
+
+    def value_and_grads(z: Tensor) -> tuple[Tensor, ...]:
+        leaves = [z.clone().requires_grad_(), torch.tensor(100.0, dtype=z.dtype, requires_grad=True)]
+        value = pair_loss(leaves[0], negatives=negatives, inv_temperature=leaves[1])
+        return (value.detach(), *torch.autograd.grad(value, leaves))
+
+    exact, ours = value_and_grads(z), value_and_grads(z.float())
+    if negatives == "exp" and exact[0] > torch.finfo(torch.float32).max:
+        assert rows in ("clustered", "collapsed", "opposite")
+        assert ours[0] == math.inf
+        return
+    for actual, expected in zip(ours, exact, strict=True):
+        assert actual.isfinite().all()
+        # |t s| <= 100 in fp32 is off by up to 1e-5, e^{t s} by that fraction of itself.
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()) + 1e-4)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor that an operator returned."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.num_elements = max(self.num_elements, result.numel())
-        return result
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_exponential_is_finite_at_every_temperature_that_a_config_allows(rows: str) -> None:
+    z = ROWS[rows](2, 32, 8).float().requires_grad_()
+    for t in (60.0, torch.tensor(60.0, requires_grad=True), torch.tensor(80.0, requires_grad=True)):
+        value = pair_loss(z, negatives="exp", inv_temperature=t)
+        leaves = [z, t] if isinstance(t, Tensor) else [z]
+        assert all(x.isfinite().all() for x in (value, *torch.autograd.grad(value, leaves)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunked_never_holds_the_matrix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    u, g = unit(512, 8), torch.ones(512, dtype=torch.float64)
-    set_strip_rows(monkeypatch, 30, u)
-    largest = {}
-    for impl in IMPLS:
-        settings = {"kind": kind, "inv_temperature": 2.0, "impl": impl}
-        with LargestTensor() as mode:
-            pair_sums(u, u, **settings)
-            pair_sums_grad(u, u, g, g, **settings)
-        largest[impl] = mode.num_elements
-    assert largest == {"chunked": 30 * 512, "reference": 512 * 512}
+# -- refusals
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"columns": torch.zeros(8, 3)}, r"\[m, D\] and \[n, D\]"),
-        ({"columns": torch.zeros(8, 4, dtype=torch.float64)}, "one floating dtype"),
-        ({"rows": torch.zeros(3, 4)}, "even number"),
-        ({"row_offset": 5}, "row_offset 5"),
-        ({"row_offset": -1}, "row_offset -1"),
-        ({"kind": "cosine"}, "exp, softplus, quadratic"),
-        ({"inv_temperature": 0.0}, "inv_temperature must be finite"),
-        ({"inv_temperature": math.nan}, "inv_temperature must be finite"),
-        ({"kind": "exp", "inv_temperature": 41.0}, "<= 40 for exp"),
-        ({"impl": "fused"}, "impl must be one of auto"),
+        ({"z": torch.zeros(4, 3)}, r"z must be \[views, samples, width\] of a floating dtype, got \[4, 3\]"),
+        ({"z": torch.zeros(2, 0, 3)}, r"got \[2, 0, 3\]"),
+        ({"z": torch.zeros(2, 4, 3, dtype=torch.int64)}, "of torch.int64"),
+        ({"z": torch.zeros(1, 4, 3)}, "topology self needs at least two views, got 1"),
+        ({"z": torch.zeros(3, 4, 3), "topology": "cross"}, "topology cross needs two views, got 3"),
+        ({"topology": "ring"}, "topology must be one of self, cross, got 'ring'"),
+        ({"groups": torch.zeros(3, dtype=torch.int64)}, r"groups must be integers \[4\], got \[3\]"),
+        ({"groups": torch.zeros(4)}, r"groups must be integers \[4\], got \[4\] of torch.float32"),
+        ({"negatives": "cosine"}, "negatives must be one of exp, jensen, softplus, square, got 'cosine'"),
+        ({"positives": "exp"}, "positives must be one of linear, softplus, got 'exp'"),
+        ({"inv_temperature": 0.0}, "inv_temperature must be finite and > 0"),
+        ({"inv_temperature": math.nan}, "inv_temperature must be finite and > 0"),
+        ({"positive_inv_temperature": -1.0}, "inv_temperature must be finite and > 0"),
+        ({"inv_temperature": 100.0}, "inv_temperature must be <= 60 for exp, got 100"),
+        ({"negatives": "jensen", "inv_temperature": 61.0}, "inv_temperature must be <= 60 for exp"),
+        ({"impl": "cuda"}, "impl must be one of auto"),
     ],
 )
 def test_refusals_name_what_is_wrong(change: dict, message: str) -> None:
-    arguments = {"rows": torch.zeros(4, 4), "columns": torch.zeros(8, 4), "kind": "softplus", "inv_temperature": 2.0}
-    arguments |= change
-    rows, columns = arguments.pop("rows"), arguments.pop("columns")
+    arguments = {"z": torch.zeros(2, 4, 3), "negatives": "exp", "inv_temperature": 2.0} | change
     with pytest.raises(ValueError, match=message):
-        pair_sums(rows, columns, **arguments)
+        pair_loss(arguments.pop("z"), **arguments)
 
 
-def test_gradients_of_the_wrong_length_are_refused() -> None:
-    u = unit(4, 3)
-    with pytest.raises(ValueError, match="grad_rows and grad_columns"):
-        pair_sums_grad(u, u, u[:, 0], u[:2, 0], kind="exp", inv_temperature=2.0)
+def test_softplus_takes_any_inverse_temperature() -> None:
+    z = random_rows(2, 4, 3)
+    assert pair_loss(z, negatives="softplus", inv_temperature=100.0).isfinite()
