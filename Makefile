@@ -6,6 +6,8 @@ BIN := $(abspath $(VENV))/bin
 IMAGE ?= fastssl
 IMAGE_BUILD ?= docker build
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+# A worker a core: most tests wait for a process of their own to start. The slow ones measure, one at a time.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow lint format type clean install install-dev image
 
@@ -19,7 +21,7 @@ demo: install
 	@PATH="$(BIN):$$PATH" scripts/demo.sh $(DEMO)
 
 test: install-dev
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-slow: install-dev
 	$(PYTEST) -m "slow and not gpu" $(ARGS)

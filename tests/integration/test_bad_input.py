@@ -31,7 +31,7 @@ def assert_one_line(done, *parts):
         (["run.seed=-1"], ["run.seed"]),
         (["data.global_batch_size=1"], ["data.global_batch_size"]),
         (["optim.base_lr=.nan"], ["optim.base_lr"]),
-        (["loss.name=nope"], ["loss.name", "mio, simclr"]),
+        (["loss.name=nope"], ["loss.name", "mio, siglip, simclr"]),
         (["run.dir=/dev/null/x"], ["run.dir", "/dev/null"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
