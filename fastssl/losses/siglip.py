@@ -49,8 +49,9 @@ class SigLip(nn.Module):
     def __init__(self, config: SigLipConfig) -> None:
         super().__init__()
         self.config = config
-        self.log_inv_temperature = nn.Parameter(torch.tensor(math.log(config.initial_inv_temperature)))
-        self.bias = nn.Parameter(torch.tensor(float(config.initial_bias)))
+        # [1] and not 0-dim, which DeepSpeed cannot send to the other ranks.
+        self.log_inv_temperature = nn.Parameter(torch.tensor([math.log(config.initial_inv_temperature)]))
+        self.bias = nn.Parameter(torch.tensor([float(config.initial_bias)]))
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of this rank's rows of view a against every rank's of view b.
