@@ -4,9 +4,11 @@ The file is also the program of a rank: `python test_losses_dist.py RANK WORLD_S
 runs every loss. fp64 and no BatchNorm, so that nothing but the losses can differ.
 """
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
-from fastssl.losses import MioConfig, NtXentConfig, build_loss
+from fastssl.losses import (
+    DclConfig,
+    DclwConfig,
+    LossConfig,
+    MioConfig,
+    NtXentConfig,
+    SigLipConfig,
+    SpectralConfig,
+    build_loss,
+)
+from kernels.gram_loss import quadratic_loss, spectral_loss
+from kernels.pair_loss import pair_loss
+from kernels.partition_loss import partition_loss
+from kernels.similarity import chunked
 
 GLOBAL_BATCH_SIZE = 16
 LOSS_CONFIGS = {
@@ -22,11 +37,65 @@ LOSS_CONFIGS = {
     "exp": MioConfig(negative="exp", temperature_positive=0.4, temperature_negative=0.2),
     "exp_reference": MioConfig(negative="exp", impl="reference"),
     "jensen": MioConfig(negative="jensen"),
-    "jensen_per_anchor": MioConfig(negative="jensen", per_anchor=True),
-    "quadratic": MioConfig(negative="quadratic"),
+    "jensen_per_anchor": MioConfig(negative="jensen", per_anchor=True, alignment_weight=0.5),
+    "quadratic": MioConfig(negative="quadratic", temperature_positive=0.3),
     "softplus": MioConfig(negative="softplus"),
     "simclr": NtXentConfig(temperature=0.2),
+    "simclr_reference": NtXentConfig(temperature=0.2, impl="reference"),
+    "dcl": DclConfig(temperature=0.2),
+    "dclw": DclwConfig(temperature=0.2),
+    "siglip": SigLipConfig(initial_inv_temperature=4.0, initial_bias=-1.0),
+    "siglip_reference": SigLipConfig(initial_inv_temperature=4.0, initial_bias=-1.0, impl="reference"),
+    "spectral": SpectralConfig(mu=0.3),
 }
+
+
+class Learned(nn.Module):
+    """A function of the kernels with a temperature and a bias that are learned."""
+
+    def __init__(self, function: Callable[..., Tensor], settings: dict) -> None:
+        super().__init__()
+        self.function, self.settings = function, settings
+        self.log_inv_temperature = nn.Parameter(torch.tensor(math.log(4.0), dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor(-0.5, dtype=torch.float64))
+
+    def forward(self, z: Tensor, groups: Tensor) -> Tensor:
+        """z [V, B, D], groups [B]."""
+        settings = dict(self.settings)
+        if settings.pop("grouped", False):
+            settings["groups"] = groups
+        if self.function in (pair_loss, partition_loss):
+            settings["inv_temperature"] = self.log_inv_temperature.exp()
+        if self.function is pair_loss:
+            settings["bias"] = self.bias
+        return self.function(z, exchange=dist.EXCHANGE, **settings)
+
+
+# name -> number of views, function, settings; groups of samples span the ranks.
+KERNEL_CASES: dict[str, tuple[int, Callable[..., Tensor], dict]] = {
+    **{
+        f"pair {negatives} {topology}{' groups' * grouped}": (
+            2,
+            pair_loss,
+            {"negatives": negatives, "positives": "softplus", "topology": topology, "grouped": grouped},
+        )
+        for negatives in ("exp", "jensen", "softplus", "square")
+        for topology in ("self", "cross")
+        for grouped in (False, True)
+    },
+    "pair unbalanced groups": (2, pair_loss, {"negatives": "softplus", "balanced": False, "grouped": True}),
+    "pair three views groups": (3, pair_loss, {"negatives": "jensen", "grouped": True}),
+    "nt_xent groups": (2, partition_loss, {"grouped": True}),
+    "nt_xent three views": (3, partition_loss, {"grouped": True}),
+    "clip": (2, partition_loss, {"topology": "cross"}),
+    "clip groups": (2, partition_loss, {"topology": "cross", "grouped": True}),
+    "clip reference": (2, partition_loss, {"topology": "cross", "impl": "reference"}),
+    "dclw groups": (2, partition_loss, {"form": "dclw", "grouped": True}),
+    "dcl three views": (3, partition_loss, {"form": "dcl"}),
+    "spectral self three views": (3, spectral_loss, {"topology": "self", "mu": 0.3}),
+    "quadratic cross": (2, quadratic_loss, {"topology": "cross", "inv_temperature": 3.0}),
+}
+NAMES = [*LOSS_CONFIGS, *KERNEL_CASES]
 
 
 def build_encoder() -> nn.Module:
@@ -34,23 +103,41 @@ def build_encoder() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 5)).double()
 
 
-def local_views() -> tuple[Tensor, Tensor]:
-    """This rank's samples of two views [16, 6] that are the same for every world size."""
-    views = torch.randn(2, GLOBAL_BATCH_SIZE, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    view_a, view_b = views.chunk(dist.world_size(), dim=1)[dist.rank()]
-    return view_a, view_b
+def local_views() -> Tensor:
+    """This rank's samples of three views [3, B, 6] that are the same for every world size."""
+    views = torch.randn(3, GLOBAL_BATCH_SIZE, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return views.chunk(dist.world_size(), dim=1)[dist.rank()]
 
 
-def loss_and_grads(config: MioConfig | NtXentConfig) -> tuple[Tensor, list[Tensor]]:
-    """Loss and parameter gradients as an averaging engine ends up with them."""
-    encoder, (view_a, view_b) = build_encoder(), local_views()
-    value = build_loss(config)(encoder(view_a), encoder(view_b))
-    grads = torch.autograd.grad(value, list(encoder.parameters()))
-    return dist.all_mean_(value.detach()), [dist.all_mean_(grad) for grad in grads]
+def local_groups() -> Tensor:
+    """Sample i belongs to group i % 6: with every sample of a group on another of 4 ranks, and on both of 2."""
+    return (torch.arange(GLOBAL_BATCH_SIZE) % 6).chunk(dist.world_size())[dist.rank()]
 
 
-def run_losses() -> dict[str, tuple[Tensor, list[Tensor]]]:
-    return {name: loss_and_grads(config) for name, config in LOSS_CONFIGS.items()}
+def loss_of_config(config: LossConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    loss = build_loss(config).double()
+    return loss, lambda z: loss(z[0], z[1])
+
+
+def loss_of_kernel(num_views: int, function: Callable, settings: dict) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    loss = Learned(function, settings)
+    return loss, lambda z: loss(z[:num_views], local_groups())
+
+
+def loss_and_grads(loss: nn.Module, value_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, and the gradients of encoder and loss as an averaging engine ends up with them."""
+    encoder = build_encoder()
+    value = value_of(torch.stack([encoder(view) for view in local_views()]))
+    parameters = dict(encoder.named_parameters()) | {f"loss.{name}": p for name, p in loss.named_parameters()}
+    grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    found = {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return dist.all_mean_(value.detach()), {name: dist.all_mean_(grad) for name, grad in found.items()}
+
+
+def run_losses() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    losses = {name: loss_of_config(config) for name, config in LOSS_CONFIGS.items()}
+    losses |= {name: loss_of_kernel(*case) for name, case in KERNEL_CASES.items()}
+    return {name: loss_and_grads(*loss) for name, loss in losses.items()}
 
 
 def run_collectives() -> dict[str, object]:
@@ -59,6 +146,7 @@ def run_collectives() -> dict[str, object]:
     strided = torch.arange(6.0).reshape(2, 3).T * (dist.rank() + 1)
     mean = dist.global_mean(x)
     dist.barrier()
+    pieces = [piece.flatten().tolist() for piece in dist.EXCHANGE.blocks(x)]
     return {
         "gathered": dist.gather_rows(x).flatten().tolist(),
         "gathered_strided": dist.gather_rows(strided)[:3].tolist() == (strided / (dist.rank() + 1)).tolist(),
@@ -66,11 +154,16 @@ def run_collectives() -> dict[str, object]:
         "global_mean_grad": torch.autograd.grad(mean.sum(), x)[0].flatten().tolist(),
         "x_after": x.flatten().tolist(),
         "all_mean": dist.all_mean_(strided)[1, 0].item(),
+        "own_block": pieces[0],
+        "other_blocks": [x for piece in pieces[1:] for x in piece],
+        "at_most_two_pieces": len(pieces) <= 3,
+        "sum": dist.EXCHANGE.sum_(torch.ones(1)).item(),
     }
 
 
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    chunked.TILE_ROWS["cpu"] = 3  # one process takes tiles of another size: nothing may depend on it
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save((run_losses(), run_collectives()), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -95,19 +188,43 @@ def rank_results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict[str, tuple[Tensor, list[Tensor]]]:
+def one_process() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     return run_losses()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", LOSS_CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_ranks_give_the_gradients_of_one_process(name: str, rank_results: list[tuple], one_process: dict) -> None:
     value, grads = one_process[name]
     for losses, _ in rank_results:
         rank_value, rank_grads = losses[name]
         assert abs(rank_value - value) <= 1e-12 * abs(value)
-        for ours, expected in zip(rank_grads, grads, strict=True):
-            assert (ours - expected).norm() <= 1e-10 * expected.norm()
+        assert rank_grads.keys() == grads.keys()
+        for parameter, expected in grads.items():
+            assert (rank_grads[parameter] - expected).norm() <= 1e-10 * expected.norm(), parameter
+
+
+@pytest.mark.dist
+def test_what_losses_learn_has_a_gradient(one_process: dict) -> None:
+    """That the test above compares something."""
+    for name, learned in {
+        "siglip": {"loss.log_inv_temperature", "loss.bias"},
+        "pair exp self": {"loss.log_inv_temperature", "loss.bias"},
+        "clip": {"loss.log_inv_temperature"},
+        "simclr": set(),
+    }.items():
+        _, grads = one_process[name]
+        assert {parameter for parameter in grads if parameter.startswith("loss.")} == learned
+        assert all(grad.norm() > 1e-4 for grad in grads.values())
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [("pair exp self groups", "pair exp self"), ("pair exp cross groups", "pair exp cross"), ("clip groups", "clip")],
+)
+def test_groups_change_the_loss(name: str, without: str, one_process: dict) -> None:
+    assert abs(one_process[name][0] - one_process[without][0]) > 1e-3
 
 
 @pytest.mark.dist
@@ -122,6 +239,10 @@ def test_collectives(rank_results: list[tuple]) -> None:
             "global_mean_grad": [1.0, 1.0],
             "x_after": [float(rank)] * 2,
             "all_mean": mean + 1,
+            "own_block": [float(rank)] * 2,
+            "other_blocks": [float(r) for r in range(world_size) for _ in range(2) if r != rank],
+            "at_most_two_pieces": True,
+            "sum": world_size,
         }
 
 
