@@ -1,0 +1,163 @@
+"""Run the losses of other projects on fixed inputs; tests/fastssl/test_stored_losses.py compares ours to the numbers.
+
+    python -m venv peers && peers/bin/pip install lightly open_clip_torch
+    git clone https://github.com/miossl/miossl && git clone https://github.com/jhaochenz96/spectral_contrastive_learning
+    peers/bin/python benchmarks/make_stored_losses.py --miossl miossl --spectral spectral_contrastive_learning
+
+In an environment of its own, as nothing here needs these packages. Each number is the output of the other project's own
+code; none of that code is copied here.
+"""
+
+# N samples, D width; z [2, N, D] two views, direction [2, N, D]
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.torchvision_cpu import import_torchvision
+
+OUT = Path(__file__).resolve().parent.parent / "tests/fastssl/stored_losses.json"
+SHAPES = {0: (2, 6, 5), 1: (2, 9, 4)}  # seed -> [views, N, D]
+DTYPES = ("float64", "float32")
+
+TwoViewLoss = Callable[[Tensor, Tensor], Tensor]
+# The name of our loss, our settings, the other project's settings, its loss, where it is from.
+Peer = tuple[str, dict[str, Any], dict[str, Any], TwoViewLoss, str]
+
+
+def draw_inputs(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """z and a direction for its derivative, [2, N, D] each, fp64, from NumPy's PCG64."""
+    first, second = np.random.Generator(np.random.PCG64(seed)).standard_normal((2, *SHAPES[seed]))
+    return first, second
+
+
+def measure(loss: TwoViewLoss, seed: int, dtype: str) -> dict[str, float]:
+    """The value, and its derivative along the direction."""
+    z, direction = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in draw_inputs(seed))
+    z.requires_grad_()
+    value = loss(z[0], z[1])
+    (grad,) = torch.autograd.grad(value, z)
+    return {"value": value.item(), "derivative": (grad.double() * direction.double()).sum().item()}
+
+
+def lightly_peers() -> Iterator[Peer]:
+    """NT-Xent, DCL and DCLW; all three sum the negatives of a row over both views, as we do."""
+    from lightly.loss import DCLLoss, DCLWLoss, NTXentLoss
+
+    version = f"lightly {importlib.metadata.version('lightly')}"
+    losses = {"simclr": NTXentLoss, "dcl": DCLLoss, "dclw": DCLWLoss}
+    for name, loss_type in losses.items():
+        for temperature in (0.5, 0.1):
+            settings = {"temperature": temperature}
+            yield name, settings, settings, loss_type(**settings), f"{version}, {loss_type.__name__}"
+
+
+def open_clip_peers() -> Iterator[Peer]:
+    """SigLIP and CLIP, which take unit rows; logit_scale is the inverse temperature."""
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    version = f"open_clip_torch {importlib.metadata.version('open_clip_torch')}"
+    for scale, bias in ((10.0, -10.0), (3.0, -1.0)):
+        theirs = {"logit_scale": scale, "logit_bias": bias}
+        ours = {"initial_inv_temperature": scale, "initial_bias": bias}
+        yield "siglip", ours, theirs, _of_unit_rows(SigLipLoss(), theirs), f"{version}, SigLipLoss"
+    for scale in (10.0, 2.0):
+        theirs = {"logit_scale": scale}
+        yield "clip", {"inv_temperature": scale}, theirs, _of_unit_rows(ClipLoss(), theirs), f"{version}, ClipLoss"
+
+
+def _of_unit_rows(loss: Callable[..., Tensor], settings: dict[str, float]) -> TwoViewLoss:
+    """The settings are tensors in training, where both are learned."""
+
+    def of_views(z_a: Tensor, z_b: Tensor) -> Tensor:
+        scalars = {name: torch.tensor(x, dtype=z_a.dtype) for name, x in settings.items()}
+        return loss(F.normalize(z_a, dim=1), F.normalize(z_b, dim=1), **scalars)
+
+    return of_views
+
+
+def spectral_peers(checkout: Path) -> Iterator[Peer]:
+    """The spectral contrastive loss of HaoChen et al., function D of models/spectral.py."""
+    module, source = _load(checkout, "models/spectral.py")
+    for mu in (1.0, 5.0):
+        settings = {"mu": mu}
+        yield "spectral", settings, settings, lambda a, b, mu=mu: module.D(a, b, mu=mu)[0], f"{source}, D"
+
+
+def mio_peers(checkout: Path) -> Iterator[Peer]:
+    """The naive form of MIO, MIOLoss of miossl/losses.py, which is made for one batch size."""
+    module, source = _load(checkout, "miossl/losses.py")
+    for tau_p, tau_n, weight in ((0.5, 0.5, 1.0), (0.5, 0.5, 0.0), (0.2, 0.4, 1.0)):
+        theirs = {"p_temperature": tau_p, "n_temperature": tau_n, "lambda_loss": weight}
+        ours = {"temperature_positive": tau_p, "temperature_negative": tau_n, "alignment_weight": weight}
+        yield (
+            "mio",
+            {"negative": "naive", **ours},
+            theirs,
+            lambda a, b, theirs=theirs: module.MIOLoss(len(a), **theirs)(a, b),
+            f"{source}, MIOLoss",
+        )
+
+
+def _load(checkout: Path, file: str) -> tuple[ModuleType, str]:
+    """A module of a cloned repository, and where it is from."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, checkout / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    git = ["git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return module, f"{checkout.resolve().name} {commit}, {file}"
+
+
+def main() -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--miossl", type=Path, required=True, help="a clone of miossl/miossl")
+    parser.add_argument("--spectral", type=Path, required=True, help="a clone of spectral_contrastive_learning")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    import_torchvision()
+    warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # of lightly's DCLW
+    peers = [
+        *lightly_peers(),
+        *open_clip_peers(),
+        *spectral_peers(arguments.spectral),
+        *mio_peers(arguments.miossl),
+    ]
+    entries = [
+        {"loss": name, "settings": ours, "source": source, "source_settings": theirs, "seed": seed, "dtype": dtype}
+        | measure(loss, seed, dtype)
+        for name, ours, theirs, loss, source in peers
+        for seed in SHAPES
+        for dtype in DTYPES
+    ]
+    # A seed gives the same numbers only as long as NumPy keeps the stream: sums tell if it does not.
+    sums = {str(seed): [float(x.sum()) for x in draw_inputs(seed)] for seed in SHAPES}
+    text = ",\n".join("  " + json.dumps(entry) for entry in entries)
+    header = {"torch": torch.__version__, "numpy": np.__version__, "shapes": SHAPES, "input_sums": sums}
+    arguments.out.write_text(
+        f'{{"made_by": "benchmarks/make_stored_losses.py",\n{json.dumps(header)[1:-1]},\n"losses": [\n{text}\n]}}\n'
+    )
+    print(f"{len(entries)} numbers -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
