@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import itertools
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +166,7 @@ def open_torchvision(job: Job, *, form: TorchvisionForm) -> Stream:
         drop_last=True,
         collate_fn=_normalised_batch,
         persistent_workers=True,
+        worker_init_fn=_end_with_parent,
         multiprocessing_context="fork",  # Linux's default, which a spawned process does not have
         prefetch_factor=prefetch_factor,
     )
@@ -349,6 +352,7 @@ class Worker:
 
 def _serve(name: str, job: Job, connection: Connection) -> None:
     """The process of one provider: warm up, say so, then a window for every request until the pipe closes."""
+    _end_with_parent()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.num_threads])
     try:
         stream = PROVIDERS[name].open(job)
@@ -360,6 +364,17 @@ def _serve(name: str, job: Job, connection: Connection) -> None:
     except Exception as error:
         connection.send(" ".join(f"{type(error).__name__}: {error}".split()))
     os._exit(0)  # DataLoader's workers end with their parent; FFCV's threads might never
+
+
+def _end_with_parent(_: int = 0) -> None:
+    """Have Linux kill this process as soon as its parent is gone: what is stopped would stay for ever."""
+    parent = multiprocessing.parent_process()
+    if sys.platform != "linux" or parent is None:
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent.pid:  # gone before the call
+        os._exit(1)
 
 
 def _measure(stream: Stream, job: Job, window_s: float) -> Window:
