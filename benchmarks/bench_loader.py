@@ -220,13 +220,14 @@ def _stages(job: Job, num_batches: int) -> tuple[dict[str, Callable[[], Any]], i
     They are the last of an epoch: the loader makes none ahead of the clock, and none for nobody.
     """
     from kernels.augment import augment
+    from kernels.augment.cpu import OutputPool
     from pipelines.engines.decode_crop import BatchDecoder
 
     loader, reader, views = build_ours(job), repeated_reader(job.beton), ViewsConfig(recipe=job.recipe)
     batches = global_batches(np.arange(reader.num_samples), job.seed, 0, job.batch_size)[-num_batches:]
     groups = size_groups(build_view_specs(views))
     pixels = tuple(np.empty((job.batch_size, len(v), size_px, size_px, 3), np.uint8) for size_px, v in groups)
-    decoder = BatchDecoder(reader, 1)
+    decoder, outputs = BatchDecoder(reader, 1), [OutputPool() for _ in groups]
 
     def draw() -> list[np.ndarray]:
         draw_batch = loader._draw_ahead(0, batches)  # several batches at a time
@@ -236,12 +237,12 @@ def _stages(job: Job, num_batches: int) -> tuple[dict[str, Callable[[], Any]], i
 
     def decode_and_crop() -> None:
         for ids, drawn in zip(batches, params, strict=True):
-            decoder.decode(reader.mmap, ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels)
+            decoder.start(reader.mmap, ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
 
     def pixel_op() -> None:
         for drawn in params:  # on the last batch's pixels: the time depends on the draw only
-            for group, (_, members) in zip(pixels, groups, strict=True):
-                augment(group, drawn[:, members], mean=views.mean, std=views.std, num_threads=1)
+            for group, (_, members), pool in zip(pixels, groups, outputs, strict=True):
+                augment(group, drawn[:, members], mean=views.mean, std=views.std, num_threads=1, outputs=pool)
 
     def load() -> None:
         for _ in loader.epoch(0, first_batch=len(loader) - len(batches)):

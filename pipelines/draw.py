@@ -20,8 +20,8 @@ from pipelines.view_spec import EvalViewSpec, Range, ViewSpec
 # The op's number in the counter (docs/adr/0002-counter-based-draw.md): never reuse or renumber.
 _CROP_OP, _AFFINE_OP, _FLIP_OP, _JITTER_OP, _GRAYSCALE_OP, _BLUR_OP, _SOLARIZE_OP = range(7)
 _ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), np.uint8)
-# RandomResizedCrop's ten tries as (first try, number of tries) computed at once: most crops fit at the first.
-_CROP_ROUNDS = ((0, 1), (1, 2), (3, 7))
+# RandomResizedCrop's tries after the first, at which most crops fit: (first try, number of tries) computed at once.
+_MORE_CROP_TRIES = ((1, 2), (3, 7))
 
 
 def draw(specs: Sequence[ViewSpec], seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -84,14 +84,15 @@ def _draw_geometry(spec: ViewSpec, u: Callable[..., np.ndarray], sizes: np.ndarr
 
 def _draw_crop(spec: ViewSpec, u: Callable[..., np.ndarray], sizes: np.ndarray) -> np.ndarray:
     """RandomResizedCrop: the first of ten tries that fits, else the central fall-back; int64 [B, 4]."""
-    boxes = _fallback_crop(spec, sizes)
-    pending = np.arange(len(sizes))
-    for first_try, num_tries in _CROP_ROUNDS:
+    boxes, fits = (each[:, 0] for each in _try_crops(spec, u(_CROP_OP, 4)[:, None], sizes))
+    pending = np.flatnonzero(~fits)
+    for first_try, num_tries in _MORE_CROP_TRIES:
         numbers = u(_CROP_OP, 4 * num_tries, first_try, pending).reshape(len(pending), num_tries, 4)
         tried, fits = _try_crops(spec, numbers, sizes[pending])
         found = fits.any(1)
         boxes[pending[found]] = tried[found, fits[found].argmax(1)]
         pending = pending[~found]
+    boxes[pending] = _fallback_crop(spec, sizes[pending])
     return boxes
 
 

@@ -8,8 +8,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,7 +83,7 @@ class Loader:
         self._groups = size_groups(self._specs)
         self._global_batch_size = global_batch_size
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._finish = partial(_finish, groups=self._groups, views=views, device=device, num_threads=num_threads)
+        self._finish = _Finish(self._groups, views, device, num_threads)
 
     def __len__(self) -> int:
         """Batches of an epoch: N // G."""
@@ -151,7 +150,7 @@ class EvalLoader:
         self._local_batch_size = local_batch_size
         self._spec = build_eval_spec(views)
         self._groups = size_groups([self._spec])
-        self._finish = partial(_finish, groups=self._groups, views=views, device=device, num_threads=num_threads)
+        self._finish = _Finish(self._groups, views, device, num_threads)
 
     def __len__(self) -> int:
         """Batches, the short last one too."""
@@ -277,27 +276,31 @@ def cores_per_process() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(num_local))
 
 
-def _finish(
-    raw: RawBatch,
-    *,
-    groups: Sequence[tuple[int, list[int]]],
-    views: ViewsConfig,
-    device: torch.device,
-    num_threads: int,
-) -> Batch:
+class _Finish:
     """Pixel op and transfer of one batch."""
-    import torch
 
-    from kernels.augment import augment
-    from pipelines.batch import Batch
+    def __init__(
+        self, groups: Sequence[tuple[int, list[int]]], views: ViewsConfig, device: torch.device, num_threads: int
+    ) -> None:
+        from kernels.augment.cpu import OutputPool
 
-    finished: dict[int, torch.Tensor] = {}
-    for (_, members), pixels in zip(groups, raw.views, strict=True):
-        params = raw.params[:, members]
-        tensors = augment(pixels, params, mean=views.mean, std=views.std, num_threads=num_threads)
-        finished |= zip(members, tensors, strict=True)
-    return Batch(
-        views=[finished[view].to(device, non_blocking=True) for view in sorted(finished)],
-        labels=torch.from_numpy(raw.labels).to(device, non_blocking=True),
-        sample_ids=torch.from_numpy(raw.sample_ids).to(device, non_blocking=True),
-    )
+        self._groups, self._device = groups, device
+        self._pools = [OutputPool() for _ in groups]
+        self._options: dict[str, Any] = {"mean": views.mean, "std": views.std, "num_threads": num_threads}
+
+    def __call__(self, raw: RawBatch) -> Batch:
+        import torch
+
+        from kernels.augment import augment
+        from pipelines.batch import Batch
+
+        finished: dict[int, torch.Tensor] = {}
+        for (_, members), pixels, pool in zip(self._groups, raw.views, self._pools, strict=True):
+            finished |= zip(
+                members, augment(pixels, raw.params[:, members], outputs=pool, **self._options), strict=True
+            )
+        return Batch(
+            views=[finished[view].to(self._device, non_blocking=True) for view in sorted(finished)],
+            labels=torch.from_numpy(raw.labels).to(self._device, non_blocking=True),
+            sample_ids=torch.from_numpy(raw.sample_ids).to(self._device, non_blocking=True),
+        )

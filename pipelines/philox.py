@@ -11,10 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11, Table 2.
-_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_NUM_ROUNDS = 10
 _LOW_WORD = np.uint64(0xFFFFFFFF)
 _WORD_BITS = np.uint64(32)
 
@@ -28,15 +24,11 @@ def philox4x32(counter: Sequence[np.ndarray], key: tuple[int, int]) -> tuple[np.
     Returns:
         Four uint64 arrays of that shape, each a uniform 32-bit word.
     """
-    c0, c1, c2, c3 = counter
-    for round_index in range(_NUM_ROUNDS):
-        key_0 = np.uint64((key[0] + round_index * _WEYL_0) & 0xFFFFFFFF)
-        key_1 = np.uint64((key[1] + round_index * _WEYL_1) & 0xFFFFFFFF)
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = (product_1 >> _WORD_BITS) ^ c1 ^ key_0
-        c2 = (product_0 >> _WORD_BITS) ^ c3 ^ key_1
-        c1, c3 = product_1 & _LOW_WORD, product_0 & _LOW_WORD
-    return c0, c1, c2, c3
+    from pipelines.philox_kernel import philox4x32_in_place
+
+    words = np.stack(np.broadcast_arrays(*counter), -1)
+    philox4x32_in_place(words.reshape(-1, 4), np.uint64(key[0]), np.uint64(key[1]))
+    return tuple(np.moveaxis(words, -1, 0))
 
 
 def random_words(
@@ -58,16 +50,14 @@ def random_words(
         ValueError: a part of the address is out of its range.
     """
     _check_address(seed, epoch, view, op, first_block + num_blocks)
+    from pipelines.philox_kernel import philox4x32_in_place
+
     ids = np.asarray(sample_ids).astype(np.uint64)[:, None]
-    blocks = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)[None, :]
-    counter = (
-        np.broadcast_to(ids & _LOW_WORD, (len(ids), num_blocks)),
-        ids >> _WORD_BITS,
-        np.full((1, 1), epoch, np.uint64),
-        np.uint64(view << 16 | op << 8) | blocks,
-    )
-    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return np.stack(words, axis=-1).reshape(len(ids), 4 * num_blocks)
+    words = np.empty((len(ids), num_blocks, 4), np.uint64)  # first the counters
+    words[..., 0], words[..., 1], words[..., 2] = ids & _LOW_WORD, ids >> _WORD_BITS, epoch
+    words[..., 3] = (view << 16 | op << 8 | first_block) + np.arange(num_blocks)
+    philox4x32_in_place(words.reshape(-1, 4), np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32))
+    return words.reshape(len(ids), 4 * num_blocks)
 
 
 def uniform(

@@ -7,6 +7,7 @@ rounded once, at the end (Pillow also rounds between its two passes).
 
 # H, W the image's sides, h, w the crop's, S the output's, all in pixels
 
+import functools
 import math
 
 import numpy as np
@@ -14,9 +15,11 @@ from numba import njit
 
 from pipelines import simd
 
+Weights = tuple[np.ndarray, np.ndarray]  # what `triangle_weights` returns, of one length or of several
+
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def triangle_weights(in_px: int, out_px: int) -> tuple[np.ndarray, np.ndarray]:
+def triangle_weights(in_px: int, out_px: int) -> Weights:
     """Which input pixels make each output pixel along one axis, and with what weight.
 
     Every output pixel has the same number of taps, an even one (some of weight 0), so that the loops over them are
@@ -68,6 +71,10 @@ def resized_crop(image: np.ndarray, top_px: int, left_px: int, height_px: int, w
         return
     first_row, row_weights = triangle_weights(height_px, size_px)
     first_column, column_weights = triangle_weights(width_px, size_px)
+    if is_small(height_px, width_px, size_px):
+        rows_from, columns_from = (first_row, row_weights), (first_column, column_weights)
+        small_crop(image, top_px, left_px, height_px, width_px, rows_from, columns_from, out)
+        return
     # Zeros behind the row: taps of weight 0 and the spare lane may reach there.
     blended = np.zeros(3 * (width_px + column_weights.shape[1] + 1), np.float32)
     levels = np.empty(3 * size_px + 1, np.uint8)  # one more, for the spare lane
@@ -76,6 +83,66 @@ def resized_crop(image: np.ndarray, top_px: int, left_px: int, height_px: int, w
         _blend_rows(rows[top : top + row_weights.shape[1]], row_weights[y], blended[: 3 * width_px])
         _resize_row(blended, first_column, column_weights, levels)
         _copy_row(levels, out_rows[y])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def is_small(height_px: int, width_px: int, size_px: int) -> bool:
+    """Whether `small_crop` can cut such a box: no side longer than the output's, eight numbers in a row, no copy."""
+    is_copied = height_px == size_px and width_px == size_px
+    return max(height_px, width_px) <= size_px and width_px >= 3 and not is_copied
+
+
+@functools.cache
+def small_weights(size_px: int) -> Weights:
+    """`triangle_weights` of every length up to the output's: int64 [S + 1, S] and float32 [S + 1, S, 2]; row 0 is 0."""
+    first, weights = np.zeros((size_px + 1, size_px), np.int64), np.zeros((size_px + 1, size_px, 2), np.float32)
+    for in_px in range(1, size_px + 1):
+        first[in_px], weights[in_px] = triangle_weights(in_px, size_px)
+    return first, weights
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def small_crop(
+    image: np.ndarray,
+    top_px: int,
+    left_px: int,
+    height_px: int,
+    width_px: int,
+    rows_from: Weights,
+    columns_from: Weights,
+    out: np.ndarray,
+) -> None:
+    """`resized_crop` of a box for which `is_small` holds: two taps on each axis, so nothing but loads and stores.
+
+    Args:
+        image: uint8 [H, W, 3], C-contiguous.
+        top_px, left_px, height_px, width_px: The box; must lie inside the image (not checked).
+        rows_from, columns_from: `triangle_weights` of the height and of the width: [S] and [S, 2] each.
+        out: uint8 [S, S, 3], C-contiguous; written.
+    """
+    first_row, first_column = rows_from[0], columns_from[0]
+    row_weights, column_weights = rows_from[1].reshape(2 * out.shape[0]), columns_from[1].reshape(2 * out.shape[1])
+    levels, out_levels = image.reshape(image.size), out.reshape(out.size)
+    pitch, num, num_out = 3 * image.shape[1], 3 * width_px, 3 * out.shape[1]
+    to_next = pitch if height_px > 1 else 0  # a lone row is blended with itself, with weight 0
+    blended = np.zeros(num + 4, np.float32)  # zeros behind the row, for the spare lane
+    resized = np.empty(num_out + 1, np.float32)
+    for y in range(out.shape[0]):
+        start = (top_px + first_row[y]) * pitch + 3 * left_px
+        weight, next_weight = simd.load_same_eight(row_weights, 2 * y), simd.load_same_eight(row_weights, 2 * y + 1)
+        for i in range(0, num, 8):
+            at = min(i, num - 8)  # the last eight overlap those before: nothing outside the box is read
+            next_row = simd.multiply_round(simd.load_eight_levels(levels, start + to_next + at), next_weight)
+            row = simd.load_eight_levels(levels, start + at)
+            simd.store(simd.multiply_add(row, weight, next_row), blended, at)
+        for x in range(out.shape[1]):
+            position = 3 * first_column[x]
+            odd = simd.multiply_round(simd.load(blended, position + 3), simd.load_same(column_weights, 2 * x + 1))
+            both = simd.multiply_add(simd.load(blended, position), simd.load_same(column_weights, 2 * x), odd)
+            simd.store(both, resized, 3 * x)
+        for i in range(0, num_out, 8):
+            at = min(i, num_out - 8)
+            simd.store_levels(simd.load_eight(resized, at), out_levels, y * num_out + at)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -1,7 +1,8 @@
-"""Four float32 lanes for jitted code: one RGB pixel and a spare lane.
+"""Float32 lanes for jitted code: four are one RGB pixel and a spare lane, eight are for contiguous numbers.
 
-LLVM vectorises loops over contiguous numbers by itself. What it leaves scalar is a loop whose body works on the three
-channels of one pixel: there these functions say what the lanes are. None of them checks an index.
+LLVM vectorises long loops over contiguous numbers by itself. What it leaves scalar is a loop whose body works on the
+three channels of one pixel, and the rest of a loop after whole blocks of 32, which is most of a small image's row:
+there these functions say what the lanes are. None of them checks an index.
 """
 
 from typing import Any
@@ -13,59 +14,98 @@ from numba.extending import models, register_model
 
 intrinsic: Any = extending.intrinsic  # called with fewer arguments than defined: the first is numba's own
 
-_LANES = 4
-_FLOATS = ir.VectorType(ir.FloatType(), _LANES)
-_INTS = ir.VectorType(ir.IntType(32), _LANES)
-_LEVELS = ir.VectorType(ir.IntType(8), _LANES)
 _CONTRACT = ("contract",)  # a product and a sum may become one fused instruction
 
 
 class _FloatLanes(types.Type):
-    def __init__(self) -> None:
-        super().__init__("FloatLanes")
+    def __init__(self, num: int) -> None:
+        super().__init__(f"FloatLanes({num})")
+        self.vector = ir.VectorType(ir.FloatType(), num)
 
 
-_float_lanes = _FloatLanes()
+_pixel, _eight = _FloatLanes(4), _FloatLanes(8)
 
 
 @register_model(_FloatLanes)
 class _FloatLanesModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, numba_type: types.Type) -> None:
-        super().__init__(manager, numba_type, _FLOATS)
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, numba_type.vector)
+
+
+def _load(lanes: _FloatLanes, array: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_address(context, builder, signature, args, lanes.vector), align=4)
+
+    return lanes(array, types.intp), generate
 
 
 @intrinsic
 def load(_context: Any, array: Any, start: Any) -> Any:
     """array[start : start + 4] of a contiguous float32 array."""
+    return _load(_pixel, array)
+
+
+@intrinsic
+def load_eight(_context: Any, array: Any, start: Any) -> Any:
+    """array[start : start + 8] of a contiguous float32 array."""
+    return _load(_eight, array)
+
+
+@intrinsic
+def load_eight_levels(_context: Any, array: Any, start: Any) -> Any:
+    """array[start : start + 8] of a contiguous uint8 array, as floats."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_address(context, builder, signature, args, _FLOATS), align=4)
+        address = _address(context, builder, signature, args, ir.VectorType(ir.IntType(8), 8))
+        return builder.uitofp(builder.load(address, align=1), _eight.vector)
 
-    return _float_lanes(array, types.intp), generate
+    return _eight(array, types.intp), generate
+
+
+def _load_same(lanes: _FloatLanes, array: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = builder.load(_address(context, builder, signature, args, ir.FloatType()))
+        undefined, places = ir.Constant(lanes.vector, ir.Undefined), ir.VectorType(ir.IntType(32), lanes.vector.count)
+        one_lane = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(one_lane, one_lane, ir.Constant(places, None))
+
+    return lanes(array, types.intp), generate
 
 
 @intrinsic
 def load_same(_context: Any, array: Any, index: Any) -> Any:
-    """array[index] of a contiguous float32 array, in all lanes."""
+    """array[index] of a contiguous float32 array, in all four lanes."""
+    return _load_same(_pixel, array)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number = builder.load(_address(context, builder, signature, args, ir.FloatType()))
-        one_lane = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(one_lane, one_lane, ir.Constant(_INTS, [0] * _LANES))
 
-    return _float_lanes(array, types.intp), generate
+@intrinsic
+def load_same_eight(_context: Any, array: Any, index: Any) -> Any:
+    """array[index] of a contiguous float32 array, in all eight lanes."""
+    return _load_same(_eight, array)
 
 
 @intrinsic
 def multiply(_context: Any, a: Any, b: Any) -> Any:
-    """a * b."""
-    return _float_lanes(a, b), lambda _, builder, __, args: builder.fmul(*args)
+    """a * b. numba lets LLVM make one fused instruction of any product and sum, so of this and an `add` too."""
+    return a(a, b), lambda _, builder, __, args: builder.fmul(*args)
+
+
+@intrinsic
+def multiply_round(_context: Any, a: Any, b: Any) -> Any:
+    """a * b, rounded: never one instruction with a sum. As c of `multiply_add` it says which product is fused."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        kind = ir.FunctionType(a.vector, [a.vector])
+        fence = cgutils.get_or_insert_function(builder.module, kind, f"llvm.arithmetic.fence.v{a.vector.count}f32")
+        return builder.call(fence, [builder.fmul(*args)])
+
+    return a(a, b), generate
 
 
 @intrinsic
 def add(_context: Any, a: Any, b: Any) -> Any:
     """a + b."""
-    return _float_lanes(a, b), lambda _, builder, __, args: builder.fadd(*args)
+    return a(a, b), lambda _, builder, __, args: builder.fadd(*args)
 
 
 @intrinsic
@@ -75,18 +115,30 @@ def multiply_add(_context: Any, a: Any, b: Any, c: Any) -> Any:
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.fadd(builder.fmul(args[0], args[1], flags=_CONTRACT), args[2], flags=_CONTRACT)
 
-    return _float_lanes(a, b, c), generate
+    return a(a, b, c), generate
+
+
+@intrinsic
+def store(_context: Any, lanes: Any, array: Any, start: Any) -> Any:
+    """Write to array[start...] of a contiguous float32 array."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[0], _address(context, builder, signature, args, lanes.vector, first=1), align=4)
+        return context.get_dummy_value()
+
+    return types.void(lanes, array, types.intp), generate
 
 
 @intrinsic
 def store_levels(_context: Any, lanes: Any, array: Any, start: Any) -> Any:
-    """Round half to even and write uint8 to array[start : start + 4]; the numbers must lie in [0, 255]."""
+    """Round half to even and write uint8 to array[start...]; the numbers must lie in [0, 255]."""
+    floats, num = lanes.vector, lanes.vector.count
+    ints, levels = (ir.VectorType(ir.IntType(bits), num) for bits in (32, 8))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), "llvm.rint.v4f32")
-        levels = builder.trunc(builder.fptosi(builder.call(rint, [args[0]]), _INTS), _LEVELS)
-        address = _address(context, builder, signature, args, _LEVELS, first=1)
-        builder.store(levels, address, align=1)
+        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(floats, [floats]), f"llvm.rint.v{num}f32")
+        rounded = builder.trunc(builder.fptosi(builder.call(rint, [args[0]]), ints), levels)
+        builder.store(rounded, _address(context, builder, signature, args, levels, first=1), align=1)
         return context.get_dummy_value()
 
     return types.void(lanes, array, types.intp), generate

@@ -15,6 +15,8 @@ from kernels.augment.params import VIEW_PARAMS
 if TYPE_CHECKING:
     import torch
 
+    from kernels.augment.cpu import OutputPool
+
 __all__ = ["VIEW_PARAMS", "augment"]
 
 Impl = Literal["auto", "numba", "reference"]
@@ -29,6 +31,7 @@ def augment(
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
     num_threads: int | None = None,
+    outputs: OutputPool | None = None,
 ) -> list[torch.Tensor]:
     """Apply the drawn ops of every view, normalise and cast.
 
@@ -44,6 +47,7 @@ def augment(
         dtype: Of the result: float32 (None), bfloat16 or float16; the arithmetic is float32.
         impl: "reference" is torchvision, slow; "auto" is "numba".
         num_threads: Threads of "numba"; None: every core of this process. The result does not depend on it.
+        outputs: Where "numba" takes its results' memory from; None: from numpy.
     Returns:
         Vg tensors [B, 3, H, W], channels-last in memory.
     Raises:
@@ -57,9 +61,10 @@ def augment(
 
         out = augment_reference(views, params, mean, std)
     elif impl in ("auto", "numba"):
-        from kernels.augment.cpu import augment_numba
+        from kernels.augment.cpu import OutputPool, augment_numba
 
-        out = augment_numba(views, params, mean, std, num_threads or len(os.sched_getaffinity(0)))
+        num_threads = num_threads or len(os.sched_getaffinity(0))
+        out = augment_numba(views, params, mean, std, num_threads, outputs or OutputPool())
     else:
         raise ValueError(f"impl must be auto, numba or reference, got {impl!r}")
     return [view.permute(0, 3, 1, 2) for view in out.to(dtype or torch.float32)]

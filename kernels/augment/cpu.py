@@ -10,10 +10,12 @@ One file: numba's cache on disk looks at the caller's file only, and would miss 
 # piece: float32 [3 * _PLANE], red, green and blue of up to _PIECE_PX pixels, each plane at a multiple of _PLANE
 # row: float32 [3 W], interleaved red, green, blue
 
+import collections
 import functools
 import itertools
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,7 +39,7 @@ _PLANE = _PIECE_PX + 16
 _BLOCK = 32  # floats that the blur sums at once: four AVX2 registers
 _DROPPED_WEIGHT = 2e-6  # see _blur_weights
 _SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares even that out
-_MIN_SHARE_PX = 2**16  # 150 us of work; to start a share takes about 25
+_MIN_SHARE_PX = 2**18  # 0.6 ms of work: of smaller shares the threads lose more to each other's GIL
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 1, 2, 3, 4, 6))
 _NEVER = np.float32(2)  # a solarize threshold above every value
 _LEVEL = np.float32(1 / 255)
@@ -45,8 +47,39 @@ _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  
 _UNCHANGED = np.array([[1, 1, 1], [0, 0, 0]], np.float32)  # scale and shift that do nothing
 
 
+class OutputPool:
+    """Memory of results that nobody holds any more, for the next ones: fresh pages cost a third of the pixel op.
+
+    A result's memory comes back when its last tensor, slice or array is gone, and not before: who keeps a batch keeps
+    its pixels. At most two are kept for later, of one size.
+    """
+
+    def __init__(self) -> None:
+        self._free: collections.deque[np.ndarray] = collections.deque(maxlen=2)
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array for one result, float32 of that shape, with whatever lies in it."""
+        size = math.prod(shape)
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = None
+        if memory is None or memory.size != size:
+            self._free.clear()
+            # numpy asks for huge pages, torch does not: at 224 px touching 4 KiB pages took longer than the ops.
+            memory = np.empty(size, np.float32)
+        out = memory.reshape(shape)
+        weakref.finalize(out, self._free.append, memory).atexit = False
+        return out
+
+
 def augment_numba(
-    views: np.ndarray, params: np.ndarray, mean: Sequence[float], std: Sequence[float], num_threads: int
+    views: np.ndarray,
+    params: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_threads: int,
+    outputs: OutputPool,
 ) -> torch.Tensor:
     """Every op of every view; arguments as in `augment`.
 
@@ -54,8 +87,7 @@ def augment_numba(
         float32 [Vg, B, H, W, 3].
     """
     num_samples, num_views, height, width, _ = views.shape
-    # numpy asks for huge pages, torch does not: at 224 px first touching 4 KiB pages took longer than the ops.
-    out = np.empty((num_views, num_samples, height, width, 3), np.float32)
+    out = outputs.take((num_views, num_samples, height, width, 3))
     scale = 1 / np.asarray(std, np.float64)
     normal = np.tile((scale, -np.asarray(mean, np.float64) * scale), width).astype(np.float32)  # [2, 3 W]
     max_radius = min(int(params["blur_kernel_px"].max(initial=0)) // 2, height - 1, width - 1)
@@ -83,7 +115,8 @@ def _run_shares(augment_range: Callable[[int, int], Any], edges: list[int], num_
     jobs = [_pool(num_threads - 1).submit(run) for _ in range(num_threads - 1)]
     run()
     for job in jobs:
-        job.result()
+        if not job.cancel():  # a thread that has not begun by now has nothing left to do
+            job.result()
 
 
 @functools.cache

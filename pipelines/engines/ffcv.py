@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from queue import Empty, Full
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -21,7 +21,7 @@ from pipelines.batch import RawBatch
 from pipelines.beton import BetonReader
 from pipelines.beton.format import FIELD, HEADER, IMAGE_TYPE
 from pipelines.engines import DrawBatch, Groups
-from pipelines.engines.decode_crop import BatchDecoder
+from pipelines.engines.decode_crop import BatchDecoder, Decoding
 
 
 @contextmanager
@@ -101,8 +101,7 @@ class FfcvEngine:
         self._loader.traversal_order.sample_ids = sample_ids
         thread = self._thread = iter(self._loader)
         try:
-            for (batch,) in thread:
-                yield batch
+            yield from thread
         finally:
             thread.stop()
             if self._thread is thread:
@@ -127,6 +126,13 @@ class _Epoch:
     groups: Groups
 
 
+class _Started(NamedTuple):
+    """A batch that FFCV's thread hands over while it is being decoded: the thread goes on with the next."""
+
+    raw: RawBatch
+    decoding: Decoding
+
+
 class _DecodeViews(Operation):
     """FFCV's decoder operation for all views of a sample."""
 
@@ -142,17 +148,18 @@ class _DecodeViews(Operation):
         shapes = [(len(members), size_px, size_px, 3) for size_px, members in groups]
         return replace(previous_state, jit_mode=True), tuple(AllocationQuery(s, np.dtype(np.uint8)) for s in shapes)
 
-    def generate_code(self) -> Callable[..., RawBatch]:
+    def generate_code(self) -> Callable[..., "_Started"]:
         """The function that FFCV's thread calls for each batch."""
-        return self._decode
+        return self._start
 
-    def _decode(self, sample_ids: np.ndarray, outputs: tuple[np.ndarray, ...], _: Any, storage: tuple) -> RawBatch:
+    def _start(self, sample_ids: np.ndarray, outputs: tuple[np.ndarray, ...], _: Any, storage: tuple) -> "_Started":
         assert self.epoch is not None
         reader = self._reader
         params = self.epoch.draw_batch(sample_ids, reader.sizes[sample_ids])
         boxes = np.ascontiguousarray(params["crop_box"])
-        self._decoder.decode(np.asarray(storage[0]), sample_ids, boxes, self.epoch.groups, outputs)
-        return RawBatch(views=list(outputs), params=params, labels=reader.labels[sample_ids], sample_ids=sample_ids)
+        raw = RawBatch(views=list(outputs), params=params, labels=reader.labels[sample_ids], sample_ids=sample_ids)
+        decoding = self._decoder.start(np.asarray(storage[0]), sample_ids, boxes, self.epoch.groups, outputs)
+        return _Started(raw, decoding)
 
 
 class _GivenOrder(TraversalOrder):
@@ -187,31 +194,39 @@ class _EpochThread(EpochIterator):
     def run(self) -> None:
         try:
             for number, sample_ids in enumerate(self.iter_ixes):
-                # Slots: one being written, `batches_ahead` waiting and one in the consumer's hands.
+                # Slots: one to be handed over, `batches_ahead` waiting and one in the consumer's hands.
                 slot = number % (self.loader.batches_ahead + 2)
-                if not self._hand_over((slot, self.run_pipeline(number, sample_ids, slot, None))):
+                (started,) = self.run_pipeline(number, sample_ids, slot, None)
+                if not self._hand_over(started):
+                    started.decoding.cancel()
                     return
             self._hand_over(None)
         except BaseException as error:
-            error.add_note(f"while making a batch from {self.loader.fname}")
             self._hand_over(error)
 
-    def __next__(self) -> tuple[RawBatch]:
+    def __next__(self) -> RawBatch:
         item = self.output_queue.get()
         if item is None:
             raise StopIteration
-        if isinstance(item, BaseException):
-            raise item
-        return item[1]
+        try:
+            if isinstance(item, BaseException):
+                raise item
+            item.decoding.wait()
+        except BaseException as error:
+            error.add_note(f"while making a batch from {self.loader.fname}")
+            raise
+        return item.raw
 
     def stop(self) -> None:
-        """End the thread and wait for it: at most for the batch that it is making."""
+        """End the thread and what it started; waits for samples that are being decoded, not for whole batches."""
         self.terminate_event.set()
         self.join()
         self.close()
         with suppress(Empty):
             while True:
-                self.output_queue.get_nowait()
+                item = self.output_queue.get_nowait()
+                if isinstance(item, _Started):
+                    item.decoding.cancel()
         # Whoever still holds this iterator must not wait for ever.
         self.output_queue.put(RuntimeError("this iteration was ended by another one, or by close()"))
 

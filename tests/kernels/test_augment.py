@@ -2,6 +2,7 @@ import io
 import itertools
 import os
 import tarfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from kernels.augment import augment
+from kernels.augment.cpu import OutputPool
 from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.views import RECIPES, ViewSpec, draw
@@ -358,6 +360,27 @@ def test_number_of_threads_changes_nothing() -> None:
     for num_threads in (2, 3, 8):
         for view, expected in zip(augment(images, params, num_threads=num_threads, **IMAGENET), one, strict=True):
             assert torch.equal(view, expected)
+
+
+def test_memory_of_a_result_is_used_again_only_when_nobody_holds_it() -> None:
+    pool = OutputPool()
+    first = pool.take((2, 3, 4))
+    address = first.ctypes.data
+    kept = torch.from_numpy(first)[1]  # a slice is enough
+    del first
+    second = pool.take((2, 3, 4))
+    assert second.ctypes.data != address
+    del kept
+    assert pool.take((4, 3, 2)).ctypes.data == address
+
+
+def test_memory_of_another_size_is_given_back() -> None:
+    pool = OutputPool()
+    memory = weakref.ref(pool.take((2, 3, 4)).base)
+    assert memory() is not None
+    larger = pool.take((5, 5))
+    assert memory() is None
+    assert larger.shape == (5, 5)
 
 
 def test_a_sample_does_not_see_its_batch() -> None:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pipelines.engines.torch import resized_crop as reference_crop
-from pipelines.resample import resized_crop, triangle_weights
+from pipelines.resample import is_small, resized_crop, small_crop, small_weights, triangle_weights
 
 # Both round a float32 sum to the nearest level; the order of the sums differs, so a tie may fall to either side.
 MAX_DIFFERENCE_LEVELS = 1
@@ -45,6 +45,25 @@ def test_equals_torchvision_within_one_level(box, size_px):
     difference = np.abs(crop(image, box, size_px).astype(int) - expected)
     assert difference.max() <= MAX_DIFFERENCE_LEVELS
     assert difference.mean() <= max(MEAN_DIFFERENCE_LEVELS, 1 / difference.size)
+
+
+@pytest.mark.parametrize("size_px", [8, 32])
+def test_every_small_box_of_an_image_of_that_size(size_px):
+    """Boxes at all its edges; with tables for every length, as the engine cuts them."""
+    image = make_photograph(size_px, size_px)
+    firsts, weights = small_weights(size_px)
+    pixels, num_small = torch.from_numpy(image).permute(2, 0, 1).float(), 0
+    for height_px, width_px in [(h, w) for h in range(1, size_px + 1) for w in (1, 2, 3, size_px // 2, size_px)]:
+        for box in [(0, 0, height_px, width_px), (size_px - height_px, size_px - width_px, height_px, width_px)]:
+            out = crop(image, box, size_px)
+            assert np.abs(out.astype(int) - reference_crop(pixels, list(box), size_px)).max() <= MAX_DIFFERENCE_LEVELS
+            if is_small(height_px, width_px, size_px):
+                num_small += 1
+                from_table = np.empty_like(out)
+                tables = [(firsts[length], weights[length]) for length in (height_px, width_px)]
+                small_crop(image, *box, *tables, from_table)
+                np.testing.assert_array_equal(from_table, out)
+    assert num_small > size_px
 
 
 def test_close_to_pillow_which_rounds_between_its_passes():
