@@ -4,19 +4,26 @@
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.similarity import Kind, Side, Term, fused, reference
-from kernels.similarity import rows as torch_rows
+from kernels.similarity import Implementation, Kind, Side, Term, fused, reference
+from tests.kernels.similarity import rounded
 
 # Beyond the rounding of the operands, which both have: fp32 sums in another order, and 2^-22 of each special function.
 TOLERANCE = 2e-5
 ACCUMULATORS = ("sums", "slopes", "pulls")
+
+Form = Literal["fused", "torch", "exact"]
+FORMS: dict[Form, tuple[Implementation, torch.dtype]] = {
+    "fused": (fused, torch.float32),
+    "torch": (rounded, torch.float32),
+    "exact": (reference, torch.float64),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,42 +97,15 @@ def make_sides(case: Case, inputs: Inputs, row_u: Tensor, column_u: Tensor, dtyp
     return columns if case.symmetric else side(row_u, inputs.row_groups, inputs.row_weights), columns
 
 
-def run_fused(case: Case, inputs: Inputs) -> tuple[Side, Side]:
-    term = case.term(torch.float32)
-    u = [fused.normalize(z, term.inv_temperature).u for z in (inputs.row_z, inputs.column_z)]
-    sides = make_sides(case, inputs, *u, torch.float32)
-    fused.accumulate(*sides, term, case.own)
+def run(form: Form, case: Case, inputs: Inputs) -> tuple[Side, Side]:
+    """The two sides with what a form adds up for them; `exact` in fp64, the others in fp32."""
+    module, dtype = FORMS[form]
+    term = case.term(dtype)
+    z = [z.double() if form == "exact" else z for z in (inputs.row_z, inputs.column_z)]
+    u = [module.normalize(x, term.inv_temperature).u for x in z]
+    sides = make_sides(case, inputs, *u, dtype)
+    module.accumulate(*sides, term, case.own)
     return sides
-
-
-def run_exact(case: Case, inputs: Inputs) -> tuple[Side, Side]:
-    term = case.term(torch.float64)
-    u = [torch_rows.normalize(z.double(), term.inv_temperature).u for z in (inputs.row_z, inputs.column_z)]
-    sides = make_sides(case, inputs, *u, torch.float64)
-    reference.accumulate(*sides, term, case.own)
-    return sides
-
-
-def run_torch(case: Case, inputs: Inputs) -> tuple[Side, Side]:
-    """torch with the operands that the fused kernels have: rows and slopes in fp16, everything else in fp32."""
-    term = case.term(torch.float32)
-    fold = (term.inv_temperature * math.log2(math.e)).sqrt()
-    u = [fused.normalize(z, term.inv_temperature).u.float()[..., : case.width] / fold for z in inputs[:2]]
-    rows, columns = make_sides(case, inputs, *u, torch.float32)
-    logits = rows.u.flatten(0, 1) @ columns.u.flatten(0, 1).T * term.inv_temperature + term.bias
-    is_counted = reference._is_counted(rows, columns, case.own)
-    values = reference._value(logits, case.kind) * is_counted
-    slopes = reference._slope(logits, case.kind) * is_counted
-    if rows.weights is not None and columns.weights is not None:
-        slopes *= rows.weights.flatten()[:, None] + columns.weights.flatten()
-    turned = [] if case.symmetric else [(columns, rows, values.T, slopes.T)]
-    for side, other, f, g in [(rows, columns, values, slopes), *turned]:
-        scale = g.abs().amax(1, keepdim=True).clamp_min(1e-30).log2().ceil().exp2()
-        pulls = scale * ((g / scale).half().float() @ other.u.flatten(0, 1))
-        for name, x in zip(ACCUMULATORS, (f.sum(1), g.sum(1), pulls), strict=True):
-            if name in case.wanted:
-                getattr(side, name).copy_(x.view_as(getattr(side, name)))
-    return rows, columns
 
 
 def worst_row_error(actual: Tensor, exact: Tensor) -> float:
@@ -139,24 +119,10 @@ def worst_row_error(actual: Tensor, exact: Tensor) -> float:
 def assert_three_way(case: Case, seed: int = 0) -> None:
     inputs = make_inputs(case, seed)
     for ours, torchs, exact in zip(
-        run_fused(case, inputs), run_torch(case, inputs), run_exact(case, inputs), strict=True
+        run("fused", case, inputs), run("torch", case, inputs), run("exact", case, inputs), strict=True
     ):
         for name in case.wanted:
             expected = getattr(exact, name)
             error = worst_row_error(getattr(ours, name), expected)
             allowed = worst_row_error(getattr(torchs, name), expected) + TOLERANCE
             assert error <= allowed, f"{name}: {error:.2e} off fp64, torch {allowed - TOLERANCE:.2e} ({case})"
-
-
-def gradient(z: Tensor, case: Case, form: str) -> Tensor:
-    """dz of the mean over pairs of f plus the positives' pull, through the three steps of a form."""
-    term = case.term(torch.float64 if form == "exact" else torch.float32)
-    z = z.double() if form == "exact" else z
-    module = fused if form == "fused" else torch_rows
-    rows = module.normalize(z, term.inv_temperature)
-    inputs = make_inputs(case)._replace(row_z=z, column_z=z)
-    symmetric = replace(case, symmetric=True, wanted=("pulls",))
-    side, _ = {"fused": run_fused, "exact": run_exact, "torch": run_torch}[form](symmetric, inputs)
-    assert side.pulls is not None
-    scale = term.inv_temperature / side.pulls.shape[1]
-    return module.finish(z, rows.inv_norm, side.pulls, scale, -rows.positives)[0]

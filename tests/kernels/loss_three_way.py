@@ -1,0 +1,141 @@
+"""The criterion of similarity/three_way.py for whole losses: the value, and the gradient in everything learned.
+
+# V views of B samples, D width; t inverse temperature, b bias
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.gram_loss import chunked as gram_chunked
+from kernels.gram_loss import quadratic_loss, spectral_loss
+from kernels.pair_loss import pair_loss
+from kernels.partition_loss import partition_loss
+from kernels.similarity import chunked
+from tests.kernels.pairs import ROWS
+from tests.kernels.similarity import rounded
+from tests.kernels.similarity.three_way import TOLERANCE, Form, worst_row_error
+
+LN_2 = math.log(2)
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "pair": pair_loss,
+    "partition": partition_loss,
+    "spectral": spectral_loss,
+    "quadratic": quadratic_loss,
+}
+
+
+def exact_shift(n: int) -> float:
+    """An inverse temperature whose shift, e^{40 - t}, is 2^n: with or without it, slopes have the same digits."""
+    return 40 - n * LN_2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCase:
+    """A loss with its settings, the rows that it gets, and what of it is learned."""
+
+    loss: Literal["pair", "partition", "spectral", "quadratic"]
+    settings: dict[str, Any] = field(default_factory=dict)
+    learned: dict[str, float] = field(default_factory=dict)  # inv_temperature, bias
+    num_views: int = 2
+    num_samples: int = 17
+    width: int = 24
+    rows: str = "clustered"
+    groups: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        choices = [str(x) if isinstance(x, str) else f"{k}{x:.3g}" for k, x in (self.settings | self.learned).items()]
+        shape = f"{self.num_views}x{self.num_samples}x{self.width}"
+        kind = [*(["groups"] if self.groups else []), str(self.dtype).removeprefix("torch.")]
+        return "-".join([self.loss, *choices, self.rows, shape, *kind])
+
+    def make_z(self, device: str) -> Tensor:
+        z = ROWS[self.rows](self.num_views, self.num_samples, self.width)
+        return z.to(self.dtype).to(device)
+
+    def compute(self, z: Tensor, learned: dict[str, Tensor], impl: str) -> Tensor:
+        groups = {"groups": (torch.arange(len(z[0])) % 5).to(z.device)} if self.groups else {}
+        return LOSSES[self.loss](z, impl=impl, **self.settings, **learned, **groups)
+
+
+def run_loss(case: LossCase, form: Form, device: str, z: Tensor | None = None) -> dict[str, Tensor]:
+    """The value and the gradients: `value` [], `z` [V, B, D], `inv_temperature` [] and `bias` [] where learned."""
+    dtype = torch.float64 if form == "exact" else torch.float32
+    z = case.make_z(device) if z is None else z
+    z = (z.double() if form == "exact" else z).detach().requires_grad_()
+    # fp32 first, as a model's parameters are: every form has the same number.
+    learned = {name: torch.tensor(x, device=device).to(dtype).requires_grad_() for name, x in case.learned.items()}
+    impl = {"fused": "fused", "torch": "chunked", "exact": "reference"}[form]
+    with torch_with_rounded_operands() if form == "torch" else contextlib.nullcontext():
+        value = case.compute(z, learned, impl)
+        grads = torch.autograd.grad(value, [z, *learned.values()])
+    return {"value": value.detach()} | dict(zip(["z", *learned], grads, strict=True))
+
+
+@contextlib.contextmanager
+def torch_with_rounded_operands() -> Iterator[None]:
+    """`chunked` computes with the operands of the fused kernels: fp16, and TF32 where the Gram kernel is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("normalize", "accumulate"):
+            patch.setattr(chunked, name, getattr(rounded, name))
+        patch.setattr(gram_chunked, "add_rows", add_rows_of_rounded_operands)
+        yield
+
+
+def add_rows_of_rounded_operands(
+    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
+) -> tuple[Tensor, Tensor]:
+    """gram_loss/chunked.py, its product of fp32 factors cut to TF32 on a GPU (the interpreter multiplies fp32)."""
+    rows = x[view]
+    product = _cut(rows) @ _cut(second)
+    sums = (rows * (square * product + linear * first)).sum(1)
+    pulls = 2 * square * product + linear * first
+    for other in (x[w] for w in own):
+        s = (rows * other).sum(1)
+        sums = sums - (linear * s + square * s.square())
+        pulls = pulls - (linear + 2 * square * s)[:, None] * other
+    return sums, pulls
+
+
+def _cut(x: Tensor) -> Tensor:
+    """fp32 as the tensor cores read it for TF32: without its last 13 bits."""
+    if not x.is_cuda:
+        return x
+    return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+def errors(actual: dict[str, Tensor], exact: dict[str, Tensor], positive: float) -> dict[str, float]:
+    """Relative errors: of the worst row of dz, and of each number.
+
+    Args:
+        actual: Of `run_loss`.
+        exact: Of `run_loss`.
+        positive: The mean similarity of positives. dL/dt is the difference of a mean over positives and one over
+            negatives, which cancels where both are near 1: its error is relative to what cancels.
+    """
+
+    def error(name: str, x: Tensor) -> float:
+        if x.ndim == 3:
+            return worst_row_error(x, exact[name])
+        floor = positive if name == "inv_temperature" else 1e-300
+        return float((x.double() - exact[name]).abs() / exact[name].abs().clamp_min(floor))
+
+    return {name: error(name, x) for name, x in actual.items()}
+
+
+def assert_loss_three_way(case: LossCase, device: str) -> None:
+    exact = run_loss(case, "exact", device)
+    z = case.make_z(device).double()
+    positive = float(F.cosine_similarity(z[0], z[1]).mean().abs())
+    ours, torchs = (errors(run_loss(case, form, device), exact, positive) for form in ("fused", "torch"))
+    print(case, {name: f"{x:.1e} / {torchs[name]:.1e}" for name, x in ours.items()})
+    for name, error in ours.items():
+        assert error <= torchs[name] + TOLERANCE, f"{name}: {error:.2e} off fp64, torch {torchs[name]:.2e} ({case})"

@@ -1,0 +1,50 @@
+"""torch with the operands that the fused kernels have, rows and slopes in fp16, and everything else in fp32.
+
+What the fused kernels are measured against: an implementation like `reference`, on the whole matrix of pairs.
+"""
+
+# rows [V, B, D], columns [Q, B, D]; m = V B, n = Q B
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.similarity import Rows, Side, Term, fused, reference
+from kernels.similarity.rows import finish
+from kernels.similarity.rows import normalize as normalize_exactly
+
+__all__ = ["accumulate", "finish", "normalize"]
+
+LARGEST = 2.0**15  # slopes of a row are scaled below it: sixteen powers of two then remain among fp16's normal numbers
+
+
+def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
+    """torch's, but for u: the bits of the fused kernel, whose rounding has a test of its own, at length 1 again."""
+    u = fused.normalize(z, inv_temperature).u[..., : z.shape[2]]
+    scale = (inv_temperature * math.log2(math.e)).sqrt()
+    return normalize_exactly(z, inv_temperature)._replace(u=u.float() / scale)
+
+
+def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
+    """See `kernels.similarity.Implementation`."""
+    with torch.autocast(rows.u.device.type, enabled=False):
+        logits = rows.u.flatten(0, 1) @ columns.u.flatten(0, 1).T * term.inv_temperature + term.bias
+        is_counted = reference._is_counted(rows, columns, own)
+        values = reference._value(logits, term.kind) * is_counted
+        slopes = reference._slope(logits, term.kind) * is_counted
+        if rows.weights is not None and columns.weights is not None:
+            slopes *= rows.weights.flatten()[:, None] + columns.weights.flatten()
+        _add(rows, columns, values, slopes)
+        if columns is not rows:
+            _add(columns, rows, values.T, slopes.T)
+
+
+def _add(side: Side, other: Side, values: Tensor, slopes: Tensor) -> None:
+    if side.sums is not None:
+        side.sums += values.sum(1).view_as(side.sums)
+    if side.slopes is not None:
+        side.slopes += slopes.sum(1).view_as(side.slopes)
+    if side.pulls is not None:
+        scale = slopes.abs().amax(1, keepdim=True).clamp_min(1e-30).log2().ceil().exp2() / LARGEST
+        side.pulls += (scale * ((slopes / scale).half().float() @ other.u.flatten(0, 1))).view_as(side.pulls)
