@@ -1,8 +1,10 @@
 """The equations of gram_loss/terms.py in one Triton kernel: sums and gradient of a row tile, fp32 by TF32 products."""
 
-# pyright: reportArgumentType=false
 # x [V, B, D]; a program has BM rows of one view, and makes their product with M [D, D] BD columns at a time
 
+from typing import Any, cast
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,24 +16,18 @@ def add_rows(
     """See `kernels.gram_loss.terms.GramImplementation`."""
     num_views, num_rows, width = x.shape
     sums, pulls = x.new_empty(num_rows), x.new_empty(num_rows, width)
-    block = 32 if width <= 32 else 64
-    _add_rows[(triton.cdiv(num_rows, block),)](
-        x,
-        first,
-        second.contiguous(),
-        sums,
-        pulls,
-        linear,
-        square,
-        view,
-        num_rows,
-        width,
-        NUM_VIEWS=num_views,
-        OWN=sum(1 << w for w in own),
-        BM=block,
-        BD=block,
-    )
+    block, num_warps = choose_config(width)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors'
+        cast(Any, _add_rows)[(triton.cdiv(num_rows, block),)](
+            x, first.contiguous(), second.contiguous(), sums, pulls, linear, square, view, num_rows, width,
+            NUM_VIEWS=num_views, OWN=sum(1 << w for w in own), BM=block, BD=block, num_warps=num_warps,
+        )  # fmt: skip
     return sums, pulls
+
+
+def choose_config(width: int) -> tuple[int, int]:
+    """Rows and columns of a tile, warps: without spills on sm_90 (test_compile.py); their speed is not measured yet."""
+    return (32, 4) if width <= 32 else (64, 8)
 
 
 @triton.jit
@@ -68,7 +64,7 @@ def _add_rows(
             x_k = tl.load(rows + (k + column)[None, :], mask=is_row[:, None] & is_k[None, :], other=0.0)
             second = second_ptr + (k + column).to(tl.int64)[:, None] * width + (d + column)[None, :]
             m_kd = tl.load(second, mask=is_k[:, None] & (d + column < width)[None, :], other=0.0)
-            product = tl.dot(x_k, m_kd, product)
+            product = tl.dot(_to_tf32(x_k), _to_tf32(m_kd), product)
         first = tl.load(first_ptr + d + column, mask=d + column < width, other=0.0)
         x_d = tl.load(rows + (d + column)[None, :], mask=inside, other=0.0)
         sums += tl.sum(x_d * (square * product + linear * first[None, :]), 1)
@@ -81,6 +77,16 @@ def _add_rows(
                 pulls -= (linear + 2.0 * square * s)[:, None] * x_w
         tl.store(pulls_ptr + row[:, None] * width + (d + column)[None, :], pulls, mask=inside)
     tl.store(sums_ptr + row, sums, mask=is_row)
+
+
+@triton.jit
+def _to_tf32(x):
+    """fp32 rounded to the nearest TF32, ties away from zero; NaN is kept.
+
+    The tensor cores would cut the last 13 bits off: every factor too small, and every sum of squares with them.
+    """
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
 
 
 @triton.jit

@@ -101,7 +101,8 @@ def _forward(
         sums, pulls = torch.empty_like(inv_norm), torch.empty_like(x)
         for v in range(len(x)):
             others = list(range(len(x))) if topology == "self" else [1 - v]
-            moments = first[others].sum(0), second[others].sum(0)
+            # By slices: an index made of a list is copied to the device, which waits for it.
+            moments = (first.sum(0), second.sum(0)) if topology == "self" else (first[1 - v], second[1 - v])
             sums[v], pulls[v] = implementation.add_rows(x, v, others, *moments, linear, square)
     total = sum_wide(counted_rows(sums, topology))
     return positives, total, inv_norm, pulls if with_grad else x.new_empty(0)

@@ -69,7 +69,8 @@ def partition_loss(
     logits = t * terms.positives
     # One term for each row and each of its positives: [ordered pairs, B].
     first, second = zip(*view_pairs(len(z)), strict=True)
-    log_sums = torch.cat([terms.log_sums[list(first)], terms.log_sums[list(second)]])
+    # View by view: an index made of a list is copied to the device, which waits for it.
+    log_sums = torch.stack([terms.log_sums[v] for v in (*first, *second)])
     logits = torch.cat([logits, logits])
     if form == "nt_xent":
         return softplus(log_sums - logits).mean()

@@ -1,9 +1,13 @@
 """Shared by the fused kernels' cases in Triton's interpreter and on a GPU."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Deterministic torch refuses cuBLAS without it, and looks once in a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
@@ -13,9 +17,8 @@ def device() -> str:
 
 
 @pytest.fixture
-def unwritten_memory_is_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unwritten_memory_is_nan(device: str) -> Iterator[None]:
     """What a kernel does not write, or reads too early, makes its results NaN."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic torch refuses cuBLAS without it
     torch.use_deterministic_algorithms(True)
     assert torch.ones(1, device=device).new_empty(3).isnan().all()
     yield

@@ -62,7 +62,7 @@ class LossCase:
         return z.to(self.dtype).to(device)
 
     def compute(self, z: Tensor, learned: dict[str, Tensor], impl: str) -> Tensor:
-        groups = {"groups": (torch.arange(len(z[0])) % 5).to(z.device)} if self.groups else {}
+        groups = {"groups": torch.arange(len(z[0]), device=z.device) % 5} if self.groups else {}
         return LOSSES[self.loss](z, impl=impl, **self.settings, **learned, **groups)
 
 
@@ -82,7 +82,7 @@ def run_loss(case: LossCase, form: Form, device: str, z: Tensor | None = None) -
 
 @contextlib.contextmanager
 def torch_with_rounded_operands() -> Iterator[None]:
-    """`chunked` computes with the operands of the fused kernels: fp16, and TF32 where the Gram kernel is compiled."""
+    """`chunked` computes with the operands of the fused kernels: fp16, and TF32 in Gram losses."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("normalize", "accumulate"):
             patch.setattr(chunked, name, getattr(rounded, name))
@@ -93,9 +93,9 @@ def torch_with_rounded_operands() -> Iterator[None]:
 def add_rows_of_rounded_operands(
     x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
 ) -> tuple[Tensor, Tensor]:
-    """gram_loss/chunked.py, its product of fp32 factors cut to TF32 on a GPU (the interpreter multiplies fp32)."""
+    """gram_loss/chunked.py, the factors of its product rounded to TF32."""
     rows = x[view]
-    product = _cut(rows) @ _cut(second)
+    product = to_tf32(rows) @ to_tf32(second)
     sums = (rows * (square * product + linear * first)).sum(1)
     pulls = 2 * square * product + linear * first
     for other in (x[w] for w in own):
@@ -105,37 +105,35 @@ def add_rows_of_rounded_operands(
     return sums, pulls
 
 
-def _cut(x: Tensor) -> Tensor:
-    """fp32 as the tensor cores read it for TF32: without its last 13 bits."""
-    if not x.is_cuda:
-        return x
-    return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+def to_tf32(x: Tensor) -> Tensor:
+    """fp32 with 10 bits after the leading one."""
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent).float()
 
 
-def errors(actual: dict[str, Tensor], exact: dict[str, Tensor], positive: float) -> dict[str, float]:
+def errors(case: LossCase, actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Relative errors: of the worst row of dz, and of each number.
 
-    Args:
-        actual: Of `run_loss`.
-        exact: Of `run_loss`.
-        positive: The mean similarity of positives. dL/dt is the difference of a mean over positives and one over
-            negatives, which cancels where both are near 1: its error is relative to what cancels.
+    dL/dt is the difference of a mean similarity of positives and one of negatives, a loss with a linear positive term
+    that of t times them: where these cancel, the error is relative to what cancels.
     """
+    z = case.make_z("cpu").double()
+    positive = float(F.cosine_similarity(z[0], z[1]).mean().abs())
+    t = {**case.settings, **case.learned}.get("inv_temperature", 1.0)
+    is_linear = case.settings.get("positives") == "linear" or case.settings.get("form") in ("dcl", "dclw")
+    floors = {"inv_temperature": positive} | ({"value": t * positive} if is_linear else {})
 
     def error(name: str, x: Tensor) -> float:
         if x.ndim == 3:
             return worst_row_error(x, exact[name])
-        floor = positive if name == "inv_temperature" else 1e-300
-        return float((x.double() - exact[name]).abs() / exact[name].abs().clamp_min(floor))
+        return float((x.double() - exact[name]).abs() / exact[name].abs().clamp_min(floors.get(name, 1e-300)))
 
     return {name: error(name, x) for name, x in actual.items()}
 
 
 def assert_loss_three_way(case: LossCase, device: str) -> None:
     exact = run_loss(case, "exact", device)
-    z = case.make_z(device).double()
-    positive = float(F.cosine_similarity(z[0], z[1]).mean().abs())
-    ours, torchs = (errors(run_loss(case, form, device), exact, positive) for form in ("fused", "torch"))
-    print(case, {name: f"{x:.1e} / {torchs[name]:.1e}" for name, x in ours.items()})
+    ours, torchs = (errors(case, run_loss(case, form, device), exact) for form in ("fused", "torch"))
+    print(case, {name: f"{x:.1e} / {torchs[name]:.1e}" for name, x in ours.items()})  # pytest -rP shows it
     for name, error in ours.items():
         assert error <= torchs[name] + TOLERANCE, f"{name}: {error:.2e} off fp64, torch {torchs[name]:.2e} ({case})"

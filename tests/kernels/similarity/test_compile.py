@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kernels.gram_loss import fused as gram  # noqa: E402
 from kernels.similarity import row_kernels, strip_kernels, strips, tile_kernels, tiles  # noqa: E402
 from kernels.similarity.epilogues import KINDS  # noqa: E402
 
@@ -38,13 +39,19 @@ class MachineCode(NamedTuple):
         return sum(bool(re.search(pattern, x)) for x in (self.main_loop if loop else self.instructions))
 
 
-def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]) -> Any:
+def compile_kernel(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, int],
+    divisible: tuple[str, ...] = (),
+) -> Any:
     """types: of the arguments that are no constants; pointers and strides divisible by 16 as in a real call."""
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = [
         i
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind == "i32" and "stride" in name)
+        if kind.startswith("*") or (kind == "i32" and ("stride" in name or name in divisible))
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
@@ -221,3 +228,18 @@ def test_row_kernels(width: int, tmp_path: Path) -> None:
         assert code.num_registers <= 128
         assert code.count(r"\b(STL|LDL)\b") == 0
         assert code.count(r"LDG\.E.*\.128") > 0, "loads are not 16 bytes wide"
+
+
+@pytest.mark.parametrize(("num_views", "own"), [(2, 0b11), (2, 0b10), (3, 0b111)], ids=["self2", "cross", "self3"])
+@pytest.mark.parametrize("width", [32, 128])
+def test_gram(width: int, num_views: int, own: int, tmp_path: Path) -> None:
+    block, num_warps = gram.choose_config(width)
+    constants = {"NUM_VIEWS": num_views, "OWN": own, "BM": block, "BD": block}
+    types = dict.fromkeys(("x_ptr", "first_ptr", "second_ptr", "sums_ptr", "pulls_ptr"), "*fp32")
+    types |= {"linear": "fp32", "square": "fp32"}
+    compiled = compile_kernel(gram._add_rows, types, constants, {"num_warps": num_warps}, divisible=("width",))
+    code = disassemble(compiled, tmp_path)
+    assert code.num_registers <= 255
+    assert code.count(r"\b(STL|LDL)\b") == 0
+    assert code.count(r"MMA.*TF32") > 0
+    assert code.count(r"LDG\.E.*\.128") > 0, "loads are not 16 bytes wide"
