@@ -76,9 +76,8 @@ SLOW = [
         pair_case(negatives, positives, t, views, rows=rows)
         for negatives in NEGATIVES
         for positives in ("softplus", "linear")
-        for t in (WARM, COLD)
+        for t, rows in ((WARM, "random"), (COLD, "clustered"))
         for views in VIEWS
-        for rows in ("random", "clustered")
     ),
     *(
         replace(case, width=width, num_samples=num_samples, rows=rows)
@@ -183,7 +182,7 @@ def test_without_a_gradient_the_value_is_the_same(case: LossCase, device: str, m
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of inductor itself
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [SMALL[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SMALL[1:])], ids=str)
 def test_compiled_as_one_graph(case: LossCase, device: str) -> None:
     """The operators are opaque to the compiler: only the scalar work around them may be rounded otherwise."""
     z = case.make_z(device).requires_grad_()
