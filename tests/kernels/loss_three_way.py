@@ -21,7 +21,7 @@ from kernels.partition_loss import partition_loss
 from kernels.similarity import chunked
 from tests.kernels.pairs import ROWS
 from tests.kernels.similarity import rounded
-from tests.kernels.similarity.three_way import TOLERANCE, Form, worst_row_error
+from tests.kernels.similarity.three_way import Form, assert_no_further, worst_row_error
 
 LN_2 = math.log(2)
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -134,7 +134,4 @@ def errors(case: LossCase, actual: dict[str, Tensor], exact: dict[str, Tensor]) 
 def assert_loss_three_way(case: LossCase, device: str) -> None:
     exact = run_loss(case, "exact", device)
     ours = errors(case, run_loss(case, "fused", device), exact)
-    torchs = rounded.largest_errors(lambda: errors(case, run_loss(case, "torch", device), exact))
-    print(case, {name: f"{x:.1e} / {torchs[name]:.1e}" for name, x in ours.items()})  # pytest -rP shows it
-    for name, error in ours.items():
-        assert error <= torchs[name] + TOLERANCE, f"{name}: {error:.2e} off fp64, torch {torchs[name]:.2e} ({case})"
+    assert_no_further(ours, lambda: errors(case, run_loss(case, "torch", device), exact), str(case))

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -127,6 +128,14 @@ def assert_three_way(case: Case, seed: int = 0) -> None:
             for name in case.wanted
         }
 
-    torchs = rounded.largest_errors(lambda: errors("torch"))
-    for name, error in errors("fused").items():
-        assert error <= torchs[name] + TOLERANCE, f"{name}: {error:.2e} off fp64, torch {torchs[name]:.2e} ({case})"
+    assert_no_further(errors("fused"), lambda: errors("torch"), str(case))
+
+
+def assert_no_further(ours: dict[str, float], torchs: Callable[[], dict[str, float]], what: str) -> None:
+    """Our errors are at most torch's, `rounded`'s, whose ties are looked at only where they may decide."""
+    allowed = torchs()
+    if any(error > allowed[name] + TOLERANCE for name, error in ours.items()):
+        allowed = rounded.largest_errors(torchs)
+    print(what, {name: f"{error:.1e} / {allowed[name]:.1e}" for name, error in ours.items()})  # pytest -rP shows it
+    for name, error in ours.items():
+        assert error <= allowed[name] + TOLERANCE, f"{name}: {error:.2e} off fp64, torch {allowed[name]:.2e} ({what})"
