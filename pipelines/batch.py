@@ -2,10 +2,13 @@
 
 # B local batch, V views, Vg views of one output size, H and W their height and width in pixels
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+
+from kernels.augment import StoredImages
 
 
 @dataclass(frozen=True)
@@ -13,14 +16,14 @@ class RawBatch:
     """One batch as an engine leaves it: decoded, cropped and resized, nothing else.
 
     Attributes:
-        views: One uint8 array [B, Vg, H, W, 3] (RGB) for each output size, in the order of
-            `views.size_groups`.
+        views: For each output size, in the order of `views.size_groups`, one uint8 array [B, Vg, H, W, 3] (RGB), or
+            the same as a tensor on the device, or the images there of which the pixel op cuts the views.
         params: Drawn parameters, structured `kernels.augment.VIEW_PARAMS` [B, V].
         labels: int64 [B]; -1 where the sample has no label.
         sample_ids: int64 [B], indices into the .beton file.
     """
 
-    views: list[np.ndarray]
+    views: Sequence[np.ndarray | Tensor | StoredImages]
     params: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray

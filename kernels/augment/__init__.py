@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kernels.augment.params import VIEW_PARAMS
+from kernels.augment.params import VIEW_PARAMS, StoredImages
 
 if TYPE_CHECKING:
     import torch
 
     from kernels.augment.cpu import OutputPool
 
-__all__ = ["VIEW_PARAMS", "augment"]
+__all__ = ["VIEW_PARAMS", "StoredImages", "augment"]
 
-Impl = Literal["auto", "numba", "reference"]
+Impl = Literal["auto", "numba", "fused", "reference"]
 
 
 def augment(
-    views: np.ndarray,
+    views: np.ndarray | torch.Tensor | StoredImages,
     params: np.ndarray,
     *,
     mean: Sequence[float],
@@ -40,43 +40,67 @@ def augment(
     serve (kernel // 2 >= side) is cut to the largest that it can, 2 * side - 1.
 
     Args:
-        views: Cropped and resized views, uint8 [B, Vg, H, W, 3], RGB.
-        params: Their drawn parameters, VIEW_PARAMS [B, Vg]; the crop box is not read.
+        views: Cropped and resized views, uint8 [B, Vg, H, W, 3], RGB: an array, or a tensor on the device; or the
+            images ("fused" only), of which it cuts the views as an engine does.
+        params: Their drawn parameters, VIEW_PARAMS [B, Vg]; the crop box is read for images only.
         mean: Per channel, in [0, 1] units.
         std: Per channel, in [0, 1] units, > 0.
         dtype: Of the result: float32 (None), bfloat16 or float16; the arithmetic is float32.
-        impl: "reference" is torchvision, slow; "auto" is "numba".
+        impl: "fused" is Triton, on the views' device; "numba" is for the CPU; "reference" is torchvision, slow.
+            "auto" is "numba" for arrays and "fused" for the rest.
         num_threads: Threads of "numba"; None: every core of this process. The result does not depend on it.
         outputs: Where "numba" takes its results' memory from; None: from numpy.
     Returns:
-        Vg tensors [B, 3, H, W], channels-last in memory.
+        Vg tensors [B, 3, H, W], channels-last in memory, on the views' device.
     Raises:
         ValueError: shapes or dtypes do not fit, std <= 0, num_threads < 1, or impl unknown.
     """
     import torch
 
     _check(views, params, mean, std, num_threads)
-    if impl == "reference":
+    if impl == "auto":
+        impl = "numba" if isinstance(views, np.ndarray) else "fused"
+    if impl == "fused":
+        from kernels.augment.fused import augment_fused
+
+        views = torch.from_numpy(views) if isinstance(views, np.ndarray) else views
+        out = augment_fused(views, params, mean, std, dtype or torch.float32)
+    elif impl not in ("numba", "reference"):
+        raise ValueError(f"impl must be auto, numba, fused or reference, got {impl!r}")
+    elif not isinstance(views, np.ndarray):
+        raise ValueError(f"impl {impl} takes views as an array, got a {type(views).__name__}")
+    elif impl == "reference":
         from kernels.augment.reference import augment_reference
 
         out = augment_reference(views, params, mean, std)
-    elif impl in ("auto", "numba"):
+    else:
         from kernels.augment.cpu import OutputPool, augment_numba
 
         num_threads = num_threads or len(os.sched_getaffinity(0))
         out = augment_numba(views, params, mean, std, num_threads, outputs or OutputPool())
-    else:
-        raise ValueError(f"impl must be auto, numba or reference, got {impl!r}")
     return [view.permute(0, 3, 1, 2) for view in out.to(dtype or torch.float32)]
 
 
 def _check(
-    views: np.ndarray, params: np.ndarray, mean: Sequence[float], std: Sequence[float], num_threads: int | None
+    views: np.ndarray | torch.Tensor | StoredImages,
+    params: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_threads: int | None,
 ) -> None:
-    if views.dtype != np.uint8 or views.ndim != 5 or views.shape[-1] != 3:
-        raise ValueError(f"views must be uint8 [B, Vg, H, W, 3], got {views.dtype} {views.shape}")
-    if params.dtype != VIEW_PARAMS or params.shape != views.shape[:2]:
-        raise ValueError(f"params must be VIEW_PARAMS {views.shape[:2]}, got {params.dtype} {params.shape}")
+    shape, dtype, wanted = tuple(params.shape), "uint8", "views must be uint8 [B, Vg, H, W, 3]"
+    if isinstance(views, StoredImages):
+        found, wanted = views.images, "images must be uint8 [N, H, W, 3]"
+        shape = (len(views.sample_ids), *shape[1:])
+        fits = found.ndim == 4 and views.size_px >= 1
+    else:
+        found = views
+        shape = tuple(views.shape[:2])
+        fits = found.ndim == 5
+    if str(found.dtype).removeprefix("torch.") != dtype or not fits or found.shape[-1] != 3:
+        raise ValueError(f"{wanted}, got {found.dtype} {tuple(found.shape)}")
+    if params.dtype != VIEW_PARAMS or params.ndim != 2 or params.shape != shape:
+        raise ValueError(f"params must be VIEW_PARAMS {shape}, got {params.dtype} {params.shape}")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std need three numbers, std > 0; got {tuple(mean)} and {tuple(std)}")
     if num_threads is not None and num_threads < 1:

@@ -1,13 +1,21 @@
-"""The drawn parameters of one view: what `pipelines.views.draw` writes and every engine and pixel op reads."""
+"""What the pixel op reads: the drawn parameters of each view, and images whose views it cuts itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Op codes of `jitter_order`, the order in which colour jitter's four parts are applied.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
 
-# One record a view. An op that is off is recorded as off and its fields are zero, so that an implementation
-# can skip it and still be equal to the reference. Inside a jitter that is on, a part of strength zero has
-# exactly the neutral factor (1, hue 0) and is skipped too, as torchvision skips it.
+# One record a view: what `pipelines.views.draw` writes. An op that is off is recorded as off and its fields are zero,
+# so that an implementation can skip it and still be equal to the reference. Inside a jitter that is on, a part of
+# strength zero has exactly the neutral factor (1, hue 0) and is skipped too, as torchvision skips it.
 VIEW_PARAMS = np.dtype(
     [
         ("crop_box", np.int32, (4,)),  # top, left, height, width in pixels of the source image
@@ -31,3 +39,18 @@ VIEW_PARAMS = np.dtype(
     ],
     align=True,
 )
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images in the device's memory, of which the pixel op cuts a batch's views itself.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], RGB.
+        sample_ids: Which of them are the batch's, int64 [B], on the same device.
+        size_px: Side of the views.
+    """
+
+    images: Tensor
+    sample_ids: Tensor
+    size_px: int

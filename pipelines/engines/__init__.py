@@ -10,9 +10,11 @@ import numpy as np
 from pipelines.beton import BetonReader
 
 if TYPE_CHECKING:
+    import torch
+
     from pipelines.batch import RawBatch
 
-EngineName = Literal["ffcv", "torch", "synthetic"]
+EngineName = Literal["ffcv", "resident", "torch", "synthetic"]
 # (sample_ids int64 [B], sizes int32 [B, 2]) -> VIEW_PARAMS [B, V]
 DrawBatch = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # (size_px, indices of the views of that size), one for each size: `views.size_groups`
@@ -46,21 +48,29 @@ class Engine(Protocol):
         ...
 
 
-def build_engine(name: str, reader: BetonReader, *, num_workers: int, prefetch_batches: int) -> Engine:
+def build_engine(
+    name: str, reader: BetonReader, *, num_workers: int, prefetch_batches: int, device: torch.device
+) -> Engine:
     """Build an engine on one file.
 
     Args:
         name: One of `EngineName`.
         reader: The open file.
-        num_workers: Threads that decode, >= 1 (ffcv).
-        prefetch_batches: Batches made ahead of the consumer, >= 1 (ffcv).
+        num_workers: Threads that decode, >= 1 (ffcv, resident).
+        prefetch_batches: Batches made ahead of the consumer, >= 1 (ffcv, resident).
+        device: Where the batches go.
     Raises:
         ValueError: unknown name.
+        DataError: the engine cannot serve this file or device.
     """
     if name == "ffcv":
         from pipelines.engines.ffcv import FfcvEngine
 
         return FfcvEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches)
+    if name == "resident":
+        from pipelines.engines.resident import ResidentEngine
+
+        return ResidentEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches, device=device)
     if name == "torch":
         from pipelines.engines.torch import TorchEngine
 

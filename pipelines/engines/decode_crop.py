@@ -12,13 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numba import njit
 
 from pipelines import resample, simd
-from pipelines.beton import JPG, BetonReader
+from pipelines.beton import JPG
 from pipelines.engines import turbojpeg
 from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg
 from pipelines.errors import DataError
@@ -105,6 +105,21 @@ _decode_samples = _build_kernel(
 )
 
 
+class SampleTable(Protocol):
+    """Where the stored images are: what is used of a `BetonReader`, with its meanings."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def sizes(self) -> np.ndarray: ...
+    @property
+    def modes(self) -> np.ndarray: ...
+    @property
+    def data_ptr(self) -> np.ndarray: ...
+    @property
+    def data_bytes(self) -> np.ndarray: ...
+
+
 class Decoding:
     """A batch that is being decoded."""
 
@@ -129,7 +144,7 @@ class Decoding:
 class BatchDecoder:
     """A pool of threads, each with a decompressor and room for one image (the largest seen, never a batch)."""
 
-    def __init__(self, reader: BetonReader, num_threads: int) -> None:
+    def __init__(self, reader: SampleTable, num_threads: int) -> None:
         self._reader = reader
         self._sizes = reader.sizes.astype(np.int64)  # height * width * 3 may pass 2**31
         self._has_jpegs = bool((reader.modes == JPG).any())  # what is stored raw needs no buffer
@@ -198,15 +213,17 @@ class BatchDecoder:
                 if status == UNREADABLE and decoder.is_harmless():
                     forgiven = first
                 elif status != OK:
-                    raise self._error(int(sample_ids[first]), status, decoder)
+                    raise decode_error(reader, int(sample_ids[first]), status, decoder)
         finally:
             self._decoders.put(decoder)
 
-    def _error(self, sample_id: int, status: int, decoder: JpegDecoder) -> DataError:
-        height_px, width_px = self._sizes[sample_id]
-        reasons = {
-            UNREADABLE: f"cannot be decoded ({decoder.last_message()}); convert again",
-            WRONG_SIZE: f"is not {height_px}x{width_px} as recorded; convert again",
-            _BAD_BOX: f"was given a crop box outside its {height_px}x{width_px} pixels",
-        }
-        return DataError(f"{self._reader.path}: image {sample_id} {reasons[status]}")
+
+def decode_error(reader: SampleTable, sample_id: int, status: int, decoder: JpegDecoder) -> DataError:
+    """What to raise after a status that is not OK."""
+    height_px, width_px = reader.sizes[sample_id]
+    reasons = {
+        UNREADABLE: f"cannot be decoded ({decoder.last_message()}); convert again",
+        WRONG_SIZE: f"is not {height_px}x{width_px} as recorded; convert again",
+        _BAD_BOX: f"was given a crop box outside its {height_px}x{width_px} pixels",
+    }
+    return DataError(f"{reader.path}: image {sample_id} {reasons[status]}")

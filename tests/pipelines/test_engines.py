@@ -7,14 +7,16 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
-from pipelines.engines import build_engine
+from pipelines.engines import build_engine as build_engine_on
 from pipelines.engines.turbojpeg import OK, JpegDecoder, decode_jpeg
 from pipelines.errors import DataError
 from pipelines.views import RECIPES, ViewSpec, draw, size_groups
@@ -24,6 +26,9 @@ MAX_DECODE_DIFFERENCE_LEVELS = 1
 # Resampling alone differs by at most 1 level (test_resample.py), where float32 sums are rounded to either side.
 MAX_VIEW_DIFFERENCE_LEVELS = 1
 MEAN_VIEW_DIFFERENCE_LEVELS = 0.002
+
+build_engine = partial(build_engine_on, device=torch.device("cpu"))
+both = pytest.mark.parametrize("name", ["ffcv", "resident"])
 
 SPECS = (ViewSpec(size_px=64, crop_scale=(0.08, 1.0)), ViewSpec(size_px=64), ViewSpec(size_px=24))
 
@@ -85,6 +90,13 @@ def ffcv(jpegs):
     engine.close()
 
 
+@pytest.fixture(params=["ffcv", "resident"])
+def engine(jpegs, request):
+    engine = build_engine(request.param, jpegs, num_workers=2, prefetch_batches=2)
+    yield engine
+    engine.close()
+
+
 def iterate(engine, ids, specs=SPECS, local_batch_size=8, draw_batch=None):
     """Copies of all batches: an engine may overwrite a batch once the next is asked for."""
     draw_batch = draw_batch or partial(draw, specs, 7, 3)
@@ -92,9 +104,9 @@ def iterate(engine, ids, specs=SPECS, local_batch_size=8, draw_batch=None):
         yield [view.copy() for view in raw.views], raw
 
 
-def assert_same_views(reader: BetonReader, specs, ids=None) -> None:
-    ids = np.random.default_rng(1).permutation(reader.num_samples) if ids is None else ids
-    engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2)
+def assert_same_views(reader: BetonReader, specs, name="ffcv") -> None:
+    ids = np.random.default_rng(1).permutation(reader.num_samples)
+    engine = build_engine(name, reader, num_workers=2, prefetch_batches=2)
     reference = build_engine("torch", reader, num_workers=1, prefetch_batches=1)
     pairs = zip(iterate(engine, ids, specs), iterate(reference, ids, specs), strict=True)
     differences = []
@@ -112,17 +124,19 @@ def assert_same_views(reader: BetonReader, specs, ids=None) -> None:
 
 
 def test_an_unknown_engine_lists_the_known(jpegs):
-    with pytest.raises(ValueError, match="ffcv, torch, synthetic"):
+    with pytest.raises(ValueError, match="ffcv, resident, torch, synthetic"):
         build_engine("dalli", jpegs, num_workers=1, prefetch_batches=1)
 
 
+@both
 @pytest.mark.parametrize("recipe", ["digits", "mio_small"])
-def test_ffcv_equals_torch_on_digits(digits, recipe):
-    assert_same_views(digits, RECIPES[recipe])
+def test_views_equal_torchs_on_digits(digits, recipe, name):
+    assert_same_views(digits, RECIPES[recipe], name)
 
 
-def test_ffcv_equals_torch_on_jpegs_with_two_output_sizes(jpegs):
-    assert_same_views(jpegs, SPECS)
+@both
+def test_views_equal_torchs_on_jpegs_with_two_output_sizes(jpegs, name):
+    assert_same_views(jpegs, SPECS, name)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +152,9 @@ def imagenet_sample(tmp_path_factory) -> BetonReader:
     return write_jpegs(tmp_path_factory.mktemp("imagenet") / "imagenet.beton", data)
 
 
-def test_ffcv_equals_torch_on_photographs(imagenet_sample):
-    assert_same_views(imagenet_sample, RECIPES["byol"])
+@both
+def test_views_equal_torchs_on_photographs(imagenet_sample, name):
+    assert_same_views(imagenet_sample, RECIPES["byol"], name)
 
 
 def assert_decodes_like_pillow(reader: BetonReader) -> None:
@@ -161,7 +176,7 @@ def test_decoding_equals_pillow_on_photographs(imagenet_sample):
     assert_decodes_like_pillow(imagenet_sample)
 
 
-@pytest.mark.parametrize("name", ["ffcv", "torch", "synthetic"])
+@pytest.mark.parametrize("name", ["ffcv", "resident", "torch", "synthetic"])
 def test_order_labels_and_the_short_last_batch(jpegs, name):
     engine = build_engine(name, jpegs, num_workers=2, prefetch_batches=2)
     ids = np.array([5, 3, 3, 29, 0, 11, 17])
@@ -178,19 +193,20 @@ def test_order_labels_and_the_short_last_batch(jpegs, name):
     engine.close()
 
 
-def test_views_do_not_depend_on_batch_size_or_workers(jpegs, ffcv):
+@both
+def test_views_do_not_depend_on_batch_size_or_workers(jpegs, ffcv, name):
     ids = np.arange(30)
-    one_worker = build_engine("ffcv", jpegs, num_workers=1, prefetch_batches=1)
+    one_worker = build_engine(name, jpegs, num_workers=1, prefetch_batches=1)
     alone = np.concatenate([views[0] for views, _ in iterate(one_worker, ids, local_batch_size=1)])
     together = np.concatenate([views[0] for views, _ in iterate(ffcv, ids, local_batch_size=16)])
     np.testing.assert_array_equal(alone, together)
     one_worker.close()
 
 
-def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(ffcv):
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(engine):
     ids = np.arange(30)
-    expected = [views for views, _ in iterate(ffcv, ids, local_batch_size=2)]
-    batches = ffcv.batches(ids, 2, partial(draw, SPECS, 7, 3), size_groups(SPECS))
+    expected = [views for views, _ in iterate(engine, ids, local_batch_size=2)]
+    batches = engine.batches(ids, 2, partial(draw, SPECS, 7, 3), size_groups(SPECS))
     for raw, views in zip(batches, expected, strict=True):
         if raw.sample_ids[0] < 12:
             time.sleep(0.15)  # the engine fills all its slots meanwhile
@@ -248,8 +264,30 @@ def test_a_damaged_jpeg_is_named(tmp_path, kind):
     engine.close()
 
 
+@pytest.mark.parametrize("kind", ["no header", "zeroed"])
+def test_a_damaged_jpeg_is_named_before_it_becomes_resident(tmp_path, kind):
+    files = make_jpegs(300)
+    sizes = {i: Image.open(io.BytesIO(files[i])).size[::-1] for i in (290, 299)}
+    files[290], files[299] = damage(files[290], kind), files[299][:-2] + b"\x12\x34\x56" + files[299][-2:]
+    path = tmp_path / "damaged.beton"
+    with BetonWriter(path, len(files)) as writer:
+        for i, data in enumerate(files):
+            height_px, width_px = sizes.get(i) or Image.open(io.BytesIO(data)).size[::-1]
+            writer.write_jpeg(data, height_px=height_px, width_px=width_px)
+    with pytest.raises(DataError, match=r"damaged\.beton: image 290 cannot be decoded"):
+        build_engine("resident", BetonReader(path), num_workers=2, prefetch_batches=2)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(jpegs, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    with pytest.raises(DataError, match=r"engine resident needs 0\.0 GB of memory .* 0\.0 GB are free"):
+        build_engine("resident", jpegs, num_workers=1, prefetch_batches=1)
+
+
 def test_a_jpeg_of_another_size_is_named(tmp_path):
     reader = write_jpegs(tmp_path / "resized.beton", make_jpegs(6), sizes={2: (64, 64)})
+    with pytest.raises(DataError, match=r"resized\.beton: image 2 is not 64x64 as recorded"):
+        build_engine("resident", reader, num_workers=2, prefetch_batches=2)
     engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2)
     with pytest.raises(DataError, match=r"resized\.beton: image 2 is not 64x64 as recorded"):
         list(iterate(engine, np.arange(6)))
@@ -260,17 +298,19 @@ def test_a_warning_that_leaves_the_image_whole_is_no_error(tmp_path):
     """Stray bytes before the end marker: libjpeg warns, Pillow does not mind."""
     files = make_jpegs(5)
     files[3] = files[3][:-2] + b"\x12\x34\x56" + files[3][-2:]
-    assert_same_views(write_jpegs(tmp_path / "stray.beton", files), SPECS)
+    reader = write_jpegs(tmp_path / "stray.beton", files)
+    for name in ("ffcv", "resident"):
+        assert_same_views(reader, SPECS, name)
 
 
-def test_a_box_outside_the_image_is_refused(ffcv):
+def test_a_box_outside_the_image_is_refused(engine):
     def draw_outside(ids, sizes):
         params = draw(SPECS, 0, 0, ids, sizes)
         params["crop_box"][1, 1] = (0, 1, *sizes[1])
         return params
 
     with pytest.raises(DataError, match=r"image 1 was given a crop box outside"):
-        list(iterate(ffcv, np.arange(8), draw_batch=draw_outside))
+        list(iterate(engine, np.arange(8), draw_batch=draw_outside))
 
 
 def test_an_exception_in_the_draw_arrives_within_a_second(ffcv, jpegs):
@@ -323,13 +363,13 @@ def resident_bytes() -> int:
     return num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_epochs_grow_neither_memory_nor_threads(ffcv):
+def test_epochs_grow_neither_memory_nor_threads(engine):
     specs = (ViewSpec(size_px=224), ViewSpec(size_px=224))
     draw_batch = partial(draw, specs, 0, 0)
     output_bytes = 4 * 15 * 2 * 224 * 224 * 3  # of one epoch's slots
     seen = []
     for _ in range(20):
-        for _ in ffcv.batches(np.arange(30), 15, draw_batch, size_groups(specs)):
+        for _ in engine.batches(np.arange(30), 15, draw_batch, size_groups(specs)):
             pass
         seen.append((threading.active_count(), resident_bytes()))
     assert seen[-1][0] == seen[0][0]

@@ -1,0 +1,159 @@
+"""Every image decoded once, at the start, and kept in memory: for data sets of CIFAR's size, which then need no file.
+
+On the CPU views are cut from there as from a .beton of raw pixels. On a GPU the images are in its memory, and the pixel
+op cuts the views itself: a batch's numbers of samples and of crop boxes are all that travels.
+"""
+
+# N samples, B local batch
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from kernels.augment import StoredImages
+from pipelines.batch import RawBatch
+from pipelines.beton import RAW, BetonReader
+from pipelines.engines import DrawBatch, Groups
+from pipelines.engines.decode_crop import BatchDecoder, Decoding, decode_error
+from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, decode_jpeg
+from pipelines.errors import DataError
+
+_IMAGES_OF_A_TASK = 256
+
+
+class ResidentEngine:
+    """Views cut from decoded images in the memory of `device`."""
+
+    def __init__(self, reader: BetonReader, *, num_workers: int, prefetch_batches: int, device: torch.device) -> None:
+        """Decode the whole file.
+
+        Args:
+            reader: The open file.
+            num_workers: Threads, >= 1.
+            prefetch_batches: Batches made ahead of the consumer, >= 1 (CPU).
+            device: Where the images are kept.
+        Raises:
+            DataError: a sample cannot be decoded, the images do not fit into memory, or, on a GPU, are not of one size.
+        """
+        self._reader, self._num_ahead, self._device = reader, prefetch_batches, device
+        num_bytes = int(reader.sizes.prod(1, dtype=np.int64).sum()) * 3
+        _check_memory(reader.path, num_bytes, device)
+        one_size = bool((reader.sizes == reader.sizes[0]).all())
+        if device.type == "cuda" and not one_size:
+            raise DataError(f"{reader.path}: engine resident needs images of one size on a GPU; take ffcv or dali")
+        decoded = _decode_all(reader, num_workers)
+        self._images = self._decoder = self._pixels = None
+        if device.type == "cuda":
+            self._images = torch.from_numpy(decoded.pixels.reshape(-1, *reader.sizes[0].tolist(), 3)).to(device)
+        else:
+            self._pixels, self._decoder = decoded.pixels, BatchDecoder(decoded, num_workers)
+
+    def batches(
+        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+    ) -> Generator[RawBatch, None, None]:
+        """See `Engine.batches`; on a GPU the views are `StoredImages`."""
+        starts = range(0, len(sample_ids), local_batch_size)
+        batches = (sample_ids[first : first + local_batch_size] for first in starts)
+        if self._images is not None:
+            for ids in batches:
+                on_device = torch.from_numpy(ids).pin_memory().to(self._device, non_blocking=True)
+                views = [StoredImages(self._images, on_device, size_px) for size_px, _ in groups]
+                yield self._raw_batch(ids, views, draw_batch(ids, self._reader.sizes[ids]))
+            return
+        assert self._decoder is not None
+        assert self._pixels is not None
+        # One batch in the consumer's hands, the others being cut.
+        shapes = [(local_batch_size, len(members), size_px, size_px, 3) for size_px, members in groups]
+        slots = deque([np.empty(shape, np.uint8) for shape in shapes] for _ in range(self._num_ahead + 1))
+        started: deque[tuple[RawBatch, Decoding]] = deque()
+        try:
+            for ids in batches:
+                if len(started) == self._num_ahead:
+                    yield _finished(started)
+                slots.rotate(-1)
+                params = draw_batch(ids, self._reader.sizes[ids])
+                views = [array[: len(ids)] for array in slots[0]]
+                boxes = np.ascontiguousarray(params["crop_box"])
+                decoding = self._decoder.start(self._pixels, ids, boxes, groups, tuple(views))
+                started.append((self._raw_batch(ids, views, params), decoding))
+            while started:
+                yield _finished(started)
+        finally:
+            for _, decoding in started:  # left early: nothing may be written any more
+                decoding.cancel()
+
+    def close(self) -> None:
+        """Stop the threads and let go of the images; a second call does nothing."""
+        if self._decoder is not None:
+            self._decoder.close()
+        self._images = self._pixels = None
+
+    def _raw_batch(self, ids: np.ndarray, views: list[Any], params: np.ndarray) -> RawBatch:
+        return RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """Decoded images one after the other, as the table of a file of raw pixels: what `BatchDecoder` reads."""
+
+    path: Path
+    pixels: np.ndarray  # uint8
+    sizes: np.ndarray
+    modes: np.ndarray
+    data_ptr: np.ndarray
+    data_bytes: np.ndarray
+
+
+def _finished(started: deque[tuple[RawBatch, Decoding]]) -> RawBatch:
+    raw, decoding = started.popleft()
+    decoding.wait()
+    return raw
+
+
+def _decode_all(reader: BetonReader, num_threads: int) -> _Decoded:
+    data_bytes = reader.sizes.prod(1, dtype=np.uint64) * np.uint64(3)
+    ends = np.cumsum(data_bytes, dtype=np.uint64)
+    pixels = np.empty(int(ends[-1]), np.uint8)
+    first_bytes = ends - data_bytes
+
+    def decode(first: int) -> None:
+        decoder = JpegDecoder()
+        try:
+            for i in range(first, min(first + _IMAGES_OF_A_TASK, reader.num_samples)):
+                target = pixels[int(first_bytes[i]) : int(ends[i])]
+                if reader.modes[i] == RAW:
+                    target[:] = reader.image_bytes(i)
+                    continue
+                height_px, width_px = reader.sizes[i].tolist()
+                status = decode_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, target)
+                if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
+                    raise decode_error(reader, i, status, decoder)
+        finally:
+            decoder.close()
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in pool.map(decode, range(0, reader.num_samples, _IMAGES_OF_A_TASK)):
+            pass
+    modes = np.full(reader.num_samples, RAW, reader.modes.dtype)
+    return _Decoded(reader.path, pixels, reader.sizes, modes, first_bytes, data_bytes)
+
+
+def _check_memory(path: Path, num_bytes: int, device: torch.device) -> None:
+    places = [("memory", psutil.virtual_memory().available)]
+    if device.type == "cuda":
+        places.append(("memory of the GPU", torch.cuda.mem_get_info(device)[0]))
+    for name, free_bytes in places:
+        if num_bytes > free_bytes:
+            raise DataError(
+                f"{path}: engine resident needs {num_bytes / 1e9:.1f} GB of {name} for the decoded images, "
+                f"{free_bytes / 1e9:.1f} GB are free; take another engine"
+            )
