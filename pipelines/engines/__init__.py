@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pipelines.batch import RawBatch
 
-EngineName = Literal["ffcv", "resident", "torch", "synthetic"]
+EngineName = Literal["ffcv", "dali", "resident", "torch", "synthetic"]
 # (sample_ids int64 [B], sizes int32 [B, 2]) -> VIEW_PARAMS [B, V]
 DrawBatch = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # (size_px, indices of the views of that size), one for each size: `views.size_groups`
@@ -67,6 +67,10 @@ def build_engine(
         from pipelines.engines.ffcv import FfcvEngine
 
         return FfcvEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches)
+    if name == "dali":
+        from pipelines.engines.dali import DaliEngine
+
+        return DaliEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches, device=device)
     if name == "resident":
         from pipelines.engines.resident import ResidentEngine
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import tarfile
 import threading
 import time
@@ -26,9 +27,14 @@ MAX_DECODE_DIFFERENCE_LEVELS = 1
 # Resampling alone differs by at most 1 level (test_resample.py), where float32 sums are rounded to either side.
 MAX_VIEW_DIFFERENCE_LEVELS = 1
 MEAN_VIEW_DIFFERENCE_LEVELS = 0.002
+# DALI's resampler: decoded pixels are the same to the level, and so are views that are not resized.
+DALI_MAX_DIFFERENCE_LEVELS = 16
+DALI_MEAN_DIFFERENCE_LEVELS = 0.025
+DALI_SHARE_BEYOND_ONE_LEVEL = 0.003
 
 build_engine = partial(build_engine_on, device=torch.device("cpu"))
 both = pytest.mark.parametrize("name", ["ffcv", "resident"])
+all_engines = pytest.mark.parametrize("name", ["ffcv", "resident", "dali"])
 
 SPECS = (ViewSpec(size_px=64, crop_scale=(0.08, 1.0)), ViewSpec(size_px=64), ViewSpec(size_px=24))
 
@@ -90,7 +96,7 @@ def ffcv(jpegs):
     engine.close()
 
 
-@pytest.fixture(params=["ffcv", "resident"])
+@pytest.fixture(params=["ffcv", "resident", "dali"])
 def engine(jpegs, request):
     engine = build_engine(request.param, jpegs, num_workers=2, prefetch_batches=2)
     yield engine
@@ -119,22 +125,27 @@ def assert_same_views(reader: BetonReader, specs, name="ffcv") -> None:
             differences.append(np.abs(ours.astype(np.int16) - theirs).reshape(-1))
     engine.close()
     difference = np.concatenate(differences)
+    if name == "dali":
+        assert difference.max() <= DALI_MAX_DIFFERENCE_LEVELS
+        assert difference.mean() <= DALI_MEAN_DIFFERENCE_LEVELS
+        assert (difference > 1).mean() <= DALI_SHARE_BEYOND_ONE_LEVEL
+        return
     assert difference.max() <= MAX_VIEW_DIFFERENCE_LEVELS
     assert difference.mean() <= MEAN_VIEW_DIFFERENCE_LEVELS
 
 
 def test_an_unknown_engine_lists_the_known(jpegs):
-    with pytest.raises(ValueError, match="ffcv, resident, torch, synthetic"):
+    with pytest.raises(ValueError, match="ffcv, dali, resident, torch, synthetic"):
         build_engine("dalli", jpegs, num_workers=1, prefetch_batches=1)
 
 
-@both
+@all_engines
 @pytest.mark.parametrize("recipe", ["digits", "mio_small"])
 def test_views_equal_torchs_on_digits(digits, recipe, name):
     assert_same_views(digits, RECIPES[recipe], name)
 
 
-@both
+@all_engines
 def test_views_equal_torchs_on_jpegs_with_two_output_sizes(jpegs, name):
     assert_same_views(jpegs, SPECS, name)
 
@@ -152,7 +163,33 @@ def imagenet_sample(tmp_path_factory) -> BetonReader:
     return write_jpegs(tmp_path_factory.mktemp("imagenet") / "imagenet.beton", data)
 
 
-@both
+@pytest.mark.parametrize("name", ["ffcv", "dali"])
+def test_views_of_raw_and_jpeg_samples_equal_torchs(tmp_path, name):
+    rng, files = np.random.default_rng(2), make_jpegs(12)
+    path = tmp_path / "mixed.beton"
+    with BetonWriter(path, 2 * len(files)) as writer:
+        for i, data in enumerate(files):
+            width_px, height_px = Image.open(io.BytesIO(data)).size
+            writer.write_jpeg(data, height_px=height_px, width_px=width_px, label=i)
+            writer.write_raw(make_photograph(rng, 50 + i, 80 - i), label=i)
+    assert_same_views(BetonReader(path), SPECS, name)
+
+
+def test_dali_decodes_as_the_others_do(jpegs):
+    """Whole images at their own size: nothing is resampled."""
+    rng = np.random.default_rng(3)
+    kinds = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}]
+    files = [encode(make_photograph(rng, 64, 64), **kind) for kind in kinds]
+    files.append(encode(make_photograph(rng, 64, 64)[..., 0]))
+    reader = write_jpegs(jpegs.path.with_name("whole.beton"), files)
+    engine = build_engine("dali", reader, num_workers=1, prefetch_batches=1)
+    ((views,), raw) = next(iterate(engine, np.arange(5), (ViewSpec(size_px=64, crop=False, flip_p=0.0),)))
+    for view, i in zip(views[:, 0], raw.sample_ids, strict=True):
+        np.testing.assert_array_equal(view, reader.decode(i))
+    engine.close()
+
+
+@all_engines
 def test_views_equal_torchs_on_photographs(imagenet_sample, name):
     assert_same_views(imagenet_sample, RECIPES["byol"], name)
 
@@ -176,7 +213,7 @@ def test_decoding_equals_pillow_on_photographs(imagenet_sample):
     assert_decodes_like_pillow(imagenet_sample)
 
 
-@pytest.mark.parametrize("name", ["ffcv", "resident", "torch", "synthetic"])
+@pytest.mark.parametrize("name", ["ffcv", "dali", "resident", "torch", "synthetic"])
 def test_order_labels_and_the_short_last_batch(jpegs, name):
     engine = build_engine(name, jpegs, num_workers=2, prefetch_batches=2)
     ids = np.array([5, 3, 3, 29, 0, 11, 17])
@@ -193,14 +230,16 @@ def test_order_labels_and_the_short_last_batch(jpegs, name):
     engine.close()
 
 
-@both
-def test_views_do_not_depend_on_batch_size_or_workers(jpegs, ffcv, name):
+@all_engines
+def test_views_do_not_depend_on_batch_size_or_workers(jpegs, name):
     ids = np.arange(30)
     one_worker = build_engine(name, jpegs, num_workers=1, prefetch_batches=1)
+    two_workers = build_engine(name, jpegs, num_workers=2, prefetch_batches=2)
     alone = np.concatenate([views[0] for views, _ in iterate(one_worker, ids, local_batch_size=1)])
-    together = np.concatenate([views[0] for views, _ in iterate(ffcv, ids, local_batch_size=16)])
+    together = np.concatenate([views[0] for views, _ in iterate(two_workers, ids, local_batch_size=16)])
     np.testing.assert_array_equal(alone, together)
     one_worker.close()
+    two_workers.close()
 
 
 def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(engine):
@@ -264,6 +303,45 @@ def test_a_damaged_jpeg_is_named(tmp_path, kind):
     engine.close()
 
 
+def test_a_jpeg_that_dali_refuses_is_named(tmp_path):
+    files = make_jpegs(12)
+    height_px, width_px = Image.open(io.BytesIO(files[5])).size[::-1]
+    path = tmp_path / "damaged.beton"
+    with BetonWriter(path, len(files)) as writer:
+        for i, data in enumerate(files):
+            height_px, width_px = Image.open(io.BytesIO(data)).size[::-1]
+            writer.write_jpeg(damage(data, "no header") if i == 5 else data, height_px=height_px, width_px=width_px)
+    engine = build_engine("dali", BetonReader(path), num_workers=2, prefetch_batches=2)
+    with pytest.raises(DataError, match=r"damaged\.beton: image 5 cannot be decoded"):
+        list(iterate(engine, np.arange(12), local_batch_size=4))
+    good = np.array([0, 1, 7, 11])
+    assert [len(raw.labels) for _, raw in iterate(engine, good)] == [4]  # the engine lives on
+    engine.close()
+
+
+def test_dali_that_is_left_early_starts_anew(jpegs):
+    engine = build_engine("dali", jpegs, num_workers=2, prefetch_batches=3)
+    whole = [views for views, _ in iterate(engine, np.arange(30), local_batch_size=4)]
+    for num_taken in (1, 3):
+        for (views, _), expected in zip(iterate(engine, np.arange(30), local_batch_size=4), whole[:num_taken]):  # noqa: B905
+            np.testing.assert_array_equal(views[0], expected[0])
+    left_open = iterate(engine, np.arange(30), local_batch_size=4)
+    next(left_open)
+    again = [views for views, _ in iterate(engine, np.arange(30), local_batch_size=4)]
+    for views, expected in zip(again, whole, strict=True):
+        np.testing.assert_array_equal(views[1], expected[1])
+    with pytest.raises(RuntimeError, match="ended by another one"):
+        next(left_open)
+    engine.close()
+
+
+def test_without_dali_its_engine_says_what_to_install(jpegs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "pipelines.engines.dali", raising=False)
+    with pytest.raises(DataError, match="engine dali needs NVIDIA DALI: pip install nvidia-dali-cuda130"):
+        build_engine("dali", jpegs, num_workers=1, prefetch_batches=1)
+
+
 @pytest.mark.parametrize("kind", ["no header", "zeroed"])
 def test_a_damaged_jpeg_is_named_before_it_becomes_resident(tmp_path, kind):
     files = make_jpegs(300)
@@ -325,6 +403,20 @@ def test_an_exception_in_the_draw_arrives_within_a_second(ffcv, jpegs):
         list(iterate(ffcv, np.arange(30), draw_batch=fail))
     assert time.perf_counter() - start < 1
     assert str(jpegs.path) in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("name", ["dali", "resident"])
+def test_an_engine_lives_on_after_an_exception_in_the_draw(jpegs, name):
+    def fail(ids, sizes):
+        if 20 in ids:
+            raise KeyError("draw failed")
+        return draw(SPECS, 7, 3, ids, sizes)
+
+    engine = build_engine(name, jpegs, num_workers=2, prefetch_batches=2)
+    with pytest.raises(KeyError, match="draw failed"):
+        list(iterate(engine, np.arange(30), draw_batch=fail))
+    assert [raw.sample_ids[0] for _, raw in iterate(engine, np.arange(30))] == [0, 8, 16, 24]
+    engine.close()
 
 
 def num_lookahead_threads() -> int:

@@ -78,7 +78,7 @@ def test_an_epoch(build, reader):
     assert_equal_batches(list(loader.epoch(0)), batches)
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "resident", "torch"])
+@pytest.mark.parametrize("engine", ["ffcv", "dali", "resident", "torch"])
 def test_two_ranks_together_are_one(build, engine):
     whole = list(build(engine=engine).epoch(2))
     halves = [list(build(engine=engine, rank=rank, world_size=2).epoch(2)) for rank in range(2)]
@@ -89,7 +89,7 @@ def test_two_ranks_together_are_one(build, engine):
             torch.testing.assert_close(batch.views[view], joined, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "resident", "torch", "synthetic"])
+@pytest.mark.parametrize("engine", ["ffcv", "dali", "resident", "torch", "synthetic"])
 def test_an_epoch_goes_on_from_any_batch(build, engine):
     whole = list(build(engine=engine).epoch(1))
     for first_batch in range(4):
@@ -158,7 +158,7 @@ def test_data_config_names_a_bad_field(field, value):
         DataConfig(**{field: value})
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "resident", "torch"])
+@pytest.mark.parametrize("engine", ["ffcv", "dali", "resident", "torch"])
 def test_eval_batches(reader, engine):
     views = ViewsConfig(recipe="mio_small", size_px=36, eval_crop_fraction=0.72)
     loader = build_eval_loader(reader, views, local_batch_size=10, engine=engine, device=CPU, num_workers=1)

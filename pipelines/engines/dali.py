@@ -1,0 +1,245 @@
+"""NVIDIA DALI decodes, crops and resizes: with nvJPEG on a GPU, or all on the CPU where there is none.
+
+The .beton file is the same as for the other engines, and so are the boxes: our reader hands DALI the JPEG bytes, and
+the draw its crops. https://docs.nvidia.com/deeplearning/dali/user-guide/docs/
+"""
+
+# DALI makes its names at run time:
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# B local batch, V views, Vg of one size, S its side in pixels
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.batch import RawBatch
+from pipelines.beton import JPG, RAW, BetonReader
+from pipelines.engines import DrawBatch, Groups
+from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, decode_jpeg
+from pipelines.errors import DataError
+
+try:
+    from nvidia.dali import Pipeline, fn, pipeline_def, types
+except ImportError as error:
+    raise DataError("engine dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (requirements/gpu.txt)") from error
+
+_NO_JPEG, _NO_PIXELS = np.empty(0, np.uint8), np.empty((0, 0, 3), np.uint8)
+
+
+class DaliEngine:
+    """DALI's decoder and resampler, our reader and draw."""
+
+    def __init__(self, reader: BetonReader, *, num_workers: int, prefetch_batches: int, device: torch.device) -> None:
+        """Choose the devices; a pipeline is built for the batch size and views that are asked for.
+
+        Args:
+            reader: The open file.
+            num_workers: DALI's CPU threads, >= 1.
+            prefetch_batches: Batches made ahead of the consumer, >= 1.
+            device: "cuda": decoding and resampling on that GPU, and the views are tensors there.
+        """
+        self._reader, self._num_workers, self._num_ahead, self._device = reader, num_workers, prefetch_batches, device
+        self._feed = _Feed(reader)
+        self._pipeline: Pipeline | None = None
+        self._pipeline_is_for: tuple[int, Groups] | None = None
+        self._num_iterations = 0
+
+    def batches(
+        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+    ) -> Generator[RawBatch, None, None]:
+        """See `Engine.batches`; on a GPU the views are tensors there."""
+        self._drain()
+        self._num_iterations += 1
+        this_iteration = self._num_iterations
+        pipeline = self._build(local_batch_size, groups)
+        self._feed.start(sample_ids, local_batch_size, draw_batch)
+        try:
+            while True:
+                try:
+                    outputs = pipeline.run()
+                except StopIteration:
+                    break
+                except RuntimeError as error:
+                    raise self._explain(error) from error
+                ids, params = self._feed.under_way.popleft()
+                views = [self._take(output) for output in outputs]
+                yield RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
+                if this_iteration != self._num_iterations:
+                    raise RuntimeError("this iteration was ended by another one, or by close()")
+        finally:
+            if this_iteration == self._num_iterations:
+                self._drain()
+
+    def close(self) -> None:
+        """Let go of DALI's threads and memory; a second call does nothing."""
+        self._num_iterations += 1
+        self._forget_pipeline()
+
+    def _build(self, local_batch_size: int, groups: Groups) -> Pipeline:
+        if self._pipeline is None or self._pipeline_is_for != (local_batch_size, groups):
+            self._forget_pipeline()
+            on_gpu = self._device.type == "cuda"
+            self._feed.num_views = sum(len(members) for _, members in groups)
+            self._pipeline = pipeline_def(enable_conditionals=True)(_define)(
+                self._feed, groups, "mixed" if on_gpu else "cpu",
+                batch_size=local_batch_size, num_threads=self._num_workers, prefetch_queue_depth=self._num_ahead,
+                device_id=(self._device.index or 0) if on_gpu else None,
+            )  # fmt: skip
+            self._pipeline.build()
+            self._pipeline_is_for = (local_batch_size, groups)
+        return self._pipeline
+
+    def _take(self, output: Any) -> np.ndarray | torch.Tensor:
+        if self._device.type != "cuda":
+            return np.asarray(output.as_tensor())
+        # A copy on torch's stream: DALI uses its memory again for the next batch but one.
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        tensor = output.as_tensor()
+        out = torch.empty(tensor.shape(), dtype=torch.uint8, device=self._device)
+        feed_ndarray(tensor, out, cuda_stream=torch.cuda.current_stream(self._device))
+        return out
+
+    def _drain(self) -> None:
+        """End what an iteration left under way: it comes out and is thrown away."""
+        self._feed.stop()
+        if self._pipeline is not None:
+            with suppress(StopIteration):
+                while True:
+                    self._pipeline.run()
+            self._pipeline.reset()
+        self._feed.under_way.clear()
+
+    def _forget_pipeline(self) -> None:
+        self._feed.stop()
+        self._feed.under_way.clear()
+        self._feed.error = None
+        self._pipeline = self._pipeline_is_for = None
+
+    def _explain(self, error: RuntimeError) -> Exception:
+        """What DALI could not do, as the other engines say it; its pipeline does not go on after an error."""
+        of_feed, under_way = self._feed.error, list(self._feed.under_way)
+        self._forget_pipeline()
+        if of_feed is not None:
+            return of_feed
+        for ids, params in under_way:
+            for i, boxes in zip(ids.tolist(), params["crop_box"], strict=True):
+                if reason := _why_not_cut(self._reader, i, boxes):
+                    return DataError(f"{self._reader.path}: image {i} {reason}")
+        return error
+
+
+class _Feed:
+    """What DALI asks for the next batch's bytes and boxes, in the thread that asks DALI for views.
+
+    Attributes:
+        modes: The modes that the file has, ascending.
+        under_way: (sample_ids, params) of the batches that DALI has, in order.
+        error: What went wrong while a batch was fed, of which DALI tells the text only.
+        num_views: V.
+    """
+
+    def __init__(self, reader: BetonReader) -> None:
+        self.modes = tuple(int(mode) for mode in np.unique(reader.modes))
+        self.under_way: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        self.error: Exception | None = None
+        self.num_views = 0
+        self._reader = reader
+        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+
+    def start(self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch) -> None:
+        """Begin with these samples."""
+
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for first in range(0, len(sample_ids), local_batch_size):
+                ids = sample_ids[first : first + local_batch_size]
+                yield ids, draw_batch(ids, self._reader.sizes[ids])
+
+        self._batches = batches()
+
+    def stop(self) -> None:
+        """Have no more."""
+        self._batches = iter(())
+
+    def __call__(self) -> list[Any]:
+        """One batch as `_define` takes it: what the file's modes need, then start and shape of every view."""
+        try:
+            ids, params = next(self._batches)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.error = error
+            raise
+        self.under_way.append((ids, params))
+        reader = self._reader
+        is_raw, pixels, jpegs = (reader.modes[ids] == RAW), [], []
+        for i, raw in zip(ids.tolist(), is_raw.tolist(), strict=True):
+            stored = reader.image_bytes(i)
+            pixels.append(stored.reshape(*reader.sizes[i], 3) if raw else _NO_PIXELS)
+            jpegs.append(_NO_JPEG if raw else stored)
+        boxes = params["crop_box"]
+        starts = [np.ascontiguousarray(boxes[:, view, :2]) for view in range(self.num_views)]
+        shapes = [np.ascontiguousarray(boxes[:, view, 2:]) for view in range(self.num_views)]
+        images = {(JPG,): [jpegs], (RAW,): [pixels], (JPG, RAW): [jpegs, pixels, is_raw]}[self.modes]
+        return [*images, *starts, *shapes]
+
+
+def _define(feed: _Feed, groups: Groups, device: str) -> tuple[Any, ...]:
+    """DALI's graph: for each size an output uint8 [Vg, S, S, 3] a sample."""
+    images = [(types.UINT8, 1, ""), (types.UINT8, 3, "HWC"), (types.BOOL, 0, "")]
+    images = {(JPG,): images[:1], (RAW,): images[1:2], (JPG, RAW): images}[feed.modes]
+    kinds = images + [(types.INT32, 1, "")] * (2 * feed.num_views)
+    inputs = fn.external_source(
+        source=feed,
+        num_outputs=len(kinds),
+        batch=True,
+        dtype=[kind[0] for kind in kinds],
+        ndim=[kind[1] for kind in kinds],
+        layout=[kind[2] for kind in kinds],
+    )
+    boxes = inputs[len(images) :]
+    if feed.modes == (RAW,):
+        image = inputs[0].gpu() if device == "mixed" else inputs[0]
+    elif feed.modes == (JPG,):
+        image = _decode(inputs[0], device)
+    elif inputs[2]:  # pyright: ignore (DALI's conditional: each sample takes its own way)
+        image = inputs[1].gpu() if device == "mixed" else inputs[1]
+    else:
+        image = _decode(inputs[0], device)
+    outputs = []
+    for size_px, members in groups:
+        views = []
+        for view in members:
+            start, shape = boxes[view], boxes[feed.num_views + view]
+            box = fn.slice(image, start, shape, axes=[0, 1], out_of_bounds_policy="error")
+            views.append(fn.resize(box, size=[size_px, size_px], interp_type=types.INTERP_LINEAR, antialias=True))
+        outputs.append(fn.stack(*views))
+    return tuple(outputs)
+
+
+def _decode(jpegs: Any, device: str) -> Any:
+    # libjpeg's own upsampling of chroma, which the other engines and Pillow have.
+    return fn.decoders.image(jpegs, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
+
+
+def _why_not_cut(reader: BetonReader, i: int, boxes: np.ndarray) -> str | None:
+    height_px, width_px = reader.sizes[i].tolist()
+    if (boxes < (0, 0, 1, 1)).any() or (boxes[:, :2] + boxes[:, 2:] > (height_px, width_px)).any():
+        return f"was given a crop box outside its {height_px}x{width_px} pixels"
+    if reader.modes[i] == RAW:
+        return None
+    decoder = JpegDecoder()
+    try:
+        decoder.reserve(3 * height_px * width_px)
+        status = decode_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
+        if status == OK or (status == UNREADABLE and decoder.is_harmless()):
+            return None
+        return f"cannot be decoded ({decoder.last_message()}); convert again"
+    finally:
+        decoder.close()
