@@ -16,8 +16,8 @@ from torch import Tensor
 from kernels.exchange import ALONE, Exchange
 from kernels.gram_loss.terms import gram_terms
 from kernels.pair_loss import count_negatives
-from kernels.pair_loss.terms import Topology
-from kernels.similarity import Impl
+from kernels.pair_loss.terms import Topology, check_views
+from kernels.similarity import Impl, choose_impl
 from kernels.similarity.exponent import check_inv_temperature
 
 __all__ = ["gram_terms", "quadratic_loss", "spectral_loss"]
@@ -43,6 +43,8 @@ def spectral_loss(
     """
     if not (math.isfinite(mu) and mu > 0):
         raise ValueError(f"mu must be finite and > 0, got {mu}")
+    check_views(z, topology, None, exchange.size)
+    impl = choose_impl(impl, z)  # by the precision that was asked for: the rows below are fp32
     wide = z if z.dtype == torch.float64 else z.float()
     longest = math.sqrt(mu)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -65,7 +67,7 @@ def quadratic_loss(
 
     Args:
         z: Projections [V, B, D], V >= 2, any floating dtype; normalised inside. Differentiable.
-        inv_temperature: t, > 0, dimensionless.
+        inv_temperature: t, > 0, dimensionless; a number, as are all here: it cannot be learned.
         positive_inv_temperature: t_p; None: t.
         topology: See `kernels.pair_loss.pair_loss`.
         exchange: The other ranks; their z has the same shape.
@@ -79,8 +81,10 @@ def quadratic_loss(
     """
     t = inv_temperature
     t_p = t if positive_inv_temperature is None else positive_inv_temperature
-    for number in (t, t_p):
-        check_inv_temperature(number, of_exp=False)
+    for name, number in (("inv_temperature", t), ("positive_inv_temperature", t_p)):
+        if isinstance(number, Tensor):
+            raise ValueError(f"{name} must be a number: the moments' factors are not learned; got a tensor")
+        check_inv_temperature(number, of_exp=False, name=name)
     terms = gram_terms(z, linear=t / 2, square=t * t / 8, topology=topology, exchange=exchange, impl=impl)
     num_negatives = count_negatives(z, topology, None, exchange)
     return math.log(2) + terms.total / num_negatives - t_p * terms.positives.mean()

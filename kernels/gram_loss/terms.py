@@ -72,7 +72,7 @@ def gram_terms(
     Raises:
         ValueError: Shapes, dtypes or choices do not fit.
     """
-    check_views(z, topology, None)
+    check_views(z, topology, None, exchange.size)
     with_grad = torch.is_grad_enabled() and z.requires_grad
     settings = (float(linear), float(square), unit, topology, choose_impl(impl, z), with_grad)
     if exchange.size == 1:
@@ -101,8 +101,7 @@ def _forward(
         sums, pulls = torch.empty_like(inv_norm), torch.empty_like(x)
         for v in range(len(x)):
             others = list(range(len(x))) if topology == "self" else [1 - v]
-            # By slices: an index made of a list is copied to the device, which waits for it.
-            moments = (first.sum(0), second.sum(0)) if topology == "self" else (first[1 - v], second[1 - v])
+            moments = (m.sum(0) if topology == "self" else m[1 - v] for m in (first, second))
             sums[v], pulls[v] = implementation.add_rows(x, v, others, *moments, linear, square)
     total = sum_wide(counted_rows(sums, topology))
     return positives, total, inv_norm, pulls if with_grad else x.new_empty(0)

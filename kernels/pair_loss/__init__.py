@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from kernels.exchange import ALONE, Exchange
 from kernels.pair_loss.terms import PairTerms, Topology, pair_terms
 from kernels.similarity import Impl, Kind
-from kernels.similarity.exponent import check_inv_temperature, exp_shift, is_narrow, log_of_sum, scalar
+from kernels.similarity.exponent import check_bias, check_inv_temperature, exp_shift, is_narrow, log_of_sum, scalar
 
 __all__ = ["Negatives", "PairTerms", "Positives", "Topology", "count_negatives", "pair_loss", "pair_terms", "softplus"]
 
@@ -72,7 +72,8 @@ def pair_loss(
         an engine that averages parameter gradients over ranks makes that loss's gradient of it.
 
     Raises:
-        ValueError: Shapes, dtypes or choices do not fit, or a temperature that is a number leaves fp32's range.
+        ValueError: Shapes, dtypes, devices or choices do not fit, there is one sample over all ranks, or a temperature
+            or bias that is a number leaves fp32's range.
     """
     if negatives not in _KIND:
         raise ValueError(f"negatives must be one of {', '.join(_KIND)}, got {negatives!r}")
@@ -82,10 +83,13 @@ def pair_loss(
     if positive_inv_temperature is None:
         positive_inv_temperature = inv_temperature
     check_inv_temperature(inv_temperature, of_exp=kind == "exp")
-    check_inv_temperature(positive_inv_temperature, of_exp=False)
-    t, t_p, b = (scalar(x, z) for x in (inv_temperature, positive_inv_temperature, bias))
+    check_inv_temperature(positive_inv_temperature, of_exp=False, name="positive_inv_temperature")
+    check_bias(bias)
+    t, t_p = scalar(inv_temperature, z), scalar(positive_inv_temperature, z, name="positive_inv_temperature")
+    b = scalar(bias, z, name="bias")
     wide_range = not (is_narrow(inv_temperature) and not isinstance(bias, Tensor) and bias == 0)
-    shift = exp_shift(t) if kind == "exp" and wide_range else torch.zeros_like(t)
+    # Less the bias: the terms are e^{t s + 40 - t} whatever b is, and d/db is that of e^l all the same.
+    shift = exp_shift(t) - b.detach() if kind == "exp" and wide_range else torch.zeros_like(t)
     terms = pair_terms(
         z,
         kind=kind,

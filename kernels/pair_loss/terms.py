@@ -14,6 +14,7 @@ from kernels.exchange import ALONE, Exchange
 from kernels.similarity import Impl, Kind, Side, Term, choose_impl, load_impl
 
 Topology = Literal["self", "cross"]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TOPOLOGIES: tuple[str, ...] = get_args(Topology)
 
 
@@ -61,7 +62,7 @@ def pair_terms(
     Raises:
         ValueError: Shapes, dtypes or choices do not fit.
     """
-    check_views(z, topology, groups)
+    check_views(z, topology, groups, exchange.size)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, inv_temperature, bias))
     settings = (kind, topology, choose_impl(impl, z), wide_range, with_grad)
     if exchange.size == 1:
@@ -71,7 +72,7 @@ def pair_terms(
     return PairTerms(positives, total)
 
 
-def check_views(z: Tensor, topology: str, groups: Tensor | None) -> None:
+def check_views(z: Tensor, topology: str, groups: Tensor | None, num_ranks: int) -> None:
     """Refuse what no loss over pairs can work on.
 
     Raises:
@@ -84,8 +85,14 @@ def check_views(z: Tensor, topology: str, groups: Tensor | None) -> None:
     if len(z) < 2 or (topology == "cross" and len(z) != 2):
         wanted = "two" if topology == "cross" else "at least two"
         raise ValueError(f"topology {topology} needs {wanted} views, got {len(z)}")
-    if groups is not None and (groups.shape != z.shape[1:2] or groups.is_floating_point()):
+    if z.shape[1] * num_ranks < 2:
+        raise ValueError(f"z must have at least two samples over all ranks, got {z.shape[1]} on {num_ranks} rank")
+    if groups is None:
+        return
+    if groups.shape != z.shape[1:2] or groups.dtype not in INTEGERS:
         raise ValueError(f"groups must be integers {list(z.shape[1:2])}, got {list(groups.shape)} of {groups.dtype}")
+    if groups.device != z.device:
+        raise ValueError(f"groups must be on the device of z, {z.device}, got {groups.device}")
 
 
 def meetings(rows: Side, columns: Iterator[Side], topology: str) -> Iterator[tuple[Side, Side, int | None]]:

@@ -49,7 +49,8 @@ def partition_loss(
         form: A row of the table.
         inv_temperature: t, > 0, dimensionless; a number or a 0-dim tensor, which may be learned.
         topology: "self": all rows against all rows. "cross": V = 2, the rows of each view against those of the other.
-        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other.
+        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other. A row
+            without any negative adds 0 to `nt_xent`, and -w_i t s_p alone to `dcl` and `dclw`.
         exchange: The other ranks; their z has the same shape.
         impl: See `kernels.similarity`.
 
@@ -57,7 +58,8 @@ def partition_loss(
         0-dim, fp32 (fp64 for fp64 z), nats. Its mean over ranks is the loss of the global batch.
 
     Raises:
-        ValueError: Shapes, dtypes or choices do not fit, or a temperature that is a number leaves fp32's range.
+        ValueError: Shapes, dtypes, devices or choices do not fit, there is one sample over all ranks, or a temperature
+            that is a number leaves fp32's range.
     """
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
@@ -68,15 +70,23 @@ def partition_loss(
     terms = partition_terms(z, inv_temperature=t, topology=topology, groups=groups, exchange=exchange, impl=impl)
     logits = t * terms.positives
     # One term for each row and each of its positives: [ordered pairs, B].
-    first, second = zip(*view_pairs(len(z)), strict=True)
-    # View by view: an index made of a list is copied to the device, which waits for it.
-    log_sums = torch.stack([terms.log_sums[v] for v in (*first, *second)])
+    log_sums = _of_pairs(terms.log_sums)
     logits = torch.cat([logits, logits])
     if form == "nt_xent":
         return softplus(log_sums - logits).mean()
+    log_sums = log_sums.masked_fill(_of_pairs(terms.is_empty), 0.0)  # no constant of fp32's range in the loss
     if form == "dclw":
         logits = logits * _dclw_weights(terms.positives, exchange).repeat(2, 1)
     return (log_sums - logits).mean()
+
+
+def _of_pairs(x: Tensor) -> Tensor:
+    """[V, B] -> [V (V - 1), B]: the first row of each pair of views, then the second of each.
+
+    By views: an index of a list would be copied to the device, and wait for it.
+    """
+    first, second = zip(*view_pairs(len(x)), strict=True)
+    return torch.stack([x[v] for v in first + second])
 
 
 def _dclw_weights(positives: Tensor, exchange: Exchange) -> Tensor:

@@ -28,11 +28,13 @@ class PartitionTerms(NamedTuple):
 
     Attributes:
         positives: s of the positive pairs [V (V - 1) / 2, B], views v < w in lexical order; fp32, or fp64 for fp64 z.
-        log_sums: log sum_{k in Neg(i)} e^{t s_ik} [V, B], same dtype.
+        log_sums: log sum_{k in Neg(i)} e^{t s_ik} [V, B], same dtype; where the sum is 0 finite, and far below others.
+        is_empty: Where the sum is 0, as no sample is a negative (groups), [V, B], bool.
     """
 
     positives: Tensor
     log_sums: Tensor
+    is_empty: Tensor
 
 
 def partition_terms(
@@ -60,14 +62,14 @@ def partition_terms(
     Raises:
         ValueError: Shapes, dtypes or choices do not fit.
     """
-    check_views(z, topology, groups)
+    check_views(z, topology, groups, exchange.size)
     shift = exp_shift(inv_temperature)
     choices = (topology, choose_impl(impl, z))
     if exchange.size == 1:
         positives, sums = _partition_terms(z, inv_temperature, shift, groups, *choices)
     else:
         positives, sums = _AcrossRanks.apply(z, inv_temperature, shift, groups, choices, exchange)  # pyright: ignore
-    return PartitionTerms(positives, log_of_sum(sums) - shift)
+    return PartitionTerms(positives, log_of_sum(sums) - shift, sums.detach() == 0)
 
 
 def _forward(
@@ -113,6 +115,27 @@ def _backward(
     exchange: Exchange,
 ) -> tuple[Tensor, Tensor]:
     """dz, dt: the pair (i, k) weighs g_i + g_k, as a term of both rows' sums."""
+    inv_norm, pulls = _pulls(z, inv_temperature, shift, groups, sum_grads, topology, impl, others, exchange)
+    implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
+    dz, dots = implementation.finish(z, inv_norm, pulls, inv_temperature, positive_grads)
+    assert dots is not None
+    # `self`: summed over all rows, each pair's slope stands there twice.
+    slope = sum_wide(counted_rows(dots, topology))
+    return dz, slope / 2 if topology == "self" else slope
+
+
+def _pulls(
+    z: Tensor,
+    inv_temperature: Tensor,
+    shift: Tensor,
+    groups: Tensor | None,
+    sum_grads: Tensor,
+    topology: str,
+    impl: str,
+    others: list[Side],
+    exchange: Exchange,
+) -> tuple[Tensor, Tensor]:
+    """inv_norm [V, B] and pulls [V, B, D]. A function of its own: u is free again when dz is made."""
     implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
     u, inv_norm, _ = implementation.normalize(z, inv_temperature)  # one more pass over z is cheaper than keeping u
     rows = Side(
@@ -122,15 +145,12 @@ def _backward(
         pulls=inv_norm.new_zeros(z.shape),
     )
     assert rows.weights is not None
+    assert rows.pulls is not None
     weights = exchange.blocks(rows.weights)
     columns = (Side(u=s.u, groups=s.groups, weights=g) for s, g in zip([rows, *others], weights, strict=True))
     for side, other, own in meetings(rows, columns, topology):
         implementation.accumulate(side, other, _term(inv_temperature, shift), own)
-    dz, dots = implementation.finish(z, inv_norm, rows.pulls, inv_temperature, positive_grads)
-    assert dots is not None
-    # `self`: summed over all rows, each pair's slope stands there twice.
-    slope = sum_wide(counted_rows(dots, topology))
-    return dz, slope / 2 if topology == "self" else slope
+    return inv_norm, rows.pulls
 
 
 @torch.library.custom_op("fastssl::partition_terms", mutates_args=())

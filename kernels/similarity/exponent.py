@@ -12,26 +12,42 @@ _HEADROOM = 40.0
 _MAX_NARROW = 9.0  # e^{+-9} are normal numbers of fp16, which ends at 6.1e-5 and 65504
 
 
-def scalar(x: float | Tensor, z: Tensor) -> Tensor:
-    """x as a 0-dim tensor on z's device, fp64 for fp64 z, else fp32; a tensor keeps its graph."""
+def scalar(x: float | Tensor, z: Tensor, *, name: str = "inv_temperature") -> Tensor:
+    """x as a 0-dim tensor on z's device, fp64 for fp64 z, else fp32; a tensor keeps its graph.
+
+    Raises:
+        ValueError: A tensor of more or less than one element; `name` is in the text.
+    """
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     if isinstance(x, Tensor):
+        if x.numel() != 1:
+            raise ValueError(f"{name} must have one element, got {list(x.shape)}")
         return x.to(z.device, dtype).reshape(())
     return torch.full((), x, dtype=dtype, device=z.device)
 
 
-def check_inv_temperature(inv_temperature: float | Tensor, *, of_exp: bool) -> None:
+def check_inv_temperature(inv_temperature: float | Tensor, *, of_exp: bool, name: str = "inv_temperature") -> None:
     """Refuse a number that is not > 0, or, for an exponential, at which e^{s t} leaves fp32; tensors are not looked at.
 
     Raises:
-        ValueError: Says so.
+        ValueError: Says so; `name` is in the text.
     """
     if isinstance(inv_temperature, Tensor):
         return
     if not (math.isfinite(inv_temperature) and inv_temperature > 0):
-        raise ValueError(f"inv_temperature must be finite and > 0, got {inv_temperature}")
+        raise ValueError(f"{name} must be finite and > 0, got {inv_temperature}")
     if of_exp and inv_temperature > MAX_EXP_INV_TEMPERATURE:
-        raise ValueError(f"inv_temperature must be <= {MAX_EXP_INV_TEMPERATURE:g} for exp, got {inv_temperature}")
+        raise ValueError(f"{name} must be <= {MAX_EXP_INV_TEMPERATURE:g} for exp, got {inv_temperature}")
+
+
+def check_bias(bias: float | Tensor) -> None:
+    """Refuse a number that is not finite; tensors are not looked at.
+
+    Raises:
+        ValueError: Says so.
+    """
+    if not isinstance(bias, Tensor) and not math.isfinite(bias):
+        raise ValueError(f"bias must be finite, got {bias}")
 
 
 def exp_shift(inv_temperature: Tensor) -> Tensor:

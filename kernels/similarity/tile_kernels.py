@@ -91,43 +91,43 @@ def _visit(
 
 
 @triton.jit
-def _store(pointers, x, mask, ADDS: tl.constexpr):
-    if ADDS:
-        x += tl.load(pointers, mask=mask, other=0.0)
+def _store(pointers, x, mask, adds):
+    """adds: to what is there, else it is overwritten."""
+    x += tl.load(pointers, mask=mask & adds, other=0.0)
     tl.store(pointers, x, mask=mask)
 
 
 @triton.jit
-def _store_wide(
-    pointers, x, start, is_row, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, ADDS: tl.constexpr
-):
+def _store_wide(pointers, x, start, is_row, adds, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
     """Columns start .. start + WIDTH of rows, at most PART at a time: what is added to needs registers as well."""
     if WIDTH > PART:
         HALF: tl.constexpr = WIDTH // 2
         low, high = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
-        _store_wide(pointers, low, start, is_row, D, HALF, PART, ADDS)
-        _store_wide(pointers, high, start + HALF, is_row, D, HALF, PART, ADDS)
+        _store_wide(pointers, low, start, is_row, adds, D, HALF, PART)
+        _store_wide(pointers, high, start + HALF, is_row, adds, D, HALF, PART)
     else:
         d = start + tl.arange(0, WIDTH)
-        _store(pointers[:, None] + d[None, :], x, is_row[:, None] & (d < D)[None, :], ADDS)
+        _store(pointers[:, None] + d[None, :], x, is_row[:, None] & (d < D)[None, :], adds)
 
 
 @triton.jit(do_not_specialize=["num_samples", "own_row", "own_rows", "own_column", "own_columns", "num_blocks"])
 def one_pass_rows(
     rows, columns, inv_temperature, bias, row_groups, column_groups, row_weights, column_weights,
-    sums, slopes, pulls, num_samples, num_blocks, own_row, own_rows, own_column, own_columns,
+    sums, slopes, pulls, sum_parts, slope_parts, pull_parts,
+    num_samples, num_blocks, own_row, own_rows, own_column, own_columns,
     row_groups_stride, column_groups_stride, row_weights_stride, column_weights_stride,
-    sums_stride, slopes_stride, pulls_stride, pulls_stride_row, split_stride, split_stride_pulls,
+    sums_stride, slopes_stride, pulls_stride, pulls_stride_row,
     KIND: tl.constexpr, WIDE: tl.constexpr, WEIGHTED: tl.constexpr, GROUPS: tl.constexpr,
-    SUMS: tl.constexpr, SLOPES: tl.constexpr, PULLS: tl.constexpr, ADDS: tl.constexpr,
+    SUMS: tl.constexpr, SLOPES: tl.constexpr, PULLS: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     STAGES: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks x tiles of a block, SPLIT).
 
     Row blocks own_row .. + own_rows and column blocks own_column .. + own_columns are of the same samples. Strides
-    are from block to block unless named otherwise. ADDS: add to sums, slopes and pulls, else (SPLIT > 1) write this
-    share's part, split_stride(_pulls) further for each share. WIDE: `exp` with a wide range and no weights.
+    are from block to block unless named otherwise. Share 0 adds to sums, slopes and pulls; PARTS (SPLIT > 1): share
+    s > 0 writes the dense sum_parts[s - 1] [row blocks, B], slope_parts likewise, and pull_parts[s - 1]
+    [row blocks, B, D]. WIDE: `exp` with a wide range and no weights.
     """
     num_row_tiles = tl.cdiv(num_samples, ROWS)
     num_column_tiles = tl.cdiv(num_samples, COLUMNS)
@@ -207,17 +207,26 @@ def one_pass_rows(
     elif KIND == SQUARE:
         value_unit /= l_scale * l_scale
         slope_unit *= 2 / l_scale
-    at = block.to(tl.int64) * sums_stride + split.to(tl.int64) * split_stride + i
+    adds = split == 0
+    part = ((split.to(tl.int64) - 1) * (tl.num_programs(0) // num_row_tiles) + block) * num_samples  # its first row
     if SUMS:
-        _store(sums + at, tl.sum(value_sums, 1) * value_unit, is_row, ADDS)
+        at = sums + block.to(tl.int64) * sums_stride
+        if PARTS:
+            at = tl.where(adds, at, sum_parts + part)
+        _store(at + i, tl.sum(value_sums, 1) * value_unit, is_row, adds)
     if SLOPES:
-        at = block.to(tl.int64) * slopes_stride + split.to(tl.int64) * split_stride + i
+        at = slopes + block.to(tl.int64) * slopes_stride
+        if PARTS:
+            at = tl.where(adds, at, slope_parts + part)
         total = tl.sum(value_sums if ONE_SUM else slope_sums, 1)
-        _store(slopes + at, total * slope_unit, is_row, ADDS)
+        _store(at + i, total * slope_unit, is_row, adds)
     if PULLS:
         if WEIGHTED:
             slope_unit *= pow2(top - TOP)
         acc *= (slope_unit / tl.sqrt_rn(t * LOG2_E))[:, None]
-        start = block.to(tl.int64) * pulls_stride + split.to(tl.int64) * split_stride_pulls
-        at = pulls + (start + i.to(tl.int64) * pulls_stride_row)
-        _store_wide(at, acc, 0, is_row, D, WIDTH, WIDTH if INTERP else 32, ADDS)
+        at = pulls + block.to(tl.int64) * pulls_stride
+        stride_row = pulls_stride_row
+        if PARTS:
+            at = tl.where(adds, at, pull_parts + part * D)
+            stride_row = tl.where(adds, stride_row, D)
+        _store_wide(at + i.to(tl.int64) * stride_row, acc, 0, is_row, adds, D, WIDTH, WIDTH if INTERP else 32)

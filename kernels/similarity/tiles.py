@@ -16,8 +16,8 @@ from kernels.similarity.tile_kernels import one_pass_rows
 __all__ = ["MAX_TILE_WIDTH", "accumulate_tiles"]
 
 MAX_TILE_WIDTH = 256
-# Partial pulls of all shares of the columns: what a batch too small to fill the device may take.
-MAX_SPLIT_BYTES = 32 * 2**20
+# Pulls of the shares after the first, which a batch too small to fill the device may take beside rows and pulls.
+MAX_SPLIT_BYTES = 8 * 2**20
 MAX_SPLITS = 16
 
 
@@ -78,29 +78,25 @@ def accumulate_tiles(
         _num_slots(rows.u.device, config),
         0 if rows.pulls is None else rows.pulls.numel() * rows.pulls.element_size(),
     )
-    adds = num_splits == 1
-    totals = (rows.sums, rows.slopes, rows.pulls)
-    wanted = [x if x is None or adds else x.new_empty(num_splits, *x.shape) for x in totals]
-    sums, slopes, pulls = wanted
-    block_dim = 0 if adds else 1
+    sums, slopes, pulls = totals = (rows.sums, rows.slopes, rows.pulls)
+    has_parts = num_splits > 1
+    parts = [x.new_empty(num_splits - 1, *x.shape) if x is not None and has_parts else None for x in totals]
     cast(Any, one_pass_rows)[num_programs, num_splits](
         _descriptor(rows.u, config.rows, width), _descriptor(columns.u, config.columns, width),
-        term.inv_temperature, term.bias, *groups, *weights, sums, slopes, pulls,
+        term.inv_temperature, term.bias, *groups, *weights, *totals, *parts,
         num_samples, num_blocks, *own_rows, *own_columns,
-        *(0 if x is None else x.stride(0) for x in (*groups, *weights)),
-        *(0 if x is None else x.stride(block_dim) for x in wanted),
-        0 if pulls is None else pulls.stride(block_dim + 1),
-        0 if adds else num_views * num_samples, 0 if adds or pulls is None else pulls.stride(0),
+        *(0 if x is None else x.stride(0) for x in (*groups, *weights, *totals)),
+        0 if pulls is None else pulls.stride(1),
         KIND=KINDS[term.kind], WIDE=term.kind == "exp" and term.wide_range and not has_weights,
         WEIGHTED=has_weights, GROUPS=has_groups,
-        SUMS=sums is not None, SLOPES=slopes is not None, PULLS=pulls is not None, ADDS=adds,
+        SUMS=sums is not None, SLOPES=slopes is not None, PULLS=pulls is not None, PARTS=has_parts,
         ROWS=config.rows, COLUMNS=config.columns, D=padded if pulls is None else pulls.shape[-1], WIDTH=width,
         STAGES=config.stages, INTERP=INTERPRETED, num_warps=config.num_warps,
     )  # fmt: skip
-    if not adds:
-        for total, parts in zip(totals, wanted, strict=True):
-            if total is not None and parts is not None:
-                total += parts.sum(0)
+    for total, shares in zip(totals, parts, strict=True):
+        if total is not None and shares is not None:
+            for share in shares:  # one by one: their sum would be another tensor of the pulls' size
+                total += share
 
 
 def choose_splits(num_programs: int, num_column_tiles: int, num_slots: int, pulls_bytes: int) -> int:
@@ -110,14 +106,14 @@ def choose_splits(num_programs: int, num_column_tiles: int, num_slots: int, pull
         num_programs: Programs of one share.
         num_column_tiles: What there is to share.
         num_slots: Programs that the device runs at a time.
-        pulls_bytes: What one share's pulls take.
+        pulls_bytes: What one share's pulls take; those of the first are the accumulator itself.
     """
 
     def busy(num_splits: int) -> float:  # a share costs a write and a read of its pulls: 2 % as a guess
         programs = num_programs * num_splits
         return programs / (_ceil_div(programs, num_slots) * num_slots) - 0.02 * num_splits
 
-    most = min(MAX_SPLITS, max(1, num_column_tiles // 4), max(1, MAX_SPLIT_BYTES // max(1, pulls_bytes)))
+    most = min(MAX_SPLITS, max(1, num_column_tiles // 4), 1 + MAX_SPLIT_BYTES // max(1, pulls_bytes))
     return max(range(1, most + 1), key=busy)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.gram_loss.terms
 from kernels.gram_loss import gram_terms, quadratic_loss, spectral_loss
 from kernels.pair_loss import pair_terms
 from tests.kernels.pairs import assert_same_with_grads, is_negative, is_positive, random_rows, similarities
@@ -103,6 +104,16 @@ def test_rows_of_no_length_are_finite() -> None:
     torch.testing.assert_close(grad[0, 1], -2 / 4 * z[1, 1].detach() / longest.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_auto_sees_the_dtype_of_z_and_not_of_the_shortened_rows(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for module in (kernels.gram_loss, kernels.gram_loss.terms):
+        choose = module.choose_impl
+        monkeypatch.setattr(module, "choose_impl", lambda impl, z, c=choose: seen.append((impl, z.dtype)) or c(impl, z))
+    spectral_loss(random_rows(2, 4, 3).to(dtype))
+    assert [z_dtype for impl, z_dtype in seen if impl == "auto"] == [dtype]
+
+
 @pytest.mark.parametrize(
     ("function", "change", "message"),
     [
@@ -112,7 +123,14 @@ def test_rows_of_no_length_are_finite() -> None:
         (spectral_loss, {"z": torch.zeros(4, 3)}, r"z must be \[views, samples, width\]"),
         (spectral_loss, {"impl": "cuda"}, "impl must be one of auto"),
         (quadratic_loss, {"inv_temperature": 0.0}, "inv_temperature must be finite and > 0"),
-        (quadratic_loss, {"positive_inv_temperature": -1.0}, "inv_temperature must be finite and > 0"),
+        (quadratic_loss, {"positive_inv_temperature": -1.0}, "^positive_inv_temperature must be finite and > 0"),
+        (quadratic_loss, {"inv_temperature": torch.tensor(2.0)}, "^inv_temperature must be a number"),
+        (quadratic_loss, {"positive_inv_temperature": torch.tensor(2.0)}, "^positive_inv_temperature must be a number"),
+        (
+            spectral_loss,
+            {"z": torch.zeros(2, 1, 4)},
+            "z must have at least two samples over all ranks, got 1 on 1 rank",
+        ),
         (quadratic_loss, {"topology": "ring"}, "topology must be one of self, cross"),
     ],
 )

@@ -213,6 +213,36 @@ def test_the_exponential_is_finite_at_every_temperature_that_a_config_allows(row
         assert all(x.isfinite().all() for x in (value, *torch.autograd.grad(value, leaves)))
 
 
+@pytest.mark.parametrize("topology", ["self", "cross"])
+@pytest.mark.parametrize("b", [-300.0, 50.0, 1000.0])
+def test_jensen_takes_any_bias(b: float, topology) -> None:
+    """e^{t s + b} leaves fp32, its logarithm does not."""
+
+    def value_and_grads(z: Tensor, impl) -> tuple[Tensor, ...]:
+        leaves = [z.clone().requires_grad_(), *(torch.tensor(x, dtype=z.dtype, requires_grad=True) for x in (5.0, b))]
+        settings = {"negatives": "jensen", "topology": topology, "impl": impl}
+        value = pair_loss(leaves[0], inv_temperature=leaves[1], bias=leaves[2], **settings)
+        by_number = pair_loss(leaves[0], inv_temperature=5.0, bias=b, **settings)
+        assert torch.equal(value, by_number)
+        return (value.detach(), *torch.autograd.grad(value, leaves))
+
+    z = random_rows(2, 16, 8)
+    exact = value_and_grads(z, "reference")
+    s = similarities(z)
+    mean = torch.logsumexp(5 * s[is_negative(z, topology)], 0) - math.log(int(is_negative(z, topology).sum()))
+    torch.testing.assert_close(exact[0], -5 * s[is_positive(z)].mean() - F.logsigmoid(-mean - b))
+    for actual, expected in zip(value_and_grads(z.float(), "chunked"), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_exp_of_a_large_bias_is_right_as_long_as_the_loss_is_a_number_of_fp32() -> None:
+    z = random_rows(2, 16, 8)
+    for b in (-60.0, 60.0, 80.0):
+        exact = pair_loss(z, negatives="exp", inv_temperature=5.0, bias=b, impl="reference")
+        ours = pair_loss(z.float(), negatives="exp", inv_temperature=5.0, bias=b)
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=1e-6)
+
+
 # -- refusals
 
 
@@ -231,7 +261,18 @@ def test_the_exponential_is_finite_at_every_temperature_that_a_config_allows(row
         ({"positives": "exp"}, "positives must be one of linear, softplus, got 'exp'"),
         ({"inv_temperature": 0.0}, "inv_temperature must be finite and > 0"),
         ({"inv_temperature": math.nan}, "inv_temperature must be finite and > 0"),
-        ({"positive_inv_temperature": -1.0}, "inv_temperature must be finite and > 0"),
+        ({"positive_inv_temperature": -1.0}, "^positive_inv_temperature must be finite and > 0, got -1"),
+        ({"bias": math.inf}, "bias must be finite, got inf"),
+        ({"bias": math.nan}, "bias must be finite, got nan"),
+        ({"inv_temperature": torch.ones(2)}, r"^inv_temperature must have one element, got \[2\]"),
+        ({"positive_inv_temperature": torch.ones(2)}, r"^positive_inv_temperature must have one element, got \[2\]"),
+        ({"bias": torch.ones(0)}, r"bias must have one element, got \[0\]"),
+        ({"groups": torch.zeros(4, dtype=torch.bool)}, r"groups must be integers \[4\], got \[4\] of torch.bool"),
+        (
+            {"groups": torch.zeros(4, dtype=torch.int64, device="meta")},
+            "groups must be on the device of z, cpu, got meta",
+        ),
+        ({"z": torch.zeros(2, 1, 4)}, "z must have at least two samples over all ranks, got 1 on 1 rank"),
         ({"inv_temperature": 100.0}, "inv_temperature must be <= 60 for exp, got 100"),
         ({"negatives": "jensen", "inv_temperature": 61.0}, "inv_temperature must be <= 60 for exp"),
         ({"impl": "cuda"}, "impl must be one of auto"),

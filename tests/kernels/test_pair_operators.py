@@ -1,5 +1,6 @@
 """The operators behind the losses over pairs: registration, torch.compile, autograd's rules, dtypes, layout, memory."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -144,14 +145,16 @@ def test_only_what_needs_a_gradient_gets_one(name: str) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts matrix products, and records the most elements of any tensor that an operation gave."""
+    """Counts matrix products, and records the names of operations and the most elements of a tensor they gave."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_products = self.num_elements = 0
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
         self.num_products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         if isinstance(result, Tensor):
             self.num_elements = max(self.num_elements, result.numel())
@@ -176,6 +179,32 @@ def operations(monkeypatch: pytest.MonkeyPatch, impl: str = "chunked") -> Iterat
         for terms in (kernels.pair_loss.terms, kernels.partition_loss.terms):
             patch.setattr(terms, "load_impl", lambda _: spy)
         yield mode
+
+
+WAITING = {"index", "_local_scalar_dense", "nonzero", "masked_select", "_unique2"}  # aten: a GPU's stream is waited for
+
+
+OF_MORE_VIEWS = ("exp", "jensen with groups", "nt_xent", "quadratic")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_views"), [*((name, 2) for name in LOSSES), *((name, 3) for name in OF_MORE_VIEWS)]
+)
+def test_nothing_waits_for_the_device(name: str, num_views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that is a list is copied to the device and waited for."""
+    _, t, b = inputs()
+    forward = kernels.gram_loss.terms._forward
+    with operations(monkeypatch) as mode:
+
+        def watched(*args):
+            with mode:
+                return forward(*args)
+
+        monkeypatch.setattr(kernels.gram_loss.terms, "_forward", watched)
+        with mode:
+            value_and_grads(LOSSES[name], [random_rows(num_views, 13, 6).requires_grad_(), t, b])
+    assert len(mode.names) > 10
+    assert not WAITING & mode.names
 
 
 PAIR_LOSSES = [name for name in LOSSES if name not in ("spectral", "quadratic")]
@@ -238,6 +267,26 @@ def test_moments_never_hold_the_matrix() -> None:
         kernels.gram_loss.terms._forward(z, 0.5, 1.0, True, "self", "chunked", True, kernels.gram_loss.terms.ALONE)
     assert mode.num_products > 0
     assert mode.num_elements == 2 * 300 * width
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "clip"])
+def test_unit_rows_are_free_when_the_gradient_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass of two passes holds pulls and dz then, as that of one pass does."""
+    alive, at_finish = weakref.WeakSet(), []
+
+    def normalize(*args):
+        rows = chunked.normalize(*args)
+        alive.add(rows.u)
+        return rows
+
+    def finish(*args):
+        at_finish.append(len(alive))
+        return chunked.finish(*args)
+
+    spy = SimpleNamespace(normalize=normalize, accumulate=chunked.accumulate, finish=finish)
+    monkeypatch.setattr(kernels.partition_loss.terms, "load_impl", lambda _: spy)
+    value_and_grads(LOSSES[name], inputs())
+    assert at_finish == [0]
 
 
 # -- dtypes and layout

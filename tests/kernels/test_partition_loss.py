@@ -139,6 +139,18 @@ def test_rows_without_negatives_leave_nt_xent_at_zero_and_finite() -> None:
             assert abs(value.item()) < 1e-30
 
 
+@pytest.mark.parametrize("form", ["dcl", "dclw"])
+def test_rows_without_negatives_add_their_positive_alone(form) -> None:
+    """All samples of one group: what is left is -w t s_p, in fp32 as in fp64."""
+    z = random_rows(2, 4, 3)
+    groups = torch.zeros(4, dtype=torch.int64)
+    s_p = F.cosine_similarity(z[0], z[1])
+    w = 1 if form == "dcl" else 2 - 4 * torch.softmax(s_p / 0.5, 0)
+    for rows in (z, z.float()):
+        value = partition_loss(rows, form=form, inv_temperature=2.0, groups=groups)
+        assert value.item() == pytest.approx(float((-w * 2.0 * s_p).mean()), rel=1e-6)
+
+
 # -- the range of the exponentials: temperature .01, learned, in fp32
 
 
@@ -172,6 +184,8 @@ def test_a_learned_temperature_of_one_hundredth_is_finite_and_near_fp64(form, ro
         ({"z": torch.zeros(3, 4, 3), "topology": "cross"}, "topology cross needs two views, got 3"),
         ({"topology": "ring"}, "topology must be one of self, cross"),
         ({"groups": torch.zeros(3, dtype=torch.int64)}, r"groups must be integers \[4\]"),
+        ({"inv_temperature": torch.ones(3)}, r"inv_temperature must have one element, got \[3\]"),
+        ({"z": torch.zeros(2, 1, 4)}, "z must have at least two samples over all ranks, got 1 on 1 rank"),
         ({"inv_temperature": -2.0}, "inv_temperature must be finite and > 0"),
         ({"inv_temperature": 100.0}, "inv_temperature must be <= 60 for exp, got 100"),
         ({"impl": "cuda"}, "impl must be one of auto"),

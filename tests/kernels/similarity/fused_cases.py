@@ -149,11 +149,45 @@ def test_shares_of_the_columns(kind: str, groups: bool, device: str, monkeypatch
     assert_three_way(Case(device=device, kind=kind, num_samples=17, num_blocks=3, own=1, width=16, groups=groups))
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_shares_are_added_to_accumulators(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to those whose blocks and rows lie apart; each share but the first has memory of its own."""
+    case = Case(kind="softplus", num_samples=33, num_blocks=3, own=1, width=16)
+    u = fused.normalize(make_inputs(case).column_z, torch.tensor(case.t)).u
+    found = []
+    for num_splits in (1, 3):
+        monkeypatch.setattr(tiles, "choose_splits", lambda *_, n=num_splits: n)
+        memory = torch.full((2, 2, 33, 2, 16), 2.0), torch.full((2, 2, 33), 3.0), torch.full((2, 2, 33), 4.0)
+        pulls, sums, slopes = (memory[0][:, 1, :, 0], *(x[:, 1] for x in memory[1:])) if apart else (
+            torch.full((2, 33, 16), 2.0), torch.full((2, 33), 3.0), torch.full((2, 33), 4.0)
+        )  # fmt: skip
+        fused.accumulate(Side(u=u[1:], sums=sums, slopes=slopes, pulls=pulls), Side(u=u), case.term(torch.float32), 1)
+        found.append((pulls, sums, slopes))
+        assert (memory[0][:, 0] == 2).all()
+        assert (memory[0][..., 1, :] == 2).all()
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_shares_fill_the_device() -> None:
     assert tiles.choose_splits(1024, 1024, 396, 2**25) == 1  # two shares would take more memory than they may
-    assert tiles.choose_splits(256, 256, 396, 2**23) == 3  # 768 programs in two rounds of 396
+    assert tiles.choose_splits(128, 128, 396, 2**22) == 3  # 384 programs in one round of 396
     assert tiles.choose_splits(8, 8, 396, 2**18) == 2  # at least four tiles each
     assert tiles.choose_splits(8, 1, 396, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_views", "most_mb"),
+    [(16384, 2, 13), (32768, 2, 26), (65536, 2, 51), (16384, 1, 21), (32768, 1, 34), (65536, 1, 51)],
+)
+def test_what_shares_take_beside_rows_and_pulls(num_rows: int, num_views: int, most_mb: int) -> None:
+    """u, pulls and the shares' parts at a width of 128 on 132 multiprocessors; one view at a time as `cross` has it."""
+    u_bytes, pulls_bytes = num_rows * 128 * 2, num_rows * 128 * 4
+    config = tiles.choose_config(128, weighted=False, groups=False, only_pulls=False)
+    num_programs = num_rows * num_views // 2 // config.rows
+    taken = pulls_bytes * num_views // 2
+    num_splits = tiles.choose_splits(num_programs, num_rows // config.columns, 132 * config.programs, taken)
+    assert u_bytes + pulls_bytes + (num_splits - 1) * taken <= most_mb * 1e6
 
 
 @pytest.mark.parametrize("width", [24, 300])

@@ -25,11 +25,11 @@ class TileCase(NamedTuple):
     wide: bool = False
     weighted: bool = False
     groups: bool = False
-    adds: bool = True
+    shares: bool = False
 
     def __str__(self) -> str:
         flags = [name for name in ("wide", "weighted", "groups") if getattr(self, name)]
-        return "-".join([self.kind, str(self.width), *flags, *self.wanted.split(), *([] if self.adds else ["share"])])
+        return "-".join([self.kind, str(self.width), *flags, *self.wanted.split(), *(["share"] if self.shares else [])])
 
 
 def compile_tiles(case: TileCase, folder: Path) -> tuple[MachineCode, float]:
@@ -42,7 +42,7 @@ def compile_tiles(case: TileCase, folder: Path) -> tuple[MachineCode, float]:
         "WIDE": case.wide,
         "WEIGHTED": case.weighted,
         "GROUPS": case.groups,
-        "ADDS": case.adds,
+        "PARTS": case.shares,
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "D": case.width,
@@ -57,6 +57,7 @@ def compile_tiles(case: TileCase, folder: Path) -> tuple[MachineCode, float]:
         "bias": "*fp32",
     }
     optional = {name: ("*fp32", wanted) for name, wanted in wants.items()}
+    optional |= {f"{name[:-1]}_parts": ("*fp32", wanted and case.shares) for name, wanted in wants.items()}
     for side in ("row", "column"):
         optional |= {f"{side}_groups": ("*i64", case.groups), f"{side}_weights": ("*fp32", case.weighted)}
     types |= {name: kind for name, (kind, given) in optional.items() if given}
@@ -92,7 +93,7 @@ QUICK = [
 SLOW = [
     TileCase("square", 128, 8.2),
     TileCase("softplus", 128, 14.9, wanted="sums slopes pulls"),
-    TileCase("softplus", 128, 13.9, adds=False),
+    TileCase("softplus", 128, 13.9, shares=True),
     TileCase("softplus", 128, 13.2, wanted="sums"),
     TileCase("exp", 128, 8.0, wide=True, wanted="sums"),
     TileCase("softplus", 128, 23.0, groups=True),
