@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from loss_providers import LOSSES, PROVIDERS, LossOf, NotInstalledError, build  # noqa: E402
+from loss_providers import LOSSES, PRODUCTS, PROVIDERS, LossOf, NotInstalledError, build  # noqa: E402
 from record import append_rows, environment_columns, format_table  # noqa: E402
 
 PACKAGES = ("torch", "triton", "numpy", "lightly", "siglip_kernel")
@@ -36,9 +37,9 @@ WIDTHS = {"cpu": [128], "cuda": [64, 128, 256, 768]}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 MAX_EXACT_ROWS = {"cpu": 8192, "cuda": 65536}  # the fp64 gradient of more would take longer than all else
 SECONDS = {"cpu": 4.0, "cuda": 0.3}  # of the repetitions of one provider in one cell
-COLUMNS = ("loss", "provider", "rows", "width", "ms_p20", "ms_p50", "ms_p80", "num_repetitions", "peak_mb")
+COLUMNS = ("loss", "provider", "products", "rows", "width", "ms_p20", "ms_p50", "ms_p80", "num_repetitions", "peak_mb")
 COLUMNS += ("tflop_per_s", "gb_per_s", "gradient_error", "note")
-SHOWN = ("loss", "rows", "width", "provider", "ms_p50", "peak_mb", "tflop_per_s", "gradient_error", "note")
+SHOWN = ("loss", "rows", "width", "provider", "products", "ms_p50", "peak_mb", "tflop_per_s", "gradient_error", "note")
 AXIS_LABELS = ("ms, forward + backward", "peak MB above inputs")
 OPERATIONS = {"softplus": 4, "exp": 4, "nt_xent": 6, "siglip": 6 / 4}  # times n^2 D
 
@@ -77,29 +78,40 @@ def _row(values: dict[str, Any]) -> dict[str, Any]:
 
 def measure_cell(args: argparse.Namespace, loss: str, num_rows: int, width: int, device: str) -> list[dict[str, Any]]:
     """A row for each provider, of n = num_rows rows of the width."""
+    torch._dynamo.reset()  # no cell takes the compiled code of another's shape
     cell = {"loss": loss, "rows": num_rows, "width": width}
     z = _inputs(num_rows, width, device)
     exact = exact_gradient(loss, z) if num_rows <= MAX_EXACT_ROWS[device] else None
     ready: dict[str, LossOf] = {}
     rows: dict[str, dict[str, Any]] = {}
     for provider in args.providers:
+        rows[provider] = cell | {"provider": provider, "products": PRODUCTS[provider]}
         try:
-            ready[provider] = build(provider, loss, device=device)
-            error, peak_bytes = gradient_error(ready[provider], z, exact), peak_memory(provider, loss, z)
-            rows[provider] = cell | {"provider": provider, "gradient_error": error, "peak_mb": peak_bytes / 1e6}
-        except NotInstalledError as error:
-            rows[provider] = cell | {"provider": provider, "note": f"not measured: {error}"}
-        except (torch.OutOfMemoryError, MemoryError):
-            rows[provider] = cell | {"provider": provider, "note": "not measured: out of memory"}
-        if "note" in rows[provider]:
-            ready.pop(provider, None)
+            loss_of = build(provider, loss, device=device)
+            error, peak_bytes = gradient_error(loss_of, z, exact), peak_memory(provider, loss, z)
+            rows[provider] |= {"gradient_error": error, "peak_mb": peak_bytes / 1e6}
+            ready[provider] = loss_of
+        except Exception as error:  # whatever it is, the other providers' figures stand
+            rows[provider] |= {"note": not_measured(error)}
         _free()
-    for provider, times_ms in measure_times(ready, z, args.seconds or SECONDS[device]).items():
+    times, notes = measure_times(ready, z, args.seconds or SECONDS[device])
+    for provider, note in notes.items():
+        rows[provider] |= {"note": note}
+    for provider, times_ms in times.items():
         p20, p50, p80 = quantiles(times_ms)
         tflop = OPERATIONS[loss] * num_rows**2 * width / 1e12
-        times = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "num_repetitions": len(times_ms)}
-        rows[provider] |= times | {"tflop_per_s": tflop / p50 * 1e3}
+        rows[provider] |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "num_repetitions": len(times_ms)}
+        rows[provider] |= {"tflop_per_s": tflop / p50 * 1e3}
     return [_row(row) for row in rows.values()]
+
+
+def not_measured(error: Exception) -> str:
+    """The note of a provider that could not be run: the first line of the reason."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "not measured: out of memory"
+    first_line = next(iter(str(error).splitlines()), "")
+    named = first_line if isinstance(error, NotInstalledError) else f"{type(error).__name__}: {first_line}"
+    return f"not measured: {named[:200]}"
 
 
 def _inputs(num_rows: int, width: int, device: str) -> Tensor:
@@ -127,16 +139,21 @@ def gradient_error(loss_of: LossOf, z: Tensor, exact: Tensor | None) -> float | 
 # -- time
 
 
-def measure_times(ready: dict[str, LossOf], z: Tensor, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each repetition; the providers take turns."""
+def measure_times(ready: dict[str, LossOf], z: Tensor, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds of each repetition; the providers take turns. And a note for each provider that failed meanwhile."""
     times: dict[str, list[float]] = {provider: [] for provider in ready}
+    notes: dict[str, str] = {}
     for _ in range(1000):
         waiting = [name for name, spent in times.items() if sum(spent) < seconds * 1e3 or len(spent) < 3]
         if not waiting:
             break
         for provider in waiting:
-            times[provider].append(_time_ms(lambda provider=provider: forward_backward(ready[provider], z), z))
-    return times
+            try:
+                times[provider].append(_time_ms(lambda provider=provider: forward_backward(ready[provider], z), z))
+            except Exception as error:  # as in measure_cell
+                notes[provider] = not_measured(error)
+                del times[provider]
+    return times, notes
 
 
 def _time_ms(call: Callable[[], object], z: Tensor) -> float:
@@ -167,7 +184,8 @@ def peak_memory(provider: str, loss: str, z: Tensor) -> int:
     CUDA: torch's allocator. CPU: the resident set of a process of its own, whose malloc gives freed blocks back.
 
     Raises:
-        MemoryError: The process was killed or ran out of memory.
+        MemoryError: The process was killed, as it is where memory ends.
+        RuntimeError: It failed; the text is its last line.
     """
     if z.is_cuda:
         _free()
@@ -179,8 +197,10 @@ def peak_memory(provider: str, loss: str, z: Tensor) -> int:
     command = [sys.executable, __file__, "--measure-peak", provider, loss, *map(str, (z.shape[1] * 2, z.shape[2]))]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if found.returncode < 0:
+        raise MemoryError
     if found.returncode:
-        raise MemoryError(found.stderr[-500:])
+        raise RuntimeError(found.stderr.strip().rpartition("\n")[2])
     return int(found.stdout)
 
 

@@ -64,15 +64,22 @@ def _ours(impl: Impl, loss: str, device: str) -> LossOf:
 
 def _eager(loss: str, device: str) -> LossOf:
     del device
-    return partial(_whole_matrix, loss)
+    return partial(_whole_matrix, loss, torch.float32)
 
 
-def _whole_matrix(loss: str, z: Tensor) -> Tensor:
-    u = F.normalize(z.float(), dim=2)
+def _eager_bf16(loss: str, device: str) -> LossOf:
+    if device == "cpu":
+        raise NotInstalledError("its products in bf16 are a GPU's")
+    return partial(_whole_matrix, loss, torch.bfloat16)
+
+
+def _whole_matrix(loss: str, products: torch.dtype, z: Tensor) -> Tensor:
+    """Rows are normalised, and logits become the loss, in fp32; `products` is the dtype of the products between."""
+    u = F.normalize(z.float(), dim=2).to(products)
     if loss == "siglip":
         return _siglip(u[0], u[1], torch.eye(z.shape[1], device=z.device))
     u = u.flatten(0, 1)
-    logits = INV_TEMPERATURE * (u @ u.T)
+    logits = INV_TEMPERATURE * (u @ u.T).float()
     own, partner = _own_and_partner(len(u), z.device)
     if loss == "nt_xent":
         return F.cross_entropy(logits.masked_fill(own, -math.inf), partner)
@@ -85,7 +92,7 @@ def _whole_matrix(loss: str, z: Tensor) -> Tensor:
 
 
 def _siglip(u_a: Tensor, u_b: Tensor, is_pair: Tensor) -> Tensor:
-    logits = INV_TEMPERATURE * (u_a @ u_b.T) + SIGLIP_BIAS
+    logits = INV_TEMPERATURE * (u_a @ u_b.T).float() + SIGLIP_BIAS
     return -F.logsigmoid((2 * is_pair - 1) * logits).sum() / len(u_a)
 
 
@@ -95,7 +102,20 @@ def _own_and_partner(num_rows: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _compiled(loss: str, device: str) -> LossOf:
-    return torch.compile(_eager(loss, device))
+    return _compile(_eager(loss, device))
+
+
+def _compiled_bf16(loss: str, device: str) -> LossOf:
+    return _compile(_eager_bf16(loss, device))
+
+
+def _compile(loss_of: LossOf) -> LossOf:
+    """For the shape it is called with: torch would go on with code for any shape, and after eight of them uncompiled.
+
+    All compiled forms share a function; `torch._dynamo.reset` before each cell keeps them below that number.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(loss_of, dynamic=False)
 
 
 # -- strips of rows, recomputed in backward, as open_clip's chunked SigLIP and many a memory-saving recipe
@@ -164,8 +184,15 @@ PROVIDERS: dict[str, Callable[[str, str], LossOf]] = {
     "fastssl fused": partial(_ours, "fused"),
     "fastssl chunked": partial(_ours, "chunked"),
     "eager": _eager,
+    "eager bf16": _eager_bf16,
     "torch.compile": _compiled,
+    "torch.compile bf16": _compiled_bf16,
     "strips + checkpoint": _checkpointed,
     "Lightly": _lightly,
     "siglip-kernel": _siglip_kernel,
 }
+
+# The dtype of the operands of a provider's products; sums are fp32. fp32 is IEEE's: torch's default is no TF32.
+PRODUCTS = dict.fromkeys(PROVIDERS, "float32")
+PRODUCTS |= {"fastssl fused": "float16", "eager bf16": "bfloat16", "torch.compile bf16": "bfloat16"}
+PRODUCTS |= {"Lightly": "as z", "siglip-kernel": "as z"}

@@ -11,18 +11,26 @@ from torch import Tensor
 
 
 def add_rows(
-    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    view: int,
+    own: list[int],
+    first: Tensor,
+    second: Tensor,
+    linear: float,
+    square: float,
+    pulls: Tensor | None,
+) -> Tensor:
     """See `kernels.gram_loss.terms.GramImplementation`."""
     num_views, num_rows, width = x.shape
-    sums, pulls = x.new_empty(num_rows), x.new_empty(num_rows, width)
+    sums = x.new_empty(num_rows)
     block, num_warps = choose_config(width)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors'
         cast(Any, _add_rows)[(triton.cdiv(num_rows, block),)](
             x, first.contiguous(), second.contiguous(), sums, pulls, linear, square, view, num_rows, width,
-            NUM_VIEWS=num_views, OWN=sum(1 << w for w in own), BM=block, BD=block, num_warps=num_warps,
+            NUM_VIEWS=num_views, OWN=sum(1 << w for w in own), PULLS=pulls is not None, BM=block, BD=block,
+            num_warps=num_warps,
         )  # fmt: skip
-    return sums, pulls
+    return sums
 
 
 def choose_config(width: int) -> tuple[int, int]:
@@ -44,6 +52,7 @@ def _add_rows(
     width,
     NUM_VIEWS: tl.constexpr,
     OWN: tl.constexpr,  # bit w: the rows of view w are in the moments
+    PULLS: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -68,14 +77,15 @@ def _add_rows(
         first = tl.load(first_ptr + d + column, mask=d + column < width, other=0.0)
         x_d = tl.load(rows + (d + column)[None, :], mask=inside, other=0.0)
         sums += tl.sum(x_d * (square * product + linear * first[None, :]), 1)
-        pulls = 2.0 * square * product + linear * first[None, :]
-        for w in tl.static_range(NUM_VIEWS):
-            if (OWN >> w) & 1:
-                others = x_ptr + (w * num_rows + row)[:, None] * width
-                s = _similarity(rows, others, is_row, column, width, BM, BD)
-                x_w = tl.load(others + (d + column)[None, :], mask=inside, other=0.0)
-                pulls -= (linear + 2.0 * square * s)[:, None] * x_w
-        tl.store(pulls_ptr + row[:, None] * width + (d + column)[None, :], pulls, mask=inside)
+        if PULLS:
+            pulls = 2.0 * square * product + linear * first[None, :]
+            for w in tl.static_range(NUM_VIEWS):
+                if (OWN >> w) & 1:
+                    others = x_ptr + (w * num_rows + row)[:, None] * width
+                    s = _similarity(rows, others, is_row, column, width, BM, BD)
+                    x_w = tl.load(others + (d + column)[None, :], mask=inside, other=0.0)
+                    pulls -= (linear + 2.0 * square * s)[:, None] * x_w
+            tl.store(pulls_ptr + row[:, None] * width + (d + column)[None, :], pulls, mask=inside)
     tl.store(sums_ptr + row, sums, mask=is_row)
 
 

@@ -29,9 +29,17 @@ class GramImplementation(Protocol):
     """The function of an implementation module."""
 
     def add_rows(
-        self, x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
-    ) -> tuple[Tensor, Tensor]:
-        """sum_{k in Neg(i)} f(s_ik) [B] and sum_{k in Neg(i)} f'(s_ik) x_k [B, D] of one view's rows.
+        self,
+        x: Tensor,
+        view: int,
+        own: list[int],
+        first: Tensor,
+        second: Tensor,
+        linear: float,
+        square: float,
+        pulls: Tensor | None,
+    ) -> Tensor:
+        """sum_{k in Neg(i)} f(s_ik) [B] of one view's rows, and sum_{k in Neg(i)} f'(s_ik) x_k into `pulls`.
 
         Args:
             x: The rows of this rank [V, B, D], fp32 or fp64, contiguous.
@@ -41,6 +49,7 @@ class GramImplementation(Protocol):
             second: M [D, D].
             linear: c1.
             square: c2.
+            pulls: [B, D], contiguous, overwritten; None: not wanted.
         """
         ...
 
@@ -66,8 +75,8 @@ def gram_terms(
         unit: Whether the rows are normalised first.
         topology: See `pair_terms`.
         exchange: The other ranks; their z has the same shape.
-        impl: "reference" sums over pairs; "chunked" is torch's products; "fused" makes the sums and the gradient of a
-            row in one kernel (TF32 products).
+        impl: "chunked" is torch's products, "reference" the same equations without in-place work; "fused" makes the
+            sums and the gradient of a row in one kernel (TF32 products).
 
     Raises:
         ValueError: Shapes, dtypes or choices do not fit.
@@ -98,13 +107,14 @@ def _forward(
         x, inv_norm, positives = _rows(z, unit)
         first = exchange.sum_(x.sum(1))
         second = exchange.sum_(x.mT @ x)
-        sums, pulls = torch.empty_like(inv_norm), torch.empty_like(x)
+        sums, pulls = torch.empty_like(inv_norm), torch.empty_like(x) if with_grad else x.new_empty(0)
         for v in range(len(x)):
             others = list(range(len(x))) if topology == "self" else [1 - v]
             moments = (m.sum(0) if topology == "self" else m[1 - v] for m in (first, second))
-            sums[v], pulls[v] = implementation.add_rows(x, v, others, *moments, linear, square)
+            view_pulls = pulls[v] if with_grad else None
+            sums[v] = implementation.add_rows(x, v, others, *moments, linear, square, view_pulls)
     total = sum_wide(counted_rows(sums, topology))
-    return positives, total, inv_norm, pulls if with_grad else x.new_empty(0)
+    return positives, total, inv_norm, pulls
 
 
 def _rows(z: Tensor, unit: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -219,12 +219,15 @@ class _AcrossRanks(torch.autograd.Function):
         exchange: Exchange,
     ) -> tuple[Tensor, Tensor]:
         positives, sums, others = _forward(z, inv_temperature, shift, groups, *choices, exchange)  # pyright: ignore
-        ctx.save_for_backward(z, inv_temperature, shift, groups)
-        ctx.choices, ctx.others, ctx.exchange = choices, others, exchange
+        gathered = [x for side in others for x in (side.u, side.groups)]  # saved: free once the gradient is made
+        ctx.save_for_backward(z, inv_temperature, shift, groups, *gathered)
+        ctx.choices, ctx.exchange = choices, exchange
         return positives, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, positive_grads: Tensor, sum_grads: Tensor) -> tuple:  # pyright: ignore
-        dz, dt = _backward(*ctx.saved_tensors, positive_grads, sum_grads, *ctx.choices, ctx.others, ctx.exchange)  # pyright: ignore
+        inputs, gathered = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        others = [Side(u=u, groups=groups) for u, groups in zip(gathered[::2], gathered[1::2], strict=True)]
+        dz, dt = _backward(*inputs, positive_grads, sum_grads, *ctx.choices, others, ctx.exchange)  # pyright: ignore
         return dz, dt, *[None] * 4

@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,9 @@ from kernels.similarity.rows import finish, normalize
 
 __all__ = ["TILE_ROWS", "accumulate", "finish", "normalize"]
 
-# R and C at most. CPU: three fp32 buffers of 4 MiB (512 is 20 % slower, 2048 takes more memory and is no faster).
-# GPU: enough pairs to fill the device; not measured yet.
-TILE_ROWS = {"cpu": 1024, "cuda": 8192}
+# R and C at most. CPU: up to three fp32 buffers of 4 MiB (512 is 20 % slower, 2048 takes more memory and is no faster).
+# GPU: the same of 64 MiB, enough pairs to fill the device; not measured yet.
+TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
 class _Tile(NamedTuple):
@@ -34,14 +34,12 @@ def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
     buffers = _Buffers(rows.u)
     with torch.autocast(rows.u.device.type, enabled=False):
         for i, k in _tile_pairs(rows.u, columns.u, symmetric):
-            logits = buffers.take(0, i, k)
+            logits = buffers.take("logits", (i.rows.stop - i.rows.start, k.rows.stop - k.rows.start))
             torch.mm(rows.u[i.block, i.rows], columns.u[k.block, k.rows].T, out=logits)
             logits.mul_(term.inv_temperature).add_(term.bias)
             excluded = _excluded(rows, columns, i, k, own)
             needs_values = rows.sums is not None or columns.sums is not None
-            values, slopes = _values_and_slopes(
-                logits, buffers.take(1, i, k), buffers.take(2, i, k), term.kind, needs_values, needs_slopes
-            )
+            values, slopes = _values_and_slopes(logits, buffers, term.kind, needs_values, needs_slopes)
             if values is not None:
                 _exclude(values, excluded)
             if slopes is not None and slopes is not values:
@@ -60,15 +58,17 @@ def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
 
 
 class _Buffers:
-    """Three buffers of the size of the largest tile, used again for each."""
+    """Memory of the size of the largest tile for each name that is asked for, used again for each tile."""
 
     def __init__(self, like: Tensor) -> None:
-        num_rows = min(like.shape[1], _tile_rows(like))
-        self._memory = like.new_empty(3, num_rows * num_rows)
+        self._like = like
+        self._num_elements = min(like.shape[1], _tile_rows(like)) ** 2
+        self._memory: dict[str, Tensor] = {}
 
-    def take(self, index: int, i: _Tile, k: _Tile) -> Tensor:
-        shape = (i.rows.stop - i.rows.start, k.rows.stop - k.rows.start)
-        return self._memory[index, : shape[0] * shape[1]].view(shape)
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        if name not in self._memory:
+            self._memory[name] = self._like.new_empty(self._num_elements)
+        return self._memory[name][: shape[0] * shape[1]].view(shape[0], shape[1])
 
 
 def _tile_rows(u: Tensor) -> int:
@@ -109,19 +109,20 @@ def _exclude(x: Tensor, excluded: Tensor | str | None) -> None:
 
 
 def _values_and_slopes(
-    logits: Tensor, spare: Tensor, spare2: Tensor, kind: Kind, needs_values: bool, needs_slopes: bool
+    logits: Tensor, buffers: _Buffers, kind: Kind, needs_values: bool, needs_slopes: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """f and f' of a tile, in the three buffers; `exp` gives the same tensor twice."""
+    """f and f' of a tile, in the buffers, the logits' among them; `exp` gives the same tensor twice."""
     if kind == "exp":
         values = logits.exp_()
         return values, values
     if kind == "square":
-        values = torch.square(logits, out=spare) if needs_values else None
+        values = torch.square(logits, out=buffers.take("values", logits.shape)) if needs_values else None
         return values, logits.mul_(2)
-    slopes = torch.sigmoid(logits, out=spare2) if needs_slopes else None
+    slopes = torch.sigmoid(logits, out=buffers.take("slopes", logits.shape)) if needs_slopes else None
     values = None
     if needs_values:  # max(l, 0) + log(1 + e^{-|l|}): no overflow
-        values = torch.abs(logits, out=spare).neg_().exp_().log1p_().add_(logits.clamp_(min=0))
+        values = torch.abs(logits, out=buffers.take("values", logits.shape))
+        values = values.neg_().exp_().log1p_().add_(logits.clamp_(min=0))
     return values, slopes
 
 

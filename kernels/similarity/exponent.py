@@ -53,8 +53,10 @@ def check_bias(bias: float | Tensor) -> None:
 def exp_shift(inv_temperature: Tensor) -> Tensor:
     """A number b for sums of e^{t s + b} that neither overflow nor vanish in fp32, without a gradient: 40 - t.
 
-    Sums of 10^7 terms stay below 3e24. A term is a normal number down to s = 1 - 127 / t: always up to t = 60, and at
-    t = 100 (a learned temperature) down to s = -.27; no row of a batch has all its negatives below that.
+    Sums of 10^7 terms stay below 3e24. A term is a normal number while t (1 - s) < 127: always up to t = 60. Beyond (a
+    learned temperature) a row is right while that holds for its most similar negative, as terms far below the largest
+    add nothing: at t = 100 above s = -.27. A row all of whose negatives are below that, as of one sample opposite to
+    the rest, first loses digits, and by t (1 - s) = 144 its sum is 0, and its share of the gradient with it.
     """
     return _HEADROOM - inv_temperature.detach()
 

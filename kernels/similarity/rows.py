@@ -15,10 +15,10 @@ EPS = 1e-12  # of torch.nn.functional.normalize: rows shorter than this are divi
 def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
     """See `kernels.similarity.Implementation`."""
     del inv_temperature  # these forms multiply the similarities by it
-    z = widen(z)
-    inv_norm = torch.linalg.vector_norm(z, dim=2).clamp_min(EPS).reciprocal()
-    u = z * inv_norm[..., None]
-    positives = [(u[v] * u[w]).sum(1) for v, w in view_pairs(len(z))]
+    wide = widen(z)
+    inv_norm = torch.linalg.vector_norm(wide, dim=2).clamp_min(EPS).reciprocal()
+    u = _unit(z, wide, inv_norm)
+    positives = [_dot(u[v], u[w]) for v, w in view_pairs(len(z))]
     return Rows(u.contiguous(), inv_norm, torch.stack(positives) if positives else inv_norm.new_empty(0, z.shape[1]))
 
 
@@ -26,7 +26,7 @@ def finish(
     z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.similarity.Implementation`."""
-    u = widen(z) * inv_norm[..., None]
+    u = _unit(z, widen(z), inv_norm)
     dots = None if pulls is None else _dot(u, pulls)
     du = torch.zeros_like(u) if pulls is None else pulls * pull_scale
     for (v, w), grads in zip(view_pairs(len(z)), positive_grads, strict=True):
@@ -35,6 +35,12 @@ def finish(
     radial = _dot(u, du)
     du.addcmul_(radial[..., None], u, value=-1).mul_(inv_norm[..., None])
     return du.to(z.dtype), dots
+
+
+def _unit(z: Tensor, wide: Tensor, inv_norm: Tensor) -> Tensor:
+    """u, in the memory of the widened z where that is a copy."""
+    inv_norm = inv_norm[..., None]
+    return wide * inv_norm if wide.dtype == z.dtype else wide.mul_(inv_norm)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

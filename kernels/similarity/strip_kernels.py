@@ -17,14 +17,13 @@ def pair_strip(
     slopes, slopes_stride, row_parts, column_parts, row_slope_parts, column_slope_parts,
     num_rows, num_columns, width, diagonal,
     KIND: tl.constexpr, WEIGHTED: tl.constexpr, GROUPS: tl.constexpr,
-    SUMS: tl.constexpr, SLOPES: tl.constexpr, PULLS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, tiles of columns).
 
     Writes slopes [R, C], those of `softplus` times 2^TOP, and for each tile the sums along its columns
-    (row_parts [tiles of columns, R]) and along its rows (column_parts [tiles of rows, C]), to be added in order.
-    diagonal: row i and column i of the strip are the same sample.
+    (row_parts [tiles of columns, R]) and along its rows (column_parts [tiles of rows, C]), to be added in order; what
+    is None is not made. diagonal: row i and column i of the strip are the same sample.
     """
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -62,12 +61,14 @@ def pair_strip(
 
     row_at = tl.program_id(1) * num_rows + i
     column_at = tl.program_id(0) * num_columns + k
-    if SUMS:
+    if row_parts is not None:
         tl.store(row_parts + row_at, tl.sum(values, 1), mask=is_row)
+    if column_parts is not None:
         tl.store(column_parts + column_at, tl.sum(values, 0), mask=is_column)
-    if SLOPES:
+    if row_slope_parts is not None:
         tl.store(row_slope_parts + row_at, tl.sum(g, 1), mask=is_row)
+    if column_slope_parts is not None:
         tl.store(column_slope_parts + column_at, tl.sum(g, 0), mask=is_column)
-    if PULLS:
+    if slopes is not None:
         at = i.to(tl.int64)[:, None] * slopes_stride + k[None, :]
         tl.store(slopes + at, g.to(slopes.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])

@@ -42,7 +42,8 @@ def accumulate_strips(rows: Side, columns: Side, term: Term, own: int | None) ->
     weighted = rows.weights is not None and columns.weights is not None
     scaled = weighted or term.kind == "square" or (term.kind == "exp" and term.wide_range)
     step = min(rows.u.shape[1], _strip_rows(scaled))
-    scratch = _Scratch(rows.u, step, scaled)
+    has_pulls = rows.pulls is not None or columns.pulls is not None
+    scratch = _Scratch(rows.u, step, scaled) if has_pulls else None
     slope_unit = 2.0**-TOP.value if term.kind == "softplus" else 1.0
     pull_unit = slope_unit * (term.inv_temperature * LOG2_E.value).rsqrt()
     with torch.autocast(rows.u.device.type, enabled=False):
@@ -51,11 +52,13 @@ def accumulate_strips(rows: Side, columns: Side, term: Term, own: int | None) ->
             diagonal = own is not None and own <= k.block < own + len(rows.u) and i.rows == k.rows
             sums, slope_sums = _run(rows, i, columns, k, term, diagonal, scratch)
             _add(rows, i, sums[0], slope_sums[0], slope_unit)
-            _pull(rows, i, k.of(columns.u), scratch.slopes, scratch.operand, pull_unit)
+            if scratch is not None:
+                _pull(rows, i, k.of(columns.u), scratch.slopes, scratch.operand, pull_unit)
             if symmetric and i == k:  # the strip has each of these pairs twice: its rows alone are complete
                 continue
             _add(columns, k, sums[1], slope_sums[1], slope_unit)
-            _pull(columns, k, i.of(rows.u), scratch.slopes.T, scratch.operand.T, pull_unit)
+            if scratch is not None:
+                _pull(columns, k, i.of(rows.u), scratch.slopes.T, scratch.operand.T, pull_unit)
 
 
 def _strip_rows(scaled: bool) -> int:
@@ -94,28 +97,28 @@ class _Scratch:
 
 
 def _run(
-    rows: Side, i: _Strip, columns: Side, k: _Strip, term: Term, diagonal: bool, scratch: _Scratch
+    rows: Side, i: _Strip, columns: Side, k: _Strip, term: Term, diagonal: bool, scratch: _Scratch | None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Slopes into the scratch memory; partial sums of values and of slopes, for the rows and for the columns."""
+    """Slopes into the scratch memory; partial sums of values and of slopes, for each side that asks for them."""
     block_r, block_c, step, num_warps, stages = CONFIG
     u_i, u_k = i.of(rows.u), k.of(columns.u)
     (num_rows, padded), num_columns = u_i.shape, len(u_k)
-    scratch.cut(num_rows, num_columns)
+    if scratch is not None:
+        scratch.cut(num_rows, num_columns)
     grid = (-(-num_rows // block_r), -(-num_columns // block_c))
-    has_sums, has_slopes, has_pulls = (
-        any(getattr(side, name) is not None for side in (rows, columns)) for name in ("sums", "slopes", "pulls")
-    )
     groups = _of_both((rows.groups, i), (columns.groups, k))
     weights = _of_both((rows.weights, i), (columns.weights, k))
-    shapes = ((grid[1], num_rows), (grid[0], num_columns))
-    sums = [u_i.new_empty(shape, dtype=torch.float32) if has_sums else None for shape in shapes]
-    slope_sums = [u_i.new_empty(shape, dtype=torch.float32) if has_slopes else None for shape in shapes]
+    shapes = ((rows, (grid[1], num_rows)), (columns, (grid[0], num_columns)))
+    sums, slope_sums = (
+        [None if getattr(side, name) is None else u_i.new_empty(shape, dtype=torch.float32) for side, shape in shapes]
+        for name in ("sums", "slopes")
+    )
     cast(Any, pair_strip)[grid](
         _descriptor(u_i, block_r, step), _descriptor(u_k, block_c, step), term.bias,
-        *groups, *weights, scratch.slopes, scratch.slopes.stride(0), *sums, *slope_sums,
+        *groups, *weights, *((None, 0) if scratch is None else (scratch.slopes, scratch.slopes.stride(0))),
+        *sums, *slope_sums,
         num_rows, num_columns, padded, int(diagonal),
         KIND=KINDS[term.kind], WEIGHTED=weights[0] is not None, GROUPS=groups[0] is not None,
-        SUMS=has_sums, SLOPES=has_slopes, PULLS=has_pulls,
         BLOCK_R=block_r, BLOCK_C=block_c, STEP=step, INTERP=INTERPRETED, num_warps=num_warps, num_stages=stages,
     )  # fmt: skip
     return sums, slope_sums

@@ -171,6 +171,39 @@ def test_a_learned_temperature_of_one_hundredth_is_finite_and_near_fp64(form, ro
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()) + 1e-4)
 
 
+def simplex_rows(num_samples: int) -> Tensor:
+    """Two equal views; every negative has s = -1 / (B - 1)."""
+    rows = torch.eye(num_samples, dtype=torch.float64) - 1 / num_samples
+    return rows.expand(2, num_samples, num_samples).clone()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("num_samples", "t"), [(6, 100.0), (8, 110.0), (3, 80.0), (2, 60.0)])
+def test_a_row_is_right_while_t_times_its_distance_is_below_127(num_samples: int, t: float, form) -> None:
+    """t (1 - s) = 120 or more, for every negative: at t = 100 and s = -.2 as at 60 and -1."""
+    z = simplex_rows(num_samples)
+    assert 119.9 < t * (1 + 1 / (num_samples - 1)) < 127
+
+    def value_and_grads(z: Tensor) -> tuple[Tensor, ...]:
+        leaves = [z.clone().requires_grad_(), torch.tensor(t, dtype=z.dtype, requires_grad=True)]
+        terms = partition_terms(leaves[0], inv_temperature=leaves[1])
+        value = partition_loss(leaves[0], form=form, inv_temperature=leaves[1])
+        return (terms.log_sums.detach(), value.detach(), *torch.autograd.grad(value, leaves))
+
+    for actual, expected in zip(value_and_grads(z.float()), value_and_grads(z), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=1e-4)
+
+
+def test_beyond_that_a_row_vanishes_and_nothing_overflows() -> None:
+    """Two opposite samples at t = 100."""
+    leaves = [simplex_rows(2).float().requires_grad_(), torch.tensor(100.0, requires_grad=True)]
+    terms = partition_terms(leaves[0], inv_temperature=leaves[1])
+    assert terms.is_empty.all()
+    for form in FORMS:
+        value = partition_loss(leaves[0], form=form, inv_temperature=leaves[1])
+        assert all(x.isfinite().all() for x in (value, *torch.autograd.grad(value, leaves)))
+
+
 # -- refusals
 
 

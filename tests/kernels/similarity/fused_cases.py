@@ -207,6 +207,26 @@ def test_blocks_that_lie_apart(width: int, device: str) -> None:
     assert torch.equal(rows[0].pulls, rows[1].pulls)
 
 
+@pytest.mark.parametrize("wanted", [("sums",), ("slopes",), ("pulls",)])
+def test_strips_make_what_a_side_asks_for(wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No slopes in memory without pulls, no sums along the rows where the columns have no accumulators."""
+    made = []
+    run, scratch = strips._run, strips._Scratch
+    monkeypatch.setattr(strips, "_run", lambda *args: made.append(run(*args)) or made[-1])
+    monkeypatch.setattr(strips, "_Scratch", lambda *args: made.append("scratch") or scratch(*args))
+    case = Case(kind="exp", width=300, num_blocks=3, own=1, wanted=wanted)
+    inputs = make_inputs(case)
+    rows, columns = run_fused(case, inputs)
+    alone = Side(u=rows.u, **{name: torch.zeros_like(getattr(rows, name)) for name in wanted})
+    made.clear()
+    fused.accumulate(alone, Side(u=columns.u), case.term(torch.float32), case.own)
+    assert torch.equal(getattr(alone, wanted[0]), getattr(rows, wanted[0]))
+    assert ("scratch" in made) == (wanted == ("pulls",))
+    for sums, slope_sums in (x for x in made if x != "scratch"):
+        assert [x is not None for x in sums] == [wanted == ("sums",), False]
+        assert [x is not None for x in slope_sums] == [wanted == ("slopes",), False]
+
+
 @pytest.mark.parametrize("width", [24, 300])
 def test_accumulators_are_added_to(width: int, device: str) -> None:
     case = Case(device=device, kind="softplus", num_samples=5, width=width, symmetric=True)

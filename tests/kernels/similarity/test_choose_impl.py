@@ -1,6 +1,7 @@
 """Which implementation is taken, and what is said about it."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,29 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_auto_is_chunked_on_the_cpu(dtype: torch.dtype) -> None:
     assert choose_impl("auto", torch.zeros(2, 4, 8, dtype=dtype)) == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("capability", "auto", "fused_runs"),
+    [
+        ((7, 5), "chunked", False),
+        ((8, 0), "chunked", True),
+        ((8, 9), "chunked", True),
+        ((9, 0), "fused", True),
+        ((10, 0), "fused", True),
+    ],
+)
+def test_auto_is_fused_from_capability_9_on(capability, auto: str, fused_runs: bool, monkeypatch) -> None:
+    """Older devices run it where it is asked for."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    z = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(2, 4, 8))
+    assert choose_impl("auto", z) == auto
+    if fused_runs:
+        assert choose_impl("fused", z) == "fused"
+    else:
+        with pytest.raises(ValueError, match=r"older than compute capability 8\.0"):
+            choose_impl("fused", z)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])

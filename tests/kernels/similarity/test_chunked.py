@@ -205,3 +205,26 @@ def test_autocast_does_not_reach_the_products(impl) -> None:
         found.append((rows.sums, rows.pulls))
     for plain, autocast in zip(*found, strict=True):
         assert torch.equal(plain, autocast)
+
+
+BUFFERS = [("exp", ("sums", "slopes", "pulls"), 1), ("square", ("pulls",), 1), ("square", ("sums", "pulls"), 2)]
+BUFFERS += [("softplus", ("sums",), 2), ("softplus", ("pulls",), 2), ("softplus", ("sums", "pulls"), 3)]
+
+
+@pytest.mark.parametrize(("kind", "adds", "num_buffers"), BUFFERS)
+def test_a_kind_takes_the_buffers_it_fills(
+    kind: Kind, adds: tuple[str, ...], num_buffers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(chunked.TILE_ROWS, "cpu", 16)
+    taken = []
+
+    class Buffers(chunked._Buffers):
+        def take(self, name: str, shape) -> Tensor:
+            taken.append(super().take(name, shape).untyped_storage())
+            return super().take(name, shape)
+
+    monkeypatch.setattr(chunked, "_Buffers", Buffers)
+    rows = side(unit(2, 40, 5), adds=adds)
+    chunked.accumulate(rows, rows, term(kind), 0)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in taken}
+    assert list(storages.values()) == [16 * 16 * 8] * num_buffers
