@@ -110,9 +110,9 @@ def _forward(
         sums, pulls = torch.empty_like(inv_norm), torch.empty_like(x) if with_grad else x.new_empty(0)
         for v in range(len(x)):
             others = list(range(len(x))) if topology == "self" else [1 - v]
-            moments = (m.sum(0) if topology == "self" else m[1 - v] for m in (first, second))
+            moment, second_moment = (m.sum(0) if topology == "self" else m[1 - v] for m in (first, second))
             view_pulls = pulls[v] if with_grad else None
-            sums[v] = implementation.add_rows(x, v, others, *moments, linear, square, view_pulls)
+            sums[v] = implementation.add_rows(x, v, others, moment, second_moment, linear, square, view_pulls)
     total = sum_wide(counted_rows(sums, topology))
     return positives, total, inv_norm, pulls
 
