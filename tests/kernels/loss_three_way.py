@@ -91,18 +91,27 @@ def torch_with_rounded_operands() -> Iterator[None]:
 
 
 def add_rows_of_rounded_operands(
-    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, linear: float, square: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    view: int,
+    own: list[int],
+    first: Tensor,
+    second: Tensor,
+    linear: float,
+    square: float,
+    pulls: Tensor | None,
+) -> Tensor:
     """gram_loss/chunked.py, the factors of its product rounded to TF32."""
     rows = x[view]
     product = to_tf32(rows) @ to_tf32(second)
     sums = (rows * (square * product + linear * first)).sum(1)
-    pulls = 2 * square * product + linear * first
+    pulled = 2 * square * product + linear * first
     for other in (x[w] for w in own):
         s = (rows * other).sum(1)
         sums = sums - (linear * s + square * s.square())
-        pulls = pulls - (linear + 2 * square * s)[:, None] * other
-    return sums, pulls
+        pulled = pulled - (linear + 2 * square * s)[:, None] * other
+    if pulls is not None:
+        pulls.copy_(pulled)
+    return sums
 
 
 def to_tf32(x: Tensor) -> Tensor:

@@ -211,12 +211,12 @@ def test_blocks_that_lie_apart(width: int, device: str) -> None:
 def test_strips_make_what_a_side_asks_for(wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """No slopes in memory without pulls, no sums along the rows where the columns have no accumulators."""
     made = []
-    run, scratch = strips._run, strips._Scratch
-    monkeypatch.setattr(strips, "_run", lambda *args: made.append(run(*args)) or made[-1])
+    run_strip, scratch = strips._run, strips._Scratch
+    monkeypatch.setattr(strips, "_run", lambda *args: made.append(run_strip(*args)) or made[-1])
     monkeypatch.setattr(strips, "_Scratch", lambda *args: made.append("scratch") or scratch(*args))
     case = Case(kind="exp", width=300, num_blocks=3, own=1, wanted=wanted)
     inputs = make_inputs(case)
-    rows, columns = run_fused(case, inputs)
+    rows, columns = run("fused", case, inputs)
     alone = Side(u=rows.u, **{name: torch.zeros_like(getattr(rows, name)) for name in wanted})
     made.clear()
     fused.accumulate(alone, Side(u=columns.u), case.term(torch.float32), case.own)

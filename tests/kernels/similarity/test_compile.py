@@ -167,7 +167,7 @@ def test_row_kernels(width: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [32, 128])
 def test_gram(width: int, num_views: int, own: int, tmp_path: Path) -> None:
     block, num_warps = gram.choose_config(width)
-    constants = {"NUM_VIEWS": num_views, "OWN": own, "BM": block, "BD": block}
+    constants = {"NUM_VIEWS": num_views, "OWN": own, "PULLS": True, "BM": block, "BD": block}
     types = dict.fromkeys(("x_ptr", "first_ptr", "second_ptr", "sums_ptr", "pulls_ptr"), "*fp32")
     types |= {"linear": "fp32", "square": "fp32"}
     compiled = compile_kernel(gram._add_rows, types, constants, {"num_warps": num_warps}, divisible=("width",))
