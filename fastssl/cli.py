@@ -81,6 +81,22 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"contact_sheet: {out}")
 
 
+def _views(args: argparse.Namespace) -> None:
+    from fastssl.config import ConfigError, build_config, with_overrides
+    from fastssl.report import preview_views
+    from pipelines.beton import BetonReader
+
+    if args.num < 2:
+        raise ConfigError(f"--num must be at least 2, not {args.num}")
+    num_images = min(args.num, BetonReader(args.beton).num_samples)
+    data = {"train": str(args.beton), "global_batch_size": num_images}
+    tree = {"data": data, "views": {"recipe": args.recipe}, "run": {"seed": args.seed}}
+    cfg = build_config(with_overrides(tree, args.set))
+    out = args.out or args.beton.with_name(f"{args.beton.name}.views.png")
+    preview_views(cfg, out)
+    print(f"views: {out}: {num_images} images, {args.recipe}")
+
+
 def _eval(args: argparse.Namespace) -> None:
     from fastssl.evaluation.run import evaluate_run
 
@@ -112,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("beton", type=Path, metavar="X.beton")
     inspect.add_argument("--out", type=Path, help="the PNG (default: beside the file)")
     inspect.set_defaults(call=_inspect)
+
+    views = commands.add_parser("views", help="draw what a network will see of a .beton file")
+    views.add_argument("beton", type=Path, metavar="X.beton")
+    views.add_argument("--recipe", default="mio_small", help="a recipe's name, or a .yaml file of one")
+    views.add_argument("--num", type=int, default=12, help="images, one a column (default: 12)")
+    views.add_argument("--seed", type=int, default=0)
+    views.add_argument("--out", type=Path, help="the PNG (default: beside the file)")
+    views.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    views.set_defaults(call=_views)
 
     evaluate = commands.add_parser("eval", help="evaluate a run's encoder")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")

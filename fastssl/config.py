@@ -6,6 +6,7 @@ known ones; every message carries the dotted key.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from fastssl.losses import LossConfig, MioConfig
 from fastssl.models.config import ModelConfig
 from fastssl.optim import OptimConfig
 from pipelines.loader import DataConfig
-from pipelines.views import ViewsConfig
+from pipelines.views import ViewsConfig, build_view_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,12 @@ class Config:
             )
         if self.data.global_batch_size < 2:
             raise ValueError("data.global_batch_size must be >= 2: the negatives are other images of the batch")
+        num_views, most = len(build_view_specs(self.views)), getattr(self.loss, "max_views", math.inf)
+        if not 2 <= num_views <= most:
+            wanted = "two views" if most == 2 else "at least two views"
+            raise ValueError(
+                f"views.recipe must have {wanted} for loss {self.loss.name}, {self.views.recipe} has {num_views}"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -122,10 +129,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, no YAML mapping, unknown key or bad value; the message names it.
     """
-    tree = _read_yaml(Path(path))
+    return build_config(with_overrides(_read_yaml(Path(path)), overrides))
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The nested mapping after `key.sub=value` overrides, changed in place.
+
+    Raises:
+        ConfigError: an override without key or value, or into what is no section.
+    """
     for override in overrides:
         _apply_override(tree, override)
-    return build_config(tree)
+    return tree
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
@@ -137,6 +152,8 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     tree = dict(tree)
     if isinstance(tree.get("loss"), Mapping):
         tree["loss"] = {"name": MioConfig().name, **tree["loss"]}
+    if isinstance(tree.get("views"), Mapping):
+        tree["views"] = _with_recipe_file(tree["views"])
     try:
         return _adapter().validate_python(tree)
     except ValidationError as error:
@@ -165,6 +182,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections such as data: and model:")
     return tree
+
+
+def _with_recipe_file(views: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section with the content of a recipe file in it, so that a run knows its views without the file."""
+    path = Path(str(views.get("recipe", "")))
+    if path.suffix not in (".yaml", ".yml"):
+        return views
+    tree = _read_yaml(path)
+    specs = tree.get("views")
+    if set(tree) != {"views"} or not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
+        raise ConfigError(f"views.recipe: {path} must hold `views:` and under it a list, the fields of each view")
+    return {**views, "recipe": path.stem, "specs": specs}
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -1,14 +1,19 @@
 """Pictures of a run: the views that the network sees, and its curves."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from fastssl.config import Config
 from fastssl.metrics import read_rows
 from fastssl.run_folder import RunFolder
 from pipelines.batch import Batch
+from pipelines.errors import DataError
+from pipelines.loader import build_loader, cores_per_process, open_train_reader
 from pipelines.views import ViewsConfig
 
 _CELL_PX = 96  # small views are enlarged to this height, pixel by pixel
@@ -27,6 +32,27 @@ def draw_views(batch: Batch, views: ViewsConfig, path: Path, num_images: int = 1
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     Image.fromarray(np.concatenate(padded)).save(path)
+
+
+def preview_views(cfg: Config, path: Path) -> None:
+    """Write a PNG grid of views of the first images of an epoch, as a training with this config sees them.
+
+    Args:
+        cfg: data.train, data.global_batch_size images, the views and run.seed count.
+        path: The PNG.
+    Raises:
+        DataError: the file cannot be read, a sample cannot be decoded, or the PNG cannot be written.
+    """
+    reader = open_train_reader(cfg.data)
+    process = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": cores_per_process()}
+    loader = build_loader(reader, cfg.data, cfg.views, seed=cfg.run.seed, **process)
+    try:
+        with closing(loader.epoch(0)) as batches:
+            draw_views(next(batches), cfg.views, path, num_images=cfg.data.global_batch_size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror})") from None
+    finally:
+        loader.close()
 
 
 def draw_curves(folder: RunFolder) -> None:

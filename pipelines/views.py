@@ -25,6 +25,10 @@ _SIMCLR_CIFAR = ViewSpec(crop_scale=(0.08, 1.0))
 _MOCO_V2 = ViewSpec(size_px=224, blur_p=0.5)
 _BYOL_A = ViewSpec(size_px=224, crop_scale=(0.08, 1.0), saturation=0.2, blur_p=1.0)
 _WEAK = ViewSpec(crop_scale=(0.08, 1.0), jitter_p=0.0, grayscale_p=0.0)
+_SWAV_LARGE = ViewSpec(
+    size_px=224, crop_scale=(0.14, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur_p=0.5
+)
+_SWAV_SMALL = replace(_SWAV_LARGE, size_px=96, crop_scale=(0.05, 0.14))
 # Our own: what leaves a handwritten digit the same digit. The images are grey: no hue, saturation, grayscale.
 _DIGITS = ViewSpec(
     crop=False,
@@ -39,10 +43,11 @@ _DIGITS = ViewSpec(
     grayscale_p=0.0,
 )
 
-RECIPES: dict[str, tuple[ViewSpec, ViewSpec]] = {
+RECIPES: dict[str, tuple[ViewSpec, ...]] = {
     "simclr": (_SIMCLR_CIFAR, _SIMCLR_CIFAR),  # Chen et al. 2020, arXiv:2002.05709, App. B.9: CIFAR-10, strength .5
     "byol": (_BYOL_A, replace(_BYOL_A, blur_p=0.1, solarize_p=0.2)),  # Grill et al. 2020, arXiv:2006.07733, Table 6
     "mocov2": (_MOCO_V2, _MOCO_V2),  # Chen et al. 2020, arXiv:2003.04297, the authors' main_moco.py --aug-plus
+    "multicrop": (_SWAV_LARGE,) * 2 + (_SWAV_SMALL,) * 6,  # Caron et al. 2020, arXiv:2006.09882, App. A.1, A.3
     "mio_small": (_MIO_SMALL, _MIO_SMALL),  # small-data recipe of MIO's first author, arXiv:2111.12664
     "mio_v1": (_MIO_V1, _MIO_V1),  # the code of arXiv:2111.12664v1
     "weak": (_WEAK, _WEAK),  # supervised ImageNet training: RandomResizedCrop's defaults and the flip
@@ -55,7 +60,8 @@ class ViewsConfig:
     """The views of a run.
 
     Attributes:
-        recipe: A key of RECIPES.
+        recipe: A key of RECIPES; with `specs`, their name.
+        specs: The views themselves, ViewSpec's fields of each, in place of a recipe's.
         size_px: Side of every view and of the eval view; None: the recipe's.
         mean, std: Per channel (RGB), in [0, 1] units; the defaults are ImageNet's.
         override: ViewSpec fields set in every view, e.g. {"blur_p": 0.5}.
@@ -63,6 +69,7 @@ class ViewsConfig:
     """
 
     recipe: str = "mio_small"
+    specs: list[dict[str, Any]] = field(default_factory=list)
     size_px: int | None = None
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -70,12 +77,13 @@ class ViewsConfig:
     eval_crop_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        known = [item.name for item in fields(ViewSpec)]
-        unknown = sorted(set(self.override) - set(known))
-        if unknown:
-            raise ValueError(f"override has unknown fields {unknown}; known: {', '.join(known)}")
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        for name, chosen in [("override", self.override), *((f"specs.{i}", spec) for i, spec in enumerate(self.specs))]:
+            unknown = sorted(set(chosen) - {item.name for item in fields(ViewSpec)})
+            if unknown:
+                known = ", ".join(item.name for item in fields(ViewSpec))
+                raise ValueError(f"{name} has unknown fields {unknown}; known: {known}")
+        if not self.specs and self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, or a .yaml file, got {self.recipe!r}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need three numbers, std > 0; got {self.mean} and {self.std}")
         build_view_specs(self)
@@ -84,10 +92,15 @@ class ViewsConfig:
 
 def build_view_specs(cfg: ViewsConfig) -> tuple[ViewSpec, ...]:
     """The recipe's specs, one a view, with size_px and then override applied; ValueError names a bad field."""
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in cfg.override.items()}
+    changes = _with_pairs(cfg.override)
     if cfg.size_px is not None:
         changes = {"size_px": cfg.size_px} | changes
-    return tuple(replace(spec, **changes) for spec in RECIPES[cfg.recipe])
+    specs = tuple(ViewSpec(**_with_pairs(spec)) for spec in cfg.specs) or RECIPES[cfg.recipe]
+    return tuple(replace(spec, **changes) for spec in specs)
+
+
+def _with_pairs(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def build_eval_spec(cfg: ViewsConfig) -> EvalViewSpec:

@@ -41,7 +41,7 @@ LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
 
 
 def build_loss(config: LossConfig) -> Loss:
-    """The loss module of a config; call it with z_a, z_b [B, D].
+    """The loss module of a config; call it with the projections of each view [B, D].
 
     Raises:
         ValueError: `loss.name` is not one of LOSSES.

@@ -19,6 +19,7 @@ JSD and KL are those of the joint distribution of two views against the product 
 information.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -48,7 +49,7 @@ class MioConfig:
         per_anchor: `jensen` only: one logarithm per row instead of one for the batch [derived].
         temperature_positive: tau_p, .5 [paper].
         temperature_negative: tau_n, .5 [paper]; at least .0167 for `exp` and `jensen`.
-        alignment_weight: lambda of lambda * mean((u_a - u_b)^2), the paper uses 0 or 1 [paper].
+        alignment_weight: lambda of lambda * mean((u_a - u_b)^2) over pairs of views, the paper uses 0 or 1 [paper].
         impl: How the pairs are summed, see `kernels.similarity`.
     """
 
@@ -81,12 +82,12 @@ class Mio(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+    def forward(self, *z: Tensor) -> Tensor:
         """The loss of this rank's rows against the negatives of every rank.
 
         Args:
-            z_a: Projections of view a [B, D], any floating dtype; normalised inside.
-            z_b: Same for view b; row i is the positive of z_a[i].
+            z: Projections of each view [B, D], any floating dtype; normalised inside; rows i of all views are positives
+                of each other.
 
         Returns:
             Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
@@ -94,11 +95,12 @@ class Mio(nn.Module):
         Raises:
             ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
         """
-        z = stack_views(z_a, z_b)
-        loss = self._pairs(z)
+        rows = stack_views(*z)
+        loss = self._pairs(rows)
         if self.config.alignment_weight:
-            u_a, u_b = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=2)
-            loss = loss + self.config.alignment_weight * (u_a - u_b).square().mean()
+            u = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=2)
+            distances = [(u[v] - u[w]).square().mean() for v, w in itertools.combinations(range(len(u)), 2)]
+            loss = loss + self.config.alignment_weight * torch.stack(distances).mean()
         return loss
 
     def _pairs(self, z: Tensor) -> Tensor:

@@ -43,12 +43,12 @@ class NtXent(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+    def forward(self, *z: Tensor) -> Tensor:
         """The mean loss of this rank's 2B rows against every rank's.
 
         Args:
-            z_a: Projections of view a [B, D], any floating dtype; normalised inside.
-            z_b: Same for view b; row i is the positive of z_a[i].
+            z: Projections of each view [B, D], any floating dtype; normalised inside; rows i of all views are positives
+                of each other.
 
         Returns:
             Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
@@ -56,9 +56,9 @@ class NtXent(nn.Module):
         Raises:
             ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
         """
-        z = stack_views(z_a, z_b)
+        rows = stack_views(*z)
         t, impl = 1 / self.config.temperature, self.config.impl
-        return partition_loss(z, form="nt_xent", inv_temperature=t, exchange=EXCHANGE, impl=impl)
+        return partition_loss(rows, form="nt_xent", inv_temperature=t, exchange=EXCHANGE, impl=impl)
 
     def bound_nats(self, value: float) -> float | None:
         """None: the InfoNCE bound log(2N - 1) - value depends on the batch and saturates at its logarithm."""

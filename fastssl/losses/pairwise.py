@@ -2,6 +2,7 @@
 
 # B local batch, N global batch, D projection; a rank holds the 2B rows z = [view a; view b], all ranks 2N
 # u_i = z_i / |z_i|;  s_ik = u_i . u_k;  p(i) the other view of row i;  Neg(i) every row but i and p(i): 2N - 2 of them
+# With V views (multi-crop) every pair of a sample's views is a positive one, and Neg(i) has V (N - 1) rows.
 """
 
 import math
@@ -14,24 +15,28 @@ from kernels.similarity import IMPLS
 from kernels.similarity.exponent import MAX_EXP_INV_TEMPERATURE
 
 
-def stack_views(z_a: Tensor, z_b: Tensor) -> Tensor:
-    """Both views as one tensor [2, B, D], in the dtype that they have, also under autocast.
+def stack_views(*z: Tensor) -> Tensor:
+    """All views as one tensor [V, B, D], in the dtype that they have, also under autocast.
 
     Args:
-        z_a: Projections of view a [B, D], any floating dtype.
-        z_b: Same for view b; row i is the positive of z_a[i].
+        z: Projections of each view [B, D], any floating dtype; rows i of all views belong together.
 
     Raises:
-        ValueError: Not 2-D, shapes or dtypes differ, no floating dtype, or fewer than two samples over all ranks.
+        ValueError: Fewer than two views, not 2-D, shapes or dtypes differ, no floating dtype, or fewer than two samples
+            over all ranks.
     """
-    if z_a.ndim != 2 or z_a.shape != z_b.shape:
-        raise ValueError(f"z_a and z_b must both be [B, D], got {list(z_a.shape)} and {list(z_b.shape)}")
-    if z_a.dtype != z_b.dtype or not z_a.is_floating_point():
-        raise ValueError(f"z_a and z_b must have one floating dtype, got {z_a.dtype} and {z_b.dtype}")
-    if len(z_a) * dist.world_size() < 2:
-        raise ValueError(f"negatives need a global batch of at least 2 samples, got {len(z_a) * dist.world_size()}")
-    with torch.autocast(z_a.device.type, enabled=False):  # autocast knows its own low precision only
-        return torch.stack([z_a, z_b])
+    shapes, dtypes = [list(each.shape) for each in z], [each.dtype for each in z]
+    if len(z) < 2:
+        raise ValueError(f"the loss needs at least two views, got {len(z)}")
+    if z[0].ndim != 2 or any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"all views must be [B, D] alike, got {', '.join(map(str, shapes))}")
+    if len(set(dtypes)) > 1 or not z[0].is_floating_point():
+        raise ValueError(f"all views must have one floating dtype, got {', '.join(map(str, dtypes))}")
+    num_samples = len(z[0]) * dist.world_size()
+    if num_samples < 2:
+        raise ValueError(f"negatives need a global batch of at least 2 samples, got {num_samples}")
+    with torch.autocast(z[0].device.type, enabled=False):  # autocast knows its own low precision only
+        return torch.stack(z)
 
 
 def check_temperature(field: str, temperature: float, *, of_exp: bool) -> None:

@@ -8,7 +8,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class SigLipConfig:
         impl: How the pairs are summed, see `kernels.similarity`.
     """
 
+    max_views: ClassVar[int] = 2
     name: Literal["siglip"] = "siglip"
     initial_inv_temperature: float = 10.0
     initial_bias: float = -10.0

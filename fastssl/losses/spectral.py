@@ -46,12 +46,12 @@ class Spectral(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+    def forward(self, *z: Tensor) -> Tensor:
         """The loss of this rank's rows of view a against every rank's of view b.
 
         Args:
-            z_a: Projections of view a [B, D], any floating dtype.
-            z_b: Same for view b; row i is the positive of z_a[i].
+            z: Projections of each view [B, D], any floating dtype; rows i of all views are positives
+                of each other.
 
         Returns:
             Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.
@@ -59,8 +59,8 @@ class Spectral(nn.Module):
         Raises:
             ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
         """
-        z = stack_views(z_a, z_b)
-        return spectral_loss(z, mu=self.config.mu, exchange=EXCHANGE, impl=self.config.impl)
+        rows = stack_views(*z)
+        return spectral_loss(rows, mu=self.config.mu, exchange=EXCHANGE, impl=self.config.impl)
 
     def bound_nats(self, value: float) -> float | None:
         """None: it bounds a chi-squared divergence, not in nats."""

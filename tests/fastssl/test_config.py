@@ -6,6 +6,7 @@ import yaml
 
 from fastssl.config import Config, build_config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
+from pipelines.views import ViewSpec, build_view_specs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +41,11 @@ def test_loss_section_is_the_named_loss():
         ({"loss": {"name": "nope"}}, ["loss", "nope"]),
         ({"views": {"override": {"flip": 1}}}, ["views.override", "flip_p"]),
         ({"train": 3}, ["train", "3"]),
+        ({"views": {"recipe": "nope"}}, ["views.recipe", "byol, ", ".yaml"]),
+        ({"views": {"specs": [{"flip": 1}]}}, ["views.specs.0", "flip_p"]),
+        ({"views": {"specs": [{}, {"size_px": 0}]}}, ["views.size_px", "0"]),
+        ({"views": {"specs": [{}]}}, ["views.recipe", "at least two views", "has 1"]),
+        ({"views": {"recipe": "multicrop"}, "loss": {"name": "siglip"}}, ["views.recipe", "siglip", "has 8"]),
         ({"train": {"zero_stage": 1}, "optim": {"name": "lars"}}, ["train.zero_stage", "optim.name=lars"]),
     ],
 )
@@ -50,6 +56,26 @@ def test_bad_values_name_the_key_in_one_line(tree, parts):
     assert "\n" not in message
     for part in parts:
         assert part in message, message
+
+
+def test_a_recipe_file_goes_into_the_config(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("views:\n- {size_px: 48, blur_sigma: [0.2, 1.0]}\n- {size_px: 24, flip_p: 0}\n")
+    cfg = build_config({"views": {"recipe": str(recipe)}})
+    recipe.unlink()
+    assert build_config(to_dict(cfg)) == cfg
+    assert cfg.views.recipe == "mine"
+    assert build_view_specs(cfg.views) == (ViewSpec(size_px=48, blur_sigma=(0.2, 1.0)), ViewSpec(size_px=24, flip_p=0))
+
+
+@pytest.mark.parametrize("text", ["- {size_px: 48}", "views: 3", "views: [3]", "views: []\nmean: 3"])
+def test_a_recipe_file_that_is_none(text, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml must hold"):
+        build_config({"views": {"recipe": str(recipe)}})
+    with pytest.raises(ConfigError, match=r"cannot read the config .*none\.yaml"):
+        build_config({"views": {"recipe": str(tmp_path / "none.yaml")}})
 
 
 def test_bad_files_name_the_path(tmp_path):

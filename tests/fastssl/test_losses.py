@@ -414,9 +414,9 @@ def test_bad_settings_name_their_key(config_type: type, settings: dict, message:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((4, 3), (4, 2)), r"both be \[B, D\]"),
-        (((4, 3), (3, 3)), r"both be \[B, D\]"),
-        (((4, 3, 1), (4, 3, 1)), r"both be \[B, D\]"),
+        (((4, 3), (4, 2)), r"all views must be \[B, D\]"),
+        (((4, 3), (3, 3)), r"all views must be \[B, D\]"),
+        (((4, 3, 1), (4, 3, 1)), r"all views must be \[B, D\]"),
         (((1, 3), (1, 3)), "at least 2 samples, got 1"),
     ],
 )
@@ -429,6 +429,51 @@ def test_bad_shapes_are_refused(name: str, shapes: tuple, message: str) -> None:
 def test_mixed_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="one floating dtype"):
         build_loss(CONFIGS["exp"])(torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.float64))
+
+
+# -- more than two views
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("siglip", "dclw", "spectral")])
+def test_three_views_are_every_pair_of_them(name: str) -> None:
+    """Against the equations on explicit rows: the positives of each pair, the negatives of other samples."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    loss = build_loss(CONFIGS[name])
+    u = torch.nn.functional.normalize(z, dim=2)
+    s = u.flatten(0, 1) @ u.flatten(0, 1).T
+    sample = torch.arange(12) % 4
+    negative = sample[:, None] != sample
+    positive = ~negative & ~torch.eye(12, dtype=torch.bool)
+    assert positive.sum(1).tolist() == [2] * 12
+    config = loss.config
+    if name in ("simclr", "dcl"):
+        x = s / config.temperature
+        log_sums = torch.logsumexp(x.masked_fill(~negative, -math.inf), 1)[:, None].expand_as(x)[positive]
+        terms = log_sums - x[positive]
+        expected = (torch.nn.functional.softplus(terms) if name == "simclr" else terms).mean()
+    else:
+        p, x = s[positive] / config.temperature_positive, s / config.temperature_negative
+        softplus = torch.nn.functional.softplus
+        first = softplus(-p).mean() if config.negative == "naive" else -p.mean()
+        second = {
+            "naive": lambda: softplus(x[negative]).mean(),
+            "softplus": lambda: softplus(x[negative]).mean(),
+            "exp": lambda: x[negative].exp().mean(),
+            "jensen": lambda: torch.log1p(x[negative].exp().mean()),
+            "quadratic": lambda: (math.log(2) + x / 2 + x**2 / 8)[negative].mean(),
+        }[config.negative]()
+        if config.per_anchor:
+            second = torch.log1p((x.exp() * negative).sum(1) / negative.sum(1)).mean()
+        expected = first + second
+        distances = [(u[v] - u[w]).square().mean() for v, w in ((0, 1), (0, 2), (1, 2))]
+        expected = expected + config.alignment_weight * sum(distances) / 3
+    torch.testing.assert_close(loss(*z), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_siglip_takes_two_views() -> None:
+    with pytest.raises(TypeError):
+        build_loss(CONFIGS["siglip"])(*torch.zeros(3, 4, 5))
 
 
 # -- the collectives without a process group

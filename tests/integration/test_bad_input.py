@@ -104,3 +104,16 @@ def test_files_that_do_not_belong_together(tiny_config, digits, tmp_path, comman
 
 def test_eval_without_a_run(tmp_path, command):
     assert_one_line(command("fastssl", "eval", tmp_path), str(tmp_path))
+
+
+def test_views(digits, tmp_path, command):
+    beton = digits / "train.beton"
+    assert_one_line(command("fastssl", "views", "/no/such.beton"), "/no/such.beton")
+    assert_one_line(command("fastssl", "views", beton, "--recipe", "nope"), "views.recipe", "byol")
+    assert_one_line(command("fastssl", "views", beton, "--num", "1"), "--num", "1")
+    assert_one_line(command("fastssl", "views", beton, "--out", "/no/such/grid.png"), "/no/such/grid.png")
+    out = tmp_path / "grid.png"
+    done = command("fastssl", "views", beton, "--recipe", "multicrop", "--num", "5", "--out", out)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as grid:
+        assert grid.size == (5 * (224 + 4), 2 * (224 + 4) + 6 * (96 + 4))

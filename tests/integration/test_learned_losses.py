@@ -56,8 +56,9 @@ print(json.dumps(found))
 
 OTHERS = """
 found = {}
+crops = "views.specs=[{size_px: 16}, {size_px: 16}, {size_px: 8, crop_scale: [.05, .2]}]"
 for name in sys.argv[4:]:
-    trainer = start(name, name)
+    trainer = start("simclr", name, crops) if name == "three_views" else start(name, name)
     found[name] = {"start": state(trainer), "end": take_steps(trainer, int(sys.argv[3]))}
 print(json.dumps(found))
 """
@@ -89,9 +90,10 @@ def test_what_siglip_learns_is_trained_and_resumed_bit_for_bit(tiny_config: Path
 
 
 @pytest.mark.slow
-def test_dcl_dclw_and_spectral_train(tiny_config: Path, tmp_path: Path) -> None:
-    found = run(OTHERS, tiny_config, tmp_path, NUM_STEPS, "dcl", "dclw", "spectral")
-    for name in ("dcl", "dclw", "spectral"):
+def test_other_losses_and_three_views_train(tiny_config: Path, tmp_path: Path) -> None:
+    """The last is NT-Xent on views of two sizes."""
+    found = run(OTHERS, tiny_config, tmp_path, NUM_STEPS, "dcl", "dclw", "spectral", "three_views")
+    for name in ("dcl", "dclw", "spectral", "three_views"):
         assert found[name]["start"]["learned"] == {}
         assert found[name]["end"]["step"] == NUM_STEPS
         assert found[name]["end"]["weight"] != found[name]["start"]["weight"]
