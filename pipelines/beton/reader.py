@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from pipelines.beton.format import (
     summarise,
 )
 from pipelines.errors import DataError
+
+BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of so many samples
 
 
 class BetonReader:
@@ -101,28 +104,67 @@ class BetonReader:
         self._data_start = start + self.num_samples * record.itemsize
         if self._data_start > len(self.mmap):
             raise self._truncated()
-        metadata = self.mmap[start : self._data_start].view(record)
-        image = metadata[f"f{types.index(IMAGE_TYPE)}"]
-        self.sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
-        self.modes = image["mode"].copy()
-        self.data_ptr = image["data_ptr"].astype(np.uint64)
-        labels = metadata[f"f{types.index(INT_TYPE)}"] if INT_TYPE in types else np.full(self.num_samples, -1)
-        self.labels = labels.astype(np.int64)
+        self._read_records(record, start, image=f"f{types.index(IMAGE_TYPE)}")
+        self.labels = np.full(self.num_samples, -1)
+        if INT_TYPE in types:
+            label = f"f{types.index(INT_TYPE)}"
+            for rows, block in self._blocks(record, start):
+                self.labels[rows] = block[label]
+
+    def _read_records(self, record: np.dtype, start: int, image: str) -> None:
+        self.sizes = np.empty((self.num_samples, 2), np.int32)
+        self.modes = np.empty(self.num_samples, np.uint8)
+        self.data_ptr = np.empty(self.num_samples, np.uint64)
+        for rows, block in self._blocks(record, start):
+            self.sizes[rows, 0], self.sizes[rows, 1] = block[image]["height"], block[image]["width"]
+            self.modes[rows], self.data_ptr[rows] = block[image]["mode"], block[image]["data_ptr"]
 
     def _read_allocations(self, start: int) -> None:
         num_bytes = len(self.mmap) - start
         if not start or num_bytes < self.num_samples * ALLOCATION.itemsize or num_bytes % ALLOCATION.itemsize:
             raise self._truncated()
-        table = self.mmap[start:].view(ALLOCATION)
+        self.data_bytes = np.empty(self.num_samples, np.uint64)
+        in_order = True  # our writer's table is; FFCV's is each worker's after the other's
+        for rows, block in self._blocks(ALLOCATION, start):
+            self.data_bytes[rows] = block["size"]
+            in_order = in_order and np.array_equal(block["ptr"], self.data_ptr[rows])
+        if not in_order:
+            self._sort_allocations(start)
+        for rows in self._slices():
+            if self._is_damaged(rows):
+                raise self._truncated()
+
+    def _sort_allocations(self, start: int) -> None:
+        table = np.fromfile(self.path, ALLOCATION, offset=start)
         table = table[np.argsort(table["ptr"], kind="stable")]
         row = np.searchsorted(table["ptr"], self.data_ptr).clip(max=len(table) - 1)
-        self.data_bytes = table["size"][row].astype(np.uint64)
-        end = np.uint64(len(self.mmap))
-        outside = (self.data_ptr < self._data_start) | (self.data_ptr > end) | (self.data_bytes > end - self.data_ptr)
-        raw_bytes = self.sizes.prod(axis=1, dtype=np.uint64) * np.uint64(3)
-        damaged = (self.modes == RAW) & (self.data_bytes != raw_bytes) | (self.modes > RAW) | (raw_bytes == 0)
-        if np.any(table["ptr"][row] != self.data_ptr) or outside.any() or damaged.any():
+        if np.any(table["ptr"][row] != self.data_ptr):
             raise self._truncated()
+        self.data_bytes = table["size"][row]
+
+    def _is_damaged(self, rows: slice) -> bool:
+        start, num_bytes = self.data_ptr[rows], self.data_bytes[rows]
+        end = np.uint64(len(self.mmap))
+        outside = (start < self._data_start) | (start > end) | (num_bytes > end - start)
+        raw_bytes = self.sizes[rows].prod(axis=1, dtype=np.uint64) * np.uint64(3)
+        modes = self.modes[rows]
+        damaged = (modes == RAW) & (num_bytes != raw_bytes) | (modes > RAW) | (raw_bytes == 0)
+        return bool(outside.any() or damaged.any())
+
+    def _slices(self) -> Iterator[slice]:
+        for first in range(0, self.num_samples, BLOCK_SAMPLES):
+            yield slice(first, min(first + BLOCK_SAMPLES, self.num_samples))
+
+    def _blocks(self, dtype: np.dtype, start: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Records of all samples from byte `start` on, read in blocks.
+
+        Not views of the map: pages that a view has touched count as the process's memory. And not all at once:
+        what is freed of large arrays does not always go back to the system.
+        """
+        with self.path.open("rb") as file:
+            file.seek(start)
+            for rows in self._slices():
+                yield rows, np.fromfile(file, dtype, rows.stop - rows.start)
 
     def _read_sidecar(self) -> None:
         path = sidecar_path(self.path)

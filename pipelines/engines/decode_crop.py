@@ -70,9 +70,9 @@ def _build_kernel(source_hash: str) -> Callable[..., Any]:
             sample = sample_ids[position]
             start = np.int64(data_ptr[sample])
             data = file_bytes[start : start + np.int64(data_bytes[sample])]
-            height_px, width_px = sizes[sample, 0], sizes[sample, 1]
+            height_px, width_px = np.int64(sizes[sample, 0]), np.int64(sizes[sample, 1])
             if modes[sample] == JPG:
-                status = decode_jpeg(handle, data, height_px, width_px, pixels)
+                status = decode_jpeg(handle, data, height_px, width_px, pixels)  # pyright: ignore (numpy's integers)
                 if status == WRONG_SIZE or (status != OK and position != forgiven):
                     return position, status
                 image = pixels[: height_px * width_px * 3].reshape((height_px, width_px, 3))
@@ -146,7 +146,6 @@ class BatchDecoder:
 
     def __init__(self, reader: SampleTable, num_threads: int) -> None:
         self._reader = reader
-        self._sizes = reader.sizes.astype(np.int64)  # height * width * 3 may pass 2**31
         self._has_jpegs = bool((reader.modes == JPG).any())  # what is stored raw needs no buffer
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-decode")
@@ -203,12 +202,12 @@ class BatchDecoder:
         decoder = self._decoders.get()
         try:
             if self._has_jpegs:
-                decoder.reserve(3 * int(self._sizes[sample_ids[first:stop]].prod(1).max()))
+                decoder.reserve(3 * int(reader.sizes[sample_ids[first:stop]].prod(1, dtype=np.int64).max()))
             forgiven = -1
             while first < stop:
                 first, status = _decode_samples(
                     first, stop, forgiven, decoder.handle, decoder.pixels, *work,
-                    reader.data_ptr, reader.data_bytes, reader.modes, self._sizes,
+                    reader.data_ptr, reader.data_bytes, reader.modes, reader.sizes,
                 )  # fmt: skip
                 if status == UNREADABLE and decoder.is_harmless():
                     forgiven = first

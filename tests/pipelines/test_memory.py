@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.beton import BetonWriter
+from pipelines.beton import BetonReader, BetonWriter
 from tests.processes import ROOT
 
 MEBIBYTE = 2**20
@@ -120,3 +120,57 @@ def test_memory_is_bounded_by_threads_and_batches_in_flight(progressive, small, 
     assert above < bound, (above, bound)
     assert above > 0.9 * HUGE_BYTES  # the image was decoded, and the peak shows it
     assert bound < BATCH_SIZE * HUGE_BYTES / 8  # far from what a buffer a sample would take
+
+
+NUM_IMAGENET = 1_281_167
+INDEX_BYTES = 100_000_000
+# Prints how much the resident set grew by an open file of many samples and the engine on it, after a few batches.
+INDEX_CHILD = """
+import sys
+import numpy as np
+import psutil
+from pipelines.beton import BetonReader
+from pipelines.engines import build_engine
+from pipelines.views import ViewsConfig, build_view_specs, draw, size_groups
+
+specs = build_view_specs(ViewsConfig(recipe="simclr", size_px=32))
+
+def open_and_read(beton):
+    reader = BetonReader(beton)
+    engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2)
+    order = np.random.default_rng(0).permutation(reader.num_samples)
+    labels = []
+    def draw_batch(sample_ids, sizes):
+        return draw(specs, 0, 0, sample_ids, sizes)
+    for batch in engine.batches(order, 64, draw_batch, size_groups(specs)):
+        labels.append(batch.labels.copy())
+        if len(labels) == 4:
+            break
+    assert np.array_equal(np.concatenate(labels), order[:256] % 1000)
+    return reader, engine
+
+warm_up, beton = sys.argv[1:]
+open_and_read(warm_up)
+before = psutil.Process().memory_info().rss
+kept = open_and_read(beton)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_index_of_as_many_images_as_imagenet_has(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4096, 2, 2, 3), dtype=np.uint8)
+    for name, num_samples in (("warm_up", 256), ("many", NUM_IMAGENET)):
+        with BetonWriter(tmp_path / f"{name}.beton", num_samples) as writer:
+            for i in range(num_samples):
+                writer.write_raw(pixels[i % len(pixels)], label=i % 1000)
+    reader = BetonReader(tmp_path / "many.beton")
+    assert reader.num_samples == NUM_IMAGENET
+    np.testing.assert_array_equal(reader.decode(NUM_IMAGENET - 1), pixels[(NUM_IMAGENET - 1) % len(pixels)])
+    assert reader.sidecar["num_images"] == NUM_IMAGENET
+    arrays = [value for value in vars(reader).values() if isinstance(value, np.ndarray) and value is not reader.mmap]
+    assert sum(array.nbytes for array in arrays) < INDEX_BYTES / 2
+
+    command = [sys.executable, "-c", INDEX_CHILD, tmp_path / "warm_up.beton", tmp_path / "many.beton"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < INDEX_BYTES
