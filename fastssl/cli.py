@@ -52,18 +52,31 @@ def _train(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from fastssl.errors import UserError
-    from pipelines.convert import convert
+    from pipelines.convert import convert, convert_shards
 
-    options = {"max_px": args.max_px, "on_error": args.on_error, "split": args.split, "overwrite": args.overwrite}
+    names = ("max_px", "quality", "on_error", "overwrite", "resume", "split", "root", "download", "image_column")
+    options = {name: getattr(args, name) for name in (*names, "label_column")} | {"num_workers": args.workers}
     try:
-        done = convert(args.kind, args.src, args.out, **options)
+        if args.shards is not None:
+            reports = convert_shards(args.kind, args.src, args.out, num_shards=args.shards, shard=args.shard, **options)
+        elif args.shard is not None:
+            raise ValueError("shard: needs --shards, the number of all of them")
+        else:
+            reports = [convert(args.kind, args.src, args.out, **options)]
     except ValueError as error:
         raise UserError(str(error)) from None
-    print(
-        f"{done.out}: {done.num_images:,} images in {done.wall_s:.1f} s "
-        f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
-        f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
-    )
+    for done in reports:
+        print(
+            f"{done.out}: {done.num_images:,} images in {done.wall_s:.1f} s "
+            f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
+            f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
+        )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from pipelines.verify import verify
+
+    print(verify(args.beton))
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -114,15 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     train.set_defaults(call=_train)
 
-    convert = commands.add_parser("convert", help="write a .beton file from images")
-    convert.add_argument("--from", dest="kind", required=True, choices=["folder", "npz", "digits"])
-    convert.add_argument("src", nargs="?", metavar="SRC", help="folder or .npz file (digits: leave it out)")
-    convert.add_argument("out", type=Path, metavar="OUT.beton")
-    convert.add_argument("--split", help="digits: train or test (default: both); npz: reads x_SPLIT and y_SPLIT")
-    convert.add_argument("--max-px", type=int, help="shrink images whose longer side is over this")
-    convert.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do at a corrupt image")
-    convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
-    convert.set_defaults(call=_convert)
+    _add_convert(commands.add_parser("convert", help="write a .beton file from images"))
+
+    verify = commands.add_parser("verify", help="read a .beton file whole: its checksum, and decode every image")
+    verify.add_argument("beton", type=Path, metavar="X.beton")
+    verify.set_defaults(call=_verify)
 
     inspect = commands.add_parser("inspect", help="print what a .beton file holds and draw a contact sheet")
     inspect.add_argument("beton", type=Path, metavar="X.beton")
@@ -143,6 +152,49 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     evaluate.set_defaults(call=_eval)
     return parser
+
+
+def _add_convert(convert: argparse.ArgumentParser) -> None:
+    kinds = ["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
+    convert.add_argument("--from", dest="kind", required=True, choices=kinds)
+    convert.add_argument(
+        "src",
+        nargs="?",
+        metavar="SRC",
+        help="folder; table with columns path and, if labelled, label; tars or parquet files: a folder, glob or "
+        "pattern like x-{000..012}.tar; torchvision: the data set's name, e.g. CIFAR10; .npz file; digits: leave it out",
+    )
+    convert.add_argument("out", type=Path, metavar="OUT.beton")
+    convert.add_argument(
+        "--split", help="digits: train or test (default: both); npz: reads x_SPLIT and y_SPLIT; torchvision: its own"
+    )
+    convert.add_argument("--root", help="torchvision: folder of its data sets")
+    convert.add_argument("--download", action="store_true", help="torchvision: fetch what is missing in --root")
+    convert.add_argument("--image-column", help="parquet: column of the images (default: the only one, or image)")
+    convert.add_argument("--label-column", help="parquet: column of integer labels (default: label, if it is there)")
+    convert.add_argument("--max-px", type=int, help="shrink images whose longer side is over this")
+    convert.add_argument(
+        "--quality", type=int, default=95, help="of JPEGs that are encoded anew, 1 to 100 (default: 95)"
+    )
+    convert.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do at a corrupt image")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    convert.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a killed conversion was (give the same command again with this option)",
+    )
+    convert.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="write N files OUT-00000-of-0000N.beton of equal, contiguous ranges; each is a data set of its own (a "
+        "training reads one file): for work shared by machines, or parts of one set",
+    )
+    convert.add_argument("--shard", type=int, metavar="I", help="with --shards: write only number I, from 0")
+    convert.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes (default: 0, a thread a core of one process)"
+    )
+    convert.set_defaults(call=_convert)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Writes a .beton file that stock FFCV reads, without ffcv."""
 
+import fcntl
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +43,13 @@ class BetonWriter:
     Samples never straddle a page. The page size grows, by doubling, to hold the largest sample: pages of one power
     of two nest in those of the next, so what was written before stays valid.
     Memory holds 32 bytes a sample and no images. The file appears under its name once it is whole, after its
-    sidecar; a killed process leaves `<name>.<pid>.partial`.
+    sidecar. A killed process leaves `<name>.partial` and, after a checkpoint, `<name>.partial.npz`: with these
+    another writer goes on, and what it writes is what one unbroken writer would have written.
+
+    Attributes:
+        path: The file.
+        num_samples: Samples written so far.
+        note: What the caller gave to the checkpoint that this writer goes on from; None: it began anew.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class BetonWriter:
         source: str = "",
         options: dict[str, Any] | None = None,
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         """Describe the file; `with` opens it.
 
@@ -63,12 +72,16 @@ class BetonWriter:
             source: Where the images come from, for the sidecar.
             options: Options of the conversion, for the sidecar; JSON values.
             overwrite: Replace an existing file.
+            resume: Go on from the last checkpoint of a writer that was killed, if there is one. The other arguments
+                must be the same.
         """
         self.path = Path(path)
         self.num_samples = 0
+        self.note: dict[str, Any] | None = None
         self._about = {"source": source, "class_names": list(class_names) if class_names is not None else None}
         self._options = options or {}
         self._overwrite = overwrite
+        self._resume = resume
         self._metadata_start = HEADER.itemsize + 2 * FIELD.itemsize
         end = self._metadata_start + num_samples_hint * METADATA.itemsize
         self._data_start = self._position = -(-end // PAGE_BYTES) * PAGE_BYTES
@@ -81,16 +94,72 @@ class BetonWriter:
         """Open the temporary file.
 
         Raises:
-            DataError: the file exists and `overwrite` is off, or its folder does not exist.
+            DataError: the file exists and `overwrite` is off, its folder does not exist, another process is writing
+                it, or a checkpoint is there and neither `resume` nor `overwrite` is on.
         """
         if self.path.exists() and not self._overwrite:
             raise DataError(f"{self.path}: exists already; choose another name or pass --overwrite")
         if not self.path.parent.is_dir():
             raise DataError(f"{self.path.parent}: no such folder; create it first")
-        self._partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        self._file: BinaryIO = self._partial.open("wb")
-        self._file.seek(self._position)
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._checkpoint = self.path.with_name(f"{self._partial.name}.npz")
+        self._file: BinaryIO = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            self._begin()
+        except BaseException:
+            self._file.close()
+            raise
         return self
+
+    def _begin(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            raise DataError(f"{self._partial}: another process is writing it") from None
+        if self._checkpoint.exists() and self._resume:
+            self._load_checkpoint()
+        elif self._checkpoint.exists() and not self._overwrite:
+            raise DataError(f"{self._partial}: left by a conversion that did not finish; pass --resume or --overwrite")
+        else:
+            self._checkpoint.unlink(missing_ok=True)
+            self._file.truncate(0)
+        self._file.seek(self._position)
+
+    def checkpoint(self, note: dict[str, Any]) -> None:
+        """Make what has been written so far survive a kill.
+
+        Args:
+            note: What the caller needs to go on; JSON values.
+        """
+        self._sync(self._file)
+        place = {"num_samples": self.num_samples, "position": self._position, "page_bytes": self._page_bytes}
+        about = json.dumps(place | {"data_start": self._data_start, "note": note}).encode()
+        new = self._checkpoint.with_name(f"{self._checkpoint.name}.new")
+        with new.open("wb") as file:
+            np.savez(
+                file,
+                about=np.frombuffer(about, np.uint8),
+                metadata=self._metadata[: self.num_samples].view(np.uint8),  # plain bytes
+                data_bytes=self._data_bytes[: self.num_samples],
+            )
+            self._sync(file)
+        new.replace(self._checkpoint)
+
+    def _load_checkpoint(self) -> None:
+        try:
+            with np.load(self._checkpoint, allow_pickle=False) as found:
+                about = json.loads(found["about"].tobytes())
+                num, metadata = about["num_samples"], found["metadata"].view(METADATA)
+                if about["data_start"] != self._data_start or not len(metadata) == num <= len(self._metadata):
+                    raise ValueError("another number of samples")
+                self._metadata[:num], self._data_bytes[:num] = metadata, found["data_bytes"]
+            self._position, self._page_bytes = about["position"], about["page_bytes"]
+            self.num_samples, self.note = num, about["note"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self._checkpoint}: does not fit ({error}); pass --overwrite to start anew") from error
+        if self._partial.stat().st_size < self._position:
+            raise DataError(f"{self._partial}: shorter than at its checkpoint; pass --overwrite to start anew")
+        self._file.truncate(self._position)
 
     def write_jpeg(self, data: bytes, *, height_px: int, width_px: int, label: int = -1) -> None:
         """Append one image as the bytes of a JPEG file (8-bit, grey or three components).
@@ -111,7 +180,7 @@ class BetonWriter:
         self._write(pixels.tobytes(), RAW, pixels.shape[0], pixels.shape[1], label)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Finish the file and give it its name; after an exception, remove it.
+        """Finish the file and give it its name; after an exception, keep what a checkpoint allows to go on from.
 
         Raises:
             DataError: no sample was written.
@@ -120,10 +189,11 @@ class BetonWriter:
             with self._file:
                 if error is None:
                     self._finish()
-            if error is None:
-                self._publish()
+                    self._publish()
+                    self._checkpoint.unlink(missing_ok=True)
         finally:
-            self._partial.unlink(missing_ok=True)
+            if not self._checkpoint.exists():
+                self._partial.unlink(missing_ok=True)
 
     def _write(self, data: bytes, mode: int, height_px: int, width_px: int, label: int) -> None:
         if not 1 <= min(height_px, width_px) <= max(height_px, width_px) <= MAX_SIDE_PX:

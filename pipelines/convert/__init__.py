@@ -1,32 +1,40 @@
 """Images -> a .beton file."""
 
+import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, TypeVar
-
-import numpy as np
+from typing import Any, Literal, TypeVar
 
 from pipelines.beton import BetonWriter
+from pipelines.beton.format import sidecar_path
 from pipelines.convert.images import (
     MAX_JPEG_SIDE_PX,
     CorruptImageError,
     StoredImage,
     quiet_pillow,
-    store_file,
-    store_pixels,
+    silence_pillow,
+    store_items,
 )
-from pipelines.convert.sources import Source, SourceKind, build_source
+from pipelines.convert.source import Item, Source
+from pipelines.convert.sources import SourceKind, SourceOptions, build_source
 from pipelines.errors import DataError
+from pipelines.progress import Progress
 
-__all__ = ["ConvertReport", "SourceKind", "convert"]
+__all__ = ["ConvertReport", "SourceKind", "convert", "convert_shards"]
 
-NUM_AHEAD_PER_THREAD = 8  # finished images that wait for the writer; bounds the memory
+NUM_ITEMS_PER_TASK = 8
+NUM_TASKS_AHEAD = 2  # a thread or process; finished images that wait for the writer; bounds the memory
+MAX_SHARDS = 99_999
+MAX_WORKERS = 1024
+CHECKPOINT_EVERY_S = 10.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,9 +51,9 @@ class ConvertReport:
         num_encoded: Images encoded as JPEG anew.
         num_raw: Images stored as pixels.
         num_skipped: Corrupt images left out.
-        num_ignored: Files of the folder that are not named like images.
+        num_ignored: Files of the source that are not named like images.
         errors_path: List of the skipped, one `path<TAB>reason` a line; None where there are none.
-        wall_s: Duration in seconds.
+        wall_s: Duration in seconds, of this process.
     """
 
     out: Path
@@ -59,6 +67,28 @@ class ConvertReport:
     wall_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What holds for every file of one call; see `convert`."""
+
+    max_px: int | None
+    on_error: Literal["fail", "skip"]
+    quality: int
+    overwrite: bool
+    resume: bool
+    num_workers: int
+
+
+@dataclass(kw_only=True)
+class _Done:
+    """How far a file is; what a checkpoint notes, as JSON values."""
+
+    fingerprint: str
+    num_read: int = 0
+    how: dict[str, int] = field(default_factory=dict)
+    errors: list[tuple[str, str]] = field(default_factory=list)
+
+
 def convert(
     source_kind: SourceKind,
     src: str | None,
@@ -67,98 +97,234 @@ def convert(
     max_px: int | None = None,
     on_error: Literal["fail", "skip"] = "fail",
     quality: int = 95,
-    split: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    num_workers: int = 0,
+    **source_options: Any,
 ) -> ConvertReport:
     """Write a .beton file and its sidecar; every image is decoded once on the way, so that corrupt ones show.
 
     Args:
-        source_kind: "folder" (class sub-folders, or flat and unlabelled), "npz" (arrays x, y) or "digits".
-        src: The folder or file; None for "digits".
+        source_kind: See `sources.build_source`.
+        src: The folder, file, pattern of files or name; None for "digits".
         out: The .beton file; its folder is created.
         max_px: Downscale images whose longer side is larger.
         on_error: At a corrupt image, stop, or leave it out and list it in `<out>.errors.txt`.
         quality: JPEG quality of re-encoded images, 1..100.
-        split: Which part of the source ("digits": train or test; "npz": suffix of the arrays' names); None: all.
-        overwrite: Replace an existing file.
+        overwrite: Replace an existing file, and what an unfinished conversion left.
+        resume: Go on where a killed conversion of the same source and options was; the file becomes what one
+            unbroken conversion would have made. Nothing is done where it is finished already.
+        num_workers: Processes that read, check and encode; 0: as many threads of this process as it has cores.
+        source_options: Fields of `sources.SourceOptions`, e.g. split.
     Raises:
-        ValueError: an option outside its range.
-        DataError: bad source, a corrupt image with on_error="fail", nothing but corrupt images, or `out` exists.
+        ValueError: an option outside its range, or that the source does not have.
+        DataError: bad source, a corrupt image with on_error="fail", nothing but corrupt images, `out` exists, or
+            what an unfinished conversion left belongs to another source or other options.
     """
-    _check_options(max_px, on_error, quality)
-    start_s = time.monotonic()
-    source = build_source(source_kind, src, split)
+    options = _Options(
+        max_px=max_px, on_error=on_error, quality=quality, overwrite=overwrite, resume=resume, num_workers=num_workers
+    )
+    _check_options(options)
+    source = build_source(source_kind, src, SourceOptions(**source_options))
+    about = {"source_kind": source_kind, **asdict(SourceOptions(**source_options))}
+    return _convert_range(source, Path(out), 0, source.num_items, options, about)
+
+
+def convert_shards(
+    source_kind: SourceKind,
+    src: str | None,
+    out: str | Path,
+    *,
+    num_shards: int,
+    shard: int | None = None,
+    max_px: int | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    quality: int = 95,
+    overwrite: bool = False,
+    resume: bool = False,
+    num_workers: int = 0,
+    **source_options: Any,
+) -> list[ConvertReport]:
+    """Write contiguous, equal ranges of a source, each to a file of its own: `x.beton` -> `x-00000-of-00004.beton`.
+
+    Of N items, shard k holds N*k//num_shards up to N*(k+1)//num_shards, less the corrupt ones.
+
+    Args:
+        source_kind: See `convert`, also for what is not listed here.
+        src: See `convert`.
+        out: The name that the files' names are made of.
+        num_shards: Files, 1..99,999.
+        shard: Write only this one, 0..num_shards-1: several machines share the work.
+        max_px: See `convert`.
+        on_error: See `convert`.
+        quality: See `convert`.
+        overwrite: See `convert`.
+        resume: See `convert`; shards that are finished are left as they are.
+        num_workers: See `convert`.
+        source_options: See `convert`.
+    Raises:
+        ValueError: as `convert`, or a number outside its range.
+        DataError: as `convert`, or fewer items than shards.
+    """
+    if not 1 <= num_shards <= MAX_SHARDS:
+        raise ValueError(f"shards must be 1..{MAX_SHARDS}, not {num_shards}")
+    if shard is not None and not 0 <= shard < num_shards:
+        raise ValueError(f"shard must be 0..{num_shards - 1}, not {shard}")
+    options = _Options(
+        max_px=max_px, on_error=on_error, quality=quality, overwrite=overwrite, resume=resume, num_workers=num_workers
+    )
+    _check_options(options)
+    source = build_source(source_kind, src, SourceOptions(**source_options))
+    if source.num_items < num_shards:
+        raise DataError(f"{source.name}: {source.num_items} images are too few for {num_shards} shards")
+    about = {"source_kind": source_kind, **asdict(SourceOptions(**source_options)), "num_shards": num_shards}
+    reports = []
+    for k in range(num_shards) if shard is None else (shard,):
+        start, stop = source.num_items * k // num_shards, source.num_items * (k + 1) // num_shards
+        reports.append(_convert_range(source, shard_path(out, k, num_shards), start, stop, options, about))
+    return reports
+
+
+def shard_path(out: str | Path, shard: int, num_shards: int) -> Path:
+    """`x.beton` -> `x-00000-of-00004.beton`."""
     out = Path(out)
-    options = {"source_kind": source_kind, "max_px": max_px, "on_error": on_error, "quality": quality, "split": split}
-    errors: list[tuple[str, str]] = []
+    return out.with_name(f"{out.stem}-{shard:05d}-of-{num_shards:05d}{out.suffix}")
+
+
+def _check_options(options: _Options) -> None:
+    if options.max_px is not None and not 1 <= options.max_px <= MAX_JPEG_SIDE_PX:
+        raise ValueError(f"max_px must be 1..{MAX_JPEG_SIDE_PX}, not {options.max_px}")
+    if options.on_error not in ("fail", "skip"):
+        raise ValueError(f"on_error must be fail or skip, not {options.on_error!r}")
+    if not 1 <= options.quality <= 100:
+        raise ValueError(f"quality must be 1..100, not {options.quality}")
+    if not 0 <= options.num_workers <= MAX_WORKERS:
+        raise ValueError(f"workers must be 0..{MAX_WORKERS}, not {options.num_workers}")
+
+
+def _convert_range(
+    source: Source, out: Path, start: int, stop: int, options: _Options, about: dict[str, Any]
+) -> ConvertReport:
+    """Write items start..stop-1 of a source."""
+    start_s = time.monotonic()
+    about = about | {"max_px": options.max_px, "quality": options.quality}  # on_error: a resumed one may forgive more
+    identity = f"{source.fingerprint} {start} {stop} {json.dumps(about, sort_keys=True)}"
+    if options.resume and out.exists() and not options.overwrite:
+        done = _Done(fingerprint=identity)
+        if _finished_identity(out) != identity:
+            raise DataError(f"{out}: exists already, of another source or other options; choose another name")
+        print(f"{out}: finished already")
+        return _report(out, done, source, None, start_s)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = BetonWriter(
             out,
-            len(source.labels),
+            stop - start,
             class_names=source.class_names,
             source=source.name,
-            options=options,
-            overwrite=overwrite,
+            options=about | {"on_error": options.on_error, "identity": identity},
+            overwrite=options.overwrite,
+            resume=options.resume,
         )
         with writer:
-            how = _write_all(writer, source, max_px, quality, None if on_error == "fail" else errors)
-            errors_path = _write_errors(out, errors)
+            done = _Done(**(writer.note or {"fingerprint": identity}))
+            if done.fingerprint != identity:
+                raise DataError(f"{out}.partial: of another source or other options; pass --overwrite to start anew")
+            _write_all(writer, source, start, stop, options, done)
+            errors_path = _write_errors(out, done.errors)
             if not writer.num_samples:
-                raise DataError(f"{source.name}: all {len(errors)} images are corrupt; see {errors_path}")
+                raise DataError(f"{source.name}: all {len(done.errors)} images are corrupt; see {errors_path}")
+    except BrokenExecutor as error:
+        raise DataError(f"{out}: a worker process died, perhaps for lack of memory; try fewer workers") from error
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
-    if errors:
-        print(f"{len(errors)} of {len(source.labels)} images are corrupt and were left out; see {errors_path}")
+    if done.errors:
+        print(f"{len(done.errors)} of {stop - start} images are corrupt and were left out; see {errors_path}")
+    return _report(out, done, source, errors_path, start_s)
+
+
+def _finished_identity(out: Path) -> object:
+    try:
+        return json.loads(sidecar_path(out).read_text(encoding="utf-8"))["options"]["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _report(out: Path, done: _Done, source: Source, errors_path: Path | None, start_s: float) -> ConvertReport:
     return ConvertReport(
         out=out,
-        num_images=how.total(),
-        num_passed=how["passed"],
-        num_encoded=how["encoded"],
-        num_raw=how["raw"],
-        num_skipped=len(errors),
+        num_images=sum(done.how.values()),
+        num_passed=done.how.get("passed", 0),
+        num_encoded=done.how.get("encoded", 0),
+        num_raw=done.how.get("raw", 0),
+        num_skipped=len(done.errors),
         num_ignored=source.num_ignored,
         errors_path=errors_path,
         wall_s=time.monotonic() - start_s,
     )
 
 
-def _check_options(max_px: int | None, on_error: str, quality: int) -> None:
-    if max_px is not None and not 1 <= max_px <= MAX_JPEG_SIDE_PX:
-        raise ValueError(f"max_px must be 1..{MAX_JPEG_SIDE_PX}, not {max_px}")
-    if on_error not in ("fail", "skip"):
-        raise ValueError(f"on_error must be fail or skip, not {on_error!r}")
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality must be 1..100, not {quality}")
-
-
-def _write_all(
-    writer: BetonWriter, source: Source, max_px: int | None, quality: int, errors: list[tuple[str, str]] | None
-) -> Counter[str]:
-    """Write every good image; corrupt ones go to `errors`, or raise DataError where that is None."""
-    from tqdm import tqdm
-
-    def store(image: str | np.ndarray) -> StoredImage | CorruptImageError:
-        try:
-            if isinstance(image, str):
-                return store_file(image, max_px=max_px, quality=quality)
-            return store_pixels(image, max_px=max_px)
-        except CorruptImageError as error:
-            return error
-
-    how: Counter[str] = Counter()
-    stored = bounded_map(store, source.images, num_threads=len(os.sched_getaffinity(0)))
-    progress = tqdm(stored, total=len(source.labels), unit=" images", disable=None)
-    with quiet_pillow(), closing(stored), progress:
-        for image, label, result in zip(source.images, source.labels, progress, strict=True):
+def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, options: _Options, done: _Done) -> None:
+    """Write every good image; corrupt ones go to `done.errors`, or raise DataError with on_error="fail"."""
+    how = Counter(done.how)
+    noted_s = time.monotonic()
+    items = source.read(start + done.num_read, stop)
+    results = _stored(items, options)
+    with quiet_pillow(), closing(results), Progress(writer.path.name, stop - start, done.num_read) as progress:
+        for item, result in results:
             if isinstance(result, StoredImage):
-                _write(writer, result, int(label))
+                _write(writer, result, item.label)
                 how[result.how] += 1
-            elif errors is None:
-                raise DataError(f"{image}: {result}; repair or remove it, or pass --on-error skip")
+            elif options.on_error == "fail":
+                raise DataError(f"{item.name}: {result}; repair or remove it, or pass --on-error skip")
             else:
-                errors.append((str(image), str(result)))
-    return how
+                done.errors.append((item.name, str(result)))
+            done.num_read += 1
+            progress.advance()
+            if time.monotonic() - noted_s >= CHECKPOINT_EVERY_S:
+                done.how = dict(how)
+                writer.checkpoint(asdict(done))
+                noted_s = time.monotonic()
+    done.how = dict(how)
+    if done.num_read != stop - start:
+        raise DataError(f"{source.name}: changed while it was read; convert again")
+
+
+def _stored(
+    items: Iterator[Item], options: _Options
+) -> Generator[tuple[Item, StoredImage | CorruptImageError], None, None]:
+    """Each item, in order, with what becomes of it."""
+    num_workers = options.num_workers or len(os.sched_getaffinity(0))
+    tasks: deque[list[Item]] = deque()
+
+    def batches() -> Iterator[list[Item]]:
+        while batch := list(islice(items, NUM_ITEMS_PER_TASK)):
+            tasks.append(batch)
+            yield batch
+
+    pool = _build_pool(options.num_workers, num_workers)
+    call = _StoreItems(options.max_px, options.quality)
+    with closing(bounded_map(call, batches(), pool, max_ahead=num_workers * NUM_TASKS_AHEAD)) as results:
+        for result in results:
+            yield from zip(tasks.popleft(), result, strict=True)
+
+
+@dataclass(frozen=True)
+class _StoreItems:
+    """`store_items` with its options, for another process."""
+
+    max_px: int | None
+    quality: int
+
+    def __call__(self, items: list[Item]) -> list[StoredImage | CorruptImageError]:
+        return store_items(items, self.max_px, self.quality)
+
+
+def _build_pool(num_processes: int, num_threads: int) -> Executor:
+    if not num_processes:
+        return ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-convert")
+    context = get_context("forkserver")
+    return ProcessPoolExecutor(num_processes, context, initializer=silence_pillow)
 
 
 def _write(writer: BetonWriter, image: StoredImage, label: int) -> None:
@@ -177,16 +343,17 @@ def _write_errors(out: Path, errors: list[tuple[str, str]]) -> Path | None:
     return path
 
 
-def bounded_map(function: Callable[[T], R], items: Iterable[T], *, num_threads: int) -> Generator[R, None, None]:
-    """`map` in threads, in order, with at most NUM_AHEAD_PER_THREAD results a thread that wait for their turn."""
+def bounded_map(
+    function: Callable[[T], R], items: Iterable[T], pool: Executor, *, max_ahead: int
+) -> Generator[R, None, None]:
+    """`map` in a pool, in order, with at most `max_ahead` items under way or waiting for their turn; ends the pool."""
     ahead: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) >= num_threads * NUM_AHEAD_PER_THREAD:
-                    yield ahead.popleft().result()
-            while ahead:
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) >= max_ahead:
                 yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,7 @@
 """One image file -> the bytes that a .beton stores: passed through unchanged where that is lossless and safe."""
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,12 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipelines.convert.source import Item
+from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, decode_jpeg
+
 SMALL_AREA_PX = 64 * 64  # lossless sources up to this area stay lossless: stored as raw pixels
 MAX_JPEG_SIDE_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+MAX_KEPT_BYTES = 64 << 20  # a thread's buffer for decoding that is larger is given back
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: what every libjpeg-turbo decodes
 
 UPRIGHT = {
@@ -51,26 +56,59 @@ class StoredImage:
 def quiet_pillow() -> Iterator[None]:
     """Silence Pillow's warnings (damaged EXIF, bomb): what matters comes as CorruptImageError. For the main thread."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+        silence_pillow()
         yield
 
 
-def store_file(path: str, *, max_px: int | None, quality: int) -> StoredImage:
+def silence_pillow() -> None:
+    """The same for a whole process."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def store_items(items: list[Item], max_px: int | None, quality: int) -> list[StoredImage | CorruptImageError]:
+    """Convert some images, in a thread or a process of their own.
+
+    Args:
+        items: See `Item`.
+        max_px: See `store_file`.
+        quality: See `store_file`.
+    Returns:
+        For each item, what is to be stored, or why it cannot be.
+    """
+    return [_store_or_reason(item.image, max_px, quality) for item in items]
+
+
+def _store_or_reason(
+    image: str | bytes | np.ndarray | Image.Image, max_px: int | None, quality: int
+) -> StoredImage | CorruptImageError:
+    try:
+        if isinstance(image, np.ndarray):
+            return store_pixels(image, max_px=max_px)
+        if isinstance(image, Image.Image):
+            return _encode(_to_rgb(image), None, max_px, quality, is_jpeg=False)
+        return store_file(image, max_px=max_px, quality=quality)
+    except CorruptImageError as error:
+        return error
+
+
+def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> StoredImage:
     """Read, decode and, only where needed, re-encode one image file.
 
     The content decides the format, not the file's name. JPEG bytes pass unchanged when they are 8-bit, of 1 or 3
     components, upright (EXIF) and no larger than `max_px`. Anything else becomes upright RGB, is downscaled, and is
     stored as JPEG (4:2:0), or as raw pixels where the source is no JPEG and the area is at most `SMALL_AREA_PX`.
+    Of an animation the first picture is taken. JPEGs are decoded as they will be at run time, so that what passes
+    here decodes there; Pillow decodes the others, CMYK included.
 
     Args:
-        path: The file.
+        file: Its path, or its bytes.
         max_px: Largest side in pixels; None: as it is.
         quality: JPEG quality, 1..100.
     Raises:
         CorruptImageError: unreadable, empty, truncated, not an image, or too large.
     """
     try:
-        return _store(Path(path).read_bytes(), max_px, quality)
+        return _store(file if isinstance(file, bytes) else Path(file).read_bytes(), max_px, quality)
     except CorruptImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -96,13 +134,21 @@ def store_pixels(pixels: np.ndarray, *, max_px: int | None) -> StoredImage:
 
 
 def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
-    image = _decode(data)
-    turn = UPRIGHT.get(_orientation(image))
+    image = _open(data)
     is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures appended
-    too_large = max_px is not None and max(image.size) > max_px
-    if is_jpeg and turn is None and not too_large and _passes_as_is(data):
+    if not (is_jpeg and _passes_as_is(data)):
+        image.load()  # which turns a TIFF upright and drops its orientation
+        return _encode(_to_rgb(image), UPRIGHT.get(_orientation(image)), max_px, quality, is_jpeg=is_jpeg)
+    turn = UPRIGHT.get(_orientation(image))
+    pixels = _decode_jpeg(data, image.height, image.width)
+    if turn is None and (max_px is None or max(image.size) <= max_px):
         return StoredImage(how="passed", data=data, height_px=image.height, width_px=image.width)
-    rgb = _to_rgb(image)
+    return _encode(Image.fromarray(pixels), turn, max_px, quality, is_jpeg=True)
+
+
+def _encode(
+    rgb: Image.Image, turn: Image.Transpose | None, max_px: int | None, quality: int, *, is_jpeg: bool
+) -> StoredImage:
     rgb = _downscale(rgb if turn is None else rgb.transpose(turn), max_px)
     if not is_jpeg and rgb.width * rgb.height <= SMALL_AREA_PX:
         return StoredImage(how="raw", data=np.asarray(rgb), height_px=rgb.height, width_px=rgb.width)
@@ -111,15 +157,40 @@ def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
     return StoredImage(how="encoded", data=encoded.getvalue(), height_px=rgb.height, width_px=rgb.width)
 
 
-def _decode(data: bytes) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     if not data:
         raise CorruptImageError("empty file")
     image = Image.open(io.BytesIO(data))
     # Pillow itself only warns up to twice its limit.
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError
-    image.load()
     return image
+
+
+class _ThreadDecoder(threading.local):
+    """A decompressor for each thread."""
+
+    def __init__(self) -> None:
+        self.decoder = JpegDecoder()
+
+
+_thread = _ThreadDecoder()
+
+
+def _decode_jpeg(data: bytes, height_px: int, width_px: int) -> np.ndarray:
+    """Decode as the engines do; the result, uint8 [H, W, 3], is overwritten by the thread's next one."""
+    decoder = _thread.decoder
+    num_bytes = height_px * width_px * 3
+    if len(decoder.pixels) > max(num_bytes, MAX_KEPT_BYTES):
+        decoder.pixels = np.empty(0, np.uint8)
+    decoder.reserve(num_bytes)
+    status = decode_jpeg(decoder.handle, np.frombuffer(data, np.uint8), height_px, width_px, decoder.pixels)
+    if status == WRONG_SIZE:
+        raise CorruptImageError("damaged JPEG (two decoders read two sizes)")
+    if status != OK and not decoder.is_harmless():
+        message = decoder.last_message()
+        raise CorruptImageError(f"{'truncated' if 'Premature end' in message else 'damaged'} JPEG ({message})")
+    return decoder.pixels[:num_bytes].reshape(height_px, width_px, 3)
 
 
 def _orientation(image: Image.Image) -> int:

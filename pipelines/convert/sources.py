@@ -1,63 +1,130 @@
-"""Where images come from: an image folder, an .npz of arrays, scikit-learn's digits."""
+"""Where images come from: one function for each kind of source."""
 
+import csv
 import os
+import re
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from glob import glob
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from pipelines.convert.source import (
+    EXTENSIONS,
+    MAX_LABEL,
+    Source,
+    array_source,
+    checked_label,
+    fingerprint,
+    is_image_name,
+    path_source,
+)
 from pipelines.errors import DataError
 
-SourceKind = Literal["folder", "npz", "digits"]
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SourceKind = Literal["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
 NUM_DIGITS_TEST = 500
-MAX_LABEL = 999_999  # a classifier has one output for each number up to the largest label
+MAX_BRACE_NUMBERS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """N images to convert.
+class SourceOptions:
+    """What only some kinds of source understand; None or False: not given.
 
     Attributes:
-        name: For the sidecar and messages.
-        images: N paths, or uint8 [N, H, W] or [N, H, W, 3].
-        labels: int64 [N]; -1 = none.
-        class_names: Names by label; None: unlabelled, or the names are unknown.
-        num_ignored: Files that were left aside by their names (hidden, or without an image's extension).
+        split: digits: train, test or None (all). npz: a suffix, arrays `x_<split>`, `y_<split>`. torchvision: the
+            data set's own split.
+        root: torchvision: the folder of its data sets.
+        download: torchvision: fetch what is missing in `root`.
+        image_column: parquet: the column of the images; None: the only one that can be.
+        label_column: parquet: the column of the labels; None: `label`, if there is one.
     """
 
-    name: str
-    images: Sequence[str] | np.ndarray
-    labels: np.ndarray
-    class_names: list[str] | None = None
-    num_ignored: int = 0
+    split: str | None = None
+    root: str | None = None
+    download: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
 
 
-def build_source(kind: SourceKind, src: str | None, split: str | None) -> Source:
-    """List the images of a source.
+OPTION_KINDS = {
+    "split": ("digits", "npz", "torchvision"),
+    "root": ("torchvision",),
+    "download": ("torchvision",),
+    "image_column": ("parquet",),
+    "label_column": ("parquet",),
+}
+
+
+def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> Source:
+    """List or count the images of a source.
 
     Args:
-        kind: "folder", "npz" or "digits".
-        src: The folder or the .npz file; unused by "digits".
-        split: "digits": train, test or None (all). "npz": a suffix, arrays `x_<split>`, `y_<split>`. Not for "folder".
+        kind: One of `SourceKind`.
+        src: The folder, file, pattern of files (webdataset, parquet) or name (torchvision); unused by "digits".
+        options: Those that the kind does not understand must be left out.
     Raises:
-        ValueError: unknown kind, missing `src`, or a split that the kind does not have.
+        ValueError: unknown kind, missing `src`, or an option that the kind does not have.
         DataError: the source does not exist, is not of its kind, or holds no images.
     """
     if kind not in get_args(SourceKind):
         raise ValueError(f"source kind must be one of {', '.join(get_args(SourceKind))}, not {kind!r}")
+    for field in fields(options):
+        if getattr(options, field.name) != field.default and kind not in OPTION_KINDS[field.name]:
+            raise ValueError(
+                f"{field.name}: only for sources of kind {', '.join(OPTION_KINDS[field.name])}, not {kind}"
+            )
     if kind == "digits":
-        return digits_source(split)
+        return digits_source(options.split)
     if src is None:
-        raise ValueError(f"source kind {kind} needs a path")
+        raise ValueError(f"source kind {kind} needs a path" if kind != "torchvision" else "torchvision needs a name")
     if kind == "npz":
-        return npz_source(Path(src), split)
-    if split is not None:
-        raise ValueError("split: a folder has none; give the folder of the split itself")
-    return folder_source(Path(src))
+        return npz_source(Path(src), options.split)
+    if kind == "webdataset":
+        from pipelines.convert.webdataset import webdataset_source
+
+        return webdataset_source(find_files(src, (".tar", ".tar.gz", ".tgz")))
+    if kind == "parquet":
+        from pipelines.convert.parquet import parquet_source
+
+        return parquet_source(find_files(src, (".parquet",)), options.image_column, options.label_column)
+    if kind == "torchvision":
+        from pipelines.convert.torchvision_sets import torchvision_source
+
+        return torchvision_source(src, options.root, options.split, download=options.download)
+    of_path: dict[str, Callable[[Path], Source]] = {"folder": folder_source, "csv": csv_source}
+    return of_path[kind](Path(src))
+
+
+def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Files by a folder, a path, a glob pattern, or a numbered brace pattern such as `shard-{000..012}.tar`.
+
+    Args:
+        pattern: With one brace range at most; its numbers have the width of the first.
+        suffixes: What the names of a folder's files end in.
+    Raises:
+        DataError: there are none, or one of a brace range is missing.
+    """
+    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if brace:
+        first, last = int(brace[1]), int(brace[2])
+        if not 0 <= last - first < MAX_BRACE_NUMBERS:
+            raise DataError(f"{pattern}: the range must rise, by less than {MAX_BRACE_NUMBERS:,}")
+        width = len(brace[1])
+        numbers = range(first, last + 1)
+        found = [f"{pattern[: brace.start()]}{k:0{width}d}{pattern[brace.end() :]}" for k in numbers]
+    elif os.path.isdir(pattern):
+        found = sorted(entry.path for entry in os.scandir(pattern) if entry.name.endswith(suffixes))
+    else:
+        found = [pattern] if os.path.exists(pattern) else sorted(glob(pattern))
+    if not found:
+        raise DataError(f"{pattern}: no such files (a folder is searched for {' '.join(suffixes)})")
+    for path in found:
+        if not os.path.isfile(path):
+            raise DataError(f"{path}: no such file")
+    return found
 
 
 def folder_source(folder: Path) -> Source:
@@ -79,8 +146,41 @@ def folder_source(folder: Path) -> Source:
         raise DataError(f"{folder}: no images in it (looked for {' '.join(sorted(EXTENSIONS))})")
     name = str(folder.resolve())
     if flat:
-        return Source(name=name, images=flat, labels=np.full(len(flat), -1), num_ignored=num_ignored)
-    return Source(name=name, images=images, labels=np.array(labels), class_names=classes, num_ignored=num_ignored)
+        return path_source(name, flat, np.full(len(flat), -1), num_ignored=num_ignored)
+    return path_source(name, images, np.array(labels), classes, num_ignored)
+
+
+def csv_source(path: Path) -> Source:
+    """A table with a column `path`, relative to the table's folder, and perhaps `label`: an integer or a class name.
+
+    Class names, sorted, are numbered from 0, as a folder's are; an empty label is none.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            columns = table.fieldnames or []
+            if "path" not in columns:
+                raise DataError(f"{path}: no column path in it; it has: {', '.join(columns) or 'nothing'}")
+            rows = [(row["path"] or "", (row.get("label") or "").strip()) for row in table]
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable table in UTF-8 ({error})") from error
+    if not rows:
+        raise DataError(f"{path}: no images in it")
+    empty = next((number for number, (image, _) in enumerate(rows, 2) if not image), None)
+    if empty is not None:
+        raise DataError(f"{path}: row {empty} has no path")
+    labels, class_names = _number_labels([label for _, label in rows], path)
+    return path_source(str(path.resolve()), [str(path.parent / image) for image, _ in rows], labels, class_names)
+
+
+def _number_labels(texts: list[str], path: Path) -> tuple[np.ndarray, list[str] | None]:
+    if all(re.fullmatch(r"-?\d{1,9}|", text) for text in texts):
+        return np.array([checked_label(int(text) if text else None, str(path)) for text in texts]), None
+    class_names = sorted(set(texts) - {""})
+    numbers = {name: number for number, name in enumerate(class_names)} | {"": -1}
+    return np.array([numbers[text] for text in texts]), class_names
 
 
 def npz_source(path: Path, split: str | None = None) -> Source:
@@ -105,7 +205,8 @@ def npz_source(path: Path, split: str | None = None) -> Source:
         raise DataError(f"{path}: {y_key} must be integers [{len(x)}], not {y.dtype} {list(y.shape)}")
     if not -1 <= int(y.min()) <= int(y.max()) <= MAX_LABEL:
         raise DataError(f"{path}: {y_key} must be in -1..{MAX_LABEL}, not {y.min()}..{y.max()}")
-    return Source(name=str(path.resolve()), images=x, labels=y.astype(np.int64))
+    facts = fingerprint([str(path.resolve())], suffix.encode())
+    return array_source(str(path.resolve()), x, y.astype(np.int64), facts)
 
 
 def digits_source(split: str | None = None) -> Source:
@@ -125,7 +226,8 @@ def digits_source(split: str | None = None) -> Source:
         chosen = _stratified_test_mask(digit, NUM_DIGITS_TEST) == (split == "test")
     images = np.round(levels.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)[chosen]
     name = f"scikit-learn digits, {split or 'all'}"
-    return Source(name=name, images=images, labels=digit[chosen], class_names=[str(k) for k in range(10)])
+    facts = fingerprint([], images.tobytes())
+    return array_source(name, images, digit[chosen], facts, [str(k) for k in range(10)])
 
 
 def _stratified_test_mask(labels: np.ndarray, num_test: int) -> np.ndarray:
@@ -146,5 +248,5 @@ def _walk(folder: Path) -> list[str]:
 
 def _split_by_name(paths: list[str]) -> tuple[list[str], int]:
     """Those that are named like images, sorted, and the number of the others."""
-    images = [p for p in paths if Path(p).suffix.lower() in EXTENSIONS and not os.path.basename(p).startswith(".")]
+    images = [path for path in paths if is_image_name(path)]
     return sorted(images), len(paths) - len(images)

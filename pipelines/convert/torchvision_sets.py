@@ -1,0 +1,102 @@
+"""Data sets that torchvision reads, by the name of their class."""
+
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kernels.torchvision_cpu import import_torchvision
+from pipelines.convert.source import Item, Source, checked_label, fingerprint, path_source
+from pipelines.errors import DataError
+
+# Attributes that hold the files of a data set and, in the same order, their labels.
+FILE_LISTS = (("_image_files", "_labels"), ("_images", "_labels"))
+
+
+def torchvision_source(name: str, root: str | None, split: str | None, *, download: bool) -> Source:
+    """A data set of torchvision.datasets for classification.
+
+    JPEG files keep their bytes where the data set is a list of files; decoded images are encoded as any other.
+    The formats on disk are torchvision's matter: CIFAR's is a pickle, which torchvision loads only after it has
+    compared the files' MD5 with the published ones. Nothing is unpickled here.
+
+    Args:
+        name: As in torchvision.datasets, e.g. CIFAR10.
+        root: The folder of the data sets.
+        split: train, test or what the data set calls its splits; None: the data set's default.
+        download: Fetch what is missing.
+    Raises:
+        ValueError: no `root`, an unknown name or split.
+        DataError: the data are not there, or torchvision refuses them.
+    """
+    if root is None:
+        raise ValueError("root: torchvision needs the folder of its data sets")
+    dataset = _open(_class_of(name), name, root, split, download=download)
+    num_items, class_names = len(dataset), _class_names(dataset)
+    label = f"torchvision {name}, {split or 'default split'}, in {root}"
+    files = _files(dataset, num_items)
+    if files is not None:
+        labels = np.array([checked_label(number, path) for path, number in files])
+        return path_source(label, [path for path, _ in files], labels, class_names)
+
+    def read(start: int, stop: int) -> Iterator[Item]:
+        for i in range(start, stop):
+            image, target = dataset[i]
+            if not isinstance(image, Image.Image):
+                raise DataError(f"torchvision {name}: its samples are {type(image).__name__}, not images")
+            number = checked_label(target if isinstance(target, int | np.integer) else None, f"{label}, image {i}")
+            yield Item(f"{label}, image {i}", image, number)
+
+    facts = fingerprint([], f"{label} {num_items} {dataset!r}".encode())
+    return Source(name=label, num_items=num_items, read=read, fingerprint=facts, class_names=class_names)
+
+
+def _class_of(name: str) -> Any:
+    datasets = import_torchvision().datasets
+    found = getattr(datasets, name, None)
+    if not inspect.isclass(found) or not issubclass(found, datasets.VisionDataset):
+        raise ValueError(f"torchvision.datasets has no data set {name!r}; names are written as there, e.g. CIFAR10")
+    return found
+
+
+def _open(kind: Any, name: str, root: str, split: str | None, *, download: bool) -> Any:
+    options = inspect.signature(kind.__init__).parameters
+    given: dict[str, Any] = {"root": root}
+    if split is not None and "train" in options:
+        if split not in ("train", "test"):
+            raise ValueError(f"split: {name} has train and test, not {split!r}")
+        given["train"] = split == "train"
+    elif split is not None and "split" in options:
+        given["split"] = split
+    elif split is not None:
+        raise ValueError(f"split: {name} has none")
+    if download:
+        if "download" not in options:
+            raise ValueError(f"download: torchvision cannot download {name}")
+        given["download"] = True
+    try:
+        return kind(**given)
+    except Exception as error:  # each data set raises what its reader meets
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"torchvision {name} in {root}: {reason}") from error
+
+
+def _files(dataset: Any, num_items: int) -> list[tuple[str, Any]] | None:
+    samples = getattr(dataset, "samples", None)
+    if samples is None:
+        for paths, labels in FILE_LISTS:
+            if hasattr(dataset, paths) and hasattr(dataset, labels):
+                samples = list(zip(getattr(dataset, paths), getattr(dataset, labels), strict=False))
+    if not isinstance(samples, list) or len(samples) != num_items:
+        return None
+    if not all(isinstance(path, str | os.PathLike) and isinstance(label, int) for path, label in samples):
+        return None
+    return [(str(path), label) for path, label in samples]
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    names = getattr(dataset, "classes", None)
+    return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else None

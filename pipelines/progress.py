@@ -1,0 +1,56 @@
+"""How far a long job over images is: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Counts images; a context manager. Rates and the time left count from where this process began."""
+
+    def __init__(self, what: str, num_total: int, num_before: int = 0) -> None:
+        """Describe the job.
+
+        Args:
+            what: Names it at the start of the line.
+            num_total: Images of the whole job.
+            num_before: Those that an earlier process did.
+        """
+        self._what = what
+        self._num_total = num_total
+        self._num_before = self._num_done = num_before
+
+    def __enter__(self) -> Self:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            desc=self._what,
+            total=self._num_total,
+            initial=self._num_before,
+            unit=" img",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self._started_s = self._printed_s = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.close()
+
+    def advance(self, num: int = 1) -> None:
+        """Count `num` images more."""
+        self._num_done += num
+        self._bar.update(num)
+        now_s = time.monotonic()
+        if self._bar.disable and now_s - self._printed_s >= LINE_EVERY_S:
+            self._printed_s = now_s
+            print(self._line(now_s - self._started_s), flush=True)
+
+    def _line(self, elapsed_s: float) -> str:
+        img_per_s = (self._num_done - self._num_before) / max(elapsed_s, 1e-9)
+        left = timedelta(seconds=round((self._num_total - self._num_done) / max(img_per_s, 1e-9)))
+        return f"{self._what}  {self._num_done:,}/{self._num_total:,}  {img_per_s:,.0f} img/s  left {left}"
