@@ -161,8 +161,8 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
         "src",
         nargs="?",
         metavar="SRC",
-        help="folder; table with columns path and, if labelled, label; tars or parquet files: a folder, glob or "
-        "pattern like x-{000..012}.tar; torchvision: the data set's name, e.g. CIFAR10; .npz file; digits: leave it out",
+        help="folder; csv: table with columns path and, if labelled, label; webdataset, parquet: a folder, file, glob "
+        "or pattern like x-{000..012}.tar; torchvision: the data set's name, e.g. CIFAR10; npz: the file; digits: none",
     )
     convert.add_argument("out", type=Path, metavar="OUT.beton")
     convert.add_argument(
@@ -173,9 +173,7 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("--image-column", help="parquet: column of the images (default: the only one, or image)")
     convert.add_argument("--label-column", help="parquet: column of integer labels (default: label, if it is there)")
     convert.add_argument("--max-px", type=int, help="shrink images whose longer side is over this")
-    convert.add_argument(
-        "--quality", type=int, default=95, help="of JPEGs that are encoded anew, 1 to 100 (default: 95)"
-    )
+    convert.add_argument("--quality", type=int, default=95, help="of JPEGs encoded anew, 1 to 100 (default: 95)")
     convert.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do at a corrupt image")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     convert.add_argument(

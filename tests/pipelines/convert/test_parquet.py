@@ -1,0 +1,95 @@
+"""Parquet as Hugging Face writes it."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.beton import BetonReader
+from pipelines.convert import convert
+from pipelines.convert.parquet import parquet_source
+from pipelines.errors import DataError
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+NAMES = ["cat", "dog"]
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(60, 200, (3, 3, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((70, 60), Image.Resampling.BILINEAR).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write(path, first, num, *, names=NAMES, row_group_size=3):
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()} if names else None
+    images = pa.array([{"bytes": jpeg(k), "path": f"{k}.jpg"} for k in range(first, first + num)], IMAGE)
+    labels = pa.array([k % 2 if k % 5 else None for k in range(first, first + num)], pa.int64())
+    schema = pa.schema([("image", IMAGE), ("label", pa.int64())], metadata)
+    pq.write_table(pa.table([images, labels], schema=schema), path, row_group_size=row_group_size)
+    return path
+
+
+def test_files_in_order_with_bytes_labels_and_names(tmp_path):
+    write(tmp_path / "train-00000-of-00002.parquet", 0, 8)
+    write(tmp_path / "train-00001-of-00002.parquet", 8, 3)
+    report = convert("parquet", f"{tmp_path}/train-*.parquet", tmp_path / "x.beton")
+    reader = BetonReader(report.out)
+    assert report.num_passed == reader.num_samples == 11
+    assert [reader.image_bytes(k).tobytes() for k in range(11)] == [jpeg(k) for k in range(11)]
+    assert reader.labels.tolist() == [k % 2 if k % 5 else -1 for k in range(11)]
+    assert reader.class_names == NAMES
+
+
+def test_rows_begin_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.convert.parquet.ROWS_AT_ONCE", 2)
+    paths = [str(write(tmp_path / f"{k}.parquet", 7 * k, 7)) for k in range(2)]
+    source = parquet_source(paths, None, None)
+    for start in range(14):
+        for stop in range(start, 15):
+            assert [item.image for item in source.read(start, stop)] == [jpeg(k) for k in range(start, stop)]
+
+
+def test_plain_binary_columns_by_name(tmp_path):
+    table = pa.table({"thumb": [b"x"], "photo": [jpeg(1)], "fine": pa.array([7], pa.uint8()), "label": ["text"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    path, out = str(tmp_path / "x.parquet"), tmp_path / "x.beton"
+    with pytest.raises(DataError, match="choose --image-column; those that can be: thumb, photo"):
+        convert("parquet", path, out)
+    with pytest.raises(DataError, match="image_column 'label' is none of images"):
+        convert("parquet", path, out, image_column="label")
+    with pytest.raises(DataError, match="label_column 'label' must be a column of integers"):
+        convert("parquet", path, out, image_column="photo")
+    reader = BetonReader(convert("parquet", path, out, image_column="photo", label_column="fine").out)
+    assert reader.labels.tolist() == [7]
+    assert reader.class_names is None
+
+
+def test_bad_files(tmp_path):
+    bad = tmp_path / "bad.parquet"
+    for content in (b"", b"hello", b"PAR1" + bytes(100) + b"PAR1"):
+        bad.write_bytes(content)
+        with pytest.raises(DataError, match=r"bad\.parquet: not a readable parquet file"):
+            convert("parquet", str(bad), tmp_path / "x.beton")
+    content = bytearray(write(bad, 0, 6).read_bytes())
+    content[1000:1400] = bytes(400)
+    bad.write_bytes(content)
+    with pytest.raises(DataError, match=r"bad\.parquet"):
+        convert("parquet", str(bad), tmp_path / "x.beton")
+    write(tmp_path / "a.parquet", 0, 2)
+    pq.write_table(pa.table({"other": [1]}), bad)
+    with pytest.raises(DataError, match="column image is missing"):
+        convert("parquet", str(tmp_path), tmp_path / "x.beton")
+
+
+def test_rows_that_only_name_a_file_do_not_open_it(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    images = pa.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], IMAGE)
+    pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="row 0: empty file"):
+        convert("parquet", str(tmp_path / "x.parquet"), tmp_path / "x.beton")

@@ -1,0 +1,140 @@
+"""WebDataset archives: samples, labels, streams, and archives that are damaged or hostile."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.beton import BetonReader
+from pipelines.convert import convert, convert_shards
+from pipelines.convert.webdataset import count_archive, read_archive
+from pipelines.errors import DataError
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(60, 200, (3, 3, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((70, 60), Image.Resampling.BILINEAR).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # pyright: ignore
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def samples(first: int, num: int) -> list[tuple[str, bytes]]:
+    found = []
+    for k in range(first, first + num):
+        found += [(f"a/{k:04d}.cls", b"%d\n" % (k % 3)), (f"a/{k:04d}.jpg", jpeg(k)), (f"a/{k:04d}.txt", b"words")]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_archives_in_order_with_bytes_and_labels(tmp_path, mode):
+    for k in range(3):
+        write_tar(tmp_path / f"x-{k:03d}.tar", samples(4 * k, 4), mode)
+    report = convert("webdataset", f"{tmp_path}/x-{{000..002}}.tar", tmp_path / "x.beton")
+    assert (report.num_images, report.num_passed) == (12, 12)
+    reader = BetonReader(report.out)
+    assert [reader.image_bytes(k).tobytes() for k in range(12)] == [jpeg(k) for k in range(12)]
+    assert reader.labels.tolist() == [k % 3 for k in range(12)]
+
+
+def test_samples_begin_anywhere(tmp_path):
+    archive = str(write_tar(tmp_path / "x.tar", samples(0, 6)))
+    assert count_archive(archive) == (6, 0)
+    for start in range(6):
+        for stop in range(start, 7):
+            found = list(read_archive(archive, start, stop))
+            assert [item.image for item in found] == [jpeg(k) for k in range(start, stop)]
+            assert [item.label for item in found] == [k % 3 for k in range(start, stop)]
+
+
+def test_labels_and_members_of_other_kinds(tmp_path):
+    members = [
+        ("a.jpg", jpeg(0)),
+        ("a.json", json.dumps({"label": 5}).encode()),
+        ("b.json", b'{"width": 3}'),
+        ("b.jpeg", jpeg(1)),
+        ("c.txt", b"no image"),
+        ("d.seg.png", b"a mask"),  # the part is seg.png, not png
+        ("d.JPG", jpeg(2)),
+        (".hidden.jpg", jpeg(3)),
+    ]
+    report = convert("webdataset", str(write_tar(tmp_path / "x.tar", members)), tmp_path / "x.beton")
+    reader = BetonReader(report.out)
+    assert [reader.image_bytes(k).tobytes() for k in range(3)] == [jpeg(k) for k in range(3)]
+    assert reader.labels.tolist() == [5, -1, -1]
+    assert report.num_ignored == 1
+
+
+def test_members_never_touch_the_file_system(tmp_path):
+    path = tmp_path / "in" / "x.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name in ("../../escape.jpg", str(tmp_path / "absolute.jpg")):
+            member = tarfile.TarInfo(name)
+            member.size = len(jpeg(0))
+            tar.addfile(member, io.BytesIO(jpeg(0)))
+        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("dev.jpg", tarfile.CHRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    before = set(tmp_path.rglob("*"))
+    report = convert("webdataset", str(path), tmp_path / "in" / "x.beton")
+    assert report.num_images == 2
+    assert set(tmp_path.rglob("*")) - before == {report.out, report.out.with_name("x.beton.json")}
+
+
+def test_damaged_archives(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", samples(0, 4)).read_bytes()
+    compressed = write_tar(tmp_path / "whole.tar.gz", samples(0, 4), "w:gz").read_bytes()
+    damaged = bytearray(whole)
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        offset = tar.getmembers()[4].offset
+    damaged[offset : offset + 100] = b"x" * 100
+    bad = tmp_path / "bad.tar"
+    for content in (b"", b"hello", whole[:3000], whole[: offset + 100], bytes(damaged), compressed[:-500]):
+        bad.write_bytes(content)
+        with pytest.raises(DataError, match=r"bad\.tar: (not a whole tar|no images)") as caught:
+            convert("webdataset", str(bad), tmp_path / "x.beton")
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("x.beton*"))
+
+
+def test_bad_labels_are_one_line(tmp_path):
+    for name, data in (("a.cls", b"cat"), ("a.cls", b"-5"), ("a.json", b"{"), ("a.json", b'{"label": "cat"}')):
+        write_tar(tmp_path / "x.tar", [("a.jpg", jpeg(0)), (name, data)])
+        with pytest.raises(DataError, match=r"x\.tar/a.*label"):
+            convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton")
+
+
+def test_a_member_that_claims_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "x.tar"
+    member = tarfile.TarInfo("a.jpg")
+    member.size = 3 << 30
+    path.write_bytes(member.tobuf())
+    with path.open("r+b") as file:
+        os.truncate(file.fileno(), (3 << 30) + 4096)  # a hole
+    with pytest.raises(DataError, match="a member of 3,221,225,472 bytes"):
+        convert("webdataset", str(path), tmp_path / "x.beton")
+
+
+def test_shards_of_archives_are_the_whole(tmp_path):
+    for k in range(2):
+        write_tar(tmp_path / f"{k}.tar", samples(5 * k, 5))
+    reports = convert_shards("webdataset", str(tmp_path), tmp_path / "x.beton", num_shards=3)
+    assert [report.out.name for report in reports] == [f"x-{k:05d}-of-00003.beton" for k in range(3)]
+    assert [report.num_images for report in reports] == [3, 3, 4]
+    found = [BetonReader(report.out).image_bytes(i).tobytes() for report in reports for i in range(report.num_images)]
+    assert found == [jpeg(k) for k in range(10)]
