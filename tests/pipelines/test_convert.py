@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -164,6 +165,62 @@ def test_corrupt_images_have_clear_reasons(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with quiet_pillow(), pytest.raises(CorruptImageError, match=f"more than {limit:,} pixels.*decompression bombs"):
             store_file(str(tmp_path / "x.jpg"), max_px=None, quality=95)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    """20,000 x 20,000 pixels in a small file: 1.2 GB when decoded."""
+    path = save(Image.new("1", (20_000, 20_000)), tmp_path / "bomb.png")
+    jpeg = save(Image.new("L", (8, 8)), tmp_path / "bomb.jpg").read_bytes()
+    frame = jpeg.index(b"\xff\xc0") + 5
+    (tmp_path / "bomb.jpg").write_bytes(jpeg[:frame] + (20_000).to_bytes(2, "big") * 2 + jpeg[frame + 4 :])
+    tracemalloc.start()
+    for bomb in (path, tmp_path / "bomb.jpg"):
+        with quiet_pillow(), pytest.raises(CorruptImageError, match="decompression bombs"):
+            store_file(str(bomb), max_px=100, quality=95)
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_picture_is_taken(tmp_path, kind):
+    pictures = [Image.new("RGB", (70, 80), colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    path = save(pictures[0], tmp_path / "x", kind, save_all=True, append_images=pictures[1:], **options)
+    assert mean_difference(converted(path), pictures[0]) < 2
+
+
+def test_damaged_jpegs_are_refused_as_the_run_time_refuses_them(tmp_path):
+    """Pillow decodes these without a word; so would no engine."""
+    whole = save(picture(200, 300), tmp_path / "x.jpg", quality=90).read_bytes()
+    scan = whole.index(b"\xff\xda")
+    damaged = [whole[:at] + bytes(60) + whole[at + 60 :] for at in range(scan + 100, len(whole) - 100, 150)]
+    refused = [data for data in damaged if not decodes_at_run_time(data)]
+    assert refused
+    for data in damaged:
+        Image.open(io.BytesIO(data)).load()
+        if data not in refused:
+            assert store_file(data, max_px=None, quality=95).data == data
+    for data in refused:
+        for max_px in (None, 50):  # nor are they encoded anew
+            with pytest.raises(CorruptImageError, match=r"^damaged JPEG \("):
+                store_file(data, max_px=max_px, quality=95)
+
+
+def decodes_at_run_time(data: bytes) -> bool:
+    from pipelines.engines.turbojpeg import OK, JpegDecoder, decode_jpeg
+
+    decoder = JpegDecoder()
+    decoder.reserve(300 * 200 * 3)
+    status = decode_jpeg(decoder.handle, np.frombuffer(data, np.uint8), 200, 300, decoder.pixels)
+    whole = status == OK or decoder.is_harmless()
+    decoder.close()
+    return whole
+
+
+def test_stray_bytes_at_the_end_leave_a_jpeg_whole(tmp_path):
+    data = save(picture(), tmp_path / "x.jpg").read_bytes()
+    for stray in (data + b"stray bytes", data[:-2] + b"stray" + data[-2:]):
+        assert store_file(stray, max_px=None, quality=95).data == stray
 
 
 def test_float_pixels_and_endless_sides_are_refused(tmp_path):

@@ -1,0 +1,144 @@
+"""Images a second from a folder of JPEG files to a .beton file: ours, passed through, beside FFCV's DatasetWriter.
+
+python benchmarks/bench_convert.py photographs/ --out benchmarks/results/convert.csv
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+    sys.path[0] = str(ROOT)
+
+PACKAGES = ("ffcv", "numpy", "pillow", "torch", "opencv-python-headless")
+COLUMNS = ("provider", "num_images", "img_per_s_p50", "img_per_s_min", "img_per_s_max", "ratio_to_ffcv", "file_bytes")
+TARGET_RATIO = 5.0
+
+
+class PillowFolder:
+    """A folder of images as FFCV's examples give it to DatasetWriter: decoded by Pillow, in its worker processes."""
+
+    def __init__(self, folder: str) -> None:
+        from pipelines.convert.sources import SourceOptions, build_source
+
+        source = build_source("folder", folder, SourceOptions())
+        self._items = [(str(item.image), item.label) for item in source.read(0, source.num_items)]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: int) -> tuple:
+        from PIL import Image
+
+        path, label = self._items[i]
+        with Image.open(path) as image:
+            return image.convert("RGB"), label
+
+
+def ours(folder: str, out: Path, num_workers: int) -> None:
+    """Decode each file once with libjpeg-turbo and keep its bytes; threads, one a core that the process may use."""
+    from pipelines.convert import convert
+
+    report = convert("folder", folder, out, overwrite=True)
+    assert report.num_passed == report.num_images, "the folder must hold JPEG files that pass through"
+
+
+def ffcv_writer(folder: str, out: Path, num_workers: int) -> None:
+    """Decode each file with Pillow and encode it anew, JPEG at FFCV's own quality, in `num_workers` processes."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    fields = {"image": RGBImageField(write_mode="jpg"), "label": IntField()}
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        DatasetWriter(str(out), fields, num_workers=num_workers).from_indexed_dataset(PillowFolder(folder))
+
+
+PROVIDERS: dict[str, tuple[str, Callable[[str, Path, int], None]]] = {
+    "ours": ("fastssl convert, passed through", ours),
+    "ffcv": ("FFCV DatasetWriter, jpg", ffcv_writer),
+}
+
+
+def measure(folder: str, *, num_workers: int, num_repetitions: int) -> list[dict]:
+    """Convert the folder with each provider in turns, after one conversion each that is not timed.
+
+    Both write to the same folder; ours includes fsync and the SHA-256 of the file, FFCV's writer has neither.
+
+    Args:
+        folder: JPEG files, flat or in class folders.
+        num_workers: Processes of FFCV's writer; cores of this process.
+        num_repetitions: Timed conversions of each.
+    Returns:
+        One row a provider: COLUMNS, num_workers and repetitions.
+    """
+    from benchmarks.record import spread
+    from pipelines.beton import BetonReader
+
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_workers])
+    rates: dict[str, list[float]] = {key: [] for key in PROVIDERS}
+    found: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for repetition in range(num_repetitions + 1):
+            for key, (name, write) in PROVIDERS.items():
+                out = Path(place) / f"{key}.beton"
+                started_s = time.perf_counter()
+                write(folder, out, num_workers)
+                wall_s = time.perf_counter() - started_s
+                num_images = BetonReader(out).num_samples
+                found[key] = {"provider": name, "num_images": num_images, "file_bytes": out.stat().st_size}
+                if repetition:
+                    rates[key].append(num_images / wall_s)
+    rows = []
+    for key in PROVIDERS:
+        rate = spread(rates[key])
+        ratio = round(rate["p50"] / spread(rates["ffcv"])["p50"], 2)
+        speeds = {f"img_per_s_{name}": round(value, 1) for name, value in rate.items()}
+        settings = {"num_workers": num_workers, "repetitions": num_repetitions}
+        rows.append(found[key] | speeds | {"ratio_to_ffcv": ratio} | settings)
+    return rows
+
+
+def verdict(rows: list[dict]) -> str:
+    """The target and whether the first row reaches it."""
+    ratio = rows[0]["ratio_to_ffcv"]
+    reached = "PASS" if ratio >= TARGET_RATIO else "MISS"
+    return f"beside FFCV's DatasetWriter: {ratio:.1f}, target >= {TARGET_RATIO:.0f}: {reached}"
+
+
+def main() -> None:
+    from benchmarks.record import append_rows, environment_columns, format_table
+    from pipelines.errors import DataError
+
+    args = _parse()
+    try:
+        rows = measure(str(args.folder), num_workers=args.num_workers, num_repetitions=args.num_repetitions)
+    except DataError as error:
+        print(f"bench_convert: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(format_table(rows, COLUMNS))
+    print(verdict(rows))
+    if args.out:
+        append_rows(args.out, [row | environment_columns(PACKAGES) for row in rows])
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="JPEG files")
+    parser.add_argument("--num-workers", type=int, default=2, help="cores; FFCV's writer gets as many processes")
+    parser.add_argument("--num-repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
+    args = parser.parse_args()
+    if args.num_workers < 1 or args.num_repetitions < 1:
+        parser.error("--num-workers and --num-repetitions must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    main()
