@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.beton import RAW, BetonReader
 from pipelines.convert import bounded_map
-from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, decode_jpeg
+from pipelines.convert.images import CorruptImageError, decode_as_engines_do
 from pipelines.errors import DataError
 from pipelines.progress import Progress
 
@@ -97,11 +97,7 @@ def _bad_images(reader: BetonReader, num_threads: int) -> list[tuple[int, str]]:
             yield range(first, min(first + NUM_SAMPLES_PER_TASK, reader.num_samples))
 
     def check(samples: range) -> tuple[int, list[tuple[int, str]]]:
-        decoder = JpegDecoder()
-        try:
-            found = [(i, _fault(reader, i, decoder)) for i in samples if reader.modes[i] != RAW]
-        finally:
-            decoder.close()
+        found = [(i, _fault(reader, i)) for i in samples if reader.modes[i] != RAW]
         return len(samples), [(i, fault) for i, fault in found if fault]
 
     bad: list[tuple[int, str]] = []
@@ -113,14 +109,13 @@ def _bad_images(reader: BetonReader, num_threads: int) -> list[tuple[int, str]]:
     return bad
 
 
-def _fault(reader: BetonReader, i: int, decoder: JpegDecoder) -> str:
+def _fault(reader: BetonReader, i: int) -> str:
     """Why the engines would refuse a JPEG; empty: they would not."""
-    height_px, width_px = (int(side) for side in reader.sizes[i])
-    decoder.reserve(height_px * width_px * 3)
-    status = decode_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
-    if status == WRONG_SIZE:
-        return f"not {height_px}x{width_px} as recorded"
-    return "" if status == OK or decoder.is_harmless() else decoder.last_message()
+    try:
+        decode_as_engines_do(reader.image_bytes(i), *map(int, reader.sizes[i]))
+    except CorruptImageError as error:
+        return str(error)
+    return ""
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -134,15 +134,19 @@ def store_pixels(pixels: np.ndarray, *, max_px: int | None) -> StoredImage:
 
 
 def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
-    image = _open(data)
-    is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures appended
-    if not (is_jpeg and _passes_as_is(data)):
+    if not data:
+        raise CorruptImageError("empty file")
+    frame = _read_frame(data)
+    if frame is None:
+        image = _open(data)
         image.load()  # which turns a TIFF upright and drops its orientation
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures appended
         return _encode(_to_rgb(image), UPRIGHT.get(_orientation(image)), max_px, quality, is_jpeg=is_jpeg)
-    turn = UPRIGHT.get(_orientation(image))
-    pixels = _decode_jpeg(data, image.height, image.width)
-    if turn is None and (max_px is None or max(image.size) <= max_px):
-        return StoredImage(how="passed", data=data, height_px=image.height, width_px=image.width)
+    turn = UPRIGHT.get(_orientation(_open(data))) if frame.may_be_turned else None
+    _check_area(frame.width_px, frame.height_px)
+    pixels = decode_as_engines_do(data, frame.height_px, frame.width_px)
+    if turn is None and (max_px is None or max(frame.width_px, frame.height_px) <= max_px):
+        return StoredImage(how="passed", data=data, height_px=frame.height_px, width_px=frame.width_px)
     return _encode(Image.fromarray(pixels), turn, max_px, quality, is_jpeg=True)
 
 
@@ -158,13 +162,15 @@ def _encode(
 
 
 def _open(data: bytes) -> Image.Image:
-    if not data:
-        raise CorruptImageError("empty file")
     image = Image.open(io.BytesIO(data))
-    # Pillow itself only warns up to twice its limit.
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+    _check_area(image.width, image.height)
     return image
+
+
+def _check_area(width_px: int, height_px: int) -> None:
+    """Pillow itself only warns up to twice its limit."""
+    if Image.MAX_IMAGE_PIXELS and width_px * height_px > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
 
 
 class _ThreadDecoder(threading.local):
@@ -177,20 +183,33 @@ class _ThreadDecoder(threading.local):
 _thread = _ThreadDecoder()
 
 
-def _decode_jpeg(data: bytes, height_px: int, width_px: int) -> np.ndarray:
-    """Decode as the engines do; the result, uint8 [H, W, 3], is overwritten by the thread's next one."""
+def decode_as_engines_do(data: bytes | np.ndarray, height_px: int, width_px: int) -> np.ndarray:
+    """Decode a JPEG, with the verdict of the training's decoder.
+
+    Args:
+        data: The file's bytes.
+        height_px: The height that it must have.
+        width_px: The width that it must have.
+    Returns:
+        uint8 RGB [H, W, 3]; overwritten by the thread's next call.
+    Raises:
+        CorruptImageError: truncated, damaged, or of another size.
+    """
     decoder = _thread.decoder
     num_bytes = height_px * width_px * 3
     if len(decoder.pixels) > max(num_bytes, MAX_KEPT_BYTES):
         decoder.pixels = np.empty(0, np.uint8)
     decoder.reserve(num_bytes)
     status = decode_jpeg(decoder.handle, np.frombuffer(data, np.uint8), height_px, width_px, decoder.pixels)
+    if status == OK or (status != WRONG_SIZE and decoder.is_harmless()):
+        return decoder.pixels[:num_bytes].reshape(height_px, width_px, 3)
+    message = decoder.last_message()
+    decoder.close()  # TurboJPEG leaves it in the middle of the bad header, where the next good image fails
+    _thread.decoder = JpegDecoder()
     if status == WRONG_SIZE:
-        raise CorruptImageError("damaged JPEG (two decoders read two sizes)")
-    if status != OK and not decoder.is_harmless():
-        message = decoder.last_message()
-        raise CorruptImageError(f"{'truncated' if 'Premature end' in message else 'damaged'} JPEG ({message})")
-    return decoder.pixels[:num_bytes].reshape(height_px, width_px, 3)
+        raise CorruptImageError(f"damaged JPEG (not {height_px}x{width_px} as recorded)")
+    ends_early = "Premature end" in message or "missing SOS" in message
+    raise CorruptImageError(f"{'truncated' if ends_early else 'damaged'} JPEG ({message})")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -200,16 +219,38 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _passes_as_is(data: bytes) -> bool:
-    """Whether the JPEG's frame header promises 8 bits and 1 or 3 components, in a process that FFCV decodes."""
-    at = 2
+class _Frame(NamedTuple):
+    """What a JPEG's headers say.
+
+    Attributes:
+        height_px: Height.
+        width_px: Width.
+        may_be_turned: There is a segment that may hold an orientation, as EXIF or XMP.
+    """
+
+    height_px: int
+    width_px: int
+    may_be_turned: bool
+
+
+def _read_frame(data: bytes) -> _Frame | None:
+    """The frame of a JPEG of 8 bits and 1 or 3 components, in a process that FFCV decodes; else None.
+
+    Pillow's parser of all headers takes longer than a small image takes to decode, and holds the GIL.
+    """
+    at, may_be_turned = 2, False
+    if data[:2] != b"\xff\xd8":
+        return None
     while at + 9 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
-            return marker in JPEG_FRAMES and data[at + 4] == 8 and data[at + 9] in (1, 3)
+            height_px, width_px = (int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
+            passes = marker in JPEG_FRAMES and data[at + 4] == 8 and data[at + 9] in (1, 3)
+            return _Frame(height_px, width_px, may_be_turned) if passes and height_px and width_px else None
+        may_be_turned = may_be_turned or marker == 0xE1
         # 0xFF may fill up before a marker; every other segment here carries its length.
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

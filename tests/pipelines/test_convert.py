@@ -217,6 +217,15 @@ def decodes_at_run_time(data: bytes) -> bool:
     return whole
 
 
+def test_a_bad_image_does_not_spoil_the_next_one(tmp_path):
+    """After an error in the headers TurboJPEG's decompressor is of no use."""
+    whole = save(picture(), tmp_path / "x.jpg").read_bytes()
+    for num_bytes in range(30, len(whole), 50):
+        with pytest.raises(CorruptImageError):
+            store_file(whole[:num_bytes], max_px=None, quality=95)
+        assert store_file(whole, max_px=None, quality=95).data == whole
+
+
 def test_stray_bytes_at_the_end_leave_a_jpeg_whole(tmp_path):
     data = save(picture(), tmp_path / "x.jpg").read_bytes()
     for stray in (data + b"stray bytes", data[:-2] + b"stray" + data[-2:]):

@@ -73,5 +73,5 @@ def test_bad_images_are_counted_and_the_first_are_named(beton):
 def test_an_image_of_another_size_than_recorded(tmp_path):
     with BetonWriter(tmp_path / "x.beton") as writer:
         writer.write_jpeg(jpeg(0), height_px=61, width_px=70)
-    with pytest.raises(DataError, match=r"1 of 1 images are bad: 0 \(not 61x70 as recorded\)"):
+    with pytest.raises(DataError, match=r"1 of 1 images are bad: 0 \(damaged JPEG \(not 61x70 as recorded\)\)"):
         verify(tmp_path / "x.beton")
