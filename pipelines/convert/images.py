@@ -3,7 +3,7 @@
 import io
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipelines.convert.source import Item
-from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, decode_jpeg
+from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, check_jpeg, decode_jpeg
 
 SMALL_AREA_PX = 64 * 64  # lossless sources up to this area stay lossless: stored as raw pixels
 MAX_JPEG_SIDE_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
@@ -144,9 +144,10 @@ def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
         return _encode(_to_rgb(image), UPRIGHT.get(_orientation(image)), max_px, quality, is_jpeg=is_jpeg)
     turn = UPRIGHT.get(_orientation(_open(data))) if frame.may_be_turned else None
     _check_area(frame.width_px, frame.height_px)
-    pixels = decode_as_engines_do(data, frame.height_px, frame.width_px)
     if turn is None and (max_px is None or max(frame.width_px, frame.height_px) <= max_px):
+        check_as_engines_do(data, frame.height_px, frame.width_px)
         return StoredImage(how="passed", data=data, height_px=frame.height_px, width_px=frame.width_px)
+    pixels = decode_as_engines_do(data, frame.height_px, frame.width_px)
     return _encode(Image.fromarray(pixels), turn, max_px, quality, is_jpeg=True)
 
 
@@ -184,7 +185,7 @@ _thread = _ThreadDecoder()
 
 
 def decode_as_engines_do(data: bytes | np.ndarray, height_px: int, width_px: int) -> np.ndarray:
-    """Decode a JPEG, with the verdict of the training's decoder.
+    """Decode a JPEG with the training's decoder.
 
     Args:
         data: The file's bytes.
@@ -195,14 +196,27 @@ def decode_as_engines_do(data: bytes | np.ndarray, height_px: int, width_px: int
     Raises:
         CorruptImageError: truncated, damaged, or of another size.
     """
-    decoder = _thread.decoder
     num_bytes = height_px * width_px * 3
+    pixels = _judge(decode_jpeg, data, height_px, width_px, num_bytes)
+    return pixels[:num_bytes].reshape(height_px, width_px, 3)
+
+
+def check_as_engines_do(data: bytes | np.ndarray, height_px: int, width_px: int) -> None:
+    """The same verdict without the picture; see `decode_as_engines_do`."""
+    _judge(check_jpeg, data, height_px, width_px, -(-height_px // 8) * -(-width_px // 8) * 3)
+
+
+def _judge(
+    decode: Callable[..., int], data: bytes | np.ndarray, height_px: int, width_px: int, num_bytes: int
+) -> np.ndarray:
+    """Call `decode` with a buffer of at least `num_bytes`, which is returned."""
+    decoder = _thread.decoder
     if len(decoder.pixels) > max(num_bytes, MAX_KEPT_BYTES):
         decoder.pixels = np.empty(0, np.uint8)
     decoder.reserve(num_bytes)
-    status = decode_jpeg(decoder.handle, np.frombuffer(data, np.uint8), height_px, width_px, decoder.pixels)
+    status = decode(decoder.handle, np.frombuffer(data, np.uint8), height_px, width_px, decoder.pixels)
     if status == OK or (status != WRONG_SIZE and decoder.is_harmless()):
-        return decoder.pixels[:num_bytes].reshape(height_px, width_px, 3)
+        return decoder.pixels
     message = decoder.last_message()
     decoder.close()  # TurboJPEG leaves it in the middle of the bad header, where the next good image fails
     _thread.decoder = JpegDecoder()
