@@ -79,6 +79,30 @@ def test_convert(tmp_path, command):
     assert (tmp_path / "sheet.png").exists()
 
 
+def test_convert_options(tmp_path, digits, command):
+    convert = ["fastssl", "convert", "--from"]
+    out = tmp_path / "x.beton"
+    for arguments, part in (
+        (["digits", out, "--shard", "0"], "shard: needs --shards"),
+        (["digits", out, "--shards", "2", "--shard", "2"], "shard must be 0..1"),
+        (["webdataset", tmp_path / "no.tar", out], "no.tar: no such files"),
+        (["torchvision", "CIFAR10", out], "root: torchvision needs"),
+    ):
+        assert_one_line(command(*convert, *arguments), part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify(tmp_path, digits, command):
+    done = command("fastssl", "verify", digits / "test.beton")
+    assert done.returncode == 0, done.stderr
+    assert "whole; 500 images (0 JPEG, 500 raw)" in done.stdout
+    content = bytearray((digits / "test.beton").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.beton").write_bytes(content)
+    (tmp_path / "x.beton.json").write_bytes((digits / "test.beton.json").read_bytes())
+    assert_one_line(command("fastssl", "verify", tmp_path / "x.beton"), "x.beton", "sha256")
+
+
 def test_files_that_do_not_belong_together(tiny_config, digits, tmp_path, command):
     pixels = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "unlabelled.npz", x=pixels)
