@@ -129,6 +129,7 @@ INDEX_CHILD = """
 import sys
 import numpy as np
 import psutil
+import torch
 from pipelines.beton import BetonReader
 from pipelines.engines import build_engine
 from pipelines.views import ViewsConfig, build_view_specs, draw, size_groups
@@ -137,7 +138,7 @@ specs = build_view_specs(ViewsConfig(recipe="simclr", size_px=32))
 
 def open_and_read(beton):
     reader = BetonReader(beton)
-    engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2)
+    engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2, device=torch.device("cpu"))
     order = np.random.default_rng(0).permutation(reader.num_samples)
     labels = []
     def draw_batch(sample_ids, sizes):
