@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -235,7 +236,7 @@ def _normalised_batch(samples: list[list[Any]]) -> list[Any]:
 
 def open_decode(job: Job) -> Stream:
     """libjpeg-turbo alone: each image decoded once, nothing else."""
-    from pipelines.convert import NUM_AHEAD_PER_THREAD, bounded_map
+    from pipelines.convert import bounded_map
 
     reader = repeated_reader(job.beton)
     if (reader.modes != JPG).any():
@@ -249,8 +250,9 @@ def open_decode(job: Job) -> Stream:
 
     ids = np.arange(reader.num_samples)
     order = _chained(lambda epoch: iter(global_batches(ids, job.seed, epoch, job.batch_size)))
-    batches = bounded_map(decode, order, num_threads=job.num_threads)
-    return Stream(batches, NUM_AHEAD_PER_THREAD * job.num_threads)
+    num_ahead = 2 * job.num_threads
+    batches = bounded_map(decode, order, ThreadPoolExecutor(job.num_threads), max_ahead=num_ahead)
+    return Stream(batches, num_ahead)
 
 
 class JpegSamples:

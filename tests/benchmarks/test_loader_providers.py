@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 import time
@@ -6,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
+from benchmarks.loader_providers import PROVIDERS, Job
 from pipelines.beton import BetonWriter
 from tests.processes import ROOT, environment
 
@@ -35,6 +38,17 @@ def small_images(tmp_path) -> Path:
         for image in pixels:
             writer.write_raw(image, label=0)
     return path
+
+
+def test_the_bare_decoder_decodes_batch_by_batch(tmp_path):
+    path, file = tmp_path / "jpegs.beton", io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(file, "JPEG")
+    with BetonWriter(path, 8) as writer:
+        for _ in range(8):
+            writer.write_jpeg(file.getvalue(), height_px=40, width_px=30)
+    stream = PROVIDERS["decode"].open(Job(beton=str(path), recipe="byol", batch_size=4, num_threads=2, seed=0))
+    assert [next(stream.batches) for _ in range(3)] == [None] * 3
+    stream.batches.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's parent death signal")
