@@ -249,13 +249,15 @@ def ceilings(device: str) -> list[dict[str, Any]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Milliseconds and peak memory over n, a column for each loss, of the width that was measured most."""
+    """Milliseconds and peak memory over n, a column for each loss, of the width that was measured most; if any was."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     measured = [row for row in rows if row.get("width") and row.get("ms_p50")]
+    if not measured:
+        return
     losses = list(dict.fromkeys(row["loss"] for row in measured))
     width = 128 if any(row["width"] == 128 for row in measured) else measured[0]["width"]
     figure, axes = pyplot.subplots(2, len(losses), figsize=(4 * len(losses), 7), squeeze=False, sharex=True)
