@@ -36,6 +36,7 @@ from benchmarks.loader_providers import (
     repeated_reader,
 )
 from benchmarks.record import Value, append_rows, environment_columns, format_table, spread
+from pipelines.bad_samples import BadSamples
 from pipelines.beton import JPG, BetonReader
 from pipelines.errors import DataError
 from pipelines.sampler import global_batches
@@ -227,7 +228,8 @@ def _stages(job: Job, num_batches: int) -> tuple[dict[str, Callable[[], Any]], i
     batches = global_batches(np.arange(reader.num_samples), job.seed, 0, job.batch_size)[-num_batches:]
     groups = size_groups(build_view_specs(views))
     pixels = tuple(np.empty((job.batch_size, len(v), size_px, size_px, 3), np.uint8) for size_px, v in groups)
-    decoder, outputs = BatchDecoder(reader, 1), [OutputPool() for _ in groups]
+    decoder = BatchDecoder(reader, 1, BadSamples(reader.path, reader.num_samples, 0.0))
+    outputs = [OutputPool() for _ in groups]
 
     def draw() -> list[np.ndarray]:
         draw_batch = loader._draw_ahead(0, batches)  # several batches at a time

@@ -230,9 +230,12 @@ class Trainer:
     def _log_epoch(self) -> None:
         sums = {name: self._check_finite(value) for name, value in self.epoch_sums.items()}
         self.epoch_sums = self._zero_sums()
+        num_bad = dist.EXCHANGE.sum_(torch.tensor(float(len(self.loader.bad_samples.reasons)), device=self.device))
         if not self.metrics:
             return
         row: dict[str, Any] = {"loss": sums["loss"] / self.steps_per_epoch, **self.timer.read("epoch")}
+        if num_bad > 0:
+            row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
         bound = self.loss.bound_nats(row["loss"].item())
         if bound is not None:
             row["mutual_information_bound_nats"] = bound

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
 from pipelines.engines import DrawBatch, Engine, EngineName, build_engine
 from pipelines.errors import DataError
@@ -38,6 +39,8 @@ class DataConfig:
         num_workers: Threads of one process that decode; 0: the cores it may use, shared by the processes of a node.
         prefetch_batches: Batches made ahead.
         holdout_fraction: Share of the training images kept from the probes.
+        max_bad_fraction: Share of the training images that may turn out damaged: each is replaced by another and
+            reported; one more ends the run.
     """
 
     train: str = ""
@@ -47,6 +50,7 @@ class DataConfig:
     num_workers: int = 0
     prefetch_batches: int = 3
     holdout_fraction: float = 0.1
+    max_bad_fraction: float = 0.001
 
     def __post_init__(self) -> None:
         for name, least in (("global_batch_size", 1), ("num_workers", 0), ("prefetch_batches", 1)):
@@ -54,6 +58,8 @@ class DataConfig:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if not 0 <= self.holdout_fraction < 1:
             raise ValueError(f"holdout_fraction must be in [0, 1), got {self.holdout_fraction}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
 
 
 class Loader:
@@ -61,6 +67,7 @@ class Loader:
 
     Attributes:
         num_samples: Images in the file.
+        bad_samples: Those that turned out damaged so far.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class Loader:
         engine: Engine,
         views: ViewsConfig,
         *,
+        bad_samples: BadSamples,
         sizes: np.ndarray,
         global_batch_size: int,
         seed: int,
@@ -77,6 +85,7 @@ class Loader:
         num_threads: int,
     ) -> None:
         self.num_samples = len(sizes)
+        self.bad_samples = bad_samples
         self._engine = engine
         self._sizes = sizes
         self._specs = build_view_specs(views)
@@ -97,7 +106,7 @@ class Loader:
             first_batch: Start here, with the batches that the unbroken epoch has from here on.
         Raises:
             ValueError: first_batch is out of range.
-            DataError: a sample cannot be decoded.
+            DataError: more samples cannot be decoded than data.max_bad_fraction allows.
         """
         if not 0 <= first_batch <= len(self):
             raise ValueError(f"first_batch must be in [0, {len(self)}], got {first_batch}")
@@ -217,12 +226,19 @@ def build_loader(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
     num_workers = cfg.num_workers or cores_per_process()
+    bad_samples = BadSamples(reader.path, reader.num_samples, cfg.max_bad_fraction)
     engine = build_engine(
-        cfg.engine, reader, num_workers=num_workers, prefetch_batches=cfg.prefetch_batches, device=device
+        cfg.engine,
+        reader,
+        num_workers=num_workers,
+        prefetch_batches=cfg.prefetch_batches,
+        device=device,
+        bad_samples=bad_samples,
     )
     return Loader(
         engine,
         views,
+        bad_samples=bad_samples,
         sizes=reader.sizes,
         global_batch_size=size,
         seed=seed,

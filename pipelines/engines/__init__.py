@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 
+from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
 
 if TYPE_CHECKING:
@@ -49,7 +50,13 @@ class Engine(Protocol):
 
 
 def build_engine(
-    name: str, reader: BetonReader, *, num_workers: int, prefetch_batches: int, device: torch.device
+    name: str,
+    reader: BetonReader,
+    *,
+    num_workers: int,
+    prefetch_batches: int,
+    device: torch.device,
+    bad_samples: BadSamples | None = None,
 ) -> Engine:
     """Build an engine on one file.
 
@@ -59,22 +66,25 @@ def build_engine(
         num_workers: Threads that decode, >= 1 (ffcv, resident).
         prefetch_batches: Batches made ahead of the consumer, >= 1 (ffcv, resident).
         device: Where the batches go.
+        bad_samples: Told of what cannot be decoded (ffcv, resident; dali and torch stop there); None: none may be bad.
     Raises:
         ValueError: unknown name.
         DataError: the engine cannot serve this file or device.
     """
+    ahead = {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
+    bad_samples = bad_samples or BadSamples(reader.path, reader.num_samples, 0.0)
     if name == "ffcv":
         from pipelines.engines.ffcv import FfcvEngine
 
-        return FfcvEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches)
+        return FfcvEngine(reader, **ahead, bad_samples=bad_samples)
     if name == "dali":
         from pipelines.engines.dali import DaliEngine
 
-        return DaliEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches, device=device)
+        return DaliEngine(reader, **ahead, device=device)
     if name == "resident":
         from pipelines.engines.resident import ResidentEngine
 
-        return ResidentEngine(reader, num_workers=num_workers, prefetch_batches=prefetch_batches, device=device)
+        return ResidentEngine(reader, **ahead, device=device, bad_samples=bad_samples)
     if name == "torch":
         from pipelines.engines.torch import TorchEngine
 

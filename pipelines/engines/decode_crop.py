@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 
 from pipelines import resample, simd
+from pipelines.bad_samples import BadSamples, move_boxes
 from pipelines.beton import JPG
 from pipelines.engines import turbojpeg
 from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg
@@ -130,7 +131,7 @@ class Decoding:
         """Return when the batch is complete.
 
         Raises:
-            DataError: a sample cannot be decoded, or a box lies outside its image.
+            DataError: too many samples are bad, or a box lies outside its image.
         """
         wait(self._tasks)
         for task in self._tasks:
@@ -144,8 +145,9 @@ class Decoding:
 class BatchDecoder:
     """A pool of threads, each with a decompressor and room for one image (the largest seen, never a batch)."""
 
-    def __init__(self, reader: SampleTable, num_threads: int) -> None:
+    def __init__(self, reader: SampleTable, num_threads: int, bad_samples: BadSamples) -> None:
         self._reader = reader
+        self._bad_samples = bad_samples
         self._has_jpegs = bool((reader.modes == JPG).any())  # what is stored raw needs no buffer
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-decode")
@@ -168,10 +170,11 @@ class BatchDecoder:
 
         Args:
             file_bytes: The whole .beton file, uint8.
-            sample_ids: int64 [B].
-            boxes: Crop boxes (top, left, height, width), int32 [B, V, 4].
+            sample_ids: int64 [B]; where one is bad, that which takes its place is written here.
+            boxes: Crop boxes (top, left, height, width), int32 [B, V, 4]; moved for such a one.
             groups: `views.size_groups`.
-            outputs: uint8 [B, Vg, S, S, 3] for each group; written until the result's `wait` or `cancel` returns.
+            outputs: uint8 [B, Vg, S, S, 3] for each group. All three may be written until the result's `wait` or
+                `cancel` returns.
         """
         place = np.empty((boxes.shape[1], 2), np.int64)  # of a view: its group and its index there
         for group, (_, views) in enumerate(groups):
@@ -198,7 +201,7 @@ class BatchDecoder:
 
     def _decode_range(self, first: int, stop: int, work: _Work) -> None:
         reader = self._reader
-        sample_ids = work[1]
+        _, sample_ids, boxes, *_ = work
         decoder = self._decoders.get()
         try:
             if self._has_jpegs:
@@ -211,18 +214,23 @@ class BatchDecoder:
                 )  # fmt: skip
                 if status == UNREADABLE and decoder.is_harmless():
                     forgiven = first
+                elif status == _BAD_BOX:
+                    sides_px = "x".join(map(str, reader.sizes[sample_ids[first]]))
+                    where = f"{reader.path}: image {sample_ids[first]}"
+                    raise DataError(f"{where} was given a crop box outside its {sides_px} pixels")
                 elif status != OK:
-                    raise decode_error(reader, int(sample_ids[first]), status, decoder)
+                    bad = int(sample_ids[first])
+                    good = self._bad_samples.replace(bad, why_bad(reader, bad, status, decoder))
+                    decoder.renew()
+                    decoder.reserve(3 * int(reader.sizes[good].prod(dtype=np.int64)))
+                    sample_ids[first] = good
+                    boxes[first] = move_boxes(boxes[first], reader.sizes[bad], reader.sizes[good])
         finally:
             self._decoders.put(decoder)
 
 
-def decode_error(reader: SampleTable, sample_id: int, status: int, decoder: JpegDecoder) -> DataError:
-    """What to raise after a status that is not OK."""
-    height_px, width_px = reader.sizes[sample_id]
-    reasons = {
-        UNREADABLE: f"cannot be decoded ({decoder.last_message()}); convert again",
-        WRONG_SIZE: f"is not {height_px}x{width_px} as recorded; convert again",
-        _BAD_BOX: f"was given a crop box outside its {height_px}x{width_px} pixels",
-    }
-    return DataError(f"{reader.path}: image {sample_id} {reasons[status]}")
+def why_bad(reader: SampleTable, sample_id: int, status: int, decoder: JpegDecoder) -> str:
+    """What a status that is not OK says of a sample."""
+    if status == WRONG_SIZE:
+        return f"is not {'x'.join(map(str, reader.sizes[sample_id]))} as recorded"
+    return f"cannot be decoded ({decoder.last_message()})"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numba.core import config as numba_config
 
+from pipelines.bad_samples import BadSamples
 from pipelines.batch import RawBatch
 from pipelines.beton import BetonReader
 from pipelines.beton.format import FIELD, HEADER, IMAGE_TYPE
@@ -79,15 +80,18 @@ _POLL_S = 0.05
 class FfcvEngine:
     """FFCV's file access and look-ahead, our draw, decoding and resampling."""
 
-    def __init__(self, reader: BetonReader, *, num_workers: int, prefetch_batches: int) -> None:
+    def __init__(
+        self, reader: BetonReader, *, num_workers: int, prefetch_batches: int, bad_samples: BadSamples
+    ) -> None:
         """Build FFCV's Loader once, for every epoch.
 
         Args:
             reader: The open file.
             num_workers: Threads that decode, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1.
+            bad_samples: Told of what cannot be decoded.
         """
-        self._decoder = BatchDecoder(reader, num_workers)
+        self._decoder = BatchDecoder(reader, num_workers, bad_samples)
         self._operation = _DecodeViews(reader, self._decoder)
         self._loader = _build_loader(reader, self._operation, prefetch_batches)
         self._thread: _EpochThread | None = None
@@ -132,8 +136,17 @@ class _Epoch:
 class _Started(NamedTuple):
     """A batch that FFCV's thread hands over while it is being decoded: the thread goes on with the next."""
 
-    raw: RawBatch
+    views: list[np.ndarray]
+    params: np.ndarray
+    sample_ids: np.ndarray
+    all_labels: np.ndarray
     decoding: Decoding
+
+    def finished(self) -> RawBatch:
+        """The batch, once it is complete; sample ids are final then."""
+        self.decoding.wait()
+        labels = self.all_labels[self.sample_ids]
+        return RawBatch(views=self.views, params=self.params, labels=labels, sample_ids=self.sample_ids)
 
 
 class _DecodeViews(Operation):
@@ -159,10 +172,9 @@ class _DecodeViews(Operation):
         assert self.epoch is not None
         reader = self._reader
         params = self.epoch.draw_batch(sample_ids, reader.sizes[sample_ids])
-        boxes = np.ascontiguousarray(params["crop_box"])
-        raw = RawBatch(views=list(outputs), params=params, labels=reader.labels[sample_ids], sample_ids=sample_ids)
+        sample_ids, boxes = sample_ids.astype(np.int64), params["crop_box"].copy()  # the decoder may write there
         decoding = self._decoder.start(np.asarray(storage[0]), sample_ids, boxes, self.epoch.groups, outputs)
-        return _Started(raw, decoding)
+        return _Started(list(outputs), params, sample_ids, reader.labels, decoding)
 
 
 class _GivenOrder(TraversalOrder):
@@ -232,11 +244,10 @@ class _EpochThread(EpochIterator):
         try:
             if isinstance(item, BaseException):
                 raise item
-            item.decoding.wait()
+            return item.finished()
         except BaseException as error:
             error.add_note(f"while making a batch from {self.loader.fname}")
             raise
-        return item.raw
 
     def stop(self) -> None:
         """End the thread and what it started; waits for samples that are being decoded, not for whole batches."""

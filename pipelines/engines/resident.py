@@ -20,10 +20,11 @@ import psutil
 import torch
 
 from kernels.augment import StoredImages
+from pipelines.bad_samples import BadSamples, move_boxes
 from pipelines.batch import RawBatch
 from pipelines.beton import RAW, BetonReader
 from pipelines.engines import DrawBatch, Groups
-from pipelines.engines.decode_crop import BatchDecoder, Decoding, decode_error
+from pipelines.engines.decode_crop import BatchDecoder, Decoding, why_bad
 from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, decode_jpeg
 from pipelines.errors import DataError
 
@@ -33,7 +34,15 @@ _IMAGES_OF_A_TASK = 256
 class ResidentEngine:
     """Views cut from decoded images in the memory of `device`."""
 
-    def __init__(self, reader: BetonReader, *, num_workers: int, prefetch_batches: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        reader: BetonReader,
+        *,
+        num_workers: int,
+        prefetch_batches: int,
+        device: torch.device,
+        bad_samples: BadSamples,
+    ) -> None:
         """Decode the whole file.
 
         Args:
@@ -41,8 +50,9 @@ class ResidentEngine:
             num_workers: Threads, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1 (CPU).
             device: Where the images are kept.
+            bad_samples: Told of what cannot be decoded.
         Raises:
-            DataError: a sample cannot be decoded, the images do not fit into memory, or, on a GPU, are not of one size.
+            DataError: too many samples are bad, the images do not fit into memory, or, on a GPU, are not of one size.
         """
         self._reader, self._num_ahead, self._device = reader, prefetch_batches, device
         num_bytes = int(reader.sizes.prod(1, dtype=np.int64).sum()) * 3
@@ -50,12 +60,16 @@ class ResidentEngine:
         one_size = bool((reader.sizes == reader.sizes[0]).all())
         if device.type == "cuda" and not one_size:
             raise DataError(f"{reader.path}: engine resident needs images of one size on a GPU; take ffcv or dali")
-        decoded = _decode_all(reader, num_workers)
+        decoded, bad = _decode_all(reader, num_workers)
+        # From the end: what takes a place is then good already, but where the search began again at the file's start.
+        self._in_place_of = {i: bad_samples.replace(i, bad[i]) for i in sorted(bad, reverse=True)}
+        for i, good in self._in_place_of.items():
+            self._in_place_of[i] = self._in_place_of.get(good, good)
         self._images = self._decoder = self._pixels = None
         if device.type == "cuda":
             self._images = torch.from_numpy(decoded.pixels.reshape(-1, *reader.sizes[0].tolist(), 3)).to(device)
         else:
-            self._pixels, self._decoder = decoded.pixels, BatchDecoder(decoded, num_workers)
+            self._pixels, self._decoder = decoded.pixels, BatchDecoder(decoded, num_workers, bad_samples)
 
     def batches(
         self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
@@ -65,9 +79,10 @@ class ResidentEngine:
         batches = (sample_ids[first : first + local_batch_size] for first in starts)
         if self._images is not None:
             for ids in batches:
+                ids, params = self._drawn(ids, draw_batch)
                 on_device = torch.from_numpy(ids).pin_memory().to(self._device, non_blocking=True)
                 views = [StoredImages(self._images, on_device, size_px) for size_px, _ in groups]
-                yield self._raw_batch(ids, views, draw_batch(ids, self._reader.sizes[ids]))
+                yield self._raw_batch(ids, views, params)
             return
         assert self._decoder is not None
         assert self._pixels is not None
@@ -80,7 +95,7 @@ class ResidentEngine:
                 if len(started) == self._num_ahead:
                     yield _finished(started)
                 slots.rotate(-1)
-                params = draw_batch(ids, self._reader.sizes[ids])
+                ids, params = self._drawn(ids, draw_batch)
                 views = [array[: len(ids)] for array in slots[0]]
                 boxes = np.ascontiguousarray(params["crop_box"])
                 decoding = self._decoder.start(self._pixels, ids, boxes, groups, tuple(views))
@@ -96,6 +111,18 @@ class ResidentEngine:
         if self._decoder is not None:
             self._decoder.close()
         self._images = self._pixels = None
+
+    def _drawn(self, ids: np.ndarray, draw_batch: DrawBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Sample ids and their draw, both of what takes a bad one's place where one is bad."""
+        sizes = self._reader.sizes
+        params = draw_batch(ids, sizes[ids])
+        rows = np.flatnonzero(np.isin(ids, list(self._in_place_of)))
+        if len(rows):
+            bad, ids, params = ids, ids.copy(), params.copy()
+            for row in rows.tolist():
+                ids[row] = self._in_place_of[int(bad[row])]
+                params["crop_box"][row] = move_boxes(params["crop_box"][row], sizes[bad[row]], sizes[ids[row]])
+        return ids, params
 
     def _raw_batch(self, ids: np.ndarray, views: list[Any], params: np.ndarray) -> RawBatch:
         return RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
@@ -119,11 +146,13 @@ def _finished(started: deque[tuple[RawBatch, Decoding]]) -> RawBatch:
     return raw
 
 
-def _decode_all(reader: BetonReader, num_threads: int) -> _Decoded:
+def _decode_all(reader: BetonReader, num_threads: int) -> tuple[_Decoded, dict[int, str]]:
+    """All images, and why those that could not be decoded could not."""
     data_bytes = reader.sizes.prod(1, dtype=np.uint64) * np.uint64(3)
     ends = np.cumsum(data_bytes, dtype=np.uint64)
     pixels = np.empty(int(ends[-1]), np.uint8)
     first_bytes = ends - data_bytes
+    bad: dict[int, str] = {}
 
     def decode(first: int) -> None:
         decoder = JpegDecoder()
@@ -136,7 +165,8 @@ def _decode_all(reader: BetonReader, num_threads: int) -> _Decoded:
                 height_px, width_px = reader.sizes[i].tolist()
                 status = decode_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, target)
                 if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
-                    raise decode_error(reader, i, status, decoder)
+                    bad[i] = why_bad(reader, i, status, decoder)
+                    decoder.renew()
         finally:
             decoder.close()
 
@@ -144,7 +174,7 @@ def _decode_all(reader: BetonReader, num_threads: int) -> _Decoded:
         for _ in pool.map(decode, range(0, reader.num_samples, _IMAGES_OF_A_TASK)):
             pass
     modes = np.full(reader.num_samples, RAW, reader.modes.dtype)
-    return _Decoded(reader.path, pixels, reader.sizes, modes, first_bytes, data_bytes)
+    return _Decoded(reader.path, pixels, reader.sizes, modes, first_bytes, data_bytes), bad
 
 
 def _check_memory(path: Path, num_bytes: int, device: torch.device) -> None:

@@ -63,9 +63,7 @@ class JpegDecoder:
     """
 
     def __init__(self) -> None:
-        self.handle: int = _library.tjInitDecompress()
-        if not self.handle:
-            raise MemoryError("TurboJPEG: no decompressor")
+        self.handle = _new_handle()
         self.pixels = np.empty(0, np.uint8)
 
     def reserve(self, num_bytes: int) -> None:
@@ -81,11 +79,23 @@ class JpegDecoder:
         """Whether the last failure was a warning that leaves the image whole; a worse message replaces its own."""
         return any(warning in self.last_message() for warning in _HARMLESS_WARNINGS)
 
+    def renew(self) -> None:
+        """Take another decompressor: an error leaves it in the middle of a bad header, where the next image fails."""
+        self.close()
+        self.handle = _new_handle()
+
     def close(self) -> None:
         """Free the decompressor."""
         if self.handle:
             _library.tjDestroy(self.handle)
             self.handle = 0
+
+
+def _new_handle() -> int:
+    handle = _library.tjInitDecompress()
+    if not handle:
+        raise MemoryError("TurboJPEG: no decompressor")
+    return handle
 
 
 @njit(nogil=True, cache=True)

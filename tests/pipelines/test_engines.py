@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.engines import build_engine as build_engine_on
 from pipelines.engines.turbojpeg import OK, JpegDecoder, decode_jpeg
@@ -300,6 +301,87 @@ def test_a_damaged_jpeg_is_named(tmp_path, kind):
         next(batches)
     good = np.array([0, 1, 14, 19])
     assert [len(raw.labels) for _, raw in iterate(engine, good)] == [4]  # the engine lives on
+    engine.close()
+
+
+def write_damaged(path: Path, files: list[bytes], kinds: dict[int, str]) -> BetonReader:
+    """JPEGs as `write_jpegs` writes them, some of them damaged."""
+    with BetonWriter(path, len(files)) as writer:
+        for i, data in enumerate(files):
+            height_px, width_px = Image.open(io.BytesIO(data)).size[::-1]
+            stored = damage(data, kinds[i]) if i in kinds else data
+            writer.write_jpeg(stored, height_px=height_px, width_px=width_px, label=i)
+    return BetonReader(path)
+
+
+@both
+def test_the_next_good_sample_takes_a_bad_ones_place(tmp_path, capsys, name):
+    """The same whatever the batch, and the same as if the good one had been asked for with the bad one's draw."""
+    files = make_jpegs(12)
+    reader = write_damaged(
+        tmp_path / "damaged.beton", files, {4: "zeroed", 7: "no header", 8: "cut short", 11: "overwritten"}
+    )
+    sound = write_jpegs(tmp_path / "sound.beton", files)
+    in_place_of = {4: 5, 7: 9, 8: 9, 11: 0}
+    expected_ids = np.array([in_place_of.get(i, i) for i in range(12)])
+
+    def draw_moved(ids, sizes):
+        """What the substitutes are asked for: the bad ones' draws, boxes moved to the substitutes' sizes."""
+        rows = draw(SPECS, 7, 3, np.arange(12), sound.sizes)
+        for i, good in in_place_of.items():
+            height_px, width_px = sound.sizes[i].tolist()
+            to_height_px, to_width_px = sound.sizes[good].tolist()
+            for box in rows["crop_box"][i]:
+                top, left, height, width = box.tolist()
+                box[:] = (
+                    top * to_height_px // height_px, left * to_width_px // width_px,
+                    max(1, height * to_height_px // height_px), max(1, width * to_width_px // width_px),
+                )  # fmt: skip
+        return rows
+
+    reference = build_engine("torch", sound, num_workers=1, prefetch_batches=1)
+    ((expected, _),) = iterate(reference, expected_ids, local_batch_size=12, draw_batch=draw_moved)
+    for local_batch_size in (12, 5):
+        bad_samples = BadSamples(reader.path, 12, 0.4)
+        engine = build_engine(name, reader, num_workers=2, prefetch_batches=2, bad_samples=bad_samples)
+        batches = list(iterate(engine, np.arange(12), local_batch_size=local_batch_size))
+        engine.close()
+        np.testing.assert_array_equal(np.concatenate([raw.sample_ids for _, raw in batches]), expected_ids)
+        np.testing.assert_array_equal(np.concatenate([raw.labels for _, raw in batches]), expected_ids)
+        for group in (0, 1):
+            ours = np.concatenate([views[group] for views, _ in batches])
+            assert np.abs(ours.astype(int) - expected[group]).max() <= MAX_VIEW_DIFFERENCE_LEVELS
+        assert sorted(bad_samples.reasons) == [4, 7, 8, 11]
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 4
+        assert all("fastssl: warning: " in line and "takes its place" in line for line in lines)
+
+
+@both
+def test_too_many_bad_samples_end_the_iteration(tmp_path, name):
+    reader = write_damaged(tmp_path / "damaged.beton", make_jpegs(20), {3: "zeroed", 9: "zeroed", 15: "zeroed"})
+
+    def run(max_fraction: float) -> int:
+        bad_samples = BadSamples(reader.path, 20, max_fraction)
+        engine = build_engine(name, reader, num_workers=2, prefetch_batches=2, bad_samples=bad_samples)
+        try:
+            for _ in range(3):  # the same ones again are not more
+                list(iterate(engine, np.arange(20), local_batch_size=4))
+        finally:
+            engine.close()
+        return len(bad_samples.reasons)
+
+    assert run(0.15) == 3
+    with pytest.raises(DataError, match=r"3 of 20 are bad, more than data\.max_bad_fraction=0\.14 allows"):
+        run(0.14)
+
+
+def test_nothing_but_bad_samples(tmp_path):
+    reader = write_damaged(tmp_path / "damaged.beton", make_jpegs(3), dict.fromkeys(range(3), "no header"))
+    bad_samples = BadSamples(reader.path, 3, 1.0)
+    engine = build_engine("ffcv", reader, num_workers=1, prefetch_batches=1, bad_samples=bad_samples)
+    with pytest.raises(DataError, match="so 3 of 3 are bad"):
+        list(iterate(engine, np.arange(3)))
     engine.close()
 
 
