@@ -300,9 +300,12 @@ class _Finish:
     def __init__(
         self, groups: Sequence[tuple[int, list[int]]], views: ViewsConfig, device: torch.device, num_threads: int
     ) -> None:
-        from kernels.augment.cpu import OutputPool
+        from kernels.augment.cpu import OutputPool, compile_ahead
 
         self._groups, self._device = groups, device
+        # With one core, or other processes that compile too, nothing would run beside it.
+        has_room = device.type == "cpu" and cores_per_process() > 1
+        self._compilation = compile_ahead() if has_room else None
         self._pools = [OutputPool() for _ in groups]
         self._options: dict[str, Any] = {"mean": views.mean, "std": views.std, "num_threads": num_threads}
 
@@ -311,6 +314,9 @@ class _Finish:
         from kernels.augment import augment
         from pipelines.batch import Batch
 
+        if self._compilation is not None:
+            self._compilation.wait()
+            self._compilation = None
         finished: dict[int, torch.Tensor] = {}
         for (_, members), pixels, pool in zip(self._groups, raw.views, self._pools, strict=True):
             if self._device.type == "cuda" and isinstance(pixels, np.ndarray):  # a quarter of what float32 takes

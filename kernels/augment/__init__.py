@@ -77,7 +77,7 @@ def augment(
         from kernels.augment.cpu import OutputPool, augment_numba
 
         num_threads = num_threads or len(os.sched_getaffinity(0))
-        out = augment_numba(views, params, mean, std, num_threads, outputs or OutputPool())
+        out = torch.from_numpy(augment_numba(views, params, mean, std, num_threads, outputs or OutputPool()))
     return [view.permute(0, 3, 1, 2) for view in out.to(dtype or torch.float32)]
 
 

@@ -15,19 +15,21 @@ import functools
 import itertools
 import math
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
 
 # Reassociation lets LLVM vectorise the sums; no op divides by zero or meets a NaN or an infinity.
 _jit = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
@@ -80,7 +82,7 @@ def augment_numba(
     std: Sequence[float],
     num_threads: int,
     outputs: OutputPool,
-) -> torch.Tensor:
+) -> np.ndarray:
     """Every op of every view; arguments as in `augment`.
 
     Returns:
@@ -101,7 +103,35 @@ def augment_numba(
     else:
         edges = [num_samples * share // num_shares for share in range(num_shares + 1)]
         _run_shares(functools.partial(_augment_range, *arguments), edges, min(num_threads, num_shares))
-    return torch.from_numpy(out)
+    return out
+
+
+@functools.cache
+def compile_ahead() -> subprocess.Popen | None:
+    """Begin to compile the pixel op in another process, if its compiled code is not cached: 10 s on one core.
+
+    The decoder's compilation takes as long, and numba compiles one function at a time in a process. Wait for the
+    result's end before the first call here, which then finds the code in the cache.
+    """
+    cache = _augment_range._cache  # pyright: ignore[reportAttributeAccessIssue]
+    index = Path(cache.cache_path) / cache._cache_file._index_name
+    if index.is_file() and index.stat().st_mtime >= Path(__file__).stat().st_mtime:
+        return None
+    program = f"from {__name__} import compile_now; compile_now()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # what fails here is done again, and heard of, in this process
+    )
+
+
+def compile_now() -> None:
+    """Compile the pixel op, or load it from the cache."""
+    augment_numba(
+        np.zeros((1, 1, 8, 8, 3), np.uint8), np.zeros((1, 1), VIEW_PARAMS), (0,) * 3, (1,) * 3, 1, OutputPool()
+    )
 
 
 def _run_shares(augment_range: Callable[[int, int], Any], edges: list[int], num_threads: int) -> None:

@@ -207,6 +207,7 @@ class BatchDecoder:
             if self._has_jpegs:
                 decoder.reserve(3 * int(reader.sizes[sample_ids[first:stop]].prod(1, dtype=np.int64).max()))
             forgiven = -1
+            asked: dict[int, tuple[int, np.ndarray]] = {}  # by position: what stood there before anything was bad
             while first < stop:
                 first, status = _decode_samples(
                     first, stop, forgiven, decoder.handle, decoder.pixels, *work,
@@ -220,11 +221,12 @@ class BatchDecoder:
                     raise DataError(f"{where} was given a crop box outside its {sides_px} pixels")
                 elif status != OK:
                     bad = int(sample_ids[first])
+                    asked_id, asked_boxes = asked.setdefault(first, (bad, boxes[first].copy()))
                     good = self._bad_samples.replace(bad, why_bad(reader, bad, status, decoder))
                     decoder.renew()
                     decoder.reserve(3 * int(reader.sizes[good].prod(dtype=np.int64)))
                     sample_ids[first] = good
-                    boxes[first] = move_boxes(boxes[first], reader.sizes[bad], reader.sizes[good])
+                    boxes[first] = move_boxes(asked_boxes, reader.sizes[asked_id], reader.sizes[good])
         finally:
             self._decoders.put(decoder)
 

@@ -83,11 +83,13 @@ def test_with_compiled_code_in_the_cache_the_first_batch_comes_soon(first_batch)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nothing runs beside the decoder's compilation")
 def test_with_an_empty_cache_the_first_batch_comes_in_time(first_batch, tmp_path):
-    """In CPU time, at least what it lasts on an idle machine: nothing is waited for but one core, which compiles."""
+    """Pixel op and decoder are compiled side by side, by two processes."""
     found = first_batch(tmp_path)
-    assert found["compile_s"] > 0
-    assert found["start_cpu_s"] < EMPTY_LIMIT_S, found
+    assert any("decode_samples" in name for name in found["compiled"])
+    assert not any("_augment_range" in name for name in found["compiled"])
+    assert found["start_s"] < EMPTY_LIMIT_S, found
 
 
 def test_one_cpu_process_builds_no_extension(tiny_config, tmp_path):
