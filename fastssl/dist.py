@@ -86,10 +86,29 @@ def global_mean(x: Tensor) -> Tensor:
 class Exchange:
     """This process group as `kernels.exchange.Exchange`."""
 
+    def __init__(self) -> None:
+        self._is_checked = False
+
     @property
     def size(self) -> int:
         """W."""
         return world_size()
+
+    def check_alike(self, z: Tensor) -> None:
+        """Refuse unequal shapes. On a GPU at the first call only: reading the others' shapes waits for the device.
+
+        Raises:
+            ValueError: On every rank.
+        """
+        if world_size() == 1 or (z.is_cuda and self._is_checked):
+            return
+        self._is_checked = True
+        shape = torch.tensor(z.shape, device=z.device)
+        shapes = shape.new_empty(world_size() * len(shape))
+        torch_dist.all_gather_into_tensor(shapes, shape)
+        found = shapes.view(world_size(), -1).tolist()
+        if any(other != found[0] for other in found):
+            raise ValueError(f"z must have one shape on every rank, got {', '.join(map(str, found))}")
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """x [V, B, ...], then the blocks of the ranks before and after this one; the gather runs meanwhile."""

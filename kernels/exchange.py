@@ -16,6 +16,14 @@ class Exchange(Protocol):
         """W."""
         ...
 
+    def check_alike(self, z: Tensor) -> None:
+        """Refuse a z whose shape is another one on another rank.
+
+        Raises:
+            ValueError: On every rank.
+        """
+        ...
+
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """x [V, B, ...] itself, then the blocks of the other ranks in rank order, in at most two pieces [Q, B, ...].
 
@@ -36,6 +44,9 @@ class _Alone:
     """One process."""
 
     size = 1
+
+    def check_alike(self, z: Tensor) -> None:
+        pass
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         yield x.detach()

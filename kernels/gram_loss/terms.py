@@ -82,6 +82,7 @@ def gram_terms(
         ValueError: Shapes, dtypes or choices do not fit.
     """
     check_views(z, topology, None, exchange.size)
+    exchange.check_alike(z)
     with_grad = torch.is_grad_enabled() and z.requires_grad
     settings = (float(linear), float(square), unit, topology, choose_impl(impl, z), with_grad)
     if exchange.size == 1:

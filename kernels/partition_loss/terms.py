@@ -63,6 +63,7 @@ def partition_terms(
         ValueError: Shapes, dtypes or choices do not fit.
     """
     check_views(z, topology, groups, exchange.size)
+    exchange.check_alike(z)
     shift = exp_shift(inv_temperature)
     choices = (topology, choose_impl(impl, z))
     if exchange.size == 1:

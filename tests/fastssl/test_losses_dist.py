@@ -160,11 +160,47 @@ def run_collectives() -> dict[str, object]:
     }
 
 
+class Both(nn.Module):
+    """Encoder and loss as one module, for DistributedDataParallel."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.loss = build_encoder(), loss
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.loss(*(self.encoder(view) for view in views))
+
+
+def run_ddp() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients as torch's DistributedDataParallel leaves them."""
+    found = {}
+    for name, config in LOSS_CONFIGS.items():
+        module = Both(build_loss(config).double())
+        parallel = nn.parallel.DistributedDataParallel(module)
+        value = parallel(local_views()[:2])
+        value.backward()
+        grads = {key.removeprefix("encoder."): p.grad for key, p in module.named_parameters() if p.grad is not None}
+        found[name] = (dist.all_mean_(value.detach()), grads)
+    return found
+
+
+def run_unequal() -> dict[str, str]:
+    """What losses say where a rank has one sample less than the others."""
+    found = {}
+    z = torch.randn(2, 5 - (dist.rank() == 1), 3)
+    for name in ("exp", "simclr", "spectral"):
+        try:
+            build_loss(LOSS_CONFIGS[name])(*z)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     chunked.TILE_ROWS["cpu"] = 3  # one process takes tiles of another size: nothing may depend on it
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    torch.save((run_losses(), run_collectives()), folder / f"rank{rank}.pt")
+    torch.save((run_losses(), run_collectives(), run_ddp(), run_unequal()), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -209,10 +245,14 @@ def differences(found: dict, expected: dict) -> list[str]:
 @pytest.mark.parametrize("world_size", [2, 4])  # one test: it alone starts these ranks, also where workers share tests
 def test_ranks_give_loss_and_gradients_of_one_process(world_size: int, one_process: dict, tmp_path: Path) -> None:
     results = start_ranks(world_size, tmp_path)
-    for rank, (losses, collectives) in enumerate(results):
+    for rank, (losses, collectives, under_ddp, unequal) in enumerate(results):
         assert losses.keys() == one_process.keys()
         assert differences(losses, one_process) == []
+        assert differences(under_ddp, {name: one_process[name] for name in LOSS_CONFIGS}) == []
         assert collectives == expected_collectives(rank, world_size)
+        shapes = ["[2, 4, 3]" if other == 1 else "[2, 5, 3]" for other in range(world_size)]
+        message = f"z must have one shape on every rank, got {', '.join(shapes)}"
+        assert unequal == dict.fromkeys(("exp", "simclr", "spectral"), message)
 
 
 def test_what_losses_learn_has_a_gradient(one_process: dict) -> None:
