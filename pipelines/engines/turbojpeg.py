@@ -111,7 +111,7 @@ def decode_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pi
         OK, WRONG_SIZE (nothing is written), or UNREADABLE: the decompressor keeps the message. After a warning
         (`JpegDecoder.is_harmless`) the pixels are written too.
     """
-    return _decode(handle, data, height_px, width_px, 1, pixels)
+    return _decode(handle, data, height_px, width_px, height_px, width_px, pixels)
 
 
 @njit(nogil=True, cache=True)
@@ -126,11 +126,19 @@ def check_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pix
         height_px, width_px: See `decode_jpeg`.
         pixels: uint8, at least ceil(height / 8) * ceil(width / 8) * 3 long; written.
     """
-    return _decode(handle, data, height_px, width_px, 8, pixels)
+    return _decode(handle, data, height_px, width_px, -(-height_px // 8), -(-width_px // 8), pixels)
 
 
 @njit(nogil=True, cache=True)
-def _decode(handle: int, data: np.ndarray, height_px: int, width_px: int, shrink: int, pixels: np.ndarray) -> int:
+def _decode(
+    handle: int,
+    data: np.ndarray,
+    height_px: int,
+    width_px: int,
+    to_height_px: int,  # computed, not 1 or 8 as a literal: of those numba keeps a signature that it does not find again
+    to_width_px: int,
+    pixels: np.ndarray,
+) -> int:
     num_bytes = np.uint64(len(data))
     facts = np.zeros(4, np.int32)  # width, height, subsampling, colour space
     at = facts.ctypes.data
@@ -142,7 +150,6 @@ def _decode(handle: int, data: np.ndarray, height_px: int, width_px: int, shrink
     if width_found_px != width_px or height_found_px != height_px:
         return WRONG_SIZE
     target = pixels.ctypes.data
-    to_width_px, to_height_px = -(-width_px // shrink), -(-height_px // shrink)
     status = _decompress(
         handle, data.ctypes.data, num_bytes, target, to_width_px, 0, to_height_px, _PIXEL_FORMAT_RGB, _FLAGS
     )

@@ -22,7 +22,12 @@ EXACT_LEVELS = 6e-5  # a GPU may fuse a product and a sum
 HUE_LEVELS = 5e-4
 BLUR_LEVELS = 1.2e-3
 AFFINE_LEVELS = 0.0127
-SIDES_PX = [(1, 1), (2, 5), (9, 7), (20, 33)]  # H, W
+SIDES_PX = [
+    (1, 1),
+    (9, 7),
+    pytest.param((2, 5), marks=pytest.mark.slow),
+    pytest.param((20, 33), marks=pytest.mark.slow),
+]
 
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -100,7 +105,9 @@ def test_jitter_in_its_drawn_order(order: tuple[int, ...], device: str) -> None:
     assert max_difference_levels(make_views(4, 9, 14), params, device) <= BLUR_LEVELS
 
 
-@pytest.mark.parametrize("recipe", ["simclr", "byol", "digits"])
+@pytest.mark.parametrize(
+    "recipe", ["byol", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simclr", "digits"))]
+)
 def test_recipes(recipe: str, device: str) -> None:
     specs = [replace(spec, size_px=16) for spec in RECIPES[recipe]]
     params = draw(specs, 3, 0, np.arange(6), np.full((6, 2), 16))
@@ -119,6 +126,7 @@ def test_normalised_cast_and_channels_last(dtype: torch.dtype, device: str) -> N
     torch.testing.assert_close(ours.cpu(), reference, rtol=torch.finfo(dtype).eps, atol=5e-7)
 
 
+@pytest.mark.slow
 def test_the_same_bits_whatever_the_batch(device: str) -> None:
     spec = ViewSpec(size_px=12, blur_p=0.5, solarize_p=0.5)
     params = draw((spec,), 1, 0, np.arange(3), np.full((3, 2), 12))
@@ -143,7 +151,11 @@ def test_an_empty_batch(device: str) -> None:
     assert run_fused(make_views(0, 8, 8), make_records(0), device)[0].shape == (0, 3, 8, 8)
 
 
-@pytest.mark.parametrize(("image_px", "size_px"), [((12, 12), 12), ((21, 14), 12), ((9, 17), 7)], ids=str)
+@pytest.mark.parametrize(
+    ("image_px", "size_px"),
+    [((12, 12), 12), *(pytest.param(*each, marks=pytest.mark.slow) for each in (((21, 14), 12), ((9, 17), 7)))],
+    ids=str,
+)
 def test_views_cut_from_stored_images(image_px: tuple[int, int], size_px: int, device: str) -> None:
     """The nearest level of what torchvision's antialiased filter gives in fp64; ops as on views cut before."""
     images, ids = make_views(10, *image_px)[:, 0], np.array([3, 8, 0])

@@ -11,11 +11,18 @@ from kernels.augment import augment
 from kernels.augment.params import VIEW_PARAMS
 from tests.interpreter import run_cases
 
+CASES = "tests/kernels/augment/fused_cases.py"
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
 def test_cases_in_the_interpreter() -> None:
-    run_cases("tests/kernels/augment/fused_cases.py", "not slow")
+    run_cases(CASES, "not slow")
+
+
+@pytest.mark.slow
+def test_more_cases_in_the_interpreter() -> None:
+    run_cases(CASES, "slow")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it can run")
