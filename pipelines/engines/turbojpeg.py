@@ -135,7 +135,7 @@ def _decode(
     data: np.ndarray,
     height_px: int,
     width_px: int,
-    to_height_px: int,  # computed: of a literal 1 or 8 numba caches a signature that it does not find again
+    to_height_px: int,
     to_width_px: int,
     pixels: np.ndarray,
 ) -> int:

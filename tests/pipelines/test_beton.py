@@ -24,12 +24,15 @@ JPEG_MAX_LEVELS, JPEG_MEAN_LEVELS = 8, 2.0
 @pytest.fixture
 def ffcv_uncompiled() -> Iterator[None]:
     """Stock FFCV as plain Python: no minute of compilation."""
+    import numba
     import torch
     from ffcv.pipeline.compiler import Compiler
 
     was_enabled, num_threads = Compiler.is_enabled, torch.get_num_threads()
     Compiler.set_enabled(False)
     yield
+    # Its OSCacheManager makes numba's one type of uint8 arrays another one: no function compiled for it is found again.
+    numba.types.uint8[::1].mutable = True  # pyright: ignore
     Compiler.set_enabled(was_enabled)
     torch.set_num_threads(num_threads)
 
