@@ -34,23 +34,6 @@ def barrier() -> None:
 
 
 @torch.no_grad()
-def gather_rows(x: Tensor) -> Tensor:
-    """Every rank's rows, in rank order; carries no gradient.
-
-    Args:
-        x: Local rows [m, ...], the same shape on every rank.
-
-    Returns:
-        [world_size * m, ...]; rank r's rows start at r * m. Without other ranks x itself, detached.
-    """
-    if world_size() == 1:
-        return x.detach()
-    gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
-    torch_dist.all_gather_into_tensor(gathered, x.contiguous())
-    return gathered
-
-
-@torch.no_grad()
 def all_mean_(x: Tensor) -> Tensor:
     """Replace x by its mean over ranks, in place; for BatchNorm buffers and gradients outside the engine.
 

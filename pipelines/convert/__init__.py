@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,12 +71,22 @@ class ConvertReport:
 class _Options:
     """What holds for every file of one call; see `convert`."""
 
-    max_px: int | None
-    on_error: Literal["fail", "skip"]
-    quality: int
-    overwrite: bool
-    resume: bool
-    num_workers: int
+    max_px: int | None = None
+    on_error: Literal["fail", "skip"] = "fail"
+    quality: int = 95
+    overwrite: bool = False
+    resume: bool = False
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_px is not None and not 1 <= self.max_px <= MAX_JPEG_SIDE_PX:
+            raise ValueError(f"max_px must be 1..{MAX_JPEG_SIDE_PX}, not {self.max_px}")
+        if self.on_error not in ("fail", "skip"):
+            raise ValueError(f"on_error must be fail or skip, not {self.on_error!r}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be 1..100, not {self.quality}")
+        if not 0 <= self.num_workers <= MAX_WORKERS:
+            raise ValueError(f"workers must be 0..{MAX_WORKERS}, not {self.num_workers}")
 
 
 @dataclass(kw_only=True)
@@ -121,12 +131,19 @@ def convert(
         DataError: bad source, a corrupt image with on_error="fail", nothing but corrupt images, `out` exists, or
             what an unfinished conversion left belongs to another source or other options.
     """
-    options = _Options(
-        max_px=max_px, on_error=on_error, quality=quality, overwrite=overwrite, resume=resume, num_workers=num_workers
+    source, options, about = _prepare(
+        source_kind,
+        src,
+        {
+            "max_px": max_px,
+            "on_error": on_error,
+            "quality": quality,
+            "overwrite": overwrite,
+            "resume": resume,
+            "num_workers": num_workers,
+            **source_options,
+        },
     )
-    _check_options(options)
-    source = build_source(source_kind, src, SourceOptions(**source_options))
-    about = {"source_kind": source_kind, **asdict(SourceOptions(**source_options))}
     return _convert_range(source, Path(out), 0, source.num_items, options, about)
 
 
@@ -137,13 +154,7 @@ def convert_shards(
     *,
     num_shards: int,
     shard: int | None = None,
-    max_px: int | None = None,
-    on_error: Literal["fail", "skip"] = "fail",
-    quality: int = 95,
-    overwrite: bool = False,
-    resume: bool = False,
-    num_workers: int = 0,
-    **source_options: Any,
+    **options: Any,
 ) -> list[ConvertReport]:
     """Write contiguous, equal ranges of a source, each to a file of its own: `x.beton` -> `x-00000-of-00004.beton`.
 
@@ -155,13 +166,7 @@ def convert_shards(
         out: The name that the files' names are made of.
         num_shards: Files, 1..99,999.
         shard: Write only this one, 0..num_shards-1: several machines share the work.
-        max_px: See `convert`.
-        on_error: See `convert`.
-        quality: See `convert`.
-        overwrite: See `convert`.
-        resume: See `convert`; shards that are finished are left as they are.
-        num_workers: See `convert`.
-        source_options: See `convert`.
+        options: Those of `convert`; with resume, shards that are finished are left as they are.
     Raises:
         ValueError: as `convert`, or a number outside its range.
         DataError: as `convert`, or fewer items than shards.
@@ -170,18 +175,14 @@ def convert_shards(
         raise ValueError(f"shards must be 1..{MAX_SHARDS}, not {num_shards}")
     if shard is not None and not 0 <= shard < num_shards:
         raise ValueError(f"shard must be 0..{num_shards - 1}, not {shard}")
-    options = _Options(
-        max_px=max_px, on_error=on_error, quality=quality, overwrite=overwrite, resume=resume, num_workers=num_workers
-    )
-    _check_options(options)
-    source = build_source(source_kind, src, SourceOptions(**source_options))
+    source, checked, about = _prepare(source_kind, src, options)
     if source.num_items < num_shards:
         raise DataError(f"{source.name}: {source.num_items} images are too few for {num_shards} shards")
-    about = {"source_kind": source_kind, **asdict(SourceOptions(**source_options)), "num_shards": num_shards}
+    about = about | {"num_shards": num_shards}
     reports = []
     for k in range(num_shards) if shard is None else (shard,):
         start, stop = source.num_items * k // num_shards, source.num_items * (k + 1) // num_shards
-        reports.append(_convert_range(source, shard_path(out, k, num_shards), start, stop, options, about))
+        reports.append(_convert_range(source, shard_path(out, k, num_shards), start, stop, checked, about))
     return reports
 
 
@@ -191,15 +192,15 @@ def shard_path(out: str | Path, shard: int, num_shards: int) -> Path:
     return out.with_name(f"{out.stem}-{shard:05d}-of-{num_shards:05d}{out.suffix}")
 
 
-def _check_options(options: _Options) -> None:
-    if options.max_px is not None and not 1 <= options.max_px <= MAX_JPEG_SIDE_PX:
-        raise ValueError(f"max_px must be 1..{MAX_JPEG_SIDE_PX}, not {options.max_px}")
-    if options.on_error not in ("fail", "skip"):
-        raise ValueError(f"on_error must be fail or skip, not {options.on_error!r}")
-    if not 1 <= options.quality <= 100:
-        raise ValueError(f"quality must be 1..100, not {options.quality}")
-    if not 0 <= options.num_workers <= MAX_WORKERS:
-        raise ValueError(f"workers must be 0..{MAX_WORKERS}, not {options.num_workers}")
+def _prepare(
+    source_kind: SourceKind, src: str | None, options: dict[str, Any]
+) -> tuple[Source, _Options, dict[str, Any]]:
+    """The source, how to convert it, and what the sidecar says of the source."""
+    names = {item.name for item in fields(_Options)}
+    checked = _Options(**{name: value for name, value in options.items() if name in names})
+    source_options = SourceOptions(**{name: value for name, value in options.items() if name not in names})
+    source = build_source(source_kind, src, source_options)
+    return source, checked, {"source_kind": source_kind, **asdict(source_options)}
 
 
 def _convert_range(

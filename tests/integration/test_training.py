@@ -1,5 +1,6 @@
 """Real trainings of seconds, in real processes, by every way to start one."""
 
+import io
 import json
 import signal
 import subprocess
@@ -7,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastssl.checkpoint import last_checkpoint
 from fastssl.metrics import read_rows
+from pipelines.beton import BetonWriter
 from tests.processes import ROOT, environment, free_port
 
 TRAIN = [sys.executable, "fastssl/train.py", "--cfg"]
@@ -171,6 +175,27 @@ def test_without_batch_norm_two_ranks_take_the_steps_of_one(tiny_config, command
         found[num_ranks] = [row["loss"] for row in losses(run) if "kind" not in row]
     assert found[2][:4] == pytest.approx(found[1][:4], rel=1e-4)
     assert abs(found[1][3] - found[1][0]) > 1e-2  # the steps move
+
+
+def test_a_damaged_sample_is_replaced_and_counted_or_ends_the_run(tiny_config, tmp_path, command):
+    rng, path = np.random.default_rng(0), tmp_path / "damaged.beton"
+    with BetonWriter(path, 40) as writer:
+        for i in range(40):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file, "JPEG")
+            data = file.getvalue()
+            stored = data[: len(data) // 2] if i == 7 else data
+            writer.write_jpeg(stored, height_px=20, width_px=24, label=i % 3)
+    settings = ["--set", f"data.train={path}", "data.test=null", "data.holdout_fraction=0", "data.global_batch_size=20"]
+    done = command(*TRAIN, tiny_config, *settings, "data.max_bad_fraction=0.02")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "image 7 cannot be decoded" in done.stderr
+    assert "data.max_bad_fraction=0.02" in done.stderr
+    done = command(*TRAIN, tiny_config, *settings, "data.max_bad_fraction=0.03", f"run.dir={tmp_path / 'other'}")
+    assert done.returncode == 0, done.stderr
+    assert "image 7 cannot be decoded" in done.stderr
+    epochs = [row for row in read_rows(tmp_path / "other" / "metrics.jsonl") if row.get("kind") == "epoch"]
+    assert [row["bad_samples_seen"] for row in epochs] == [1, 1]
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint(tiny_config, command):

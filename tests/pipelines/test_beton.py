@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,43 +14,11 @@ from pipelines.beton import JPG, RAW, BetonReader, BetonWriter, inspect
 from pipelines.beton.format import HEADER, PAGE_BYTES
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import DataError
+from tests.pipelines import stock_ffcv
 
 # FFCV decodes with libjpeg-turbo's fast integer DCT (TJFLAG_FASTDCT), Pillow with the accurate one. On 100
 # photographs: mean difference 1.2 levels (largest 2.1), largest of a pixel 22; less on these smooth pictures.
 JPEG_MAX_LEVELS, JPEG_MEAN_LEVELS = 8, 2.0
-
-
-@pytest.fixture
-def ffcv_uncompiled() -> Iterator[None]:
-    """Stock FFCV as plain Python: no minute of compilation."""
-    import numba
-    import torch
-    from ffcv.pipeline.compiler import Compiler
-
-    was_enabled, num_threads = Compiler.is_enabled, torch.get_num_threads()
-    Compiler.set_enabled(False)
-    yield
-    # Its OSCacheManager makes numba's one type of uint8 arrays another one: no function compiled for it is found again.
-    numba.types.uint8[::1].mutable = True  # pyright: ignore
-    Compiler.set_enabled(was_enabled)
-    torch.set_num_threads(num_threads)
-
-
-def stock_read(path: Path, decoder, *, os_cache: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.loader import Loader, OrderOption
-
-    loader = Loader(
-        str(path),
-        batch_size=4,
-        num_workers=1,
-        os_cache=os_cache,
-        order=OrderOption.SEQUENTIAL,
-        drop_last=False,
-        pipelines={"image": [decoder], "label": [IntDecoder()]},
-    )
-    batches = [(np.array(image), np.array(label)[:, 0]) for image, label in loader]
-    return np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])
 
 
 def picture(seed: int, height_px: int, width_px: int) -> np.ndarray:
@@ -91,9 +58,7 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(reader.decode(1), np.asarray(Image.open(io.BytesIO(jpeg(images[1])))))
 
 
-def test_stock_ffcv_reads_constant_size(tmp_path, ffcv_uncompiled):
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-
+def test_stock_ffcv_reads_constant_size(tmp_path):
     images = [picture(i, 20, 24) for i in range(10)]
     with BetonWriter(tmp_path / "x.beton") as writer:
         for i, image in enumerate(images[:5]):
@@ -103,7 +68,7 @@ def test_stock_ffcv_reads_constant_size(tmp_path, ffcv_uncompiled):
         grey = np.asarray(Image.fromarray(images[0]).convert("L"))
         writer.write_jpeg(jpeg(grey), height_px=20, width_px=24, label=-1)
     ours = BetonReader(tmp_path / "x.beton")
-    pixels, labels = stock_read(tmp_path / "x.beton", SimpleRGBImageDecoder())
+    pixels, labels = stock_ffcv.read(tmp_path / "x.beton", "whole")
     assert labels.tolist() == [*range(10), -1]
     np.testing.assert_array_equal(pixels[:5], images[:5])
     for i in range(5, 11):
@@ -113,10 +78,8 @@ def test_stock_ffcv_reads_constant_size(tmp_path, ffcv_uncompiled):
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
-def test_stock_ffcv_reads_varied_sizes_over_several_pages(tmp_path, ffcv_uncompiled, os_cache):
+def test_stock_ffcv_reads_varied_sizes_over_several_pages(tmp_path, os_cache):
     """Raw samples that fill pages and one that needs a larger page, seen through FFCV's centre crop."""
-    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
-
     images = [np.full((side, side + 2, 3), 10 * i, np.uint8) for i, side in enumerate((1200, 64, 1200, 1700, 3, 900))]
     with BetonWriter(tmp_path / "x.beton") as writer:
         for i, image in enumerate(images):
@@ -126,7 +89,7 @@ def test_stock_ffcv_reads_varied_sizes_over_several_pages(tmp_path, ffcv_uncompi
     assert page_bytes == 2 * PAGE_BYTES
     last = reader.data_ptr + reader.data_bytes - np.uint64(1)
     np.testing.assert_array_equal(reader.data_ptr // page_bytes, last // page_bytes)
-    pixels, labels = stock_read(tmp_path / "x.beton", CenterCropRGBImageDecoder((16, 16), 1.0), os_cache=os_cache)
+    pixels, labels = stock_ffcv.read(tmp_path / "x.beton", "centre_16px", os_cache=os_cache)
     assert labels.tolist() == list(range(6))
     np.testing.assert_array_equal(pixels[:, 0, 0, 0], 10 * np.arange(6))
 

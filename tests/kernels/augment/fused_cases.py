@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kernels.augment import StoredImages, augment, fused
-from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
+from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.views import RECIPES, ViewSpec, draw
+from tests.kernels.augment.records import jitter, make_records
 
 import_torchvision()
 from torchvision.transforms.v2 import functional as v2  # noqa: E402
@@ -49,19 +50,6 @@ def make_views(num: int, height_px: int, width_px: int) -> np.ndarray:
     views[2::4] = views[2::4, ..., :1]
     views[3::4] = views[3::4] // 128 * 255
     return views
-
-
-def make_records(num: int, **fields: Any) -> np.ndarray:
-    params = np.zeros((num, 1), VIEW_PARAMS)
-    for name, value in fields.items():
-        params[name] = value
-    return params
-
-
-def jitter(op: int, factor: float) -> dict[str, Any]:
-    factors = np.array([1, 1, 1, 0], np.float32)
-    factors[op] = factor
-    return {"jitter": True, "jitter_order": [0, 1, 2, 3], "jitter_factor": factors}
 
 
 def run_fused(views: np.ndarray, params: np.ndarray, device: str, **options: Any) -> list[torch.Tensor]:

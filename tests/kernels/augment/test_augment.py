@@ -17,6 +17,7 @@ from kernels.augment.cpu import OutputPool
 from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.views import RECIPES, ViewSpec, draw
+from tests.kernels.augment.records import jitter, make_records
 
 import_torchvision()
 from torchvision.transforms.v2 import functional as v2  # noqa: E402
@@ -56,19 +57,6 @@ def _images(num: int, height_px: int = 32, width_px: int = 32, num_views: int = 
     return images
 
 
-def _records(num: int = 1, **fields: Any) -> np.ndarray:
-    params = np.zeros((num, 1), VIEW_PARAMS)
-    for name, value in fields.items():
-        params[name] = value
-    return params
-
-
-def _jitter(op: int, factor: float) -> dict[str, Any]:
-    factors = np.array([1, 1, 1, 0], np.float32)
-    factors[op] = factor
-    return {"jitter": True, "jitter_order": [0, 1, 2, 3], "jitter_factor": factors}
-
-
 def _max_difference(images: np.ndarray, params: np.ndarray, **options: Any) -> float:
     ours = augment(images, params, impl="numba", num_threads=1, **(IDENTITY | options))
     reference = augment(images, params, impl="reference", **(IDENTITY | options))
@@ -80,10 +68,10 @@ def _max_difference(images: np.ndarray, params: np.ndarray, **options: Any) -> f
 MATRIX_30_DEGREES = [0.8660254, 0.5, -5.673394, -0.5, 0.8660254, 9.826606]  # about the centre (15.5, 15.5)
 OPS = {
     "flip": ({"flip": True}, v2.horizontal_flip),
-    "brightness": (_jitter(BRIGHTNESS, 1.3), lambda x: v2.adjust_brightness(x, 1.3)),
-    "contrast": (_jitter(CONTRAST, 0.7), lambda x: v2.adjust_contrast(x, 0.7)),
-    "saturation": (_jitter(SATURATION, 1.4), lambda x: v2.adjust_saturation(x, 1.4)),
-    "hue": (_jitter(HUE, -0.08), lambda x: v2.adjust_hue(x, -0.08)),
+    "brightness": (jitter(BRIGHTNESS, 1.3), lambda x: v2.adjust_brightness(x, 1.3)),
+    "contrast": (jitter(CONTRAST, 0.7), lambda x: v2.adjust_contrast(x, 0.7)),
+    "saturation": (jitter(SATURATION, 1.4), lambda x: v2.adjust_saturation(x, 1.4)),
+    "hue": (jitter(HUE, -0.08), lambda x: v2.adjust_hue(x, -0.08)),
     "grayscale": ({"grayscale": True}, lambda x: v2.rgb_to_grayscale(x, 3)),
     "blur": ({"blur_sigma": 1.5, "blur_kernel_px": 23}, lambda x: v2.gaussian_blur(x, [23, 23], [1.5, 1.5])),
     "solarize": ({"solarize": True, "solarize_threshold": 0.3}, lambda x: v2.solarize(x, 0.3)),
@@ -102,7 +90,7 @@ def test_each_op_is_torchvisions(name: str, impl: Any) -> None:
     expected = v2.normalize(
         op(torch.from_numpy(images[:, 0]).permute(0, 3, 1, 2) * np.float32(1 / 255)), IMAGENET["mean"], IMAGENET["std"]
     )
-    (result,) = augment(images, _records(12, **fields), impl=impl, **IMAGENET)
+    (result,) = augment(images, make_records(12, **fields), impl=impl, **IMAGENET)
     tolerance = AFFINE_TOLERANCE if name == "affine" else TOLERANCE
     torch.testing.assert_close(result, expected, rtol=0, atol=tolerance / min(IMAGENET["std"]))
 
@@ -142,7 +130,7 @@ def test_jitter_order_is_the_drawn_one(order: tuple[int, int]) -> None:
     rest = [op for op in range(4) if op not in order]
     neutral = [factors[op] if op in order else float(op != HUE) for op in range(4)]
     images = _images(6)
-    params = _records(6, jitter=True, jitter_order=[*order, *rest], jitter_factor=neutral)
+    params = make_records(6, jitter=True, jitter_order=[*order, *rest], jitter_factor=neutral)
     image = torch.from_numpy(images[:, 0]).permute(0, 3, 1, 2) * np.float32(1 / 255)
     for op in order:
         image = adjust[op](image, factors[op])
@@ -157,10 +145,10 @@ SIDES_PX = [1, 2, 31, 33, 96, 224]
 BLURS = {"small": [(0.1, 23), (0.3, 23), (0.5, 23)], "large": [(1.0, 3), (1.0, 23), (2.0, 9), (2.0, 23), (5.0, 23)]}
 PARITY: dict[str, tuple[float, list[dict[str, Any]]]] = {
     "flip": (EXACT_LEVELS, [{"flip": True}]),
-    "brightness": (EXACT_LEVELS, [_jitter(BRIGHTNESS, x) for x in (0.2, 0.6, 1.4, 2.0)]),
-    "contrast": (ROUNDING_LEVELS, [_jitter(CONTRAST, x) for x in (0.2, 0.6, 1.4, 2.0)]),
-    "saturation": (ROUNDING_LEVELS, [_jitter(SATURATION, x) for x in (0.0, 0.6, 1.4, 2.0)]),
-    "hue": (HUE_LEVELS, [_jitter(HUE, x) for x in (-0.5, -0.1, 0.03, 0.3)]),
+    "brightness": (EXACT_LEVELS, [jitter(BRIGHTNESS, x) for x in (0.2, 0.6, 1.4, 2.0)]),
+    "contrast": (ROUNDING_LEVELS, [jitter(CONTRAST, x) for x in (0.2, 0.6, 1.4, 2.0)]),
+    "saturation": (ROUNDING_LEVELS, [jitter(SATURATION, x) for x in (0.0, 0.6, 1.4, 2.0)]),
+    "hue": (HUE_LEVELS, [jitter(HUE, x) for x in (-0.5, -0.1, 0.03, 0.3)]),
     "grayscale": (EXACT_LEVELS, [{"grayscale": True}]),
     "blur_small": (BLUR_LEVELS, [{"blur_sigma": s, "blur_kernel_px": k} for s, k in BLURS["small"]]),
     "blur_large": (BLUR_LEVELS, [{"blur_sigma": s, "blur_kernel_px": k} for s, k in BLURS["large"]]),
@@ -210,7 +198,7 @@ def _rotation(side_px: int) -> np.ndarray:
 def _assert_parity(name: str, images: np.ndarray) -> None:
     limit, variants = PARITY[name]
     for fields in variants:
-        params = _records(len(images), **fields)
+        params = make_records(len(images), **fields)
         params["affine_matrix"] = _rotation(images.shape[2]) * params["affine"][..., None]
         assert 255 * _max_difference(images, params) <= limit, fields
 
@@ -231,7 +219,7 @@ def test_each_op_on_photographs(name: str, photographs: list[Image.Image]) -> No
 @pytest.mark.parametrize("flip", [False, True])
 def test_normalise(flip: bool, side_px: int) -> None:
     images = _made(side_px)
-    assert _max_difference(images, _records(len(images), flip=flip), **IMAGENET) <= NORMALISE_TOLERANCE
+    assert _max_difference(images, make_records(len(images), flip=flip), **IMAGENET) <= NORMALISE_TOLERANCE
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -260,7 +248,7 @@ def test_rows_wider_than_a_piece(size_px: tuple[int, int]) -> None:
     shifted = np.zeros_like(images)
     shifted[:, :, 1:, :-3] = images[:, :, :-1, 3:]
     for flip in (False, True):
-        records = _records(12, affine=True, affine_matrix=[1, 0, 3, 0, 1, -1], flip=flip)
+        records = make_records(12, affine=True, affine_matrix=[1, 0, 3, 0, 1, -1], flip=flip)
         (result,) = augment(images, records, **IDENTITY)
         expected = torch.from_numpy(shifted[:, 0]).permute(0, 3, 1, 2) / 255
         torch.testing.assert_close(result, expected.flip(-1) if flip else expected, rtol=0, atol=ROUNDING_LEVELS / 255)
@@ -268,7 +256,7 @@ def test_rows_wider_than_a_piece(size_px: tuple[int, int]) -> None:
 
 def test_a_pixel_at_the_solarize_threshold_is_inverted() -> None:
     levels = np.repeat(np.array([127, 128, 129], np.uint8), 3).reshape(1, 1, 1, 3, 3)
-    params = _records(solarize=True, solarize_threshold=np.float32(128) * np.float32(1 / 255))
+    params = make_records(solarize=True, solarize_threshold=np.float32(128) * np.float32(1 / 255))
     (result,) = augment(levels, params, **IDENTITY)
     expected = torch.tensor([127, 127, 126]) / 255
     torch.testing.assert_close(result[0, 0, 0], expected, rtol=0, atol=ROUNDING_LEVELS / 255)
@@ -287,14 +275,14 @@ def test_hue_of_every_kind_of_pixel(hue: float) -> None:
     """All 16^3 colours of a coarse grid (greys, black, white, ties of two channels) and their neighbours."""
     levels = np.array([0, 1, 2, 15, 16, 64, 65, 100, 127, 128, 129, 180, 200, 253, 254, 255], np.uint8)
     colours = np.array(list(itertools.product(levels, repeat=3)), np.uint8).reshape(1, 1, 64, 64, 3)
-    assert _max_difference(colours, _records(**_jitter(HUE, hue))) < 2e-6
+    assert _max_difference(colours, make_records(**jitter(HUE, hue))) < 2e-6
 
 
 def test_grey_pixels_keep_their_value_under_hue_and_saturation() -> None:
     greys = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 1, 16, 16, 3)
     expected = torch.arange(256).reshape(16, 16) / 255
-    for fields in (_jitter(HUE, 0.2), _jitter(SATURATION, 0.3)):
-        (result,) = augment(greys, _records(**fields), **IDENTITY)
+    for fields in (jitter(HUE, 0.2), jitter(SATURATION, 0.3)):
+        (result,) = augment(greys, make_records(**fields), **IDENTITY)
         # torchvision's grey weights sum to .9999, so saturation moves a grey by up to 7e-5
         torch.testing.assert_close(result[0], expected.expand(3, 16, 16), rtol=0, atol=1e-4)
 
@@ -311,7 +299,7 @@ def test_results_stay_in_zero_to_one() -> None:
 def test_blur_kernel_larger_than_the_image_is_cut(size_px: tuple[int, int]) -> None:
     """23 taps need 12 px; below that the largest kernel that reflect padding can serve is used."""
     images = _images(6, *size_px)
-    params = _records(6, blur_sigma=2.0, blur_kernel_px=23)
+    params = make_records(6, blur_sigma=2.0, blur_kernel_px=23)
     assert _max_difference(images, params) < TOLERANCE
     assert np.all(params["blur_kernel_px"] == 23)
     kernel_px = min(23, 2 * min(size_px) - 1)
@@ -321,16 +309,16 @@ def test_blur_kernel_larger_than_the_image_is_cut(size_px: tuple[int, int]) -> N
 
 def test_blur_sigma_from_nothing_to_wide() -> None:
     sigmas = np.linspace(0.1, 5, 30, dtype=np.float32)[:, None]
-    assert _max_difference(_images(30), _records(30, blur_sigma=sigmas, blur_kernel_px=23)) < TOLERANCE
+    assert _max_difference(_images(30), make_records(30, blur_sigma=sigmas, blur_kernel_px=23)) < TOLERANCE
 
 
 def test_flip_and_affine_do_not_commute_and_affine_is_first() -> None:
     images = _images(6)
     affine = {"affine": True, "affine_matrix": MATRIX_30_DEGREES}
-    (both,) = augment(images, _records(6, flip=True, **affine), **IDENTITY)
-    (only_affine,) = augment(images, _records(6, **affine), **IDENTITY)
+    (both,) = augment(images, make_records(6, flip=True, **affine), **IDENTITY)
+    (only_affine,) = augment(images, make_records(6, **affine), **IDENTITY)
     torch.testing.assert_close(both, only_affine.flip(-1), rtol=0, atol=0)
-    (flipped_before,) = augment(np.ascontiguousarray(images[:, :, :, ::-1]), _records(6, **affine), **IDENTITY)
+    (flipped_before,) = augment(np.ascontiguousarray(images[:, :, :, ::-1]), make_records(6, **affine), **IDENTITY)
     assert float((both - flipped_before).abs().max()) > 0.1
 
 
