@@ -45,9 +45,11 @@ def _fail(message: str, code: int) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     from fastssl.config import load_config
-    from fastssl.trainer import train
 
-    train(load_config(args.cfg, args.set))
+    cfg = load_config(args.cfg, args.set)
+    from fastssl.trainer import train  # only now: a slip in the config is not to wait for it
+
+    train(cfg)
 
 
 def _convert(args: argparse.Namespace) -> None:

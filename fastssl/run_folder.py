@@ -27,6 +27,7 @@ FREE_KEYS = (
     "run.num_threads",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.cache",
 )
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "pillow", "timm", "scikit-learn", "triton")
 

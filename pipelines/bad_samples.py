@@ -19,7 +19,6 @@ class BadSamples:
 
     Attributes:
         reasons: By sample id, in the order of discovery.
-        num_replaced: How often one was replaced.
     """
 
     def __init__(self, path: Path, num_samples: int, max_fraction: float) -> None:
@@ -31,7 +30,6 @@ class BadSamples:
             max_fraction: Share of them that may be bad, in [0, 1].
         """
         self.reasons: dict[int, str] = {}
-        self.num_replaced = 0
         self._path, self._num_samples, self._max_fraction = path, num_samples, max_fraction
         self._lock = threading.Lock()
 
@@ -44,7 +42,6 @@ class BadSamples:
         with self._lock:
             is_new = sample_id not in self.reasons
             self.reasons[sample_id] = reason
-            self.num_replaced += 1
             num_bad = len(self.reasons)
             if num_bad > self._max_fraction * self._num_samples or num_bad == self._num_samples:
                 raise DataError(
@@ -58,6 +55,47 @@ class BadSamples:
             line = f"fastssl: warning: {self._path}: image {sample_id} {reason}; image {substitute} takes its place"
             print(line, file=sys.stderr, flush=True)
         return substitute
+
+
+class Substitutes:
+    """The good samples that take the places of bad ones, where these are known before a batch is made."""
+
+    def __init__(self, bad_samples: BadSamples, sizes: np.ndarray) -> None:
+        """Know none yet.
+
+        Args:
+            bad_samples: Told of bad ones; says which sample takes a place.
+            sizes: Heights and widths of all samples, int32 [N, 2].
+        """
+        self._bad_samples, self._sizes = bad_samples, sizes
+        self._in_place_of: dict[int, int] = {}
+
+    def add(self, reasons: dict[int, str]) -> list[int]:
+        """Take up bad samples, by id and why; returns those that take their places, which may be bad themselves.
+
+        Raises:
+            DataError: there are too many.
+        """
+        # From the end: what takes a place is then good already, but where the search began again at the file's start.
+        for i in sorted(reasons, reverse=True):
+            self._in_place_of[i] = self._bad_samples.replace(i, reasons[i])
+        for i, good in self._in_place_of.items():
+            while good in self._in_place_of:
+                good = self._in_place_of[good]
+            self._in_place_of[i] = good
+        return sorted({self._in_place_of[i] for i in reasons})
+
+    def put_in(self, ids: np.ndarray, params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A batch's sample ids [B] and draw [B, V], both of what takes a bad one's place where one is bad."""
+        rows = np.flatnonzero(np.isin(ids, list(self._in_place_of)))
+        if not len(rows):
+            return ids, params
+        bad, ids, params = ids, ids.copy(), params.copy()
+        for row in rows.tolist():
+            ids[row] = self._in_place_of[int(bad[row])]
+            boxes = params["crop_box"][row]
+            params["crop_box"][row] = move_boxes(boxes, self._sizes[bad[row]], self._sizes[ids[row]])
+        return ids, params
 
 
 def move_boxes(boxes: np.ndarray, from_size: np.ndarray, to_size: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
 from pipelines.engines import DrawBatch, Engine, EngineName, build_engine
 from pipelines.errors import DataError
-from pipelines.sampler import global_batches, local_rows
+from pipelines.read_ahead import ReadAhead, read_whole
+from pipelines.sampler import global_batches, local_rows, quasi_random_windows
 from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pipelines.batch import Batch, RawBatch
 
 _DRAWN_TOGETHER = 2048  # samples
+_READING_ENGINES = ("ffcv", "dali", "torch")  # from the file, while they iterate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,12 @@ class DataConfig:
         num_workers: Threads of one process that decode; 0: the cores it may use, shared by the processes of a node.
         prefetch_batches: Batches made ahead.
         holdout_fraction: Share of the training images kept from the probes.
+        order: "random": any sample may be next. "quasi_random": for files larger than memory and slow disks. Pieces of
+            4 MiB from random places of the file together make a window, of which any sample may be next, then the next
+            window. The pieces are read whole and once an epoch. Files sorted by class should have many pieces a window.
+        window_mb: Stored images of a quasi-random window, in MB; up to two windows lie in memory at a time.
+        cache: What becomes of the file's bytes. "os": they stay in the page cache as long as there is room. "ram": they
+            are brought there before the first batch; the file must fit. "none": they are dropped after use.
         max_bad_fraction: Share of the training images that may turn out damaged: each is replaced by another and
             reported; one more ends the run.
     """
@@ -50,10 +59,13 @@ class DataConfig:
     num_workers: int = 0
     prefetch_batches: int = 3
     holdout_fraction: float = 0.1
+    order: Literal["random", "quasi_random"] = "random"
+    window_mb: int = 1024
+    cache: Literal["os", "ram", "none"] = "os"
     max_bad_fraction: float = 0.001
 
     def __post_init__(self) -> None:
-        for name, least in (("global_batch_size", 1), ("num_workers", 0), ("prefetch_batches", 1)):
+        for name, least in (("global_batch_size", 1), ("num_workers", 0), ("prefetch_batches", 1), ("window_mb", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if not 0 <= self.holdout_fraction < 1:
@@ -75,28 +87,27 @@ class Loader:
         engine: Engine,
         views: ViewsConfig,
         *,
+        reader: BetonReader,
+        cfg: DataConfig,
         bad_samples: BadSamples,
-        sizes: np.ndarray,
-        global_batch_size: int,
         seed: int,
         rank: int,
         world_size: int,
         device: torch.device,
         num_threads: int,
     ) -> None:
-        self.num_samples = len(sizes)
+        self.num_samples = reader.num_samples
         self.bad_samples = bad_samples
         self._engine = engine
-        self._sizes = sizes
+        self._reader, self._cfg = reader, cfg
         self._specs = build_view_specs(views)
         self._groups = size_groups(self._specs)
-        self._global_batch_size = global_batch_size
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._finish = _Finish(self._groups, views, device, num_threads)
 
     def __len__(self) -> int:
         """Batches of an epoch: N // G."""
-        return self.num_samples // self._global_batch_size
+        return self.num_samples // self._cfg.global_batch_size
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch, which depend on (seed, epoch, rank, world size) only.
@@ -117,12 +128,29 @@ class Loader:
         self._engine.close()
 
     def _iterate(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
-        batches = global_batches(np.arange(self.num_samples), self._seed, epoch, self._global_batch_size)
+        cfg, windows = self._cfg, self._windows(epoch)
+        batches = global_batches(np.arange(self.num_samples), self._seed, epoch, cfg.global_batch_size, windows)
         rows = local_rows(batches[first_batch:], self._rank, self._world_size)
-        draw_batch = self._draw_ahead(epoch, rows)
-        with closing(self._engine.batches(rows.reshape(-1), rows.shape[1], draw_batch, self._groups)) as raw_batches:
-            for raw in raw_batches:
-                yield self._finish(raw)
+        to_read = rows.reshape(-1) if cfg.engine in _READING_ENGINES else rows[:0].reshape(-1)
+        draw_batch, begun = self._draw_ahead(epoch, rows), count(step=rows.shape[1])
+        with ReadAhead(self._reader, to_read, windows, drop_behind=cfg.cache == "none") as read_ahead:
+
+            def begin_batch(sample_ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+                read_ahead.begin(next(begun))
+                return draw_batch(sample_ids, sizes)
+
+            raw_batches = self._engine.batches(rows.reshape(-1), rows.shape[1], begin_batch, self._groups)
+            with closing(raw_batches):
+                for num_done, raw in enumerate(raw_batches, 1):
+                    batch = self._finish(raw)
+                    read_ahead.end(num_done * rows.shape[1])
+                    yield batch
+
+    def _windows(self, epoch: int) -> np.ndarray | None:
+        if self._cfg.order == "random":
+            return None
+        reader, window_bytes = self._reader, self._cfg.window_mb * 1_000_000
+        return quasi_random_windows(reader.data_ptr, reader.data_bytes, self._seed, epoch, window_bytes)
 
     def _draw_ahead(self, epoch: int, rows: np.ndarray) -> DrawBatch:
         """The draw of the batches `rows` [num, B] in their order, several at a time.
@@ -131,10 +159,11 @@ class Loader:
         """
 
         def draws() -> Iterator[np.ndarray]:
+            sizes = self._reader.sizes
             num_together = max(1, _DRAWN_TOGETHER // rows.shape[1])
             for first in range(0, len(rows), num_together):
                 ids = rows[first : first + num_together].reshape(-1)
-                params = draw(self._specs, self._seed, epoch, ids, self._sizes[ids])
+                params = draw(self._specs, self._seed, epoch, ids, sizes[ids])
                 yield from params.reshape(-1, rows.shape[1], len(self._specs))
 
         ahead = draws()
@@ -214,7 +243,8 @@ def build_loader(
         num_threads: CPU threads of the pixel op, >= 1.
     Raises:
         ValueError: rank is out of range.
-        DataError: the global batch is larger than the data set, or W does not divide it.
+        DataError: the global batch is larger than the data set, W does not divide it, or the file is larger than the
+            memory that is free where it is to be brought there.
     """
     size = cfg.global_batch_size
     if size > reader.num_samples:
@@ -226,6 +256,8 @@ def build_loader(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
     num_workers = cfg.num_workers or cores_per_process()
+    if cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
+        read_whole(reader)
     bad_samples = BadSamples(reader.path, reader.num_samples, cfg.max_bad_fraction)
     engine = build_engine(
         cfg.engine,
@@ -238,9 +270,9 @@ def build_loader(
     return Loader(
         engine,
         views,
+        reader=reader,
+        cfg=cfg,
         bad_samples=bad_samples,
-        sizes=reader.sizes,
-        global_batch_size=size,
         seed=seed,
         rank=rank,
         world_size=world_size,

@@ -1,26 +1,27 @@
-"""How far a long job over images is: a bar on a terminal, elsewhere a line now and then."""
+"""How far a long job is: a bar on a terminal, elsewhere a line now and then."""
 
 import sys
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts images; a context manager. Rates and the time left count from where this process began."""
+    """Counts images or bytes; a context manager. Rates and the time left count from where this process began."""
 
-    def __init__(self, what: str, num_total: int, num_before: int = 0) -> None:
+    def __init__(self, what: str, num_total: int, num_before: int = 0, unit: Literal["img", "B"] = "img") -> None:
         """Describe the job.
 
         Args:
             what: Names it at the start of the line.
-            num_total: Images of the whole job.
+            num_total: Images, or bytes, of the whole job.
             num_before: Those that an earlier process did.
+            unit: What is counted.
         """
-        self._what = what
+        self._what, self._unit = what, unit
         self._num_total = num_total
         self._num_before = self._num_done = num_before
 
@@ -31,7 +32,8 @@ class Progress:
             desc=self._what,
             total=self._num_total,
             initial=self._num_before,
-            unit=" img",
+            unit=f" {self._unit}",
+            unit_scale=self._unit == "B",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
@@ -42,7 +44,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, num: int = 1) -> None:
-        """Count `num` images more."""
+        """Count `num` more."""
         self._num_done += num
         self._bar.update(num)
         now_s = time.monotonic()
@@ -51,6 +53,6 @@ class Progress:
             print(self._line(now_s - self._started_s), flush=True)
 
     def _line(self, elapsed_s: float) -> str:
-        img_per_s = (self._num_done - self._num_before) / max(elapsed_s, 1e-9)
-        left = timedelta(seconds=round((self._num_total - self._num_done) / max(img_per_s, 1e-9)))
-        return f"{self._what}  {self._num_done:,}/{self._num_total:,}  {img_per_s:,.0f} img/s  left {left}"
+        per_s = (self._num_done - self._num_before) / max(elapsed_s, 1e-9)
+        left = timedelta(seconds=round((self._num_total - self._num_done) / max(per_s, 1e-9)))
+        return f"{self._what}  {self._num_done:,}/{self._num_total:,}  {per_s:,.0f} {self._unit}/s  left {left}"

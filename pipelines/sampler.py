@@ -8,12 +8,14 @@ from pipelines.philox import random_words
 
 # Views count up from 0; the last view number belongs to the sampler, so its numbers are never a view's.
 _SAMPLER_VIEW = 0xFFFF
-_SHUFFLE_OP, _HOLDOUT_OP = 0, 1
+_SHUFFLE_OP, _HOLDOUT_OP, _CHUNK_OP = 0, 1, 2
 # The hold-out must be the same in every run, whatever its seed.
 _HOLDOUT_SEED, _HOLDOUT_EPOCH = 0, 0
+# What is read in one piece of a quasi-random order: a disk reads it in not much more time than it takes to get there.
+CHUNK_BYTES = 4 << 20
 
 
-def epoch_order(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(ids: np.ndarray, seed: int, epoch: int, windows: np.ndarray | None = None) -> np.ndarray:
     """The samples in the order in which one epoch visits them.
 
     A sample's place is the rank of its 64-bit Philox key: no generator's shuffle is involved, so the order is
@@ -23,14 +25,44 @@ def epoch_order(ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         ids: Sample ids, int64 [N].
         seed: The run's seed, in [0, 2**64).
         epoch: In [0, 2**32).
+        windows: `quasi_random_windows` of all samples: one window after the other, each in random order; None: all
+            in random order.
     Returns:
         A permutation of ids, int64 [N].
     """
     ids = np.asarray(ids, np.int64)
-    return ids[np.argsort(_sort_keys(ids, seed, epoch, _SHUFFLE_OP), kind="stable")]
+    keys = _sort_keys(ids, seed, epoch, _SHUFFLE_OP)
+    return ids[np.argsort(keys, kind="stable") if windows is None else np.lexsort((keys, windows[ids]))]
 
 
-def global_batches(ids: np.ndarray, seed: int, epoch: int, global_batch_size: int) -> np.ndarray:
+def quasi_random_windows(
+    data_ptr: np.ndarray, data_bytes: np.ndarray, seed: int, epoch: int, window_bytes: int
+) -> np.ndarray:
+    """When a quasi-random order visits each sample: the file's chunks in random order, some of them together a window.
+
+    A window's chunks come from all over the file, each read in one piece and only once; every sample of the window
+    is as likely as another to be next. It depends on the file and (seed, epoch) only, not on ranks.
+
+    Args:
+        data_ptr: Offsets of the samples in the file, uint64 [N].
+        data_bytes: Their numbers of bytes, uint64 [N].
+        seed: The run's seed.
+        epoch: The epoch.
+        window_bytes: Stored bytes of the samples of a window, about: whole chunks of `CHUNK_BYTES`.
+    Returns:
+        Window of each sample, int64 [N], from 0.
+    """
+    chunks, chunk_of = np.unique(data_ptr // np.uint64(CHUNK_BYTES), return_inverse=True)
+    order = np.argsort(_sort_keys(chunks.astype(np.int64), seed, epoch, _CHUNK_OP), kind="stable")
+    num_bytes = np.bincount(chunk_of, weights=data_bytes)[order]
+    window_of_chunk = np.empty(len(chunks), np.int64)
+    window_of_chunk[order] = (np.cumsum(num_bytes) - num_bytes) // window_bytes
+    return window_of_chunk[chunk_of]
+
+
+def global_batches(
+    ids: np.ndarray, seed: int, epoch: int, global_batch_size: int, windows: np.ndarray | None = None
+) -> np.ndarray:
     """One epoch cut into global batches; the last incomplete batch is dropped.
 
     Args:
@@ -38,6 +70,7 @@ def global_batches(ids: np.ndarray, seed: int, epoch: int, global_batch_size: in
         seed: The run's seed.
         epoch: The epoch.
         global_batch_size: G, >= 1.
+        windows: See `epoch_order`.
     Returns:
         int64 [N // G, G].
     Raises:
@@ -46,7 +79,7 @@ def global_batches(ids: np.ndarray, seed: int, epoch: int, global_batch_size: in
     if not 1 <= global_batch_size <= len(ids):
         raise ValueError(f"global_batch_size must be in 1..{len(ids)} (the number of samples), got {global_batch_size}")
     num_batches = len(ids) // global_batch_size
-    order = epoch_order(ids, seed, epoch)
+    order = epoch_order(ids, seed, epoch, windows)
     return order[: num_batches * global_batch_size].reshape(num_batches, global_batch_size)
 
 

@@ -35,9 +35,10 @@ ranks. No function here waits for the device, and the same inputs give the same 
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ __all__ = [
 Kind = Literal["exp", "softplus", "square"]
 Impl = Literal["auto", "fused", "chunked", "reference"]
 IMPLS: tuple[str, ...] = get_args(Impl)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 MAX_WIDTH = 2048  # D of the fused kernels
 
@@ -196,21 +198,27 @@ def _why_not_fused(z: Tensor) -> str | None:
     return _why_not_triton(z.device)
 
 
-# torch.compile cannot look into these three, and takes what they say when it compiles.
+def _constant_when_compiled(function: _Function) -> _Function:
+    """torch.compile cannot look into it, and takes what it says then.
+
+    What `torch.compiler.assume_constant_result` does, which imports the compiler: 2 s for every process.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _may_round_fp32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _has_copy_engine(device: torch.device) -> bool:
     """Whether a CUDA device loads tiles by descriptor in hardware."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _why_not_triton(device: torch.device) -> str | None:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA device (or TRITON_INTERPRET=1 in the environment), the rows are on {device.type}"

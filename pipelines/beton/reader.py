@@ -2,6 +2,7 @@
 
 import io
 import json
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class BetonReader:
         data_ptr: uint64 [N], offset of the image's bytes in the file.
         data_bytes: uint64 [N], their number.
         mmap: uint8, the whole file.
+        file_map: The map under it.
         sidecar: Contents of `<path>.json`; empty where the file has none.
         class_names: Names by label, from the sidecar; None where unknown.
     """
@@ -55,9 +57,11 @@ class BetonReader:
         if self.path.stat().st_size < HEADER.itemsize:
             raise DataError(f"{path}: not a .beton file (shorter than its header); convert the data again")
         try:
-            self.mmap = np.asarray(np.memmap(self.path, np.uint8, "r"))
+            with self.path.open("rb") as file:
+                self.file_map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        self.mmap = np.frombuffer(self.file_map, np.uint8)
         header = self.mmap[: HEADER.itemsize].view(HEADER)[0]
         self.num_samples = int(header["num_samples"])
         self._read_metadata(header)

@@ -66,7 +66,7 @@ def build_engine(
         num_workers: Threads that decode, >= 1 (ffcv, resident).
         prefetch_batches: Batches made ahead of the consumer, >= 1 (ffcv, resident).
         device: Where the batches go.
-        bad_samples: Told of what cannot be decoded (ffcv, resident; dali and torch stop there); None: none may be bad.
+        bad_samples: Told of what cannot be decoded (not torch, which stops there); None: none may be bad.
     Raises:
         ValueError: unknown name.
         DataError: the engine cannot serve this file or device.
@@ -80,7 +80,7 @@ def build_engine(
     if name == "dali":
         from pipelines.engines.dali import DaliEngine
 
-        return DaliEngine(reader, **ahead, device=device)
+        return DaliEngine(reader, **ahead, device=device, bad_samples=bad_samples)
     if name == "resident":
         from pipelines.engines.resident import ResidentEngine
 

@@ -1,7 +1,8 @@
 """NVIDIA DALI decodes, crops and resizes: with nvJPEG on a GPU, or all on the CPU where there is none.
 
 The .beton file is the same as for the other engines, and so are the boxes: our reader hands DALI the JPEG bytes, and
-the draw its crops. https://docs.nvidia.com/deeplearning/dali/user-guide/docs/
+the draw its crops. DALI cannot go on after an image that it does not decode, and what nvJPEG makes of a damaged one is
+nobody's warrant: every JPEG is read once by the decoder of the other engines, when it comes up first. https://docs.nvidia.com/deeplearning/dali/user-guide/docs/
 """
 
 # DALI makes its names at run time:
@@ -12,16 +13,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipelines.bad_samples import BadSamples, Substitutes
 from pipelines.batch import RawBatch
 from pipelines.beton import JPG, RAW, BetonReader
 from pipelines.engines import DrawBatch, Groups
-from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, decode_jpeg
+from pipelines.engines.decode_crop import why_bad
+from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, check_jpeg
 from pipelines.errors import DataError
 
 try:
@@ -35,7 +39,15 @@ _NO_JPEG, _NO_PIXELS = np.empty(0, np.uint8), np.empty((0, 0, 3), np.uint8)
 class DaliEngine:
     """DALI's decoder and resampler, our reader and draw."""
 
-    def __init__(self, reader: BetonReader, *, num_workers: int, prefetch_batches: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        reader: BetonReader,
+        *,
+        num_workers: int,
+        prefetch_batches: int,
+        device: torch.device,
+        bad_samples: BadSamples,
+    ) -> None:
         """Choose the devices; a pipeline is built for the batch size and views that are asked for.
 
         Args:
@@ -43,9 +55,10 @@ class DaliEngine:
             num_workers: DALI's CPU threads, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1.
             device: "cuda": decoding and resampling on that GPU, and the views are tensors there.
+            bad_samples: Told of what cannot be decoded.
         """
         self._reader, self._num_workers, self._num_ahead, self._device = reader, num_workers, prefetch_batches, device
-        self._feed = _Feed(reader)
+        self._feed = _Feed(reader, num_workers, bad_samples)
         self._pipeline: Pipeline | None = None
         self._pipeline_is_for: tuple[int, Groups] | None = None
         self._num_iterations = 0
@@ -80,6 +93,7 @@ class DaliEngine:
         """Let go of DALI's threads and memory; a second call does nothing."""
         self._num_iterations += 1
         self._forget_pipeline()
+        self._feed.close()
 
     def _build(self, local_batch_size: int, groups: Groups) -> Pipeline:
         if self._pipeline is None or self._pipeline_is_for != (local_batch_size, groups):
@@ -130,8 +144,10 @@ class DaliEngine:
             return of_feed
         for ids, params in under_way:
             for i, boxes in zip(ids.tolist(), params["crop_box"], strict=True):
-                if reason := _why_not_cut(self._reader, i, boxes):
-                    return DataError(f"{self._reader.path}: image {i} {reason}")
+                height_px, width_px = self._reader.sizes[i].tolist()
+                if (boxes < (0, 0, 1, 1)).any() or (boxes[:, :2] + boxes[:, 2:] > (height_px, width_px)).any():
+                    where = f"{self._reader.path}: image {i}"
+                    return DataError(f"{where} was given a crop box outside its {height_px}x{width_px} pixels")
         return error
 
 
@@ -145,13 +161,17 @@ class _Feed:
         num_views: V.
     """
 
-    def __init__(self, reader: BetonReader) -> None:
+    def __init__(self, reader: BetonReader, num_threads: int, bad_samples: BadSamples) -> None:
         self.modes = tuple(int(mode) for mode in np.unique(reader.modes))
         self.under_way: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self.error: Exception | None = None
         self.num_views = 0
         self._reader = reader
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+        self._substitutes = Substitutes(bad_samples, reader.sizes)
+        self._is_checked = reader.modes == RAW  # the reader knows their length
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-check")
+        self._decoders = [JpegDecoder() for _ in range(num_threads)]
 
     def start(self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch) -> None:
         """Begin with these samples."""
@@ -159,13 +179,42 @@ class _Feed:
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for first in range(0, len(sample_ids), local_batch_size):
                 ids = sample_ids[first : first + local_batch_size]
-                yield ids, draw_batch(ids, self._reader.sizes[ids])
+                params = draw_batch(ids, self._reader.sizes[ids])
+                self._check(ids)
+                yield self._substitutes.put_in(ids, params)
 
         self._batches = batches()
 
     def stop(self) -> None:
         """Have no more."""
         self._batches = iter(())
+
+    def close(self) -> None:
+        """Stop the threads and free their decompressors; a second call does nothing."""
+        self._pool.shutdown(wait=True)
+        for decoder in self._decoders:
+            decoder.close()
+
+    def _check(self, ids: np.ndarray) -> None:
+        """Find the bad ones among samples that have not come up before, and among those that take their places."""
+        while len(new := np.unique(ids[~self._is_checked[ids]])):
+            parts = np.array_split(new, len(self._decoders))
+            reasons: dict[int, str] = {}
+            for found in self._pool.map(self._find_bad, parts, self._decoders):
+                reasons |= found
+            self._is_checked[new] = True
+            ids = np.array(self._substitutes.add(reasons), np.int64)
+
+    def _find_bad(self, ids: np.ndarray, decoder: JpegDecoder) -> dict[int, str]:
+        reader, found = self._reader, {}
+        for i in ids.tolist():
+            height_px, width_px = reader.sizes[i].tolist()
+            decoder.reserve(-(-height_px // 8) * -(-width_px // 8) * 3)
+            status = check_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
+            if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
+                found[i] = why_bad(reader, i, status, decoder)
+                decoder.renew()
+        return found
 
     def __call__(self) -> list[Any]:
         """One batch as `_define` takes it: what the file's modes need, then start and shape of every view."""
@@ -226,20 +275,3 @@ def _define(feed: _Feed, groups: Groups, device: str) -> tuple[Any, ...]:
 def _decode(jpegs: Any, device: str) -> Any:
     # libjpeg's own upsampling of chroma, which the other engines and Pillow have.
     return fn.decoders.image(jpegs, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
-
-
-def _why_not_cut(reader: BetonReader, i: int, boxes: np.ndarray) -> str | None:
-    height_px, width_px = reader.sizes[i].tolist()
-    if (boxes < (0, 0, 1, 1)).any() or (boxes[:, :2] + boxes[:, 2:] > (height_px, width_px)).any():
-        return f"was given a crop box outside its {height_px}x{width_px} pixels"
-    if reader.modes[i] == RAW:
-        return None
-    decoder = JpegDecoder()
-    try:
-        decoder.reserve(3 * height_px * width_px)
-        status = decode_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
-        if status == OK or (status == UNREADABLE and decoder.is_harmless()):
-            return None
-        return f"cannot be decoded ({decoder.last_message()}); convert again"
-    finally:
-        decoder.close()

@@ -1,6 +1,6 @@
 """The default engine: FFCV's Loader with one operation that decodes a sample once and cuts all its views.
 
-FFCV gives the file's memory map, the thread that works ahead and the output slots. Its generated code
+FFCV gives the thread that works ahead and the output slots. Its generated code
 is left uncompiled: it runs once a batch, and numba would compile it anew, for 10 to 50 s, in every process.
 """
 
@@ -168,12 +168,12 @@ class _DecodeViews(Operation):
         """The function that FFCV's thread calls for each batch."""
         return self._start
 
-    def _start(self, sample_ids: np.ndarray, outputs: tuple[np.ndarray, ...], _: Any, storage: tuple) -> "_Started":
+    def _start(self, sample_ids: np.ndarray, outputs: tuple[np.ndarray, ...], *_: Any) -> "_Started":
         assert self.epoch is not None
         reader = self._reader
         params = self.epoch.draw_batch(sample_ids, reader.sizes[sample_ids])
         sample_ids, boxes = sample_ids.astype(np.int64), params["crop_box"].copy()  # the decoder may write there
-        decoding = self._decoder.start(np.asarray(storage[0]), sample_ids, boxes, self.epoch.groups, outputs)
+        decoding = self._decoder.start(reader.mmap, sample_ids, boxes, self.epoch.groups, outputs)
         return _Started(list(outputs), params, sample_ids, reader.labels, decoding)
 
 

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from kernels.augment import StoredImages
-from pipelines.bad_samples import BadSamples, move_boxes
+from pipelines.bad_samples import BadSamples, Substitutes
 from pipelines.batch import RawBatch
 from pipelines.beton import RAW, BetonReader
 from pipelines.engines import DrawBatch, Groups
 from pipelines.engines.decode_crop import BatchDecoder, Decoding, why_bad
 from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, decode_jpeg
 from pipelines.errors import DataError
+from pipelines.read_ahead import available_memory_bytes
 
 _IMAGES_OF_A_TASK = 256
 
@@ -61,10 +61,8 @@ class ResidentEngine:
         if device.type == "cuda" and not one_size:
             raise DataError(f"{reader.path}: engine resident needs images of one size on a GPU; take ffcv or dali")
         decoded, bad = _decode_all(reader, num_workers)
-        # From the end: what takes a place is then good already, but where the search began again at the file's start.
-        self._in_place_of = {i: bad_samples.replace(i, bad[i]) for i in sorted(bad, reverse=True)}
-        for i, good in self._in_place_of.items():
-            self._in_place_of[i] = self._in_place_of.get(good, good)
+        self._substitutes = Substitutes(bad_samples, reader.sizes)
+        self._substitutes.add(bad)
         self._images = self._decoder = self._pixels = None
         if device.type == "cuda":
             self._images = torch.from_numpy(decoded.pixels.reshape(-1, *reader.sizes[0].tolist(), 3)).to(device)
@@ -113,16 +111,7 @@ class ResidentEngine:
         self._images = self._pixels = None
 
     def _drawn(self, ids: np.ndarray, draw_batch: DrawBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ids and their draw, both of what takes a bad one's place where one is bad."""
-        sizes = self._reader.sizes
-        params = draw_batch(ids, sizes[ids])
-        rows = np.flatnonzero(np.isin(ids, list(self._in_place_of)))
-        if len(rows):
-            bad, ids, params = ids, ids.copy(), params.copy()
-            for row in rows.tolist():
-                ids[row] = self._in_place_of[int(bad[row])]
-                params["crop_box"][row] = move_boxes(params["crop_box"][row], sizes[bad[row]], sizes[ids[row]])
-        return ids, params
+        return self._substitutes.put_in(ids, draw_batch(ids, self._reader.sizes[ids]))
 
     def _raw_batch(self, ids: np.ndarray, views: list[Any], params: np.ndarray) -> RawBatch:
         return RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
@@ -178,7 +167,7 @@ def _decode_all(reader: BetonReader, num_threads: int) -> tuple[_Decoded, dict[i
 
 
 def _check_memory(path: Path, num_bytes: int, device: torch.device) -> None:
-    places = [("memory", psutil.virtual_memory().available)]
+    places = [("memory", available_memory_bytes())]
     if device.type == "cuda":
         places.append(("memory of the GPU", torch.cuda.mem_get_info(device)[0]))
     for name, free_bytes in places:

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.errors import DataError
 from pipelines.loader import DataConfig, build_eval_loader, build_loader, open_train_reader
+from pipelines.sampler import quasi_random_windows
 from pipelines.views import RECIPES, ViewsConfig, ViewSpec
 
 CPU = torch.device("cpu")
@@ -94,6 +95,50 @@ def test_an_epoch_goes_on_from_any_batch(build, engine):
     whole = list(build(engine=engine).epoch(1))
     for first_batch in range(4):
         assert_equal_batches(list(build(engine=engine).epoch(1, first_batch)), whole[first_batch:])
+
+
+@pytest.mark.parametrize("engine", ["ffcv", "dali", "resident", "torch"])
+@pytest.mark.parametrize("order", ["random", "quasi_random"])
+def test_an_epoch_goes_on_with_other_ranks(build, order, engine):
+    """The first global batch on two ranks, the second on four, the third on one: those of one rank alone."""
+    data = {"engine": engine, "order": order}
+    whole = list(build(**data).epoch(3))
+    for number, world_size in enumerate((2, 4, 1)):
+        loaders = [build(rank=rank, world_size=world_size, **data) for rank in range(world_size)]
+        parts = [next(iter(loader.epoch(3, first_batch=number))) for loader in loaders]
+        torch.testing.assert_close(torch.cat([part.sample_ids for part in parts]), whole[number].sample_ids)
+        for view, expected in enumerate(whole[number].views):
+            torch.testing.assert_close(torch.cat([part.views[view] for part in parts]), expected, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> BetonReader:
+    """40 raw images of 120 kB."""
+    path = tmp_path_factory.mktemp("loader") / "large.beton"
+    with BetonWriter(path, 40) as writer:
+        for i in range(40):
+            writer.write_raw(np.full((200, 200, 3), 6 * i, np.uint8))
+    return BetonReader(path)
+
+
+@pytest.mark.parametrize("engine", ["ffcv", "dali", "torch"])
+@pytest.mark.parametrize("cache", ["os", "ram", "none"])
+def test_a_quasi_random_epoch_goes_window_by_window(large, monkeypatch, cache, engine):
+    monkeypatch.setattr("pipelines.sampler.CHUNK_BYTES", 200_000)
+    cfg = DataConfig(global_batch_size=4, order="quasi_random", window_mb=1, cache=cache, engine=engine)
+    views = ViewsConfig(recipe="weak", size_px=24)
+    loader = build_loader(large, cfg, views, seed=5, rank=0, world_size=1, device=CPU, num_threads=1)
+    batches = list(loader.epoch(1))
+    loader.close()
+    ids = torch.cat([batch.sample_ids for batch in batches]).numpy()
+    np.testing.assert_array_equal(np.sort(ids), np.arange(40))
+    windows = quasi_random_windows(large.data_ptr, large.data_bytes, 5, 1, 1_000_000)
+    assert np.all(np.diff(windows[ids]) >= 0)
+    assert windows.max() == 4
+    assert np.any(np.diff(np.flatnonzero(windows == 0)) > 3)  # from all over the file
+    mean, std = np.array(views.mean), np.array(views.std)
+    grey = torch.cat([batch.views[0][:, :, 12, 12] for batch in batches]).numpy() * std + mean
+    np.testing.assert_allclose(grey, np.repeat(6 * ids[:, None] / 255, 3, axis=1), atol=1e-6)
 
 
 def test_an_epoch_left_and_resumed_is_the_same(build):

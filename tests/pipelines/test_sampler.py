@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipelines.sampler import epoch_order, global_batches, local_rows, split_holdout
+from pipelines.sampler import CHUNK_BYTES, epoch_order, global_batches, local_rows, quasi_random_windows, split_holdout
 
 
 def test_epoch_order_golden() -> None:
@@ -39,6 +39,59 @@ def test_global_batches_drop_the_rest() -> None:
     batches = global_batches(np.arange(103), 0, 4, global_batch_size=16)
     assert batches.shape == (6, 16)
     np.testing.assert_array_equal(batches.ravel(), epoch_order(np.arange(103), 0, 4)[:96])
+
+
+@pytest.fixture
+def layout() -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and sizes of 3,000 images of 20 to 200 kB, one after the other: 81 chunks."""
+    num_bytes = np.random.default_rng(0).integers(20_000, 200_000, 3000).astype(np.uint64)
+    return np.uint64(5000) + np.cumsum(num_bytes) - num_bytes, num_bytes
+
+
+def test_quasi_random_windows_golden(layout) -> None:
+    """Of the chunks: what changes them changes every run with that order."""
+    windows = quasi_random_windows(*layout, seed=7, epoch=3, window_bytes=40_000_000)
+    chunk_of = (layout[0] // np.uint64(CHUNK_BYTES)).astype(int)
+    first = [int(windows[np.argmax(chunk_of == chunk)]) for chunk in range(12)]
+    assert first == [4, 1, 0, 3, 4, 7, 6, 0, 7, 2, 4, 3]
+
+
+def test_a_window_is_whole_chunks_from_all_over_the_file(layout) -> None:
+    data_ptr, data_bytes = layout
+    windows = quasi_random_windows(data_ptr, data_bytes, seed=0, epoch=0, window_bytes=40_000_000)
+    chunk_of = (data_ptr // np.uint64(CHUNK_BYTES)).astype(int)
+    num_chunks = chunk_of.max() + 1
+    assert all(len(np.unique(windows[chunk_of == chunk])) == 1 for chunk in range(num_chunks))
+    num_bytes = np.bincount(windows, weights=data_bytes)
+    assert num_bytes.sum() == data_bytes.sum()
+    assert np.all(num_bytes[:-1] > 40_000_000 - 2 * CHUNK_BYTES)
+    assert np.all(num_bytes < 40_000_000 + 2 * CHUNK_BYTES)
+    for window in range(len(num_bytes) - 1):
+        chunks = np.unique(chunk_of[windows == window])
+        assert chunks.min() < num_chunks / 2 < chunks.max()
+        assert np.diff(chunks).max() > 1
+
+
+def test_quasi_random_order_goes_window_by_window_and_mixes_each(layout) -> None:
+    ids = np.arange(3000)
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        windows = quasi_random_windows(*layout, seed=seed, epoch=epoch, window_bytes=40_000_000)
+        order = epoch_order(ids, seed, epoch, windows)
+        np.testing.assert_array_equal(np.sort(order), ids)
+        assert np.all(np.diff(windows[order]) >= 0)
+        first = order[windows[order] == 0]
+        np.testing.assert_array_equal(first, epoch_order(np.flatnonzero(windows == 0), seed, epoch))
+        assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.2
+        orders.append(order)
+    assert np.mean(orders[0] == orders[1]) < 0.01
+    assert np.mean(orders[0] == orders[2]) < 0.01
+
+
+def test_one_window_is_the_random_order(layout) -> None:
+    windows = quasi_random_windows(*layout, seed=2, epoch=1, window_bytes=1 << 40)
+    ids = np.arange(3000)
+    np.testing.assert_array_equal(global_batches(ids, 2, 1, 64, windows), global_batches(ids, 2, 1, 64))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -1,0 +1,160 @@
+"""Files larger than memory, and slow disks: the system is told what is read next, and what is not read again."""
+
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import psutil
+
+from pipelines.beton import BetonReader
+from pipelines.errors import DataError
+from pipelines.progress import Progress
+
+_RANDOM_GROUP_BYTES = 64 << 20  # of samples in random order: half a second of a disk that reads 128 MB/s
+_MAX_GAP_BYTES = 128 << 10  # read over, rather than asked around
+_NUM_PROBES = 16
+_READ_BYTES = 8 << 20
+
+
+class ReadAhead:
+    """Asks for the samples of one epoch ahead of their use, group by group in the order of the file; a context manager.
+
+    A group is asked for when the one before it begins to be used; one that lies in the page cache is left alone. The
+    asking (posix_fadvise) returns before the data is there, and reading waits for what is still under way.
+    """
+
+    def __init__(
+        self, reader: BetonReader, sample_ids: np.ndarray, windows: np.ndarray | None, *, drop_behind: bool
+    ) -> None:
+        """Cut the samples into groups.
+
+        Args:
+            reader: The open file.
+            sample_ids: Those of this rank in their order, int64 [num].
+            windows: `sampler.quasi_random_windows` of all samples, each a group; None: groups of about 64 MiB.
+            drop_behind: Give the page cache back what has been used.
+        """
+        self._reader, self._ids, self._drop_behind = reader, sample_ids, drop_behind
+        group = windows[sample_ids] if windows is not None else self._bytes_before() // _RANDOM_GROUP_BYTES
+        inner = np.flatnonzero(np.diff(group)) + 1
+        self._bounds = [0, *inner.tolist(), len(sample_ids)] if len(sample_ids) else []
+        self._num_asked = self._num_dropped = 0
+        self._is_over = False
+
+    def __enter__(self) -> Self:
+        self._file = os.open(self._reader.path, os.O_RDONLY)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastssl-read-ahead")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        os.close(self._file)
+
+    def begin(self, position: int) -> None:
+        """Sample number `position` of the order is about to be read: its group and the next should be on their way."""
+        while self._num_asked < len(self._bounds) - 1 and self._bounds[max(self._num_asked - 1, 0)] <= position:
+            self._thread.submit(self._ask, self._num_asked)
+            self._num_asked += 1
+
+    def end(self, position: int) -> None:
+        """Samples before number `position` of the order have been used."""
+        while self._drop_behind and self._num_dropped < len(self._bounds) - 1:
+            if self._bounds[self._num_dropped + 1] > position:
+                return
+            self._thread.submit(self._drop, self._num_dropped)
+            self._num_dropped += 1
+
+    def _bytes_before(self) -> np.ndarray:
+        ends = np.cumsum(self._reader.data_bytes[self._ids], dtype=np.int64)
+        return ends - self._reader.data_bytes[self._ids].astype(np.int64)
+
+    def _ask(self, group: int) -> None:
+        if self._is_cached(group):
+            return
+        starts, stops = self._ranges(group)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            if self._is_over:
+                return
+            os.posix_fadvise(self._file, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _drop(self, group: int) -> None:
+        """Whole pages, also those that a neighbour shares: it is read again if it is still to come."""
+        starts, stops = self._ranges(group)
+        starts -= starts % mmap.PAGESIZE
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            if self._is_over:
+                return
+            num_bytes = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._reader.mmap)) - start
+            # A page that is mapped stays in the cache.
+            self._reader.file_map.madvise(mmap.MADV_DONTNEED, start, num_bytes)
+            os.posix_fadvise(self._file, start, num_bytes, os.POSIX_FADV_DONTNEED)
+
+    def _is_cached(self, group: int) -> bool:
+        """Whether some samples, taken evenly, are all in the page cache (where the file system can say)."""
+        ids = self._ids_of(group)
+        some = ids[:: -(-len(ids) // _NUM_PROBES)]
+        middle = self._reader.data_ptr[some] + self._reader.data_bytes[some] // np.uint64(2)
+        byte = bytearray(1)
+        try:
+            return all(os.preadv(self._file, [byte], place, os.RWF_NOWAIT) for place in middle.tolist())
+        except OSError:  # BlockingIOError: it is not there; others: the file system does not know
+            return False
+
+    def _ranges(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where a group lies in the file: first and end bytes, int64, ascending, near ones as one."""
+        ids = self._ids_of(group)
+        starts = np.sort(self._reader.data_ptr[ids].astype(np.int64))
+        stops = np.sort((self._reader.data_ptr[ids] + self._reader.data_bytes[ids]).astype(np.int64))
+        far = np.flatnonzero(starts[1:] - stops[:-1] > _MAX_GAP_BYTES) + 1
+        return starts[np.append(0, far)], stops[np.append(far, len(stops)) - 1]
+
+    def _ids_of(self, group: int) -> np.ndarray:
+        return self._ids[self._bounds[group] : self._bounds[group + 1]]
+
+
+def read_whole(reader: BetonReader) -> None:
+    """Bring a file into the page cache; the processes of a node take a part each.
+
+    Raises:
+        DataError: the file is larger than the memory that is free.
+    """
+    num_bytes, free_bytes = len(reader.mmap), available_memory_bytes()
+    if num_bytes > free_bytes:
+        raise DataError(
+            f"data.cache=ram: {reader.path} has {num_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB of memory "
+            f"are free; take os, or none with data.order=quasi_random"
+        )
+    num_parts = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    part = int(os.environ.get("LOCAL_RANK", "0"))
+    start, stop = num_bytes * part // num_parts, num_bytes * (part + 1) // num_parts
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with (
+        reader.path.open("rb", buffering=0) as file,
+        Progress(f"reading {reader.path.name}", stop - start, unit="B") as progress,
+    ):
+        file.seek(start)
+        while (left := stop - file.tell()) > 0:
+            progress.advance(file.readinto(buffer[: min(left, _READ_BYTES)]) or left)
+
+
+def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can be had without swapping: the machine's, or what a container's limit leaves of it.
+
+    Args:
+        cgroup: Where the kernel shows the limit, of control groups 2 or 1.
+    """
+    available = psutil.virtual_memory().available
+    for folder, limit_name, used_name in (
+        (cgroup, "memory.max", "memory.current"),
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit = (folder / limit_name).read_text().strip() if (folder / limit_name).is_file() else "max"
+        if limit != "max":
+            entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            page_cache = int(entries["inactive_file"]) + int(entries["active_file"])  # given back when it is needed
+            available = min(available, int(limit) - int((folder / used_name).read_text()) + page_cache)
+    return max(available, 0)
