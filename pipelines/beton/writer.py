@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -228,7 +229,7 @@ class BetonWriter:
         self._file.write(table.tobytes())
         self._file.seek(0)
         self._file.write(header.tobytes() + fields.tobytes() + metadata.tobytes())
-        self._sync(self._file)
+        self._file.flush()
 
     def _publish(self) -> None:
         metadata = self._metadata[: self.num_samples]
@@ -236,8 +237,10 @@ class BetonWriter:
         sizes = np.stack([image["height"], image["width"]], axis=1)
         about = self._about | summarise(sizes, image["mode"], metadata["f1"], self._about["class_names"])
         about |= {"versions": _VERSIONS} | {"options": self._options, "file_bytes": self._partial.stat().st_size}
-        with self._partial.open("rb") as file:
+        with ThreadPoolExecutor(1) as writing, self._partial.open("rb") as file:
+            on_disk = writing.submit(os.fsync, self._file.fileno())
             about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            on_disk.result()
         sidecar = sidecar_path(self._partial)
         try:
             with sidecar.open("wb") as file:
