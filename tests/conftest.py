@@ -61,3 +61,18 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def in_process(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a `fastssl` command in this process, without the seconds that a new one takes to import torch."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        from fastssl.cli import main
+
+        capfd.readouterr()
+        code = main(list(map(str, arguments)))
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return run
