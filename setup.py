@@ -15,6 +15,7 @@ setup(
         "fastssl.models",
         "fastssl.optim",
         "pipelines",
+        "pipelines.bench",
         "pipelines.beton",
         "pipelines.convert",
         "pipelines.engines",

@@ -4,43 +4,26 @@ Every provider (benchmarks/loader_providers.py) has a process of its own, pinned
 after the other for a timing window and goes round several times, so that noise on the machine hits all of them alike.
 """
 
-# B batch, V views, Vg views of one size, S its side in pixels
-
 from __future__ import annotations
 
 import argparse
-import math
+import csv
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.loader_providers import (
-    FULL_RECIPE,
-    PLAIN_OPERATIONS,
-    PROVIDERS,
-    Job,
-    JpegSamples,
-    Window,
-    Worker,
-    build_ours,
-    repeated_reader,
-)
+from benchmarks.loader_providers import FULL_RECIPE, PLAIN_OPERATIONS, PROVIDERS
 from benchmarks.record import Value, append_rows, environment_columns, format_table, spread
-from pipelines.bad_samples import BadSamples
-from pipelines.beton import JPG, BetonReader
+from pipelines.bench.stages import measure_stages
+from pipelines.bench.streams import Job
+from pipelines.bench.windows import Measured, measure_in_turns
+from pipelines.beton import BetonReader
 from pipelines.errors import DataError
-from pipelines.sampler import global_batches
-from pipelines.views import ViewsConfig, build_view_specs, size_groups
+from pipelines.views import ViewsConfig
 
 Row = dict[str, Value]
 
@@ -69,19 +52,19 @@ class Workload:
     name: str
     recipe: str
     batch_size: int
-    profile_batches: int  # a few seconds of our loader on one core
     targets: tuple[Target, ...]
 
 
 # Both with torchvision's own operations; Pillow's approximate blur is not one of them.
 _TORCHVISION = ("torchvision_pil", "torchvision_tensor")
+DEFAULT_PROVIDERS = ("ours", "ours_plain", "stock_ffcv", *_TORCHVISION, "torchvision_pil_pillow_blur")
+DEFAULT_PROVIDERS += ("decode", "synthetic")  # the others are engines but the default one, or need further packages
 _STOCK_TARGET = Target(name="like for like beside stock FFCV", provider="ours_plain", peers=("stock_ffcv",), least=1.5)
 WORKLOADS = (
     Workload(
         name="photographs",
         recipe="byol",
         batch_size=64,
-        profile_batches=8,
         targets=(
             Target(name="beside torchvision", provider="ours", peers=_TORCHVISION, least=5, goal=8),
             _STOCK_TARGET,
@@ -92,7 +75,6 @@ WORKLOADS = (
         name="cifar10",
         recipe="simclr",
         batch_size=256,
-        profile_batches=80,
         targets=(
             Target(name="beside torchvision", provider="ours", peers=_TORCHVISION, least=10, goal=20),
             _STOCK_TARGET,
@@ -104,39 +86,31 @@ WORKLOADS = (
 def compare(workload: Workload, job: Job, args: argparse.Namespace) -> dict[str, Row]:
     """Measure the providers of one workload in turns; one row a provider."""
     names = args.providers
-    windows: dict[str, list[Window]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        _say(f"{workload.name}: starting {', '.join(names)}")
-        workers = {name: Worker(name, job) for name in names}
-        for worker in workers.values():
-            stack.callback(worker.close)
-        for worker in workers.values():
-            worker.wait_until_ready()
-        for repetition in range(args.repetitions):
-            _say(f"{workload.name}: repetition {repetition + 1} of {args.repetitions}")
-            first = repetition % len(names)
-            for name in names[first:] + names[:first]:
-                window = workers[name].measure(args.seconds)
-                windows[name] += [window] if window else []
-    reasons = {name: worker.reason for name, worker in workers.items()}
-    middle = {name: spread([w.img_per_s for w in windows[name]])["p50"] for name in names if not reasons[name]}
+    streams = {name: PROVIDERS[name].open for name in names}
+    measured = measure_in_turns(
+        streams,
+        job,
+        num_repetitions=args.repetitions,
+        window_s=args.seconds,
+        say=lambda message: _say(f"{workload.name}: {message}"),
+    )
+    found = {name: each for name, each in measured.items() if each.reason is None}
+    middle = {name: spread([w.img_per_s for w in each.windows])["p50"] for name, each in found.items()}
     own = {
-        "recipe": job.recipe,
+        "recipe": job.views.recipe,
         "num_threads": job.num_threads,
         "local_batch_size": job.batch_size,
         "window_s": args.seconds,
         "seed": job.seed,
     }
-    return {
-        name: {"workload": workload.name, **_figures(name, windows[name], reasons[name], middle), **own}
-        for name in names
-    }
+    return {name: {"workload": workload.name, **_figures(name, measured[name], middle), **own} for name in names}
 
 
-def _figures(name: str, windows: list[Window], reason: str | None, middle: Mapping[str, float]) -> Row:
+def _figures(name: str, measured: Measured, middle: Mapping[str, float]) -> Row:
     """What was measured of one provider; `middle` holds the medians of all that were."""
-    provider = PROVIDERS[name]
-    full, plain = provider.operations == FULL_RECIPE, provider.operations == PLAIN_OPERATIONS
+    provider, windows, reason = PROVIDERS[name], measured.windows, measured.reason
+    full = provider.operations == FULL_RECIPE or provider.operations.startswith(f"{FULL_RECIPE}, ")
+    plain = provider.operations == PLAIN_OPERATIONS
     img_per_s = dict.fromkeys(("p50", "min", "max")) if reason else spread([w.img_per_s for w in windows])
     busy = None if reason else round(spread([w.busy_elsewhere_fraction for w in windows])["p50"], 3)
     return {
@@ -179,81 +153,66 @@ def verdicts(workload: Workload, rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def profile(workload: Workload, job: Job, args: argparse.Namespace) -> list[Row]:
-    """CPU time of our loader and of each of its stages alone, on one core, in turns; one row a stage.
-
-    Noise only adds to CPU time, so the least of the repetitions counts.
-    """
-    import torch
-
-    job = replace(job, num_threads=1)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-    torch.set_num_threads(1)
-    stages, num_images = _stages(job, workload.profile_batches)
-    cpu_s = dict.fromkeys(stages, math.inf)
-    for repetition in range(args.repetitions + 1):
-        for stage, work in stages.items():
-            start_s = time.process_time()  # of all threads
-            work()
-            if repetition:  # the first loads or compiles the kernels
-                cpu_s[stage] = min(cpu_s[stage], (time.process_time() - start_s) / num_images)
-    # The kernel decodes an image and cuts its views in one call; raw images it only cuts.
-    cpu_s["crop and resize"] = cpu_s.pop("decode, crop and resize") - cpu_s.get("decode", 0.0)
+    """CPU time of our loader and of each of its stages alone, on one core, in turns; one row a stage."""
+    stages_s = measure_stages(job, num_repetitions=args.repetitions)
     return [
         {
             "workload": workload.name,
             "stage": stage,
-            "cpu_us_per_image_min": round(1e6 * cpu_s[stage], 1),
-            "share_of_loader": round(cpu_s[stage] / cpu_s["loader"], 3),
-            "recipe": job.recipe,
+            "cpu_us_per_image_min": round(1e6 * seconds, 1),
+            "share_of_loader": round(seconds / stages_s["loader"], 3),
+            "recipe": job.views.recipe,
             "num_threads": 1,
             "local_batch_size": job.batch_size,
             "repetitions": args.repetitions,
             "seed": job.seed,
         }
-        for stage in ("draw", "decode", "crop and resize", "pixel op", "loader")
-        if stage in cpu_s
+        for stage, seconds in stages_s.items()
     ]
 
 
-def _stages(job: Job, num_batches: int) -> tuple[dict[str, Callable[[], Any]], int]:
-    """The stages of our loader, each to be run alone on the same batches as the loader cuts them, and their images.
+def draw_plot(path: Path) -> Path:
+    """Bars of a CSV file of the comparison, a panel a workload, a line of it a provider; returns the PNG beside it.
 
-    They are the last of an epoch: the loader makes none ahead of the clock, and none for nobody.
+    Raises:
+        ValueError: the file is not there, or has no rows of a comparison.
     """
-    from kernels.augment import augment
-    from kernels.augment.cpu import OutputPool
-    from pipelines.engines.decode_crop import BatchDecoder
+    import matplotlib
 
-    loader, reader, views = build_ours(job), repeated_reader(job.beton), ViewsConfig(recipe=job.recipe)
-    batches = global_batches(np.arange(reader.num_samples), job.seed, 0, job.batch_size)[-num_batches:]
-    groups = size_groups(build_view_specs(views))
-    pixels = tuple(np.empty((job.batch_size, len(v), size_px, size_px, 3), np.uint8) for size_px, v in groups)
-    decoder = BatchDecoder(reader, 1, BadSamples(reader.path, reader.num_samples, 0.0))
-    outputs = [OutputPool() for _ in groups]
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
 
-    def draw() -> list[np.ndarray]:
-        draw_batch = loader._draw_ahead(0, batches)  # several batches at a time
-        return [draw_batch(ids, reader.sizes[ids]) for ids in batches]
-
-    params = draw()
-
-    def decode_and_crop() -> None:
-        for ids, drawn in zip(batches, params, strict=True):
-            decoder.start(reader.mmap, ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
-
-    def pixel_op() -> None:
-        for drawn in params:  # on the last batch's pixels: the time depends on the draw only
-            for group, (_, members), pool in zip(pixels, groups, outputs, strict=True):
-                augment(group, drawn[:, members], mean=views.mean, std=views.std, num_threads=1, outputs=pool)
-
-    def load() -> None:
-        for _ in loader.epoch(0, first_batch=len(loader) - len(batches)):
-            pass
-
-    stages = {"draw": draw, "decode, crop and resize": decode_and_crop, "pixel op": pixel_op, "loader": load}
-    if (reader.modes == JPG).all():
-        stages["decode"] = partial(JpegSamples(reader).decode, batches.reshape(-1))
-    return stages, batches.size
+    rows = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("img_per_s_p50")]
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    if not workloads:
+        raise ValueError(f"{path}: no rows of a comparison to draw")
+    figure, panels = plt.subplots(1, len(workloads), figsize=(6.2 * len(workloads), 4), layout="constrained")
+    for panel, workload in zip([panels] if len(workloads) == 1 else panels, workloads, strict=True):
+        shown = sorted(
+            (row for row in rows if row["workload"] == workload), key=lambda row: float(row["img_per_s_p50"])
+        )
+        middle = [float(row["img_per_s_p50"]) for row in shown]
+        ends = [
+            [abs(float(row[f"img_per_s_{end}"]) - at) for row, at in zip(shown, middle, strict=True)]
+            for end in ("min", "max")
+        ]
+        colours = ["C0" if row["provider"].startswith("fastssl") else "0.65" for row in shown]
+        bars = panel.barh(
+            [f"{row['provider']}\n{row['operations']}" for row in shown], middle, xerr=ends, color=colours
+        )
+        panel.bar_label(bars, [f"{value:,.0f}" for value in middle], padding=4, fontsize=8)
+        panel.set_xscale("log")
+        panel.set_xlim(min(middle) / 2, max(middle) * 3)
+        panel.tick_params(axis="y", labelsize=7)
+        panel.set_title(f"{workload}: {shown[0]['recipe']}, {shown[0]['num_threads']} cores", fontsize=10)
+        panel.set_xlabel("source images a second, two views each (median, least and most)", fontsize=8)
+    out = path.with_suffix(".png")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    return out
 
 
 def _say(message: str) -> None:
@@ -269,12 +228,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a timing window (default: 2)")
     parser.add_argument("--repetitions", type=int, default=5, help="windows a provider (default: 5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(DEFAULT_PROVIDERS))
     parser.add_argument("--profile", action="store_true", help="CPU time of our stages instead of the comparison")
+    parser.add_argument("--plot", type=Path, metavar="X.csv", help="measure nothing: draw the file's rows as X.png")
     parser.add_argument("--out", type=Path, help="CSV to append to (default: benchmarks/results/loader*.csv)")
     args = parser.parse_args(argv)
-    if not args.photographs and not args.cifar10:
-        parser.error("give --photographs or --cifar10, or both")
+    if not args.photographs and not args.cifar10 and not args.plot:
+        parser.error("give --photographs or --cifar10, or both; or --plot")
     if not 1 <= args.threads <= num_cores:
         parser.error(f"--threads must be in 1..{num_cores}, the cores of this process, got {args.threads}")
     if args.seconds <= 0 or args.repetitions < 1:
@@ -290,7 +250,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parse(argv)
     try:
-        _run(args)
+        if args.plot:
+            print(draw_plot(args.plot))
+        else:
+            _run(args)
     except (DataError, ValueError) as error:
         _say(f"bench_loader: error: {' '.join(str(error).split())}")
         return 2
@@ -301,12 +264,15 @@ def _run(args: argparse.Namespace) -> None:
     betons = {workload: path for workload in WORKLOADS if (path := getattr(args, workload.name))}
     for path in betons.values():
         BetonReader(path)  # a bad file is to be known before the first is measured
-    environment = environment_columns(_PACKAGES)  # before the run: the commit that is measured
+    packages = dict.fromkeys(PROVIDERS[name].package for name in args.providers)
+    environment = environment_columns(
+        [*_PACKAGES, *filter(None, packages)]
+    )  # before the run: the commit that is measured
     out = args.out or _RESULTS / ("loader_profile.csv" if args.profile else "loader.csv")
     for workload, beton in betons.items():
         job = Job(
             beton=str(beton),
-            recipe=workload.recipe,
+            views=ViewsConfig(recipe=workload.recipe),
             batch_size=workload.batch_size,
             num_threads=args.threads,
             seed=args.seed,

@@ -118,6 +118,13 @@ def _eval(args: argparse.Namespace) -> None:
     print(evaluate_run(args.run, args.set))
 
 
+def _bench_loader(args: argparse.Namespace) -> None:
+    from fastssl.bench import bench_loader_on
+
+    names = ("recipe", "size_px", "engines", "batch_size", "num_threads", "seconds", "device", "out")
+    bench_loader_on(args.beton, **{name: getattr(args, name) for name in names})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastssl", description="Pre-train image encoders without labels.")
     parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
@@ -153,7 +160,26 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     evaluate.set_defaults(call=_eval)
+
+    bench = commands.add_parser("bench", help="measure how fast a .beton file is loaded here, and what bounds it")
+    _add_bench_loader(bench.add_subparsers(title="what to measure", required=True, metavar="PART"))
     return parser
+
+
+def _add_bench_loader(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    loader = parts.add_parser("loader", help="each engine, the disk, decoding and the other stages, in turns")
+    loader.add_argument("beton", type=Path, metavar="X.beton")
+    loader.add_argument("--recipe", default="byol", help="a recipe's name, or a .yaml file of one (default: byol)")
+    loader.add_argument("--size-px", type=int, metavar="N", help="side of every view (default: the recipe's)")
+    loader.add_argument(
+        "--engines", nargs="+", default=["ffcv", "dali", "resident", "torch"], metavar="ENGINE", help="default: all"
+    )
+    loader.add_argument("--batch-size", type=int, default=64, metavar="N", help="images (default: 64)")
+    loader.add_argument("--threads", dest="num_threads", type=int, metavar="N", help="cores (default: all)")
+    loader.add_argument("--seconds", type=float, default=2.0, help="length of a timing window (default: 2)")
+    loader.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto, the GPU if there is one)")
+    loader.add_argument("--out", type=Path, metavar="X.csv", help="append the rows to this file")
+    loader.set_defaults(call=_bench_loader)
 
 
 def _add_convert(convert: argparse.ArgumentParser) -> None:

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_loader import WORKLOADS, verdicts
-from benchmarks.record import append_rows, command_line, environment_columns, format_table, spread
+from fastssl.record import append_rows
 from tests.processes import ROOT, environment
-
-ENVIRONMENT = {"command", "cpu", "num_cpus", "gpus", "python", "torch", "scikit_learn", "commit", "time_utc"}
 
 
 @pytest.fixture
@@ -31,43 +29,6 @@ def small_images(tmp_path: Path) -> Path:
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_rows_are_appended_under_one_header_with_the_environment(tmp_path):
-    columns = environment_columns(("torch", "scikit-learn"))
-    assert set(columns) == ENVIRONMENT
-    out = tmp_path / "new" / "rows.csv"
-    append_rows(out, [{"name": "a, b", "img_per_s": 1.5} | columns])
-    append_rows(out, [{"name": "c", "img_per_s": None} | columns, {"name": "d", "img_per_s": 2} | columns])
-    rows = read(out)
-    assert [(row["name"], row["img_per_s"]) for row in rows] == [("a, b", "1.5"), ("c", ""), ("d", "2")]
-    assert all(set(row) == {"name", "img_per_s", *ENVIRONMENT} and row["cpu"] and row["torch"] for row in rows)
-
-
-def test_rows_of_other_columns_are_refused_and_nothing_is_written(tmp_path):
-    out = tmp_path / "rows.csv"
-    append_rows(out, [{"a": 1, "b": 2}])
-    before = out.read_text()
-    with pytest.raises(ValueError, match="has other columns"):
-        append_rows(out, [{"a": 1, "c": 2}])
-    with pytest.raises(ValueError, match="same columns"):
-        append_rows(out, [{"a": 1, "b": 2}, {"a": 1}])
-    assert out.read_text() == before
-
-
-def test_the_recorded_command_holds_no_folders_of_the_machine():
-    assert command_line(["benchmarks/bench_x.py", "--data", "/some/where/x y.beton", "--seconds", "2"]) == (
-        "python benchmarks/bench_x.py --data 'x y.beton' --seconds 2"
-    )
-    assert command_line(["/home/a/repository/benchmarks/bench_x.py", "--n=/b/c"]) == (
-        "python benchmarks/bench_x.py --n=c"
-    )
-
-
-def test_spread_and_table():
-    assert spread([3.0, 1.0, 2.0, 10.0]) == {"p50": 2.5, "min": 1.0, "max": 10.0}
-    table = format_table([{"name": "a", "x": 10.5}, {"name": "bcd", "x": None}], ["name", "x"])
-    assert table.splitlines() == ["name     x", "a     10.5", "bcd      -"]
 
 
 def test_a_short_run_measures_ours_and_says_what_it_did_not_measure(small_images, tmp_path, command):
@@ -147,3 +108,19 @@ def test_a_path_that_is_not_there_costs_one_line(tmp_path, command):
     done = command(sys.executable, "benchmarks/bench_loader.py", "--photographs", path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"bench_loader: error: {path}: no such file; `fastssl convert` writes a .beton\n"
+
+
+def test_the_plot_is_drawn_from_the_files_rows(tmp_path, command):
+    columns = {"recipe": "byol", "num_threads": 2, "img_per_s_p50": 20.0, "img_per_s_min": 19.0, "img_per_s_max": 21.0}
+    names = {"workload": "photographs", "operations": "full recipe"}
+    out = tmp_path / "rows.csv"
+    append_rows(out, [{"provider": "fastssl, ffcv engine"} | names | columns])
+    append_rows(
+        out, [{"provider": "kornia"} | names | columns | {f"img_per_s_{k}": None for k in ("p50", "min", "max")}]
+    )
+    done = command(sys.executable, "benchmarks/bench_loader.py", "--plot", out)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'rows.png'}\n"), done.stderr
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    done = command(sys.executable, "benchmarks/bench_loader.py", "--plot", tmp_path / "nowhere.csv")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("nowhere.csv: no rows of a comparison to draw\n")

@@ -1,4 +1,4 @@
-import io
+import os
 import subprocess
 import sys
 import time
@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
-from benchmarks.loader_providers import PROVIDERS, Job
 from pipelines.beton import BetonWriter
 from tests.processes import ROOT, environment
 
@@ -17,12 +15,14 @@ from tests.processes import ROOT, environment
 PARENT = """
 import sys, time
 import psutil
-from benchmarks.loader_providers import Job, Worker
+from benchmarks.loader_providers import PROVIDERS
+from pipelines.bench.streams import Job
+from pipelines.bench.windows import Worker
+from pipelines.views import ViewsConfig
 
 if __name__ == "__main__":
-    worker = Worker(
-        "torchvision_tensor", Job(beton=sys.argv[1], recipe="simclr", batch_size=8, num_threads=1, seed=0)
-    )
+    job = Job(beton=sys.argv[1], views=ViewsConfig(recipe="simclr"), batch_size=8, num_threads=1, seed=0)
+    worker = Worker(PROVIDERS["torchvision_tensor"].open, job)
     worker.wait_until_ready()
     stopped = [each.pid for each in psutil.Process().children(recursive=True) if each.status() == "stopped"]
     print(worker.reason, *stopped, flush=True)
@@ -40,15 +40,28 @@ def small_images(tmp_path) -> Path:
     return path
 
 
-def test_the_bare_decoder_decodes_batch_by_batch(tmp_path):
-    path, file = tmp_path / "jpegs.beton", io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(file, "JPEG")
-    with BetonWriter(path, 8) as writer:
-        for _ in range(8):
-            writer.write_jpeg(file.getvalue(), height_px=40, width_px=30)
-    stream = PROVIDERS["decode"].open(Job(beton=str(path), recipe="byol", batch_size=4, num_threads=2, seed=0))
-    assert [next(stream.batches) for _ in range(3)] == [None] * 3
-    stream.batches.close()
+@pytest.mark.parametrize(("name", "package"), [("dali_native", "nvidia.dali"), ("kornia", "kornia")])
+def test_a_peer_of_a_further_package_makes_normalised_float_views_of_the_file(name, package, small_images):
+    pytest.importorskip(package)
+    program = (
+        "import os, sys\n"
+        "from benchmarks.loader_providers import PROVIDERS\n"
+        "from pipelines.bench.streams import Job\n"
+        "from pipelines.views import ViewsConfig\n"
+        f"views = ViewsConfig(recipe='byol', size_px=32)\n"
+        "job = Job(beton=sys.argv[1], views=views, batch_size=8, num_threads=1, seed=0)\n"
+        f"batch = next(PROVIDERS[{name!r}].open(job).batches)\n"
+        "found = list(batch[0].values()) if isinstance(batch[0], dict) else batch\n"
+        "print(*[(tuple(v.shape), str(v.dtype), bool(-2.2 < v.min() < 0 < v.max() < 2.7)) for v in found], sep=';')\n"
+        "sys.stdout.flush(); os._exit(0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(small_images)],
+        cwd=ROOT, env=environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().split(";") == ["((8, 3, 32, 32), 'torch.float32', True)"] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's parent death signal")

@@ -1,0 +1,187 @@
+"""`fastssl bench loader`: every engine on a user's own file and machine, in turns, its parts, and what bounds it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import psutil
+
+from pipelines.bench.disk import DiskSpeed, measure_disk
+from pipelines.bench.stages import COPY, measure_stages
+from pipelines.bench.streams import Job, open_decode, open_engine
+from pipelines.bench.verdict import Figures, advice
+from pipelines.bench.windows import Measured, Open, measure_in_turns
+from pipelines.beton import BetonReader
+from pipelines.engines import EngineName
+from pipelines.errors import DataError
+from pipelines.views import build_view_specs
+
+ENGINES = tuple(name for name in get_args(EngineName) if name != "synthetic")
+_CEILING, _DECODE = "synthetic ceiling", "libjpeg-turbo alone"
+_MAX_BUSY_ELSEWHERE = 0.1  # more, and the figures say little
+_USUAL_WINDOW_S = 2.0
+
+Row = dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True)
+class LoaderReport:
+    """What `bench_loader` found.
+
+    Attributes:
+        rows: One for each engine, the ceiling, bare decoding, and each stage; all with the same keys.
+        sentences: At most three: what bounds this machine and what to change.
+        warning: What makes the figures doubtful; None where nothing does.
+    """
+
+    rows: list[Row]
+    sentences: list[str]
+    warning: str | None
+
+
+def check_job(job: Job, engines: Sequence[str], window_s: float) -> None:
+    """Look at everything that can be wrong before anything is measured.
+
+    Raises:
+        DataError: one line says what.
+    """
+    unknown = sorted(set(engines) - set(ENGINES))
+    if unknown or not engines:
+        raise DataError(f"--engines must be of {', '.join(ENGINES)}, got {', '.join(unknown) or 'none'}")
+    num_cores = len(os.sched_getaffinity(0))
+    if not 1 <= job.num_threads <= num_cores:
+        raise DataError(f"--threads must be in 1..{num_cores}, the cores of this process, got {job.num_threads}")
+    if not window_s > 0:
+        raise DataError(f"--seconds must be > 0, got {window_s:g}")
+    num_samples = BetonReader(job.beton).num_samples
+    if not 1 <= job.batch_size <= num_samples:
+        raise DataError(f"--batch-size must be in 1..{num_samples}, the images of {job.beton}, got {job.batch_size}")
+
+
+def bench_loader(
+    job: Job,
+    engines: Sequence[str] = ENGINES,
+    *,
+    window_s: float = _USUAL_WINDOW_S,
+    num_repetitions: int = 3,
+    say: Callable[[str], None] = lambda message: None,
+) -> LoaderReport:
+    """Measure the disk, the engines in turns, and the stages.
+
+    Args:
+        job: What is loaded, and where the batches go.
+        engines: Of ENGINES. One that cannot serve the file here gives a row with the reason.
+        window_s: Length of one measurement in seconds, > 0.
+        num_repetitions: Measurements of each, >= 1.
+        say: Told of the progress.
+    Raises:
+        DataError: the job cannot be done, or no engine can serve the file.
+    """
+    check_job(job, engines, window_s)
+    say("disk")  # first: what has the file mapped keeps its pages in memory
+    disk = measure_disk(Path(job.beton), seed=job.seed, num_threads=job.num_threads, seconds=window_s)
+    streams: dict[str, Open] = {_engine(name): partial(open_engine, engine=name) for name in dict.fromkeys(engines)}
+    streams |= {_CEILING: partial(open_engine, engine="synthetic"), _DECODE: open_decode}
+    measured = measure_in_turns(streams, job, num_repetitions=num_repetitions, window_s=window_s, say=say)
+    speeds = {name: _middle(found) for name, found in measured.items() if found.reason is None}
+    engine_speeds = {name: speeds[_engine(name)] for name in engines if _engine(name) in speeds}
+    if not engine_speeds:
+        raise DataError("; ".join(f"{_engine(name)}: {measured[_engine(name)].reason}" for name in engines))
+    say("stages")
+    stages_s = measure_stages(job, num_repetitions=num_repetitions, share=window_s / _USUAL_WINDOW_S)
+    rows = [_stream_row(name, found) for name, found in measured.items()]
+    rows += [_disk_row("disk, order of an epoch", disk[0]), _disk_row("disk, sequential", disk[1])]
+    rows += [_stage_row(name, seconds, job) for name, seconds in stages_s.items() if name != "loader"]
+    figures = _figures(job, engine_speeds, speeds.get(_CEILING), disk[0].img_per_s, stages_s)
+    return LoaderReport(rows, advice(figures), _warning(measured))
+
+
+def _engine(name: str) -> str:
+    return f"engine {name}"
+
+
+def _middle(found: Measured) -> float:
+    return statistics.median(window.img_per_s for window in found.windows)
+
+
+def _busy(found: Measured) -> float:
+    return statistics.median(window.busy_elsewhere_fraction for window in found.windows)
+
+
+def _figures(
+    job: Job,
+    engine_speeds: dict[str, float],
+    synthetic_img_per_s: float | None,
+    disk_img_per_s: float | None,
+    stages_s: dict[str, float],
+) -> Figures:
+    reader, specs = BetonReader(job.beton), build_view_specs(job.views)
+    num_file_bytes = len(reader.mmap)
+    return Figures(
+        engines_img_per_s=engine_speeds,
+        synthetic_img_per_s=synthetic_img_per_s,
+        disk_img_per_s=disk_img_per_s,
+        stages_s=stages_s,
+        num_threads=job.num_threads,
+        num_cores=len(os.sched_getaffinity(0)),
+        num_file_bytes=num_file_bytes,
+        fits_in_memory=num_file_bytes < psutil.virtual_memory().available,
+        image_px=int(np.median(reader.sizes.max(axis=1))),
+        view_px=max(spec.size_px for spec in specs),
+        blurs=any(spec.blur_p > 0 for spec in specs),
+    )
+
+
+def _row(
+    name: str,
+    img_per_s: Sequence[float | None],
+    *,
+    us_per_image: float | None = None,
+    mb_per_s: float | None = None,
+    busy: float | None = None,
+    note: str = "",
+) -> Row:
+    middle, least, largest = (None if value is None else round(value, 1) for value in img_per_s)
+    return {
+        "measured": name,
+        "img_per_s_p50": middle,
+        "img_per_s_min": least,
+        "img_per_s_max": largest,
+        "us_per_image": None if us_per_image is None else round(us_per_image, 1),
+        "mb_per_s": None if mb_per_s is None else round(mb_per_s, 1),
+        "busy_elsewhere_fraction": None if busy is None else round(busy, 3),
+        "note": note,
+    }
+
+
+def _stream_row(name: str, found: Measured) -> Row:
+    if found.reason is not None:
+        return _row(name, (None, None, None), note=f"not measured: {found.reason}")
+    speeds = [window.img_per_s for window in found.windows]
+    return _row(name, (_middle(found), min(speeds), max(speeds)), busy=_busy(found))
+
+
+def _disk_row(name: str, speed: DiskSpeed) -> Row:
+    mb_per_s = None if speed.bytes_per_s is None else speed.bytes_per_s / 1e6
+    return _row(name, (speed.img_per_s, None, None), mb_per_s=mb_per_s, note=speed.note)
+
+
+def _stage_row(name: str, seconds: float, job: Job) -> Row:
+    """A stage alone: the time of an image on one core, and what all threads would do if they did nothing else."""
+    on_gpu = job.device != "cpu" and name in ("pixel op", COPY)
+    img_per_s = (1 if on_gpu else job.num_threads) / seconds if seconds else None
+    return _row(name, (img_per_s, None, None), us_per_image=1e6 * seconds, note="time of the GPU" if on_gpu else "")
+
+
+def _warning(measured: dict[str, Measured]) -> str | None:
+    busy = max(_busy(found) for found in measured.values() if found.reason is None)
+    if busy <= _MAX_BUSY_ELSEWHERE:
+        return None
+    return f"other programs took {busy:.0%} of the cores while this was measured: close them and measure again"

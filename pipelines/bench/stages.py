@@ -1,0 +1,148 @@
+"""The stages of our loader, each alone on the same batches: what of the time of an image goes where."""
+
+# B batch, V views, Vg views of one size, S its side in pixels
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.bad_samples import BadSamples
+from pipelines.bench.streams import Job, JpegSamples, build_job_loader, repeated_reader
+from pipelines.beton import JPG
+from pipelines.sampler import global_batches
+from pipelines.views import build_view_specs, size_groups
+
+COPY = "copy to the GPU"
+STAGES = ("draw", "decode", "crop and resize", "pixel op", COPY, "loader")
+# Of the views of all batches: a second of our loader on one core, or two.
+_PIXELS = 5e7
+
+
+class _Stage(NamedTuple):
+    """Work on all batches, and the clock in s that shows what it takes."""
+
+    work: Callable[[], Any]
+    clock_s: Callable[[], float] = time.process_time  # of all threads
+
+
+def measure_stages(job: Job, *, num_repetitions: int, share: float = 1.0) -> dict[str, float]:
+    """CPU time of our loader and of each of its stages alone, on one core, in turns.
+
+    Noise only adds to CPU time, so the least of the repetitions counts. What the stages lack of the loader's time is
+    its own: order, threads, hand-over.
+
+    Args:
+        job: What is loaded; its num_threads is not used.
+        num_repetitions: Timed rounds, >= 1; one before them loads or compiles the kernels.
+        share: Of the usual number of batches; at least one is taken.
+    Returns:
+        Seconds an image by stage, in the order of STAGES; without "decode" where not all images are JPEGs. On a GPU
+        its pixel op and the copy are in seconds of the GPU, and COPY is there only then.
+    """
+    job = replace(job, num_threads=1)
+    stages_s: dict[str, float] = {}
+    with _one_core(), ExitStack() as opened:
+        stages, num_images = _stages(job, _PIXELS * share, opened)
+        for repetition in range(num_repetitions + 1):
+            for name, (work, clock_s) in stages.items():
+                start_s = clock_s()
+                work()
+                if repetition:
+                    stages_s[name] = min(stages_s.get(name, math.inf), (clock_s() - start_s) / num_images)
+    # The kernel decodes an image and cuts its views in one call; raw images it only cuts.
+    stages_s["crop and resize"] = max(stages_s.pop("decode, crop and resize") - stages_s.get("decode", 0.0), 0.0)
+    return {name: stages_s[name] for name in STAGES if name in stages_s}
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    import torch
+
+    cores, num_torch_threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, sorted(cores)[:1])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(num_torch_threads)
+
+
+def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _Stage], int]:
+    """The stages, each to be run alone on the same batches as the loader cuts them, and their images.
+
+    They are the last of an epoch: the loader makes none ahead of the clock, and none for nobody.
+    """
+    from kernels.augment import augment
+    from kernels.augment.cpu import OutputPool
+    from pipelines.engines.decode_crop import BatchDecoder
+
+    loader, reader, views = build_job_loader(job, engine="ffcv"), repeated_reader(job.beton), job.views
+    specs = build_view_specs(views)
+    num_batches = math.ceil(num_pixels / (job.batch_size * sum(spec.size_px**2 for spec in specs)))
+    batches = global_batches(np.arange(reader.num_samples), job.seed, 0, job.batch_size)[-num_batches:]
+    groups = size_groups(specs)
+    pixels = tuple(np.empty((job.batch_size, len(v), size_px, size_px, 3), np.uint8) for size_px, v in groups)
+    decoder = BatchDecoder(reader, 1, BadSamples(reader.path, reader.num_samples, 0.0))
+    outputs = [OutputPool() for _ in groups]
+    opened.callback(loader.close)
+    opened.callback(decoder.close)
+
+    def draw() -> list[np.ndarray]:
+        draw_batch = loader._draw_ahead(0, batches)  # several batches at a time
+        return [draw_batch(ids, reader.sizes[ids]) for ids in batches]
+
+    params = draw()
+
+    def decode_and_crop() -> None:
+        for ids, drawn in zip(batches, params, strict=True):
+            decoder.start(reader.mmap, ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
+
+    def pixel_op(on_device: tuple[Any, ...]) -> None:
+        for drawn in params:  # on the last batch's pixels: the time depends on the draw only
+            for group, (_, members), pool in zip(on_device, groups, outputs, strict=True):
+                augment(group, drawn[:, members], mean=views.mean, std=views.std, num_threads=1, outputs=pool)
+
+    def load() -> None:
+        for _ in loader.epoch(0, first_batch=len(loader) - len(batches)):
+            pass
+
+    stages = {
+        "draw": _Stage(draw),
+        "decode, crop and resize": _Stage(decode_and_crop),
+        "pixel op": _Stage(partial(pixel_op, pixels)),
+        "loader": _Stage(load),
+    }
+    if (reader.modes == JPG).all():
+        stages["decode"] = _Stage(partial(JpegSamples(reader).decode, batches.reshape(-1)))
+    if job.device != "cpu":
+        stages |= _gpu_stages(job.device, pixels, len(batches), pixel_op)
+    return stages, batches.size
+
+
+def _gpu_stages(
+    device: str, pixels: tuple[np.ndarray, ...], num_batches: int, pixel_op: Callable[[tuple[Any, ...]], None]
+) -> dict[str, _Stage]:
+    """What a GPU does instead: the pixel op, and the copy of the levels to it as the loader makes it."""
+    import torch
+
+    def copied() -> tuple[Any, ...]:
+        return tuple(torch.from_numpy(group).pin_memory().to(device, non_blocking=True) for group in pixels)
+
+    def copy() -> None:
+        for _ in range(num_batches):
+            copied()
+
+    def clock_s() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return {"pixel op": _Stage(partial(pixel_op, copied()), clock_s), COPY: _Stage(copy, clock_s)}
