@@ -51,7 +51,7 @@ def bench_loader_on(
         batch_size=batch_size,
         num_threads=cores_per_process() if num_threads is None else num_threads,
         seed=cfg.run.seed,
-        device=str(choose_device(cfg.run.device)),
+        device=_choose_device(cfg.run.device),
     )
     environment = environment_columns(_PACKAGES) if out else {}  # before the run: the commit that is measured
     report = bench_loader(job, engines, window_s=seconds, say=_say)
@@ -66,6 +66,15 @@ def bench_loader_on(
             append_rows(out, [row | own | environment for row in report.rows])
         except (OSError, ValueError) as error:
             raise ConfigError(f"--out: {out} cannot be written ({error})") from None
+
+
+def _choose_device(wanted: str) -> str:
+    try:
+        return str(choose_device(wanted))
+    except ConfigError:
+        raise ConfigError(
+            f"--device is {wanted}, but torch finds no GPU: give --device cpu, or mend the driver"
+        ) from None
 
 
 def _say(message: str) -> None:
