@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.beton import BetonReader
+from pipelines.read_ahead import ReadAhead
 from pipelines.sampler import epoch_order
 
 _SEQUENTIAL_BYTES = 4 << 20  # of one read
@@ -41,36 +42,48 @@ def measure_disk(path: Path, *, seed: int, num_threads: int, seconds: float) -> 
     Args:
         path: The .beton file. Who has it mapped keeps its pages in memory.
         seed: Of the epoch's order.
-        num_threads: Threads that read in the epoch's order, each a whole image at a time; in sequence it is one.
+        num_threads: Threads that read in the epoch's order, each an image at a time, behind the loader's own reading
+            ahead; in sequence it is one.
         seconds: Length of each measurement, > 0.
     Returns:
         (in the order of an epoch, sequentially)
     Raises:
         DataError: not a .beton file.
     """
-    starts, sizes = _image_ranges(path)
-    order = epoch_order(np.arange(len(starts)), seed, 0)
-    end = int((starts + sizes).max())
-    blocks = [(at, min(_SEQUENTIAL_BYTES, end - at)) for at in range(int(starts.min()), end, _SEQUENTIAL_BYTES)]
-    as_epoch = list(zip(starts[order].tolist(), sizes[order].tolist(), strict=True))
-    mean_bytes = float(sizes.mean())
-    return (
-        _measure(path, as_epoch, num_threads, seconds, mean_bytes),
-        _measure(path, blocks, 1, seconds, mean_bytes),
-    )
+    return _epoch_order(path, seed, num_threads, seconds), _sequential(path, seconds)
 
 
-def _image_ranges(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and lengths of the images; the reader's map of the file is gone when this returns."""
+def _epoch_order(path: Path, seed: int, num_threads: int, seconds: float) -> DiskSpeed:
+    """With the loader's own reading ahead."""
+    if reason := drop_from_cache(path):  # before the reader maps the file
+        return _not_measured(reason)
     reader = BetonReader(path)
-    return reader.data_ptr.astype(np.int64), reader.data_bytes.astype(np.int64)
+    order = epoch_order(np.arange(reader.num_samples), seed, 0)
+    with ReadAhead(reader, order, None, drop_behind=False) as read_ahead:
+
+        def images() -> Iterator[Range]:
+            for position, i in enumerate(order.tolist()):
+                read_ahead.begin(position)
+                yield int(reader.data_ptr[i]), int(reader.data_bytes[i])
+
+        return _measure(path, images(), num_threads, seconds, float(reader.data_bytes.mean()))
 
 
-def _measure(path: Path, ranges: list[Range], num_threads: int, seconds: float, mean_bytes: float) -> DiskSpeed:
+def _sequential(path: Path, seconds: float) -> DiskSpeed:
     if reason := drop_from_cache(path):
-        return DiskSpeed(None, None, f"not measured: {reason}")
-    waiting, lock = iter(ranges), threading.Lock()
-    file = os.open(path, os.O_RDONLY)
+        return _not_measured(reason)
+    reader = BetonReader(path)
+    first, end = int(reader.data_ptr.min()), int((reader.data_ptr + reader.data_bytes).max())
+    blocks = ((at, min(_SEQUENTIAL_BYTES, end - at)) for at in range(first, end, _SEQUENTIAL_BYTES))
+    return _measure(path, blocks, 1, seconds, float(reader.data_bytes.mean()))
+
+
+def _not_measured(reason: str) -> DiskSpeed:
+    return DiskSpeed(None, None, f"not measured: {reason}")
+
+
+def _measure(path: Path, waiting: Iterator[Range], num_threads: int, seconds: float, mean_bytes: float) -> DiskSpeed:
+    lock, file = threading.Lock(), os.open(path, os.O_RDONLY)
     try:
         start_s = time.perf_counter()
         with ThreadPoolExecutor(num_threads) as pool:

@@ -99,7 +99,7 @@ def bench_loader(
     rows = [_stream_row(name, found) for name, found in measured.items()]
     rows += [_disk_row("disk, order of an epoch", disk[0]), _disk_row("disk, sequential", disk[1])]
     rows += [_stage_row(name, seconds, job) for name, seconds in stages_s.items() if name != "loader"]
-    figures = _figures(job, engine_speeds, speeds.get(_CEILING), disk[0].img_per_s, stages_s)
+    figures = _figures(job, engine_speeds, speeds.get(_CEILING), disk, stages_s)
     return LoaderReport(rows, advice(figures), _warning(measured))
 
 
@@ -119,7 +119,7 @@ def _figures(
     job: Job,
     engine_speeds: dict[str, float],
     synthetic_img_per_s: float | None,
-    disk_img_per_s: float | None,
+    disk: tuple[DiskSpeed, DiskSpeed],
     stages_s: dict[str, float],
 ) -> Figures:
     reader, specs = BetonReader(job.beton), build_view_specs(job.views)
@@ -127,7 +127,8 @@ def _figures(
     return Figures(
         engines_img_per_s=engine_speeds,
         synthetic_img_per_s=synthetic_img_per_s,
-        disk_img_per_s=disk_img_per_s,
+        disk_img_per_s=disk[0].img_per_s,
+        disk_sequential_img_per_s=disk[1].img_per_s,
         stages_s=stages_s,
         num_threads=job.num_threads,
         num_cores=len(os.sched_getaffinity(0)),

@@ -74,19 +74,20 @@ def build_job_loader(job: Job, *, engine: str) -> Loader:
     """
     import torch
 
-    from pipelines.loader import Loader
+    from pipelines.loader import DataConfig, Loader
 
     torch.set_num_threads(job.num_threads)
     reader, device = BetonReader(job.beton), torch.device(job.device)
     bad_samples = BadSamples(reader.path, reader.num_samples, 0.0)
     ahead = {"num_workers": job.num_threads, "prefetch_batches": PREFETCH_BATCHES}
     inner = build_engine(engine, reader, **ahead, device=device, bad_samples=bad_samples)
+    cfg = DataConfig(engine=engine, global_batch_size=job.batch_size, **ahead)  # pyright: ignore (a literal)
     return Loader(
         _RepeatedEngine(inner, reader.num_samples),
         job.views,
+        reader=repeated_reader(job.beton),
+        cfg=cfg,
         bad_samples=bad_samples,
-        sizes=repeated_reader(job.beton).sizes,
-        global_batch_size=job.batch_size,
         seed=job.seed,
         rank=0,
         world_size=1,

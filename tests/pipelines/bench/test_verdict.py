@@ -13,6 +13,7 @@ FIGURES = Figures(
     engines_img_per_s={"ffcv": 800.0, "torch": 60.0},
     synthetic_img_per_s=3000.0,
     disk_img_per_s=4000.0,
+    disk_sequential_img_per_s=5000.0,
     stages_s=STAGES_S,
     num_threads=2,
     num_cores=2,
@@ -87,11 +88,18 @@ def test_small_images_are_not_to_be_made_smaller_and_idle_cores_are_to_be_used()
 
 
 def test_the_disk_is_named_with_its_own_speed_and_what_replaces_it():
-    what, change = advice(replace(FIGURES, disk_img_per_s=300.0))
+    what, change = advice(replace(FIGURES, disk_img_per_s=300.0, disk_sequential_img_per_s=440.0))
     assert what.startswith("The disk bounds this machine: in an epoch's order it gives 300 images a second")
     assert "too small for the file (140.0 GB)" in what
     assert "a faster disk" in change
     assert "--max-px 448" in change
+
+
+def test_a_disk_that_is_faster_in_sequence_names_the_quasi_random_order():
+    figures = replace(FIGURES, disk_img_per_s=300.0)
+    assert "data.order=quasi_random (in sequence the disk gives 5,000)" in advice(figures)[1]
+    assert "data.order" not in advice(replace(figures, disk_sequential_img_per_s=440.0))[1]
+    assert "data.order" not in advice(replace(figures, disk_sequential_img_per_s=None))[1]
 
 
 def test_a_reached_ceiling_is_no_complaint():
