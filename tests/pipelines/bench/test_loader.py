@@ -91,8 +91,8 @@ def test_bad_input(photographs, changes, engines, window_s, message):
         (["--recipe", "byl"], "views.recipe must be one of"),
     ],
 )
-def test_bad_input_costs_one_line(photographs, options, part, command):
-    done = command("fastssl", "bench", "loader", photographs, *options)
+def test_bad_input_costs_one_line(photographs, options, part, in_process):
+    done = in_process("bench", "loader", photographs, *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("fastssl: error: ")
     assert part in done.stderr
