@@ -56,9 +56,10 @@ class BareLoop:
 
     def __init__(self, cfg: Config, trainer: Trainer) -> None:
         """Build model, loss and optimizer as the trainer does, with equal initial weights."""
-        self.objective = Objective(build_model(cfg, trainer.image_px), build_loss(cfg.loss)).to(trainer.device)
+        model, loss = build_model(cfg, trainer.image_px), build_loss(cfg.loss, cfg.model.projector_dim)
+        self.objective = Objective(model, loss).to(trainer.device)
         self.optimizer = build_optimizer(self.objective, cfg.optim)
-        self.learning_rate = trainer.learning_rate
+        self.learning_rate, self.total_steps = trainer.learning_rate, trainer.total_steps
         self.log_every_steps = cfg.run.log_every_steps
         self.grad_clip_norm = cfg.train.grad_clip_norm
         is_bf16 = cfg.train.precision == "bf16"
@@ -76,6 +77,7 @@ class BareLoop:
                 _, loss = self.objective(batch.views)
             self.backward(loss)
             self.update()
+            self.objective.after_step(self.step, self.total_steps)
             self.step += 1
             if self.step % self.log_every_steps == 0:
                 self.last_loss = loss.item()

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from fastssl.errors import ConfigError
 from fastssl.evaluation.config import EvalConfig
 from fastssl.losses import LossConfig, MioConfig
+from fastssl.losses.moments import check_moment_width
 from fastssl.models.config import ModelConfig
 from fastssl.optim import OptimConfig
 from pipelines.loader import DataConfig
@@ -114,7 +115,9 @@ class Config:
                 f"({self.train.num_epochs}): the learning rate would never reach its peak"
             )
         if self.data.global_batch_size < 2:
-            raise ValueError("data.global_batch_size must be >= 2: the negatives are other images of the batch")
+            raise ValueError("data.global_batch_size must be >= 2: every loss needs other images beside one")
+        if getattr(self.loss, "has_moments", False):
+            check_moment_width(self.model.projector_dim, self.loss.name)
         num_views, most = len(build_view_specs(self.views)), getattr(self.loss, "max_views", math.inf)
         if not 2 <= num_views <= most:
             wanted = "two views" if most == 2 else "at least two views"

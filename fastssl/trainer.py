@@ -74,7 +74,8 @@ class Trainer:
         self.model = build_model(cfg, self.image_px)
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
             take_weights(self.model, cfg.run.init_from)
-        self.loss = build_loss(cfg.loss)
+        self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
+        self.objective = Objective(self.model, self.loss)
         self.probe = self._build_probe(reader)
         self.engine, self.optimizer = self._build_engine()
         torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
@@ -132,6 +133,7 @@ class Trainer:
         h, loss = self.engine(batch.views)
         self.engine.backward(loss)
         self.engine.step()
+        self.objective.after_step(self.step, self.total_steps)
         self.step += 1
         return {"loss": loss.detach().float()} | self._probe_step(h, batch)
 
@@ -171,10 +173,9 @@ class Trainer:
     def _build_engine(self) -> tuple[Any, Any]:
         import deepspeed
 
-        objective = Objective(self.model, self.loss)
         engine, optimizer, _, _ = deepspeed.initialize(
-            model=objective,
-            optimizer=build_optimizer(objective, self.cfg.optim),
+            model=self.objective,
+            optimizer=build_optimizer(self.objective, self.cfg.optim),
             config=build_ds_config(self.cfg, world_size=dist.world_size()),
             dist_init_required=False,
         )

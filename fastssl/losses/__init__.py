@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from fastssl.losses.dcl import Dcl, DclConfig, DclwConfig
+from fastssl.losses.minc import Minc, MincConfig
 from fastssl.losses.mio import Mio, MioConfig
 from fastssl.losses.nt_xent import NtXent, NtXentConfig
 from fastssl.losses.siglip import SigLip, SigLipConfig
@@ -15,6 +16,8 @@ __all__ = [
     "DclwConfig",
     "Loss",
     "LossConfig",
+    "Minc",
+    "MincConfig",
     "Mio",
     "MioConfig",
     "NtXent",
@@ -26,9 +29,9 @@ __all__ = [
     "build_loss",
 ]
 
-LossConfig = MioConfig | NtXentConfig | DclConfig | DclwConfig | SigLipConfig | SpectralConfig
+LossConfig = MioConfig | NtXentConfig | DclConfig | DclwConfig | SigLipConfig | SpectralConfig | MincConfig
 
-Loss = Mio | NtXent | Dcl | SigLip | Spectral
+Loss = Mio | NtXent | Dcl | SigLip | Spectral | Minc
 
 LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
     "mio": (MioConfig, Mio),
@@ -37,15 +40,28 @@ LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
     "dclw": (DclwConfig, Dcl),
     "siglip": (SigLipConfig, SigLip),
     "spectral": (SpectralConfig, Spectral),
+    "minc": (MincConfig, Minc),
 }
 
 
-def build_loss(config: LossConfig) -> Loss:
+def build_loss(config: LossConfig, projector_dim: int | None = None) -> Loss:
     """The loss module of a config; call it with the projections of each view [B, D].
 
+    A loss whose config has a `target_momentum` also wants `targets`, the target network's projections, see
+    `fastssl.models.objective`.
+
+    Args:
+        config: Of one loss.
+        projector_dim: D, for a loss that holds something of this width: a predictor or a moment.
+
     Raises:
-        ValueError: `loss.name` is not one of LOSSES.
+        ValueError: `loss.name` is not one of LOSSES, or the loss needs the width.
     """
     if config.name not in LOSSES:
         raise ValueError(f"loss.name: unknown {config.name!r}, known: {', '.join(LOSSES)}")
-    return LOSSES[config.name][1](config)
+    build = LOSSES[config.name][1]
+    if not getattr(config, "takes_width", False):
+        return build(config)
+    if projector_dim is None:
+        raise ValueError(f"loss {config.name} needs the width of the projections, model.projector_dim")
+    return build(config, projector_dim)

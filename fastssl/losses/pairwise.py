@@ -34,7 +34,7 @@ def stack_views(*z: Tensor) -> Tensor:
         raise ValueError(f"all views must have one floating dtype, got {', '.join(map(str, dtypes))}")
     num_samples = len(z[0]) * dist.world_size()
     if num_samples < 2:
-        raise ValueError(f"negatives need a global batch of at least 2 samples, got {num_samples}")
+        raise ValueError(f"the global batch must have at least 2 samples, got {num_samples}")
     with torch.autocast(z[0].device.type, enabled=False):  # autocast knows its own low precision only
         return torch.stack(z)
 

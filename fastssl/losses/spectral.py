@@ -9,7 +9,7 @@ From D x D moments, without any pair: O(N D^2).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ class SpectralConfig:
         impl: How the sums are made, see `kernels.gram_loss.terms.gram_terms`.
     """
 
+    has_moments: ClassVar[bool] = True
     name: Literal["spectral"] = "spectral"
     mu: float = 1.0
     impl: Impl = "auto"

@@ -1,0 +1,133 @@
+"""MINC: non-contrastive mutual information, arXiv:2504.16667; the form here is [derived], not quoted from it.
+
+# V views of B samples, T of them seen by the target; D projection; u = z/|z|; s the scale
+# phi = sqrt(s) u of the online network, phi' = sqrt(s) t of the target, another view of the same sample
+# Lambda = E[phi' phi'^T], a running average over steps and ranks; sg(x): x without gradient
+
+The spectral contrastive loss (HaoChen et al. 2021) has E_indep[(phi . phi')^2] = E[phi^T Lambda phi]: with target and
+Lambda held fixed no two samples meet,
+
+    l = -phi . sg(phi') + 1/2 phi^T sg(Lambda) phi,        -dl/dphi = phi' - Lambda phi,
+
+half of the gradient of the spectral loss of the same value, and a step of power iteration. O(B D^2); ranks exchange one
+D x D matrix.
+
+| setting | form                                                                          | -l is at most        |
+|---------|-------------------------------------------------------------------------------|----------------------|
+| default | l                                                                             | (chi^2 + 1)/2        |
+| `gha`   | A = tril(Lambda) for Lambda (Sanger's rule): eigenfunctions by themselves, in order | (no bound)     |
+| `alpha` | -t_alpha(phi . phi') + 1/2 phi^T Lambda phi - 1/alpha                         | the alpha-divergence |
+
+t_alpha(v) = (|sqrt(alpha/2) v|^(2 (alpha - 1)/alpha) - 1)/(alpha - 1), and log(v^2/2) at alpha = 1, whose divergence is
+the mutual information in nats. At alpha = 2 v stands for |v|, and l is without the constant 1/2.
+
+tril(Lambda) is not symmetric, and the gradient of phi^T tril(Lambda) phi is another direction that ends in another
+subspace: what is differentiated is phi . sg(A phi), whose gradient is A phi, while the value keeps its 1/2.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.losses.moments import MovingMoment, second_moment
+from fastssl.losses.pairwise import stack_views
+from fastssl.losses.view_pairs import check_momentum, ordered_pairs, unit_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class MincConfig:
+    """Settings of `Minc`.
+
+    Attributes:
+        name: Selects this loss.
+        scale: s, the squared norm of phi; 10 [second-hand].
+        moment_momentum: beta of Lambda's average, in [0, 1); .8 [second-hand].
+        target_momentum: Of the target network's average at the first step, rising to 1 on a cosine; .996 [second-hand].
+        gha: The lower triangle of Lambda (generalized Hebbian algorithm): ordered eigenfunctions; with alpha 2 only.
+        alpha: Of the alpha-divergence, >= 1 [derived]; 2 is MINC.
+        alpha_floor: For alpha != 2 |v| is taken to be at least this, > 0: the slope of t_alpha ends there.
+    """
+
+    takes_width: ClassVar[bool] = True
+    has_moments: ClassVar[bool] = True
+    name: Literal["minc"] = "minc"
+    scale: float = 10.0
+    moment_momentum: float = 0.8
+    target_momentum: float = 0.996
+    gha: bool = False
+    alpha: float = 2.0
+    alpha_floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "alpha_floor"):
+            number = getattr(self, name)
+            if not (math.isfinite(number) and number > 0):
+                raise ValueError(f"loss.{name}: must be > 0, got {number}")
+        if not (math.isfinite(self.alpha) and self.alpha >= 1):
+            raise ValueError(f"loss.alpha: must be >= 1, got {self.alpha}")
+        if self.gha and self.alpha != 2:
+            raise ValueError(f"loss.gha: only with loss.alpha 2, got {self.alpha}")
+        check_momentum("loss.moment_momentum", self.moment_momentum, below_one=True)
+        check_momentum("loss.target_momentum", self.target_momentum)
+
+
+class Minc(nn.Module):
+    """Mean of l over every two different views.
+
+    Attributes:
+        moment: Lambda/s, the moving average of the second moment of the target's unit rows.
+    """
+
+    def __init__(self, config: MincConfig, projector_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.moment = MovingMoment(projector_dim, config.moment_momentum)
+
+    def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The loss of this rank's rows. In training Lambda takes the batch in, after it was used.
+
+        Args:
+            z: Projections of each view [B, D], any floating dtype; normalised inside.
+            targets: The target network's projections of the first T views.
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch. Its gradient holds
+            the targets and Lambda fixed.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        rows, s = stack_views(*z), self.config.scale
+        with torch.autocast(rows.device.type, enabled=False):
+            u, t = unit_rows(rows), unit_rows(torch.stack(list(targets)).detach())
+            batch_moment = second_moment(t)
+            moment = self.moment.corrected(batch_moment)
+            if self.training:
+                self.moment.update(batch_moment)
+            matrix = moment.tril() if self.config.gha else moment
+            surrogate = s * s * (u * (u @ matrix.T).detach()).sum(-1)  # its gradient is s^2 A u, without a 1/2
+            repulsion = surrogate - surrogate.detach() / 2
+            terms = [
+                (repulsion[v] - self._attraction(s * (u[v] * t[w]).sum(-1))).mean()
+                for v, w in ordered_pairs(len(u), len(t))
+            ]
+            return torch.stack(terms).mean()
+
+    def _attraction(self, v: Tensor) -> Tensor:
+        """t_alpha(v) + 1/alpha, and v itself for alpha = 2."""
+        alpha = self.config.alpha
+        if alpha == 2:
+            return v
+        size = v.abs()
+        size = size + (size.clamp_min(self.config.alpha_floor) - size).detach()  # below the floor: the floor's slope
+        if alpha == 1:
+            return (size.square() / 2).log() + 1
+        return ((math.sqrt(alpha / 2) * size) ** (2 * (alpha - 1) / alpha) - 1) / (alpha - 1) + 1 / alpha
+
+    def bound_nats(self, value: float) -> float | None:
+        """A lower bound on the mutual information of two views in nats, for alpha = 1, as far as Lambda is current."""
+        return -value if self.config.alpha == 1 else None

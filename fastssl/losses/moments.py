@@ -1,0 +1,79 @@
+"""Second moments of projections over the global batch, and their running average: D x D, never a pair of samples.
+
+# V views of B samples on this rank, N samples over all ranks, D projection
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import dist
+
+MAX_WIDTH = 16384  # 1 GiB of fp32 for one D x D moment
+
+
+def check_moment_width(width: int, loss_name: str) -> None:
+    """Refuse a D whose D x D moment would fill the memory; the ValueError names `model.projector_dim`."""
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f"model.projector_dim: {width} needs moments of {width} x {width} for loss {loss_name}, "
+            f"{4 * width**2 / 1e9:.1f} GB each; at most {MAX_WIDTH}"
+        )
+
+
+def center(z: Tensor) -> Tensor:
+    """z [V, B, D] less each view's mean over the global batch, in fp32 (fp64 for fp64 rows).
+
+    The mean has no gradient here: sums of products of centred rows do not change with it to first order, so what
+    `covariances` makes of these rows has the complete gradient all the same.
+    """
+    wide = z if z.dtype == torch.float64 else z.float()
+    return wide - dist.all_mean_(wide.detach().mean(1, keepdim=True))
+
+
+def covariances(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of x_i y_i^T over the global batch, [V, D, D], for centred x and y [V, B, D]; divided by N, not N - 1.
+
+    The same on every rank, and so is what a loss makes of it: see `fastssl.dist.global_mean` for the gradient.
+    """
+    return dist.EXCHANGE.mean(x.mT @ y / x.shape[1])
+
+
+class MovingMoment(nn.Module):
+    """The exponential moving average of E[u u^T] over the rows of each step's global batch, kept in fp32.
+
+    In bf16 it would stop short of the moment that it follows, see `fastssl.models.ema.Ema`.
+
+    Attributes:
+        average: beta * average + (1 - beta) * moment of the batch, from 0; [D, D].
+        weight: 1 - beta^(number of updates), what the average's weights sum to; [1], as DeepSpeed sends no 0-dim.
+    """
+
+    average: Tensor
+    weight: Tensor
+
+    def __init__(self, width: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("average", torch.zeros(width, width))
+        self.register_buffer("weight", torch.zeros(1))
+
+    @torch.no_grad()
+    def corrected(self, batch_moment: Tensor) -> Tensor:
+        """The average, unbiased while it is young (Kingma and Ba 2015, arXiv:1412.6980, section 3).
+
+        Before the first update it has seen nothing (0/0): then it is the batch's own moment.
+        """
+        has_seen = self.weight > 0
+        return torch.where(has_seen, self.average / torch.where(has_seen, self.weight, 1.0), batch_moment)
+
+    @torch.no_grad()
+    def update(self, batch_moment: Tensor) -> None:
+        """Take one step's moment in."""
+        self.average.lerp_(batch_moment.to(self.average), 1 - self.momentum)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.momentum)
+
+
+def second_moment(u: Tensor) -> Tensor:
+    """Mean of u_i u_i^T over all rows [V, B, D] of the global batch, [D, D], with the gradient of `global_mean`."""
+    rows = u.flatten(0, 1)
+    return dist.EXCHANGE.mean(rows.T @ rows / len(rows))
