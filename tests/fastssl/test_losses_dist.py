@@ -20,6 +20,7 @@ from fastssl.losses import (
     DclConfig,
     DclwConfig,
     LossConfig,
+    MincConfig,
     MioConfig,
     NtXentConfig,
     SigLipConfig,
@@ -32,6 +33,7 @@ from kernels.partition_loss import partition_loss
 from kernels.similarity import chunked
 
 GLOBAL_BATCH_SIZE = 16
+WIDTH = 5
 LOSS_CONFIGS = {
     "naive": MioConfig(negative="naive", alignment_weight=1.0),
     "exp": MioConfig(negative="exp", temperature_positive=0.4, temperature_negative=0.2),
@@ -47,6 +49,9 @@ LOSS_CONFIGS = {
     "siglip": SigLipConfig(initial_inv_temperature=4.0, initial_bias=-1.0),
     "siglip_reference": SigLipConfig(initial_inv_temperature=4.0, initial_bias=-1.0, impl="reference"),
     "spectral": SpectralConfig(mu=0.3),
+    "minc": MincConfig(),
+    "minc_gha": MincConfig(gha=True),
+    "minc_kl": MincConfig(alpha=1.0),
 }
 
 
@@ -97,9 +102,9 @@ KERNEL_CASES: dict[str, tuple[int, Callable[..., Tensor], dict]] = {
 }
 
 
-def build_encoder() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 5)).double()
+def build_encoder(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, WIDTH)).double()
 
 
 def local_views() -> Tensor:
@@ -114,8 +119,30 @@ def local_groups() -> Tensor:
 
 
 def loss_of_config(config: LossConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    loss = build_loss(config).double()
-    return loss, lambda z: loss(z[0], z[1])
+    loss = module_of_config(config)
+    return loss, lambda z: call(loss, z[0], z[1])
+
+
+def module_of_config(config: LossConfig) -> nn.Module:
+    """The loss without batch norm, whose statistics are of one process."""
+    torch.manual_seed(2)
+    loss = build_loss(config, WIDTH).double()
+    for parent in list(loss.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, nn.BatchNorm1d):
+                setattr(parent, name, nn.Identity())
+    return loss
+
+
+def call(loss: nn.Module, *z: Tensor) -> Tensor:
+    """A loss with a target network is called twice: what it remembers of the first batch goes into the second value."""
+    if not hasattr(loss.config, "target_momentum"):
+        return loss(*z)
+    target = build_encoder(seed=1)
+    with torch.no_grad():
+        targets = [target(view) for view in local_views()[:2]]
+        loss(*z, targets=[view.flip(1) for view in targets])
+    return loss(*z, targets=targets)
 
 
 def loss_of_kernel(num_views: int, function: Callable, settings: dict) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -167,14 +194,14 @@ class Both(nn.Module):
         self.encoder, self.loss = build_encoder(), loss
 
     def forward(self, views: Tensor) -> Tensor:
-        return self.loss(*(self.encoder(view) for view in views))
+        return call(self.loss, *(self.encoder(view) for view in views))
 
 
 def run_ddp() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     """Loss and gradients as torch's DistributedDataParallel leaves them."""
     found = {}
     for name, config in LOSS_CONFIGS.items():
-        module = Both(build_loss(config).double())
+        module = Both(module_of_config(config))
         parallel = nn.parallel.DistributedDataParallel(module)
         value = parallel(local_views()[:2])
         value.backward()

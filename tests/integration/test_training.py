@@ -215,11 +215,22 @@ def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, comm
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("zero_stage", "num_ranks"),
-    [(0, 1), (1, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(0, 2, marks=pytest.mark.slow)],
+    ("zero_stage", "num_ranks", "loss"),
+    [
+        (0, 1, None),
+        (1, 2, None),
+        (1, 2, "minc"),
+        pytest.param(1, 1, None, marks=pytest.mark.slow),
+        pytest.param(0, 2, None, marks=pytest.mark.slow),
+        pytest.param(2, 1, "minc", marks=pytest.mark.slow),
+    ],
 )
-def test_killed_in_mid_epoch_and_resumed_it_ends_bit_for_bit_the_same(zero_stage, num_ranks, tiny_config, command):
+def test_killed_in_mid_epoch_and_resumed_it_ends_bit_for_bit_the_same(
+    zero_stage, num_ranks, loss, tiny_config, command
+):
     settings = ["--set", f"train.zero_stage={zero_stage}", "run.checkpoint_every_steps=3"]
+    if loss:
+        settings.append(f"loss={{name: {loss}, target_momentum: 0.9}}")
     whole = tiny_config.parent / "whole"
     launcher = TRAIN if num_ranks == 1 else deepspeed(num_ranks)
     done = command(*launcher, tiny_config, *settings, f"run.dir={whole}")
@@ -230,6 +241,9 @@ def test_killed_in_mid_epoch_and_resumed_it_ends_bit_for_bit_the_same(zero_stage
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resumed at step" in resumed.stdout
     assert_same_end(whole, run_of(tiny_config))
+    state = final_state(whole)
+    remembered = [name for name in state if "/target." in name or "loss.moment." in name]
+    assert bool(remembered) == bool(loss)
 
 
 def kill_after_step(command: list[str], run: Path, *, step: int) -> None:
