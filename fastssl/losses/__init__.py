@@ -2,18 +2,28 @@
 
 from collections.abc import Callable
 
+from fastssl.losses.barlow_twins import BarlowTwins, BarlowTwinsConfig
+from fastssl.losses.byol import Byol, ByolConfig, LinearByolConfig
 from fastssl.losses.dcl import Dcl, DclConfig, DclwConfig
 from fastssl.losses.minc import Minc, MincConfig
 from fastssl.losses.mio import Mio, MioConfig
 from fastssl.losses.nt_xent import NtXent, NtXentConfig
 from fastssl.losses.siglip import SigLip, SigLipConfig
+from fastssl.losses.simsiam import SimSiam, SimSiamConfig
 from fastssl.losses.spectral import Spectral, SpectralConfig
+from fastssl.losses.tico import TiCo, TiCoConfig
+from fastssl.losses.vicreg import VicReg, VicRegConfig
 
 __all__ = [
     "LOSSES",
+    "BarlowTwins",
+    "BarlowTwinsConfig",
+    "Byol",
+    "ByolConfig",
     "Dcl",
     "DclConfig",
     "DclwConfig",
+    "LinearByolConfig",
     "Loss",
     "LossConfig",
     "Minc",
@@ -24,14 +34,34 @@ __all__ = [
     "NtXentConfig",
     "SigLip",
     "SigLipConfig",
+    "SimSiam",
+    "SimSiamConfig",
     "Spectral",
     "SpectralConfig",
+    "TiCo",
+    "TiCoConfig",
+    "VicReg",
+    "VicRegConfig",
     "build_loss",
 ]
 
-LossConfig = MioConfig | NtXentConfig | DclConfig | DclwConfig | SigLipConfig | SpectralConfig | MincConfig
+LossConfig = (
+    MioConfig
+    | NtXentConfig
+    | DclConfig
+    | DclwConfig
+    | SigLipConfig
+    | SpectralConfig
+    | MincConfig
+    | ByolConfig
+    | LinearByolConfig
+    | SimSiamConfig
+    | BarlowTwinsConfig
+    | VicRegConfig
+    | TiCoConfig
+)
 
-Loss = Mio | NtXent | Dcl | SigLip | Spectral | Minc
+Loss = Mio | NtXent | Dcl | SigLip | Spectral | Minc | Byol | SimSiam | BarlowTwins | VicReg | TiCo
 
 LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
     "mio": (MioConfig, Mio),
@@ -41,6 +71,12 @@ LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
     "siglip": (SigLipConfig, SigLip),
     "spectral": (SpectralConfig, Spectral),
     "minc": (MincConfig, Minc),
+    "byol": (ByolConfig, Byol),
+    "linear_byol": (LinearByolConfig, Byol),
+    "simsiam": (SimSiamConfig, SimSiam),
+    "barlow_twins": (BarlowTwinsConfig, BarlowTwins),
+    "vicreg": (VicRegConfig, VicReg),
+    "tico": (TiCoConfig, TiCo),
 }
 
 

@@ -73,6 +73,11 @@ class MovingMoment(nn.Module):
         self.weight.lerp_(torch.ones_like(self.weight), 1 - self.momentum)
 
 
+def variances(x: Tensor) -> Tensor:
+    """The diagonals of `covariances(x, x)`, [V, D]."""
+    return dist.EXCHANGE.mean(x.square().mean(1))
+
+
 def second_moment(u: Tensor) -> Tensor:
     """Mean of u_i u_i^T over all rows [V, B, D] of the global batch, [D, D], with the gradient of `global_mean`."""
     rows = u.flatten(0, 1)

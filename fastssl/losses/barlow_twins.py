@@ -1,0 +1,75 @@
+"""Barlow Twins: Zbontar et al. 2021, arXiv:2103.03230, Eq. 1 and 2.
+
+# N global batch, D projection; a, b two views; x = (z - mean)/sqrt(variance + 1e-5) for each view and column, over N
+
+    C = (1/N) sum_i x_a,i x_b,i^T  [D, D]
+    L = sum_d (1 - C_dd)^2 + lambda sum_{d != e} C_de^2
+
+With more views: the mean over every two of them.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.losses.moments import center, covariances, variances
+from fastssl.losses.pairwise import stack_views
+from fastssl.losses.view_pairs import check_weights
+
+EPSILON = 1e-5  # of the batch norm without parameters in the authors' code
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarlowTwinsConfig:
+    """Settings of `BarlowTwins`.
+
+    Attributes:
+        name: Selects this loss.
+        redundancy_weight: lambda, .0051 in the authors' code.
+    """
+
+    has_moments: ClassVar[bool] = True
+    name: Literal["barlow_twins"] = "barlow_twins"
+    redundancy_weight: float = 0.0051
+
+    def __post_init__(self) -> None:
+        check_weights(self, "redundancy_weight")
+
+
+class BarlowTwins(nn.Module):
+    """Brings the cross-correlation of two views, over the batch, to the identity."""
+
+    def __init__(self, config: BarlowTwinsConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *z: Tensor) -> Tensor:
+        """The loss, of statistics of the global batch.
+
+        Args:
+            z: Projections of each view [B, D], any floating dtype.
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs), the same on every rank.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        rows = stack_views(*z)
+        with torch.autocast(rows.device.type, enabled=False):
+            x = center(rows)
+            deviation = (variances(x) + EPSILON).sqrt()  # [V, D]
+            first, second = zip(*itertools.combinations(range(len(x)), 2), strict=True)
+            correlation = covariances(x[list(first)], x[list(second)])  # [pairs, D, D]
+            correlation = correlation / (deviation[list(first), :, None] * deviation[list(second), None, :])
+            diagonal = correlation.diagonal(dim1=1, dim2=2)
+            on = (1 - diagonal).square().sum(1)
+            off = correlation.square().sum((1, 2)) - diagonal.square().sum(1)
+            return (on + self.config.redundancy_weight * off).mean()
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: it bounds no divergence."""
+        return None

@@ -1,0 +1,90 @@
+"""BYOL: Grill et al. 2020, arXiv:2006.07733, Eq. 2; and with a linear predictor (LinearBYOL).
+
+# z of the online network, z' of the target; q the predictor; sg(x): x without gradient; a, b two views
+
+    L = [2 - 2 cos(q(z_a), sg(z'_b))] + [2 - 2 cos(q(z_b), sg(z'_a))]
+
+With more views: the mean over every two of them, each in both directions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.losses.pairwise import stack_views
+from fastssl.losses.predictor import build_predictor, check_hidden
+from fastssl.losses.view_pairs import check_momentum, mean_cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByolConfig:
+    """Settings of `Byol`.
+
+    Attributes:
+        name: Selects this loss.
+        predictor_hidden: Width of the predictor's hidden layer, 4096 in the paper.
+        target_momentum: tau at the first step, rising to 1 on a cosine; .996 in the paper, .99 for its 300 epochs.
+    """
+
+    takes_width: ClassVar[bool] = True
+    name: Literal["byol"] = "byol"
+    predictor_hidden: int = 4096
+    target_momentum: float = 0.996
+
+    def __post_init__(self) -> None:
+        check_hidden(self.predictor_hidden)
+        check_momentum("loss.target_momentum", self.target_momentum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearByolConfig:
+    """Settings of `Byol` with one linear layer as its predictor.
+
+    Attributes:
+        name: Selects this loss.
+        target_momentum: As BYOL's.
+    """
+
+    takes_width: ClassVar[bool] = True
+    name: Literal["linear_byol"] = "linear_byol"
+    target_momentum: float = 0.996
+
+    def __post_init__(self) -> None:
+        check_momentum("loss.target_momentum", self.target_momentum)
+
+
+class Byol(nn.Module):
+    """The online network's prediction of what the target makes of another view."""
+
+    def __init__(self, config: ByolConfig | LinearByolConfig, projector_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.predictor: nn.Module = (
+            build_predictor(projector_dim, config.predictor_hidden)
+            if isinstance(config, ByolConfig)
+            else nn.Linear(projector_dim, projector_dim)
+        )
+
+    def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The loss of this rank's rows.
+
+        Args:
+            z: Projections of each view [B, D], any floating dtype.
+            targets: The target network's projections of the first T views.
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs), in [0, 8]; its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        rows = stack_views(*z)
+        predictions = self.predictor(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        return 2 * (2 - 2 * mean_cosine(predictions, torch.stack(list(targets))))
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: it bounds no divergence."""
+        return None

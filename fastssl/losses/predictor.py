@@ -1,0 +1,22 @@
+"""The predictor of objectives that compare a prediction with a target; it is trained as a part of the loss."""
+
+from torch import nn
+
+
+def build_predictor(projector_dim: int, hidden_dim: int) -> nn.Sequential:
+    """D-hidden-BN-ReLU-D, as BYOL's and SimSiam's; the layer before the batch norm has no bias.
+
+    The norm's statistics are over all views of the local batch.
+    """
+    return nn.Sequential(
+        nn.Linear(projector_dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, projector_dim),
+    )
+
+
+def check_hidden(hidden_dim: int) -> None:
+    """Refuse a width below 1; the ValueError names `loss.predictor_hidden`."""
+    if hidden_dim < 1:
+        raise ValueError(f"loss.predictor_hidden: must be >= 1, got {hidden_dim}")

@@ -1,0 +1,64 @@
+"""SimSiam: Chen and He 2021, arXiv:2011.10566, Eq. 2.
+
+# z the projections, p = q(z) their predictions; sg(x): x without gradient; a, b two views
+
+    L = -1/2 [cos(p_a, sg(z_b)) + cos(p_b, sg(z_a))]
+
+With more views: the mean over every two of them, in both directions. (The paper keeps the predictor's learning rate
+constant for its best number; here it follows the schedule as all else.)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from fastssl.losses.pairwise import stack_views
+from fastssl.losses.predictor import build_predictor, check_hidden
+from fastssl.losses.view_pairs import mean_cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimSiamConfig:
+    """Settings of `SimSiam`.
+
+    Attributes:
+        name: Selects this loss.
+        predictor_hidden: Width of the predictor's hidden layer: 512 in the paper, a quarter of its D.
+    """
+
+    takes_width: ClassVar[bool] = True
+    name: Literal["simsiam"] = "simsiam"
+    predictor_hidden: int = 512
+
+    def __post_init__(self) -> None:
+        check_hidden(self.predictor_hidden)
+
+
+class SimSiam(nn.Module):
+    """The prediction of another view's projection; the network is its own target."""
+
+    def __init__(self, config: SimSiamConfig, projector_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.predictor: nn.Module = build_predictor(projector_dim, config.predictor_hidden)
+
+    def forward(self, *z: Tensor) -> Tensor:
+        """The loss of this rank's rows.
+
+        Args:
+            z: Projections of each view [B, D], any floating dtype.
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs), in [-1, 1]; its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        rows = stack_views(*z)
+        predictions = self.predictor(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        return -mean_cosine(predictions, rows)
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: it bounds no divergence."""
+        return None

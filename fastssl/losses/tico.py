@@ -1,0 +1,87 @@
+"""TiCo: Zhu et al. 2022, arXiv:2206.10698.
+
+# V views of N samples over all ranks; D projection; u = z/|z| of the online network, t of the target; a, b two views
+# B = mean of u u^T over all rows, both views;  sg(x): x without gradient
+
+    C <- beta sg(C) + (1 - beta) B,  from 0
+    L = 1 - [u_a . t_b + u_b . t_a]/2 + rho mean(u^T C u),   means over the batch
+
+C takes the batch in before it is used, and the gradient goes through B. With more views: the mean over every two of
+them. MINC's loss divided by its scale s is this with rho = s/2, but for the constant and for what C and Lambda hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.losses.moments import MovingMoment, second_moment
+from fastssl.losses.pairwise import stack_views
+from fastssl.losses.view_pairs import check_momentum, check_weights, mean_cosine, unit_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiCoConfig:
+    """Settings of `TiCo`.
+
+    Attributes:
+        name: Selects this loss.
+        covariance_weight: rho, 8 [second-hand: Lightly's default].
+        moment_momentum: beta of C's average, in [0, 1); .9 [second-hand].
+        target_momentum: Of the target network's average at the first step, rising to 1 on a cosine; .99 [second-hand].
+    """
+
+    takes_width: ClassVar[bool] = True
+    has_moments: ClassVar[bool] = True
+    name: Literal["tico"] = "tico"
+    covariance_weight: float = 8.0
+    moment_momentum: float = 0.9
+    target_momentum: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_weights(self, "covariance_weight")
+        check_momentum("loss.moment_momentum", self.moment_momentum, below_one=True)
+        check_momentum("loss.target_momentum", self.target_momentum)
+
+
+class TiCo(nn.Module):
+    """Agreement with the target, and rows spread over the directions that are used least.
+
+    Attributes:
+        moment: C, without a correction for its start at 0, as the paper has it.
+    """
+
+    def __init__(self, config: TiCoConfig, projector_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.moment = MovingMoment(projector_dim, config.moment_momentum)
+
+    def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The loss, with C of the global batch. In training C takes the batch in.
+
+        Args:
+            z: Projections of each view [B, D], any floating dtype; normalised inside.
+            targets: The target network's projections of the first T views.
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        rows, beta = stack_views(*z), self.moment.momentum
+        with torch.autocast(rows.device.type, enabled=False):
+            batch_moment = second_moment(unit_rows(rows))  # B
+            moment = beta * self.moment.average.clone() + (1 - beta) * batch_moment
+            if self.training:
+                self.moment.update(batch_moment.detach())
+            # mean(u^T C u) = sum(C * B)
+            repulsion = (moment * batch_moment).sum()
+        cosine = mean_cosine(rows, torch.stack(list(targets)))
+        return 1 - cosine + self.config.covariance_weight * repulsion
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: it bounds no divergence."""
+        return None

@@ -1,0 +1,87 @@
+"""VICReg: Bardes et al. 2022, arXiv:2105.04906, Eq. 6, as its authors' code has it.
+
+# N global batch, D projection; a, b two views; Cov the covariance over the batch, by N - 1; S = sqrt(Cov_dd + 1e-4)
+
+    s(a, b) = mean over i and d of (z_a - z_b)^2        invariance
+    v(z)    = mean_d max(0, 1 - S_d)                    variance
+    c(z)    = (1/D) sum_{d != e} Cov_de^2               covariance
+    L = lambda s(a, b) + mu [v(a) + v(b)]/2 + nu [c(a) + c(b)]
+
+With more views: the mean over every two of them.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.losses.moments import center, covariances
+from fastssl.losses.pairwise import stack_views
+from fastssl.losses.view_pairs import check_weights
+
+EPSILON = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class VicRegConfig:
+    """Settings of `VicReg`; the weights are the paper's.
+
+    Attributes:
+        name: Selects this loss.
+        invariance_weight: lambda.
+        variance_weight: mu.
+        covariance_weight: nu.
+    """
+
+    has_moments: ClassVar[bool] = True
+    name: Literal["vicreg"] = "vicreg"
+    invariance_weight: float = 25.0
+    variance_weight: float = 25.0
+    covariance_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_weights(self, "invariance_weight", "variance_weight", "covariance_weight")
+
+
+class VicReg(nn.Module):
+    """Views agree, every column varies over the batch, no two columns vary together."""
+
+    def __init__(self, config: VicRegConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *z: Tensor) -> Tensor:
+        """The loss, of statistics of the global batch.
+
+        Args:
+            z: Projections of each view [B, D], any floating dtype.
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.
+
+        Raises:
+            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        """
+        rows, config = stack_views(*z), self.config
+        num_samples = rows.shape[1] * dist.world_size()
+        with torch.autocast(rows.device.type, enabled=False):
+            wide = rows if rows.dtype == torch.float64 else rows.float()
+            pairs = itertools.combinations(range(len(wide)), 2)
+            invariance = torch.stack([(wide[v] - wide[w]).square().mean() for v, w in pairs]).mean()
+            x = center(wide)
+            covariance = covariances(x, x) * (num_samples / (num_samples - 1))  # [V, D, D]
+            variance = covariance.diagonal(dim1=1, dim2=2)
+            hinge = (1 - (variance + EPSILON).sqrt()).relu().mean()
+            off_diagonal = (covariance.square().sum((1, 2)) - variance.square().sum(1)) / rows.shape[2]
+        return (
+            config.invariance_weight * invariance
+            + config.variance_weight * hinge
+            + config.covariance_weight * 2 * off_diagonal.mean()
+        )
+
+    def bound_nats(self, value: float) -> float | None:
+        """None: it bounds no divergence."""
+        return None
