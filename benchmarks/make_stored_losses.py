@@ -8,7 +8,7 @@ In an environment of its own, as nothing here needs these packages. Each number 
 code; none of that code is copied here.
 """
 
-# N samples, D width; z [2, N, D] two views, direction [2, N, D]
+# N samples, D width; z [2, N, D] two views, direction [2, N, D], targets [2, N, D] of a target network
 
 import argparse
 import importlib.metadata
@@ -35,8 +35,9 @@ from kernels.torchvision_cpu import import_torchvision
 OUT = Path(__file__).resolve().parent.parent / "tests/fastssl/stored_losses.json"
 SHAPES = {0: (2, 6, 5), 1: (2, 9, 4)}  # seed -> [views, N, D]
 DTYPES = ("float64", "float32")
+WITH_TARGETS = ("byol", "tico")  # these losses take z_a, z_b, target_a, target_b
 
-TwoViewLoss = Callable[[Tensor, Tensor], Tensor]
+TwoViewLoss = Callable[..., Tensor]
 # The name of our loss, our settings, the other project's settings, its loss, where it is from.
 Peer = tuple[str, dict[str, Any], dict[str, Any], TwoViewLoss, str]
 
@@ -47,11 +48,17 @@ def draw_inputs(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def measure(loss: TwoViewLoss, seed: int, dtype: str) -> dict[str, float]:
+def draw_targets(seed: int) -> np.ndarray:
+    """What a target network makes of both views, [2, N, D], fp64."""
+    return np.random.Generator(np.random.PCG64(1000 + seed)).standard_normal(SHAPES[seed])
+
+
+def measure(loss: TwoViewLoss, seed: int, dtype: str, *, with_targets: bool = False) -> dict[str, float]:
     """The value, and its derivative along the direction."""
-    z, direction = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in draw_inputs(seed))
+    drawn = (*draw_inputs(seed), draw_targets(seed))
+    z, direction, targets = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in drawn)
     z.requires_grad_()
-    value = loss(z[0], z[1])
+    value = loss(z[0], z[1], *(targets if with_targets else ()))
     (grad,) = torch.autograd.grad(value, z)
     return {"value": value.item(), "derivative": (grad.double() * direction.double()).sum().item()}
 
@@ -66,6 +73,45 @@ def lightly_peers() -> Iterator[Peer]:
         for temperature in (0.5, 0.1):
             settings = {"temperature": temperature}
             yield name, settings, settings, loss_type(**settings), f"{version}, {loss_type.__name__}"
+
+
+def lightly_moment_peers() -> Iterator[Peer]:
+    """Barlow Twins and VICReg, of one process; TiCo, whose one direction gets the rows of both views at once."""
+    from lightly.loss import BarlowTwinsLoss, TiCoLoss, VICRegLoss
+
+    version = f"lightly {importlib.metadata.version('lightly')}"
+    for weight in (0.0051, 0.5):
+        theirs = {"lambda_param": weight}
+        yield (
+            "barlow_twins",
+            {"redundancy_weight": weight},
+            theirs,
+            BarlowTwinsLoss(**theirs),
+            f"{version}, BarlowTwinsLoss",
+        )
+    for weights in ((25.0, 25.0, 1.0), (2.0, 5.0, 10.0)):
+        ours = dict(zip(("invariance_weight", "variance_weight", "covariance_weight"), weights, strict=True))
+        theirs = dict(zip(("lambda_param", "mu_param", "nu_param"), weights, strict=True))
+        yield "vicreg", ours, theirs, VICRegLoss(**theirs), f"{version}, VICRegLoss"
+    for beta, rho in ((0.9, 8.0), (0.5, 2.0)):
+        theirs = {"beta": beta, "rho": rho}
+
+        def tico(a: Tensor, b: Tensor, t_a: Tensor, t_b: Tensor, theirs: dict[str, float] = theirs) -> Tensor:
+            loss, targets = TiCoLoss(**theirs), torch.cat([t_b, t_a])
+            loss(torch.cat([t_a, t_b]), targets)  # a first batch, which C remembers
+            return loss(torch.cat([a, b]), targets)
+
+        yield "tico", {"moment_momentum": beta, "covariance_weight": rho}, theirs, tico, f"{version}, TiCoLoss"
+
+
+def lightly_cosine_peers() -> Iterator[Peer]:
+    """BYOL and SimSiam by the negative cosine, without a predictor; BYOL's 2 - 2 cos is written out."""
+    from lightly.loss import NegativeCosineSimilarity
+
+    source = f"lightly {importlib.metadata.version('lightly')}, NegativeCosineSimilarity"
+    negative = NegativeCosineSimilarity()
+    yield "byol", {}, {}, lambda a, b, t_a, t_b: 2 + 2 * negative(a, t_b) + 2 + 2 * negative(b, t_a), source
+    yield "simsiam", {}, {}, lambda a, b: (negative(a, b.detach()) + negative(b, a.detach())) / 2, source
 
 
 def open_clip_peers() -> Iterator[Peer]:
@@ -138,13 +184,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # of lightly's DCLW
     peers = [
         *lightly_peers(),
+        *lightly_moment_peers(),
+        *lightly_cosine_peers(),
         *open_clip_peers(),
         *spectral_peers(arguments.spectral),
         *mio_peers(arguments.miossl),
     ]
     entries = [
         {"loss": name, "settings": ours, "source": source, "source_settings": theirs, "seed": seed, "dtype": dtype}
-        | measure(loss, seed, dtype)
+        | measure(loss, seed, dtype, with_targets=name in WITH_TARGETS)
         for name, ours, theirs, loss, source in peers
         for seed in SHAPES
         for dtype in DTYPES

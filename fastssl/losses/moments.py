@@ -64,7 +64,8 @@ class MovingMoment(nn.Module):
         Before the first update it has seen nothing (0/0): then it is the batch's own moment.
         """
         has_seen = self.weight > 0
-        return torch.where(has_seen, self.average / torch.where(has_seen, self.weight, 1.0), batch_moment)
+        average = self.average / torch.where(has_seen, self.weight, 1.0)
+        return torch.where(has_seen, average.to(batch_moment), batch_moment)
 
     @torch.no_grad()
     def update(self, batch_moment: Tensor) -> None:

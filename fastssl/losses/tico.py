@@ -1,13 +1,13 @@
 """TiCo: Zhu et al. 2022, arXiv:2206.10698.
 
 # V views of N samples over all ranks; D projection; u = z/|z| of the online network, t of the target; a, b two views
-# B = mean of u u^T over all rows, both views;  sg(x): x without gradient
+# B = mean of u u^T over all rows, both views; sg(x): x without gradient
 
-    C <- beta sg(C) + (1 - beta) B,  from 0
-    L = 1 - [u_a . t_b + u_b . t_a]/2 + rho mean(u^T C u),   means over the batch
+    C <- beta C + (1 - beta) B,  from 0
+    L = 1 - mean [u_a . t_b + u_b . t_a]/2 + rho mean u^T sg(C) u
 
-C takes the batch in before it is used, and the gradient goes through B. With more views: the mean over every two of
-them. MINC's loss divided by its scale s is this with rho = s/2, but for the constant and for what C and Lambda hold.
+C takes the batch in before it is used. With more views: the first mean is over every two of them. MINC's loss divided
+by its scale s is this with rho = s/2, but for the constant, and for what C and Lambda are averages of.
 """
 
 from collections.abc import Sequence
@@ -73,12 +73,12 @@ class TiCo(nn.Module):
         """
         rows, beta = stack_views(*z), self.moment.momentum
         with torch.autocast(rows.device.type, enabled=False):
-            batch_moment = second_moment(unit_rows(rows))  # B
-            moment = beta * self.moment.average.clone() + (1 - beta) * batch_moment
+            u = unit_rows(rows)
+            batch_moment = second_moment(u.detach())  # B
+            moment = beta * self.moment.average.to(u) + (1 - beta) * batch_moment
             if self.training:
-                self.moment.update(batch_moment.detach())
-            # mean(u^T C u) = sum(C * B)
-            repulsion = (moment * batch_moment).sum()
+                self.moment.update(batch_moment)
+            repulsion = (u * (u @ moment)).sum(-1).mean()
         cosine = mean_cosine(rows, torch.stack(list(targets)))
         return 1 - cosine + self.config.covariance_weight * repulsion
 

@@ -46,6 +46,12 @@ def test_loss_section_is_the_named_loss():
         ({"views": {"specs": [{}, {"size_px": 0}]}}, ["views.size_px", "0"]),
         ({"views": {"specs": [{}]}}, ["views.recipe", "at least two views", "has 1"]),
         ({"views": {"recipe": "multicrop"}, "loss": {"name": "siglip"}}, ["views.recipe", "siglip", "has 8"]),
+        ({"model": {"projector_dim": 100_000}, "loss": {"name": "minc"}}, ["model.projector_dim", "minc", "40.0 GB"]),
+        ({"model": {"projector_dim": 20_000}, "loss": {"name": "vicreg"}}, ["model.projector_dim: 20000", "16384"]),
+        ({"loss": {"name": "minc", "scale": 0}}, ["loss.scale: must be > 0"]),
+        ({"loss": {"name": "byol", "target_momentum": 1.5}}, ["loss.target_momentum: must be in [0, 1], got 1.5"]),
+        ({"data": {"global_batch_size": 1}, "loss": {"name": "byol"}}, ["data.global_batch_size must be >= 2"]),
+        ({"loss": {"name": "simsiam", "target_momentum": 0.9}}, ["unknown key loss.target_momentum"]),
         ({"train": {"zero_stage": 1}, "optim": {"name": "lars"}}, ["train.zero_stage", "optim.name=lars"]),
     ],
 )

@@ -379,7 +379,7 @@ def test_every_loss_is_built_from_its_default_config_by_name() -> None:
     for name, (config_type, module_type) in LOSSES.items():
         config = config_type()
         assert config.name == name == fields(config)[0].default
-        assert type(build_loss(config)) is module_type
+        assert type(build_loss(config, 8)) is module_type
 
 
 @pytest.mark.parametrize(

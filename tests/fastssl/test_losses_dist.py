@@ -17,14 +17,20 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.losses import (
+    BarlowTwinsConfig,
+    ByolConfig,
     DclConfig,
     DclwConfig,
+    LinearByolConfig,
     LossConfig,
     MincConfig,
     MioConfig,
     NtXentConfig,
     SigLipConfig,
+    SimSiamConfig,
     SpectralConfig,
+    TiCoConfig,
+    VicRegConfig,
     build_loss,
 )
 from kernels.gram_loss import quadratic_loss, spectral_loss
@@ -52,6 +58,12 @@ LOSS_CONFIGS = {
     "minc": MincConfig(),
     "minc_gha": MincConfig(gha=True),
     "minc_kl": MincConfig(alpha=1.0),
+    "byol": ByolConfig(predictor_hidden=7),
+    "linear_byol": LinearByolConfig(),
+    "simsiam": SimSiamConfig(predictor_hidden=7),
+    "barlow_twins": BarlowTwinsConfig(redundancy_weight=0.1),
+    "vicreg": VicRegConfig(),
+    "tico": TiCoConfig(),
 }
 
 

@@ -10,6 +10,11 @@ Where conventions could differ, they do not, or the conversion is exact:
 | `siglip`   | open_clip SigLipLoss takes unit rows, t and b themselves; ours normalises and learns log t         |
 | `clip`     | open_clip ClipLoss takes unit rows; it is our NT-Xent of `cross` topology                          |
 | `spectral` | function D: rows of norm sqrt(mu) and more are shortened to it; mean over i != j, as ours          |
+| `barlow_twins` | Lightly BarlowTwinsLoss on one process: biased variance, + 1e-5, as ours                       |
+| `vicreg`   | Lightly VICRegLoss on one process: covariance by N - 1, half of both variances, as ours            |
+| `tico`     | Lightly TiCoLoss has one direction; the rows of both views as one batch are our two directions      |
+| `byol`     | Lightly NegativeCosineSimilarity n: 2 - 2 cos = 2 + 2 n, both directions; no predictor here         |
+| `simsiam`  | the mean of n over both directions; no predictor here                                              |
 | `mio`      | MIOLoss takes the mean over negatives apart, and mean((u_a - u_b)^2) over rows and width, as ours  |
 """
 
@@ -19,9 +24,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.make_stored_losses import DTYPES, SHAPES, TwoViewLoss, draw_inputs, measure
+from benchmarks.make_stored_losses import DTYPES, SHAPES, WITH_TARGETS, TwoViewLoss, draw_inputs, measure
 from fastssl.losses import LOSSES, SigLipConfig, build_loss
 from fastssl.losses.siglip import SigLip
 from kernels.partition_loss import partition_loss
@@ -30,10 +35,19 @@ STORED = json.loads((Path(__file__).parent / "stored_losses.json").read_text())
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
 
 
-def our_loss(name: str, settings: dict) -> TwoViewLoss:
+def with_targets(loss: nn.Module, z_a: Tensor, z_b: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+    loss(*targets, targets=targets)  # a first batch, which TiCo remembers
+    return loss(z_a, z_b, targets=targets)
+
+
+def our_loss(name: str, settings: dict, width: int) -> TwoViewLoss:
     if name == "clip":
         return lambda z_a, z_b: partition_loss(torch.stack([z_a, z_b]), topology="cross", **settings)
-    loss = build_loss(LOSSES[name][0](**settings)).double()
+    loss = build_loss(LOSSES[name][0](**settings), width).double()
+    if hasattr(loss, "predictor"):
+        loss.predictor = nn.Identity()
+    if name in WITH_TARGETS:
+        return lambda z_a, z_b, *targets: with_targets(loss, z_a, z_b, targets)
     if isinstance(loss, SigLip):  # parameters are made in fp32, which has no log 3
         loss.log_inv_temperature.data.fill_(math.log(settings["initial_inv_temperature"]))
     return loss
@@ -53,7 +67,8 @@ def test_inputs_are_those_of_the_stored_numbers(seed: int) -> None:
 
 @pytest.mark.parametrize("entry", STORED["losses"], ids=label)
 def test_value_and_derivative_are_those_of_the_other_project(entry: dict) -> None:
-    ours = measure(our_loss(entry["loss"], entry["settings"]), entry["seed"], entry["dtype"])
+    loss = our_loss(entry["loss"], entry["settings"], SHAPES[entry["seed"]][2])
+    ours = measure(loss, entry["seed"], entry["dtype"], with_targets=entry["loss"] in WITH_TARGETS)
     stored = {key: entry[key] for key in ("value", "derivative")}
     tolerance = TOLERANCE[entry["dtype"]]
     assert ours["value"] == pytest.approx(stored["value"], rel=tolerance, abs=tolerance)
@@ -62,7 +77,20 @@ def test_value_and_derivative_are_those_of_the_other_project(entry: dict) -> Non
 
 def test_every_other_project_is_there_and_says_where_it_is_from() -> None:
     found = {(entry["loss"], entry["dtype"], entry["seed"]) for entry in STORED["losses"]}
-    names = ("simclr", "dcl", "dclw", "siglip", "clip", "spectral", "mio")
+    names = (
+        "simclr",
+        "dcl",
+        "dclw",
+        "siglip",
+        "clip",
+        "spectral",
+        "mio",
+        "barlow_twins",
+        "vicreg",
+        "tico",
+        "byol",
+        "simsiam",
+    )
     assert found == {(name, dtype, seed) for name in names for dtype in DTYPES for seed in SHAPES}
     assert all(any(c.isdigit() for c in entry["source"]) for entry in STORED["losses"])  # a version or a commit
 
