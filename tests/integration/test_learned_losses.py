@@ -1,4 +1,4 @@
-"""Every loss trains from a config; what a loss learns is trained, saved and resumed with the rest."""
+"""Every loss trains from a config; what it learns and remembers is trained, saved and resumed with the rest."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastssl.losses import LOSSES
 from tests.processes import ROOT, environment
 
 NUM_STEPS = 4
@@ -38,17 +39,26 @@ def take_steps(trainer, num_steps):
 def state(trainer):
     learned = {name: x.double().flatten().tolist() for name, x in trainer.loss.named_parameters()}
     weight = next(trainer.model.parameters()).double().flatten().tolist()
-    moments = [x["momentum_buffer"].double().sum().item() for x in trainer.optimizer.state_dict()["state"].values()]
-    return {"learned": learned, "weight": weight, "moments": moments, "step": trainer.step}
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # inside of ZeRO's
+    moments = [x["momentum_buffer"].double().sum().item() for x in optimizer.state.values()]
+    target = [] if trainer.objective.target is None else list(trainer.objective.target.parameters())
+    assert all(x.dtype == torch.float32 and not x.requires_grad for x in target)
+    return {
+        "learned": learned, "weight": weight, "moments": moments, "step": trainer.step,
+        "target": [x.double().sum().item() for x in target],
+        "remembered": {name: x.double().flatten().tolist() for name, x in trainer.loss.named_buffers()},
+        "probe": [x.double().sum().item() for x in trainer.probe.parameters()],
+    }
 """
 
 RESUME = """
-whole = start("siglip", "whole")
+name, settings = sys.argv[5], sys.argv[6:]
+whole = start(name, "whole", *settings)
 found = {"start": state(whole), "end": take_steps(whole, int(sys.argv[3]))}
-cut = start("siglip", "cut")
+cut = start(name, "cut", *settings)
 found["saved"] = take_steps(cut, int(sys.argv[4]))
 cut.save()
-again = start("siglip", "cut", "run.resume=auto")
+again = start(name, "cut", *settings, "run.resume=auto")
 found["restored"] = state(again)
 found["resumed_end"] = take_steps(again, int(sys.argv[3]) - again.step)
 print(json.dumps(found))
@@ -56,9 +66,11 @@ print(json.dumps(found))
 
 OTHERS = """
 found = {}
+settings = sys.argv[4].split()
 crops = "views.specs=[{size_px: 16}, {size_px: 16}, {size_px: 8, crop_scale: [.05, .2]}]"
-for name in sys.argv[4:]:
-    trainer = start("simclr", name, crops) if name == "three_views" else start(name, name)
+for name in sys.argv[5:]:
+    loss, _, has_crops = name.partition("-")
+    trainer = start(loss, name, *settings, *([crops] if has_crops else []))
     found[name] = {"start": state(trainer), "end": take_steps(trainer, int(sys.argv[3]))}
 print(json.dumps(found))
 """
@@ -78,7 +90,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_what_siglip_learns_is_trained_and_resumed_bit_for_bit(tiny_config: Path, tmp_path: Path) -> None:
-    found = run(RESUME, tiny_config, tmp_path, NUM_STEPS, SAVED_AT)
+    found = run(RESUME, tiny_config, tmp_path, NUM_STEPS, SAVED_AT, "siglip")
     start, end = found["start"]["learned"], found["end"]["learned"]
     assert start == {"log_inv_temperature": [pytest.approx(2.302585, rel=1e-6)], "bias": [-10.0]}
     for name in start:
@@ -89,15 +101,41 @@ def test_what_siglip_learns_is_trained_and_resumed_bit_for_bit(tiny_config: Path
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["minc", "byol"])
+def test_targets_and_moments_are_resumed_bit_for_bit_under_zero_1(name: str, tiny_config: Path, tmp_path: Path) -> None:
+    settings = ["train.zero_stage=1", "loss.target_momentum=0.9"]
+    settings += ["loss.predictor_hidden=8"] if name == "byol" else []
+    found = run(RESUME, tiny_config, tmp_path, NUM_STEPS, SAVED_AT, name, *settings)
+    for key in ("target", "weight", "probe", "moments", "learned" if name == "byol" else "remembered"):
+        assert found["saved"][key] != found["end"][key], key  # each of them moves
+    assert found["start"]["target"] != found["saved"]["target"]
+    assert found["restored"] == found["saved"]
+    assert found["resumed_end"] == found["end"]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+TARGETS = ("minc", "byol", "linear_byol", "tico")
+MULTI_CROP = ["simclr-crops", "minc-crops", "vicreg-crops"]  # views of two sizes
+
+
 @pytest.mark.slow
-def test_other_losses_and_three_views_train(tiny_config: Path, tmp_path: Path) -> None:
-    """The last is NT-Xent on views of two sizes."""
-    found = run(OTHERS, tiny_config, tmp_path, NUM_STEPS, "dcl", "dclw", "spectral", "three_views")
-    for name in ("dcl", "dclw", "spectral", "three_views"):
-        assert found[name]["start"]["learned"] == {}
-        assert found[name]["end"]["step"] == NUM_STEPS
-        assert found[name]["end"]["weight"] != found[name]["start"]["weight"]
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_every_objective_trains_under_deepspeed(zero_stage: int, tiny_config: Path, tmp_path: Path) -> None:
+    """With the target network and the online probe; bf16 at stage 1."""
+    settings = f"train.zero_stage={zero_stage} train.precision={'bf16' if zero_stage == 1 else 'fp32'}"
+    names = [*LOSSES, *MULTI_CROP]
+    found = run(OTHERS, tiny_config, tmp_path, NUM_STEPS, settings, *names)
+    for name in names:
+        start, end = found[name]["start"], found[name]["end"]
+        assert end["step"] == NUM_STEPS
+        assert end["weight"] != start["weight"]
+        assert end["probe"] != start["probe"]
+        assert bool(end["target"]) == (name.partition("-")[0] in TARGETS)
+        if end["target"]:
+            assert end["target"] != start["target"]
+        assert all(math.isfinite(x) for x in end["weight"])
         values = losses(tmp_path / name)
         assert len(set(values)) == NUM_STEPS
         assert all(map(math.isfinite, values))
-    assert losses(tmp_path / "dcl")[0] != losses(tmp_path / "dclw")[0]  # each name is its own loss
+    firsts = [losses(tmp_path / name)[0] for name in LOSSES]
+    assert len(set(firsts)) == len(firsts)  # each name is its own loss
