@@ -9,7 +9,7 @@ NT-Xent without the positive in the sum, which makes its gradient vanish once a 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ class DclConfig:
 class DclwConfig(DclConfig):
     """Settings of `Dcl` with weighted positives, DCLW: those of DclConfig."""
 
+    max_views: ClassVar[int] = 2
     name: Literal["dclw"] = "dclw"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 

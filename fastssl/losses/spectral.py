@@ -30,6 +30,7 @@ class SpectralConfig:
     """
 
     has_moments: ClassVar[bool] = True
+    max_views: ClassVar[int] = 2
     name: Literal["spectral"] = "spectral"
     mu: float = 1.0
     impl: Impl = "auto"

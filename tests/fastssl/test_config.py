@@ -46,6 +46,8 @@ def test_loss_section_is_the_named_loss():
         ({"views": {"specs": [{}, {"size_px": 0}]}}, ["views.size_px", "0"]),
         ({"views": {"specs": [{}]}}, ["views.recipe", "at least two views", "has 1"]),
         ({"views": {"recipe": "multicrop"}, "loss": {"name": "siglip"}}, ["views.recipe", "siglip", "has 8"]),
+        ({"views": {"recipe": "multicrop"}, "loss": {"name": "spectral"}}, ["views.recipe", "two views", "spectral"]),
+        ({"views": {"recipe": "multicrop"}, "loss": {"name": "dclw"}}, ["views.recipe", "two views", "dclw"]),
         ({"model": {"projector_dim": 100_000}, "loss": {"name": "minc"}}, ["model.projector_dim", "minc", "40.0 GB"]),
         ({"model": {"projector_dim": 20_000}, "loss": {"name": "vicreg"}}, ["model.projector_dim: 20000", "16384"]),
         ({"loss": {"name": "minc", "scale": 0}}, ["loss.scale: must be > 0"]),
