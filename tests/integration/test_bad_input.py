@@ -27,6 +27,7 @@ def assert_one_line(done, *parts):
         (["data.order=shuffled"], ["data.order", "quasi_random"]),
         (["optim.base_lr=.nan"], ["optim.base_lr"]),
         (["loss.name=nope"], ["loss.name", "mio, siglip, simclr"]),
+        (["loss={name: byol, target_momentum: 2}"], ["loss.target_momentum", "[0, 1]"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -218,8 +218,8 @@ def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, comm
     ("zero_stage", "num_ranks", "loss"),
     [
         (0, 1, None),
-        (1, 2, None),
         (1, 2, "minc"),
+        pytest.param(1, 2, None, marks=pytest.mark.slow),
         pytest.param(1, 1, None, marks=pytest.mark.slow),
         pytest.param(0, 2, None, marks=pytest.mark.slow),
         pytest.param(2, 1, "minc", marks=pytest.mark.slow),

@@ -116,6 +116,18 @@ def test_multi_crop_is_every_view_against_every_other_target() -> None:
     torch.testing.assert_close(loss(*z, targets=list(targets)), sum(terms) / 6)
 
 
+@pytest.mark.parametrize("gha", [False, True])
+def test_torch_compile_takes_it_as_one_graph(gha: bool) -> None:
+    z, targets, loss = rows(), rows(seed=1), minc(gha=gha)
+    torch.compiler.reset()
+    compiled = torch.compile(minc(gha=gha), fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # the second step finds a Lambda
+        values = [x(*z, targets=list(targets)) for x in (compiled, loss)]
+        grads = [torch.autograd.grad(value, z)[0] for value in values]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*grads)
+
+
 # -- Lambda
 
 

@@ -122,8 +122,18 @@ def test_low_precision_inputs_under_autocast_give_fp32(name: str) -> None:
     assert value.item() == pytest.approx(exact.item(), rel=rel, abs=rel)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
+    z, targets = draw(), draw(seed=1)
+    torch.compiler.reset()
+    compiled = torch.compile(build(name), fullgraph=True, backend="aot_eager")
+    ours, expected = (value_of(name, loss, z, targets) for loss in (compiled, build(name)))
+    torch.testing.assert_close(ours, expected)
+    grads = [torch.autograd.grad(value, z)[0] for value in (ours, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_known_values() -> None:
-    z = draw()
     for name, ideal in (("byol", 0.0), ("simsiam", -1.0)):
         loss = build(name)
         loss.predictor = nn.Identity()
