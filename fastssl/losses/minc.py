@@ -15,7 +15,7 @@ D x D matrix.
 | setting | form                                                                          | -l is at most        |
 |---------|-------------------------------------------------------------------------------|----------------------|
 | default | l                                                                             | (chi^2 + 1)/2        |
-| `gha`   | A = tril(Lambda) for Lambda (Sanger's rule): eigenfunctions by themselves, in order | (no bound)     |
+| `gha`   | tril(Lambda) for Lambda (Sanger's rule): single eigenfunctions, in order      | (no bound)           |
 | `alpha` | -t_alpha(phi . phi') + 1/2 phi^T Lambda phi - 1/alpha                         | the alpha-divergence |
 
 t_alpha(v) = (|sqrt(alpha/2) v|^(2 (alpha - 1)/alpha) - 1)/(alpha - 1), and log(v^2/2) at alpha = 1, whose divergence is
