@@ -44,11 +44,14 @@ def main() -> None:
         name, batch, width = args.peak
         print(own_peak_mb(name, int(batch), int(width)))
         return
-    rows = [measure(name, batch, args.width, args.seconds) for name in args.losses for batch in args.batches]
+    environment = environment_columns(("torch", "numpy"))
+    rows = []
+    for name in args.losses:
+        for batch in args.batches:
+            rows.append(measure(name, batch, args.width, args.seconds))
+            if args.out:  # as cells are finished
+                append_rows(args.out, [rows[-1] | environment])
     print(format_table(rows, COLUMNS[:7]))
-    if args.out:
-        environment = environment_columns(("torch", "numpy"))
-        append_rows(args.out, [row | environment for row in rows])
 
 
 def measure(name: str, batch: int, width: int, seconds: float) -> dict[str, Any]:
