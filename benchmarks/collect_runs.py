@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.record import Row, append_rows, command_line, format_table
+from fastssl.evaluation.accuracy import t_interval
 from fastssl.metrics import read_rows
 from fastssl.run_folder import RunFolder
 
+SUMMARY = ("row", "metric", "mean_percent", "sd_over_seeds", "interval95_over_seeds", "num_seeds")
 PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "scikit-learn")
 
 
@@ -36,59 +38,58 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw_curve(folders, arguments.out.with_suffix(".png"))
     except (ValueError, OSError) as error:
         sys.exit(f"collect_runs: error: {error}")
-    print(format_table(summary(rows), ("row", "metric", "mean_percent", "sd_over_seeds", "num_seeds")))
+    print(format_table(summary(rows), SUMMARY))
 
 
 def rows_of(folder: RunFolder) -> Iterator[Row]:
-    """One row for each encoder and metric of the run's eval.json.
+    """One row for each encoder and metric that the run was last judged by, at its last judged checkpoint.
+
+    What was judged on another data set (`--on`) is left out.
 
     Raises:
         FileNotFoundError: the run was not judged yet.
     """
     cfg = folder.load_config()
-    if not folder.evaluation.exists():
-        raise FileNotFoundError(f"{folder.path} has no eval.json: run `fastssl eval {folder.path}` first")
+    judged = [line for line in read_rows(folder.evaluations) if line["on"] is None]
+    if not judged:
+        raise FileNotFoundError(f"{folder.path} has no eval.jsonl: run `fastssl eval {folder.path}` first")
+    last_step = max(line["checkpoint_step"] for line in judged)
+    last = {(line["encoder"], line["name"]): line for line in judged if line["checkpoint_step"] == last_step}
     environment = json.loads(folder.environment.read_text())
-    judged = json.loads(folder.evaluation.read_text())
     packages = {name.replace("-", "_"): environment["packages"][name] for name in PACKAGES}
-    for encoder, result in judged["results"].items():
-        for metric, (fraction, sd) in accuracies(result).items():
-            yield {
-                "row": encoder,
-                "metric": metric,
-                "percent": f"{100 * fraction:.2f}",
-                "sd_over_draws": None if sd is None else f"{100 * sd:.2f}",
-                "num_draws": 1 if sd is None else cfg.eval.num_draws,
-                "scored_on": judged["scored_on"],
-                "checkpoint_step": judged["checkpoint_step"],
-                "seed": cfg.run.seed,
-                "command": command_line(environment["command"][1:]),
-                "world_size": environment["world_size"],
-                "cpu": environment["cpu"],
-                "num_cpus": environment["num_cpus"],
-                "gpus": "; ".join(environment["gpus"]),
-                "python": environment["python"],
-                **packages,
-                "commit": environment["commit"],
-                "time_utc": environment["time_utc"],
-            }
+    for line in last.values():
+        yield {
+            "row": line["encoder"],
+            "metric": metric_of(line),
+            "percent": f"{100 * line['top1']:.2f}",
+            "sd_over_draws": None if line["top1_sd"] is None else f"{100 * line['top1_sd']:.2f}",
+            "num_draws": len(line["top1_each"]),
+            "scored_on": line["scored_on"],
+            "checkpoint_step": line["checkpoint_step"],
+            "seed": cfg.run.seed,
+            "command": command_line(environment["command"][1:]),
+            "world_size": environment["world_size"],
+            "cpu": environment["cpu"],
+            "num_cpus": environment["num_cpus"],
+            "gpus": "; ".join(environment["gpus"]),
+            "python": environment["python"],
+            **packages,
+            "commit": environment["commit"],
+            "time_utc": environment["time_utc"],
+        }
 
 
-def accuracies(result: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Top-1 fraction of one encoder, and its deviation over the draws of labels, by the name of the protocol."""
-    named: dict[str, tuple[float, float | None]] = {
-        f"knn_k{result['knn']['k']}_top1": (result["knn"]["top1"], None),
-        "logistic_top1": (result["logistic"]["top1"], None),
-    }
-    for num_labels, few in result["few_label"].items():
-        for classifier in ("logistic", "nearest"):
-            name = f"{classifier}_top1_{num_labels}_labels_per_class"
-            named[name] = few[f"{classifier}_mean"], few[f"{classifier}_sd"]
-    return named
+def metric_of(line: Mapping[str, Any]) -> str:
+    """Name of a metric, such as knn_k200_top1, logistic_top1 or nearest_top1_5_labels_per_class."""
+    if line["protocol"] == "knn":
+        return f"knn_k{line['chosen']['k']}_top1"
+    if line["protocol"] == "few_label":
+        return f"{line['chosen']['classifier']}_top1_{line['chosen']['labels_per_class']}_labels_per_class"
+    return f"{line['name']}_top1"
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Mean and standard deviation over the seeds; the deviation of one seed is None."""
+    """Mean, standard deviation and Student's 95% interval over the seeds; of one seed the last two are None."""
     groups: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
         groups.setdefault((row["row"], row["metric"]), []).append(float(str(row["percent"])))
@@ -98,10 +99,15 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "metric": metric,
             "mean_percent": round(statistics.mean(values), 2),
             "sd_over_seeds": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+            "interval95_over_seeds": _interval(t_interval(values)),
             "num_seeds": len(values),
         }
         for (encoder, metric), values in groups.items()
     ]
+
+
+def _interval(interval: tuple[float, float] | None) -> str | None:
+    return None if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def draw_curve(folders: Sequence[RunFolder], path: Path) -> None:

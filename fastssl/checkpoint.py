@@ -84,6 +84,22 @@ def last_checkpoint(root: Path) -> Path | None:
     return max(root.glob(f"{_PREFIX}*"), default=None)
 
 
+def checkpoint_of(root: Path, step: int | None) -> Path:
+    """The checkpoint of a step; None: the newest.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    steps = sorted(map(step_of, root.glob(f"{_PREFIX}*")))
+    if not steps:
+        raise ConfigError(f"{root.parent} has no checkpoint yet")
+    if step is not None and step not in steps:
+        raise ConfigError(
+            f"--step: {root.parent} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}"
+        )
+    return root / f"{_PREFIX}{steps[-1] if step is None else step:08d}"
+
+
 def step_of(path: Path) -> int:
     """Number of optimizer steps taken when a checkpoint was saved."""
     return int(path.name.removeprefix(_PREFIX))

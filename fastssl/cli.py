@@ -115,7 +115,7 @@ def _views(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from fastssl.evaluation.run import evaluate_run
 
-    print(evaluate_run(args.run, args.set))
+    print(evaluate_run(args.run, args.set, what=args.what, on=args.on, test=args.test, step=args.step))
 
 
 def _bench_loader(args: argparse.Namespace) -> None:
@@ -157,13 +157,35 @@ def _parser() -> argparse.ArgumentParser:
     views.set_defaults(call=_views)
 
     evaluate = commands.add_parser("eval", help="evaluate a run's encoder")
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
-    evaluate.set_defaults(call=_eval)
+    _add_eval(evaluate)
 
     bench = commands.add_parser("bench", help="measure how fast a .beton file is loaded here, and what bounds it")
     _add_bench_loader(bench.add_subparsers(title="what to measure", required=True, metavar="PART"))
     return parser
+
+
+def _add_eval(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.add_argument(
+        "--what",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PROTOCOL",
+        help="knn, linear, logistic, few_label, linear_augmented, finetune (default: eval.what of the run)",
+    )
+    evaluate.add_argument(
+        "--on", type=Path, metavar="OTHER.beton", help="judge on another data set (default: the run's own)"
+    )
+    evaluate.add_argument(
+        "--test",
+        type=Path,
+        metavar="TEST.beton",
+        help="the test part (default: data.test of the run; with --on a hold-out of OTHER.beton)",
+    )
+    evaluate.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the last one)")
+    evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    evaluate.set_defaults(call=_eval)
 
 
 def _add_bench_loader(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

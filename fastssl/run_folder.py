@@ -36,7 +36,7 @@ class RunFolder:
     """Paths of one run.
 
     Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
-    curves.png, eval.json.
+    curves.png, features/, eval.jsonl.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,7 +48,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.views = self.path / "views.png"
         self.curves = self.path / "curves.png"
-        self.evaluation = self.path / "eval.json"
+        self.features = self.path / "features"
+        self.evaluations = self.path / "eval.jsonl"
 
     def check_claim(self, cfg: Config) -> bool:
         """Whether the run is to be resumed; refuses to overwrite one.

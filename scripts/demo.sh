@@ -27,7 +27,7 @@ run           $run
 views         $run/views.png    what the network saw
 curves        $run/curves.png
 metrics       $run/metrics.jsonl, $run/tensorboard
-results       $run/eval.json
+results       $run/eval.jsonl
 encoder       $(ls -d "$run"/checkpoints/step_*/weights.pt | tail -n 1)
 took          ${SECONDS} s
 END

@@ -1,36 +1,96 @@
 """The `eval:` section of a configuration; imports nothing heavy, so that the command line starts fast."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.view_spec import ViewSpec
+
+ProtocolName = Literal["knn", "linear", "logistic", "few_label", "linear_augmented", "finetune"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How an encoder is judged.
 
+    Where several values are given, one is chosen on images held out of the training part.
+
     Attributes:
-        knn_k: Neighbours of the weighted kNN; the number of training images where that is smaller.
-        knn_temperature: Of its weights exp(similarity / temperature).
+        what: The protocols.
+        knn_k: Neighbours of the weighted kNN, or several numbers to choose from.
+        knn_temperature: Of its weights exp(similarity / temperature), or several to choose from.
         few_labels: Numbers of labels per class to be judged at, such as (5, 20); empty: none.
         num_draws: Random draws of the labelled images, averaged over.
+        num_seeds: Repetitions of what is random in linear, linear_augmented and finetune, after one choice of settings.
         baselines: Also judge raw pixels and the untrained encoder.
         local_batch_size: Images in one forward pass of the extraction.
+        feature_dtype: Of the features that are kept in the run's folder.
+        sgd_batch_size: Images of one step in linear, linear_augmented and finetune.
+        linear_lrs: Peak learning rates to choose from, for standardised features.
+        linear_weight_decays: Likewise.
+        linear_epochs: Passes over the features; the epoch to stop at is chosen too.
+        augmented_epochs: Passes of linear_augmented over the images.
+        augment: Fields of the random views of linear_augmented and finetune, such as {"flip_p": 0}; the rest is
+            RandomResizedCrop's default and the flip.
+        finetune_lrs: Peak learning rates to choose from.
+        finetune_weight_decay: Not applied to biases and norm parameters.
+        finetune_layer_decay: The learning rate of a layer is this to the power of its distance from the classifier
+            times the classifier's; 1: one for all.
+        finetune_epochs: Passes over the images; the epoch to stop at is chosen too.
         probe_lr: Learning rate of the linear probe that learns beside the training.
     """
 
-    knn_k: int = 200
-    knn_temperature: float = 0.1
+    what: tuple[ProtocolName, ...] = ("knn", "linear", "logistic", "few_label")
+    knn_k: int | tuple[int, ...] = 200
+    knn_temperature: float | tuple[float, ...] = 0.1
     few_labels: tuple[int, ...] = ()
     num_draws: int = 10
+    num_seeds: int = 1
     baselines: bool = False
     local_batch_size: int = 256
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    sgd_batch_size: int = 256
+    linear_lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    linear_weight_decays: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
+    linear_epochs: int = 50
+    augmented_epochs: int = 30
+    augment: dict[str, Any] = field(default_factory=dict)
+    finetune_lrs: tuple[float, ...] = (0.01, 0.03, 0.1)
+    finetune_weight_decay: float = 1e-4
+    finetune_layer_decay: float = 1.0
+    finetune_epochs: int = 10
     probe_lr: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("knn_k", "num_draws", "local_batch_size"):
-            if getattr(self, name) < 1:
+        if not self.what:
+            raise ValueError("what must name a protocol")
+        for name in (
+            *("knn_k", "num_draws", "num_seeds", "local_batch_size", "sgd_batch_size"),
+            *("linear_epochs", "augmented_epochs", "finetune_epochs"),
+        ):
+            if min(values_of(getattr(self, name)), default=0) < 1:
                 raise ValueError(f"{name} must be >= 1")
-        for name in ("knn_temperature", "probe_lr"):
-            if getattr(self, name) <= 0:
+        for name in ("knn_temperature", "linear_lrs", "finetune_lrs", "probe_lr", "finetune_layer_decay"):
+            if min(values_of(getattr(self, name)), default=0) <= 0:
                 raise ValueError(f"{name} must be > 0")
+        for name in ("linear_weight_decays", "finetune_weight_decay"):
+            if min(values_of(getattr(self, name)), default=-1) < 0:
+                raise ValueError(f"{name} must be >= 0")
+        if self.finetune_layer_decay > 1:
+            raise ValueError("finetune_layer_decay must be at most 1")
         if any(num_labels < 1 for num_labels in self.few_labels):
             raise ValueError("few_labels must hold numbers >= 1")
+        try:
+            ViewSpec(**with_pairs(self.augment))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"augment: {error}") from None
+
+
+def values_of(value: Any) -> Sequence[Any]:
+    """One value or several, as several."""
+    return value if isinstance(value, tuple | list) else (value,)
+
+
+def with_pairs(fields: dict[str, Any]) -> dict[str, Any]:
+    """YAML's lists of two as the pairs that ViewSpec takes."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

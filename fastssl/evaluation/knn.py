@@ -2,58 +2,96 @@
 
 # N training images, M test images, F features, k neighbours, C classes
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastssl.evaluation.config import EvalConfig, values_of
+from fastssl.evaluation.task import Outcome, Task, rank_classes, split_validation
+
 _CHUNK_ROWS = 1024  # at ImageNet's 1.28 M training images one chunk of similarities takes 5.2 GB
 
 
-def knn_predict(
+def check_knn(cfg: EvalConfig, train_y: np.ndarray) -> None:
+    """Refuse more neighbours than there are.
+
+    Raises:
+        ValueError: names the key.
+    """
+    num_images = len(split_validation(train_y)[0]) if _is_chosen(cfg) else len(train_y)
+    k = max(values_of(cfg.knn_k))
+    if k > num_images:
+        raise ValueError(f"eval.knn_k is {k}, but there are only {num_images} labelled images to be neighbours")
+
+
+def knn(task: Task) -> dict[str, Outcome]:
+    """The configured k and temperature; of several the pair that is best on the validation part.
+
+    Of equally good pairs the first in the configuration's order counts.
+    """
+    cfg, chosen = task.cfg, {}
+    pairs = list(itertools.product(values_of(cfg.knn_k), values_of(cfg.knn_temperature)))
+    if _is_chosen(cfg):
+        fit, validation = split_validation(task.train_y)
+        votes = knn_votes(
+            task.train_x[fit], task.train_y[fit], task.train_x[validation], pairs, num_classes=task.num_classes
+        )
+        top1 = [float((vote.argmax(1) == task.train_y[validation]).mean()) for vote in votes]
+        chosen["validation_top1"] = max(top1)
+        pairs = [pairs[top1.index(max(top1))]]
+    votes = knn_votes(task.train_x, task.train_y, task.test_x, pairs, num_classes=task.num_classes)
+    chosen = {"k": pairs[0][0], "temperature": pairs[0][1]} | chosen
+    return {"knn": Outcome(ranked=[rank_classes(votes[0])], chosen=chosen)}
+
+
+def knn_votes(
     train_x: np.ndarray,
     train_y: np.ndarray,
     test_x: np.ndarray,
+    pairs: list[tuple[int, float]],
     *,
-    k: int = 200,
-    temperature: float = 0.1,
     num_classes: int,
-) -> np.ndarray:
-    """Classify by a vote of the k most similar training images, each weighing exp(cosine / temperature).
+) -> list[np.ndarray]:
+    """Votes of the k most similar training images, each weighing exp((cosine - 1) / temperature).
 
-    Wu et al. 2018, arXiv:1805.01978, section 3.4; k = 200 and temperature .1 as in their code for CIFAR-10.
+    Wu et al. 2018, arXiv:1805.01978, section 3.4; k = 200 and temperature .1 as in their code for CIFAR-10. The -1
+    scales all votes of an image alike and keeps the weights in (0, 1].
 
     Args:
         train_x: Features [N, F]; normalised inside.
         train_y: Labels int64 [N] in [0, num_classes).
         test_x: Features [M, F].
-        k: Neighbours, in [1, N].
-        temperature: > 0, dimensionless.
+        pairs: (k in [1, N], temperature > 0, dimensionless), for each of which there is an answer.
         num_classes: C.
 
     Returns:
-        Classes int64 [M]; the lowest one where votes are equal.
+        For each pair float32 [M, C].
 
     Raises:
         ValueError: k outside of [1, N], or temperature <= 0.
     """
-    if not 1 <= k <= len(train_x):
-        raise ValueError(f"eval.knn_k must be in [1, {len(train_x)}], the number of training images, not {k}")
-    if temperature <= 0:
-        raise ValueError(f"eval.knn_temperature must be > 0, not {temperature}")
+    for k, temperature in pairs:
+        if not 1 <= k <= len(train_x):
+            raise ValueError(f"eval.knn_k must be in [1, {len(train_x)}], the number of training images, not {k}")
+        if temperature <= 0:
+            raise ValueError(f"eval.knn_temperature must be > 0, not {temperature}")
     train, labels = _unit_rows(train_x), torch.as_tensor(train_y)
-    votes = [
-        _vote(chunk, train, labels, k=k, temperature=temperature, num_classes=num_classes)
-        for chunk in _unit_rows(test_x).split(_CHUNK_ROWS)
-    ]
-    return torch.cat(votes).argmax(1).numpy()
+    most = max(k for k, _ in pairs)
+    votes: list[list[Tensor]] = [[] for _ in pairs]
+    for chunk in _unit_rows(test_x).split(_CHUNK_ROWS):
+        similarity, neighbours = (chunk @ train.T).topk(most)
+        for found, (k, temperature) in zip(votes, pairs, strict=True):
+            weights = ((similarity[:, :k] - 1) / temperature).exp()
+            found.append(torch.zeros(len(chunk), num_classes).scatter_add_(1, labels[neighbours[:, :k]], weights))
+    return [torch.cat(found).numpy() for found in votes]
+
+
+def _is_chosen(cfg: EvalConfig) -> bool:
+    return len(values_of(cfg.knn_k)) * len(values_of(cfg.knn_temperature)) > 1
 
 
 def _unit_rows(x: np.ndarray) -> Tensor:
     return normalize(torch.as_tensor(x, dtype=torch.float32))
-
-
-def _vote(test: Tensor, train: Tensor, labels: Tensor, *, k: int, temperature: float, num_classes: int) -> Tensor:
-    similarity, neighbours = (test @ train.T).topk(k)
-    weights = ((similarity - 1) / temperature).exp()  # the -1 scales all votes alike and keeps exp in (0, 1]
-    return torch.zeros(len(test), num_classes).scatter_add_(1, labels[neighbours], weights)

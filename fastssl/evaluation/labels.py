@@ -1,4 +1,4 @@
-"""Whether two files can be judged together: labels, classes."""
+"""Whether files can be judged, and judged together: labels, classes."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from pipelines.beton import BetonReader
 
 def num_labelled_classes(reader: BetonReader) -> int:
     """Number of different labels; images without one (-1) do not count."""
-    return len(np.unique(reader.labels[reader.labels >= 0]))
+    return len(_classes(reader))
 
 
 def check_test_data(cfg: Config, train: BetonReader) -> None:
@@ -19,15 +19,36 @@ def check_test_data(cfg: Config, train: BetonReader) -> None:
         ConfigError: it has no labels, or other classes than the training file.
         DataError: it cannot be read.
     """
-    if cfg.data.test is None:
-        return
-    test = BetonReader(cfg.data.test)
+    if cfg.data.test is not None:
+        check_same_classes(train, BetonReader(cfg.data.test), "data.test")
+
+
+def check_same_classes(train: BetonReader, test: BetonReader, test_key: str) -> None:
+    """Refuse test images that classifiers of the training file cannot be judged by.
+
+    Args:
+        train: The training file; one without labels is judged by nothing and passes.
+        test: The test file.
+        test_key: What named it, for the message.
+
+    Raises:
+        ConfigError: it has no labels, or other classes than the training file.
+    """
     if num_labelled_classes(test) == 0:
-        raise ConfigError(f"data.test: {cfg.data.test} has no labels to be judged by")
+        raise ConfigError(f"{test_key}: {test.path} has no labels to be judged by")
     names, test_names = train.class_names, test.class_names
     if names and test_names and names != test_names:
         odd = sorted(set(names) ^ set(test_names)) or test_names
         raise ConfigError(
-            f"data.test: {cfg.data.test} has other classes than {cfg.data.train} "
+            f"{test_key}: {test.path} has other classes than {train.path} "
             f"(labels are positions in the list of classes): {', '.join(odd[:5])}"
         )
+    unknown = np.setdiff1d(_classes(test), _classes(train))
+    if len(unknown) and num_labelled_classes(train):
+        raise ConfigError(
+            f"{test_key}: {test.path} has labels that no image of {train.path} has: {', '.join(map(str, unknown[:5]))}"
+        )
+
+
+def _classes(reader: BetonReader) -> np.ndarray:
+    return np.unique(reader.labels[reader.labels >= 0])

@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
+import typing
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fastssl.evaluation import evaluate_arrays, few_label, format_table, logistic
-from fastssl.evaluation.config import EvalConfig
-from fastssl.evaluation.features import extract_features
-from fastssl.evaluation.few_label import draw_labelled, evaluate_few_labels
-from fastssl.evaluation.knn import knn_predict
-from fastssl.evaluation.logistic import evaluate_logistic
+from fastssl.evaluation import few_label, logistic
+from fastssl.evaluation.accuracy import judge
+from fastssl.evaluation.config import EvalConfig, ProtocolName
+from fastssl.evaluation.features import encode_batches
+from fastssl.evaluation.few_label import check_few_label, draw_labelled
+from fastssl.evaluation.knn import check_knn, knn, knn_votes
+from fastssl.evaluation.protocols import PROTOCOLS, evaluate
+from fastssl.evaluation.results import format_table
+from fastssl.evaluation.task import Task, rank_classes, split_validation
 from pipelines.batch import Batch
-from pipelines.sampler import split_holdout
 
 
 def _clusters(num: int, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,6 +26,12 @@ def _clusters(num: int, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray,
     centres = np.random.default_rng(99).normal(size=(4, 12))
     labels = np.arange(num) % 4
     return (centres[labels] + spread * rng.normal(size=(num, 12))).astype(np.float32), labels.astype(np.int64)
+
+
+def _task(num: int = 200, spread: float = 1.5, **settings) -> tuple[Task, np.ndarray]:
+    (train_x, train_y), (test_x, test_y) = _clusters(num, spread=spread), _clusters(60, seed=1, spread=spread)
+    cfg = EvalConfig(**{"knn_k": 20} | settings)
+    return Task(cfg=cfg, train_x=train_x, train_y=train_y, test_x=test_x, num_classes=4), test_y
 
 
 # --- features
@@ -42,9 +51,8 @@ def test_features_come_in_order_in_eval_mode_and_modes_return():
     backbone[1].eval()
     backbone[1].running_mean.fill_(0.5)
     loader = _Loader(10)
-    features, labels = extract_features(backbone, loader)
-    assert (features.dtype, features.shape, labels.dtype) == (np.float32, (10, 5), np.int64)
-    assert labels.tolist() == list(range(0, 20, 2))
+    features = np.concatenate(list(encode_batches(backbone, loader)))
+    assert (features.dtype, features.shape) == (np.float32, (10, 5))
     assert [module.training for module in backbone] == [True, False, True, True]
     assert torch.equal(backbone[1].running_mean, torch.full((5,), 0.5))
     with torch.no_grad():
@@ -54,13 +62,8 @@ def test_features_come_in_order_in_eval_mode_and_modes_return():
 def test_features_restore_modes_after_an_error():
     backbone = nn.Linear(2, 2)
     with pytest.raises(RuntimeError):
-        extract_features(backbone, _Loader(4))
+        list(encode_batches(backbone, _Loader(4)))
     assert backbone.training
-
-
-def test_features_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="no images"):
-        extract_features(nn.Identity(), [])
 
 
 # --- kNN
@@ -82,40 +85,63 @@ def test_knn_votes_as_the_loop_does(k, temperature, monkeypatch):
     monkeypatch.setattr("fastssl.evaluation.knn._CHUNK_ROWS", 16)  # several chunks, the last one short
     train_x, train_y = _clusters(90, spread=2.0)
     test_x, _ = _clusters(41, seed=1, spread=2.0)
-    predicted = knn_predict(train_x, train_y, test_x, k=k, temperature=temperature, num_classes=4)
-    assert predicted.tolist() == _brute_force_knn(train_x, train_y, test_x, k, temperature, 4)
+    # Asked for together with more neighbours: each pair's answer is its own.
+    [votes, _] = knn_votes(train_x, train_y, test_x, [(k, temperature), (90, 0.3)], num_classes=4)
+    assert votes.argmax(1).tolist() == _brute_force_knn(train_x, train_y, test_x, k, temperature, 4)
 
 
 def test_knn_weights_beat_a_majority_of_far_neighbours():
     train_x = np.array([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]], np.float32)
     train_y = np.array([0, 1, 1])
-    near = knn_predict(train_x, train_y, train_x[:1], k=3, temperature=0.1, num_classes=2)
-    flat = knn_predict(train_x, train_y, train_x[:1], k=3, temperature=10.0, num_classes=2)
-    assert (near[0], flat[0]) == (0, 1)
+    near, flat = knn_votes(train_x, train_y, train_x[:1], [(3, 0.1), (3, 10.0)], num_classes=2)
+    assert (near[0].argmax(), flat[0].argmax()) == (0, 1)
 
 
 def test_knn_survives_a_tiny_temperature():
     train_x, train_y = _clusters(20)
-    predicted = knn_predict(train_x, train_y, train_x, k=5, temperature=1e-3, num_classes=4)
-    assert predicted.tolist() == train_y.tolist()
+    [votes] = knn_votes(train_x, train_y, train_x, [(5, 1e-3)], num_classes=4)
+    assert votes.argmax(1).tolist() == train_y.tolist()
 
 
-@pytest.mark.parametrize(("fields", "key"), [({"k": 21}, "knn_k"), ({"k": 1, "temperature": 0.0}, "knn_temperature")])
-def test_knn_names_the_key(fields, key):
+@pytest.mark.parametrize(("pair", "key"), [((21, 0.1), "knn_k"), ((1, 0.0), "knn_temperature")])
+def test_knn_names_the_key(pair, key):
     train_x, train_y = _clusters(20)
     with pytest.raises(ValueError, match=rf"eval\.{key}"):
-        knn_predict(train_x, train_y, train_x, num_classes=4, **fields)
+        knn_votes(train_x, train_y, train_x, [pair], num_classes=4)
+
+
+def test_knn_chooses_on_the_validation_part_and_votes_with_all():
+    task, _ = _task(knn_k=(1, 15, 150), knn_temperature=(0.05, 1.0), spread=2.5)
+    fit, validation = split_validation(task.train_y)
+    top1 = {}
+    for k in (1, 15, 150):
+        for temperature in (0.05, 1.0):
+            [votes] = knn_votes(
+                task.train_x[fit], task.train_y[fit], task.train_x[validation], [(k, temperature)], num_classes=4
+            )
+            top1[k, temperature] = (votes.argmax(1) == task.train_y[validation]).mean()
+    outcome = knn(task)["knn"]
+    best = (outcome.chosen["k"], outcome.chosen["temperature"])
+    assert top1[best] == max(top1.values()) == outcome.chosen["validation_top1"] > min(top1.values())
+    [votes] = knn_votes(task.train_x, task.train_y, task.test_x, [best], num_classes=4)
+    assert np.array_equal(outcome.ranked[0], rank_classes(votes))
+
+
+@pytest.mark.parametrize(("k", "num_images"), [(201, 200), ((5, 181), 180)])
+def test_more_neighbours_than_images_are_refused(k, num_images):
+    task, _ = _task(knn_k=k)
+    with pytest.raises(ValueError, match=rf"eval\.knn_k is {np.max(k)}, but there are only {num_images}"):
+        check_knn(task.cfg, task.train_y)
 
 
 # --- logistic regression
 
 
 def test_logistic_chooses_c_on_the_held_out_tenth_and_reads_test_once(monkeypatch):
-    train_x, train_y = _clusters(200, spread=1.5)
-    test_x, test_y = _clusters(60, seed=1, spread=1.5)
-    fit_ids, holdout_ids = split_holdout(200, 0.1, train_y)
+    task, _ = _task()
+    fit_ids, holdout_ids = split_validation(task.train_y)
     fitted, scored = [], []
-    real_fit = logistic.fit_logistic
+    real_fit, real_scores = logistic.fit_logistic, logistic.class_scores
 
     class Spy:
         def __init__(self, model):
@@ -132,42 +158,49 @@ def test_logistic_chooses_c_on_the_held_out_tenth_and_reads_test_once(monkeypatc
         fitted.append((x, c))
         return Spy(real_fit(x, y, c))
 
+    def spy_scores(model, x, num_classes):
+        scored.append(x)
+        return real_scores(model, x, num_classes)
+
     monkeypatch.setattr(logistic, "fit_logistic", spy_fit)
-    result = evaluate_logistic(train_x, train_y, test_x, test_y)
+    monkeypatch.setattr(logistic, "class_scores", spy_scores)
+    outcome = logistic.logistic(task)["logistic"]
     *choosing, last = fitted
     assert [c for _, c in choosing] == list(logistic.C_GRID)
-    assert all(np.array_equal(x, train_x[fit_ids]) for x, _ in choosing)
-    assert np.array_equal(last[0], train_x)
-    assert last[1] == result.c
-    assert all(np.array_equal(x, train_x[holdout_ids]) for x in scored[:-1])
-    assert np.array_equal(scored[-1], test_x)
-    assert result.converged
+    assert all(np.array_equal(x, task.train_x[fit_ids]) for x, _ in choosing)
+    assert np.array_equal(last[0], task.train_x)
+    assert last[1] == outcome.chosen["c"]
+    assert all(np.array_equal(x, task.train_x[holdout_ids]) for x in scored[:-1])
+    assert np.array_equal(scored[-1], task.test_x)
+    assert outcome.chosen["converged"]
 
 
-def test_logistic_choice_does_not_depend_on_test_labels():
-    train_x, train_y = _clusters(200, spread=1.5)
-    test_x, test_y = _clusters(60, seed=1, spread=1.5)
-    right = evaluate_logistic(train_x, train_y, test_x, test_y)
-    wrong = evaluate_logistic(train_x, train_y, test_x, (test_y + 1) % 4)
-    assert right.c == wrong.c
-    assert right.top1 > 0.7 > 0.3 > wrong.top1
+def test_logistic_ranks_as_the_model_predicts():
+    task, test_y = _task()
+    outcome = logistic.logistic(task)["logistic"]
+    model = logistic.fit_logistic(task.train_x, task.train_y, outcome.chosen["c"])
+    assert np.array_equal(outcome.ranked[0][:, 0], model.predict(task.test_x))
+    assert judge(outcome.ranked, test_y, 4)["top1"] > 0.7
+
+
+def test_logistic_scores_two_classes_and_leaves_out_what_it_has_not_met():
+    train_x, train_y = _clusters(80)
+    two = train_y % 2 * 3  # 0 and 3
+    model = logistic.fit_logistic(train_x, two, 1.0)
+    scores = logistic.class_scores(model, train_x, 5)
+    assert np.array_equal(scores.argmax(1), model.predict(train_x))
+    assert np.isneginf(scores[:, [1, 2, 4]]).all()
 
 
 def test_logistic_takes_the_strongest_penalty_of_equals():
-    train_x, train_y = _clusters(80, spread=1e-3)
-    assert evaluate_logistic(train_x, train_y, train_x, train_y).c == logistic.C_GRID[0]
+    task, _ = _task(80, spread=1e-3)
+    assert logistic.logistic(task)["logistic"].chosen["c"] == logistic.C_GRID[0]
 
 
 def test_logistic_says_when_it_did_not_converge(monkeypatch):
     monkeypatch.setattr(logistic, "MAX_ITERATIONS", 2)
-    train_x, train_y = _clusters(80, spread=2.0)
-    assert not evaluate_logistic(train_x, train_y, train_x, train_y).converged
-
-
-def test_logistic_needs_ten_images():
-    train_x, train_y = _clusters(9)
-    with pytest.raises(ValueError, match="at least 10"):
-        evaluate_logistic(train_x, train_y, train_x, train_y)
+    task, _ = _task(80, spread=2.0)
+    assert not logistic.logistic(task)["logistic"].chosen["converged"]
 
 
 # --- few labels
@@ -182,77 +215,86 @@ def test_draws_are_balanced_reproducible_and_differ():
     assert not np.array_equal(ids, draw_labelled(labels, 5, draw=4))
 
 
+def _few(task: Task, test_y: np.ndarray) -> dict[str, dict]:
+    return dict(evaluate(task, test_y, ["few_label"]))
+
+
 def test_few_labels_average_their_draws():
-    train, test = _clusters(200, spread=1.5), _clusters(60, seed=1, spread=1.5)
-    result = evaluate_few_labels(*train, *test, num_per_class=3, num_draws=4)
-    assert result == evaluate_few_labels(*train, *test, num_per_class=3, num_draws=4)
+    task, test_y = _task(few_labels=(3,), num_draws=4)
+    result = _few(task, test_y)
+    assert result == _few(task, test_y)
     top1 = []
     for draw in range(4):
-        ids = draw_labelled(train[1], 3, draw)
-        distances = ((test[0][:, None] - train[0][ids][None]) ** 2).sum(2)
-        top1.append((train[1][ids][distances.argmin(1)] == test[1]).mean())
-    assert result.nearest_mean == pytest.approx(np.mean(top1))
-    assert result.nearest_sd == pytest.approx(np.std(top1, ddof=1))
-    assert result.logistic_sd > 0
+        ids = draw_labelled(task.train_y, 3, draw)
+        distances = ((task.test_x[:, None] - task.train_x[ids][None]) ** 2).sum(2)
+        top1.append((task.train_y[ids][distances.argmin(1)] == test_y).mean())
+    assert result["nearest_3_labels_per_class"]["top1_each"] == pytest.approx(top1)
+    assert result["logistic_3_labels_per_class"]["top1_sd"] > 0
 
 
 def test_few_labels_do_not_depend_on_the_scale_or_the_origin():
-    (train_x, train_y), (test_x, test_y) = _clusters(200, spread=1.5), _clusters(60, seed=1, spread=1.5)
-    plain = evaluate_few_labels(train_x, train_y, test_x, test_y, num_per_class=3, num_draws=2)
-    moved = evaluate_few_labels(1e3 * train_x + 5, train_y, 1e3 * test_x + 5, test_y, num_per_class=3, num_draws=2)
-    assert plain == moved
+    task, test_y = _task(few_labels=(3,), num_draws=2)
+    moved = dataclasses.replace(task, train_x=1e3 * task.train_x + 5, test_x=1e3 * task.test_x + 5)
+    assert _few(task, test_y) == _few(moved, test_y)
 
 
 def test_few_labels_fit_only_what_was_drawn(monkeypatch):
-    train, test = _clusters(200), _clusters(60, seed=1)
+    task, test_y = _task(few_labels=(3,), num_draws=2)
     sizes = []
-    real = few_label._logistic_predict
-    monkeypatch.setattr(few_label, "_logistic_predict", lambda x, y, t: sizes.append(len(x)) or real(x, y, t))
-    evaluate_few_labels(*train, *test, num_per_class=3, num_draws=2)
+    real = few_label._rank_by_logistic
+    monkeypatch.setattr(few_label, "_rank_by_logistic", lambda x, y, t, c: sizes.append(len(x)) or real(x, y, t, c))
+    _few(task, test_y)
     assert sizes == [12, 12]
 
 
 def test_too_few_labels_name_the_class():
     labels = np.array([0] * 10 + [1] * 4)
     with pytest.raises(ValueError, match=r"eval\.few_labels: class 1 has 4"):
-        draw_labelled(labels, 5, draw=0)
+        check_few_label(EvalConfig(few_labels=(2, 5)), labels)
 
 
 # --- all of it
 
 
-def test_arrays_are_flattened_and_k_is_lowered():
-    (train_x, train_y), (test_x, test_y) = _clusters(80), _clusters(40, seed=1)
-    cfg = EvalConfig(few_labels=(2, 5), num_draws=2)
-    result = evaluate_arrays(train_x.reshape(80, 2, 2, 3), train_y, test_x.reshape(40, 2, 2, 3), test_y, cfg)
-    assert result == evaluate_arrays(train_x, train_y, test_x, test_y, cfg)
-    assert result["knn"]["k"] == 80
-    assert result["knn"]["temperature"] == 0.1
-    assert list(result["few_label"]) == ["2", "5"]
-    assert 0.8 < result["logistic"]["top1"] <= 1
+def test_no_choice_depends_on_test_labels():
+    task, test_y = _task(knn_k=(5, 20), few_labels=(3,), num_draws=2, linear_epochs=3)
+    names: list[ProtocolName] = ["knn", "linear", "logistic", "few_label"]
+    right, wrong = (dict(evaluate(task, labels, names)) for labels in (test_y, (test_y + 1) % 4))
+    assert [result["chosen"] for result in right.values()] == [result["chosen"] for result in wrong.values()]
+    for name in right:
+        assert right[name]["top1"] > 0.6 > 0.4 > wrong[name]["top1"]
 
 
-def test_missing_labels_are_refused():
-    train_x, train_y = _clusters(80)
-    with pytest.raises(ValueError, match="label for every image"):
-        evaluate_arrays(train_x, np.full_like(train_y, -1), train_x, train_y, EvalConfig())
+def test_the_table_of_protocols_is_what_the_configuration_knows():
+    assert list(PROTOCOLS) == list(typing.get_args(ProtocolName))
+
+
+def test_what_needs_images_is_left_out_where_there_are_none():
+    task, test_y = _task()
+    assert [name for name, _ in evaluate(task, test_y, ["linear_augmented", "finetune", "knn"])] == ["knn"]
 
 
 def test_table_has_a_row_each_and_aligned_columns():
-    few = {"logistic_mean": 0.9, "logistic_sd": 0.012, "nearest_mean": 1.0, "nearest_sd": 0.0}
-    result = {"knn": {"top1": 0.987, "k": 200}, "logistic": {"top1": 0.9}, "few_label": {"5": few}}
-    lines = format_table({"raw pixels": result, "pre-trained encoder": result}).splitlines()
-    assert len(lines) == 4
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split("  ")[0] == "top-1 in %"
-    assert "kNN (k=200)" in lines[0]
-    assert "1-NN, 5/class" in lines[0]
-    assert lines[2].startswith("raw pixels  ")
-    assert lines[3].split() == ["pre-trained", "encoder", "98.7", "90.0", "90.0", "±", "1.2", "100.0", "±", "0.0"]
+    judged = judge([np.array([[0, 1, 2, 3, 4]] * 10)], np.array([0] * 9 + [9]), 10)
+    line = {"encoder": "raw pixels", "name": "knn", "repeated_over": "nothing", "chosen": {"k": 20}} | judged
+    twice = judge([np.array([[0, 1, 2, 3, 4]]), np.array([[1, 0, 2, 3, 4]])], np.array([0]), 10)
+    other = line | {"encoder": "pre-trained encoder", "repeated_over": "seeds", "chosen": {"lr": 0.01}} | twice
+    lines = format_table([line, other]).splitlines()
+    assert lines[0].startswith("encoder              protocol  top-1 in %")
+    assert lines[2].split() == ["raw", "pixels", "knn", "90.0", "90.0", "59.6", "to", "98.2", "-", "k=20"]
+    assert lines[3].startswith("pre-trained encoder  knn       50.0 ± 70.7")
+    assert "(2 seeds)" in lines[3]
+    assert lines[2].index("k=20") == lines[3].index("lr=0.01") == lines[0].index("settings")
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EvalConfig) if f.name != "baselines"])
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(EvalConfig) if f.name not in ("baselines", "feature_dtype")]
+)
 def test_config_names_the_field(field):
-    bad = (0,) if field == "few_labels" else 0
+    bad = {"few_labels": (0,), "what": (), "augment": {"flip_q": 1}, "finetune_weight_decay": -1}.get(field, 0)
+    if field == "linear_weight_decays":
+        bad = (0.0, -1.0)
+    elif field in ("linear_lrs", "finetune_lrs"):
+        bad = ()
     with pytest.raises(ValueError, match=f"^{field}"):
         EvalConfig(**{field: bad})

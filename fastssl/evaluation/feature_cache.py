@@ -1,0 +1,102 @@
+"""Features of a whole file, computed once and kept in the run's folder as a memory map."""
+
+# N images of the file, F features
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastssl.errors import ConfigError
+from pipelines.beton import BetonReader
+
+FORMAT_VERSION = 1  # part of every key: what is written under another version is not found
+
+
+def cached_features(
+    folder: Path, name: str, key: Mapping[str, Any], num_images: int, encode: Callable[[], Iterable[np.ndarray]]
+) -> np.ndarray:
+    """The features that `key` describes: read where they lie in the folder, else computed and written.
+
+    The file's name ends in a digest of the key, so features of another key are never found. The folder may be
+    deleted at any time.
+
+    Args:
+        folder: Where the files lie; made where it is not there.
+        name: First part of the file's name, for people.
+        key: All that the features depend on, JSON values; "dtype" is that of the file.
+        num_images: N.
+        encode: Gives the features in order, blocks [B, F] whose B sum to N; called only where nothing is found.
+
+    Returns:
+        [N, F] in key["dtype"]: a private memory map, what is written into it does not reach the file.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+        ValueError: other than N rows came.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, key], sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{name}_{digest}.npy"
+    features = _read(path, num_images, key["dtype"])
+    if features is None:
+        _write(path, num_images, key["dtype"], encode())
+        features = _read(path, num_images, key["dtype"])
+        assert features is not None
+    return features
+
+
+def data_identity(reader: BetonReader) -> dict[str, Any]:
+    """What tells a data file from others, as JSON values: bytes, images, and the checksum in its sidecar.
+
+    A file without a sidecar has the time of its last change in the place of the checksum: raw images of one size
+    make files of equal length.
+    """
+    checksum = reader.sidecar.get("sha256") or f"changed {reader.path.stat().st_mtime_ns}"
+    return {"file_bytes": len(reader.mmap), "num_images": reader.num_samples, "checksum": checksum}
+
+
+def _read(path: Path, num_images: int, dtype: str) -> np.ndarray | None:
+    """None where there is no whole file."""
+    try:
+        features = np.load(path, mmap_mode="c")
+        header_bytes = features.offset
+        is_whole = features.ndim == 2 and len(features) == num_images and features.dtype == np.dtype(dtype)
+        is_whole = is_whole and path.stat().st_size == header_bytes + features.nbytes
+    except OSError:  # not there; what else it may be shows when it is written
+        return None
+    except (ValueError, EOFError, AttributeError):  # a header or a map cut short; an array without a map
+        is_whole = False
+    if not is_whole:
+        print(f"fastssl: warning: {path} is damaged and is made anew", file=sys.stderr, flush=True)
+        return None
+    return features
+
+
+def _write(path: Path, num_images: int, dtype: str, blocks: Iterable[np.ndarray]) -> None:
+    """Under a temporary name, then renamed. Not through a map: on a full disk that would kill the process."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            num_written = 0
+            for block in blocks:
+                if num_written == 0:
+                    shape = (num_images, block.shape[1])
+                    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(block, dtype).data)
+                num_written += len(block)
+            if num_written != num_images:
+                raise ValueError(f"{num_written} rows of features came for {num_images} images")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path.parent} cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""The images of a task, plain and augmented, through the project's own loaders."""
+
+# B of a batch, n images of a part
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastssl.config import Config
+from fastssl.evaluation.config import with_pairs
+from pipelines.beton import BetonReader
+from pipelines.loader import EvalLoader, Loader, build_eval_loader, build_loader
+from pipelines.view_spec import ViewSpec
+from pipelines.views import ViewsConfig, build_eval_spec
+
+# Supervised training's views: RandomResizedCrop's defaults and the flip (torchvision's references).
+PLAIN_AUGMENTATION: dict[str, Any] = {"crop_scale": (0.08, 1.0), "jitter_p": 0.0, "grayscale_p": 0.0}
+_EPOCHS_OF_SEED = 1 << 16  # epochs of different repetitions must not have the same number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Labelled images of one file.
+
+    Attributes:
+        reader: The open file.
+        ids: Which of its samples, int64 [n], ascending.
+    """
+
+    reader: BetonReader
+    ids: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [n]."""
+        return self.reader.labels[self.ids]
+
+
+class Images:
+    """Training images in random views, images of both parts in plain ones; no label.
+
+    Attributes:
+        encoder: The encoder to judge; its user must leave it as it is.
+    """
+
+    def __init__(self, cfg: Config, encoder: nn.Module, *, train: Part, test: Part, device: torch.device) -> None:
+        self.encoder = encoder
+        self._cfg, self._device = cfg, device
+        self._train, self._test = train, test
+        self._position = np.full(train.reader.num_samples, -1)
+        self._position[train.ids] = np.arange(len(train.ids))
+        self._loader: Loader | None = None
+
+    def augmented(
+        self, positions: np.ndarray, seed: int, epoch: int
+    ) -> tuple[int, Iterator[tuple[Tensor, np.ndarray]]]:
+        """One epoch of random views of some training images.
+
+        The loader reads the whole file; what is not asked for is left out of its batches, which differ in size.
+
+        Args:
+            positions: Which of the training part, int64.
+            seed: Of the repetition.
+            epoch: Its number, < 65,536.
+
+        Returns:
+            The number of batches, and an iterator of views [B, 3, H, W] on the device and positions int64 [B].
+        """
+        loader = self._loader = self._loader or self._build_loader()
+        return len(loader), self._iterate(loader, positions, seed * _EPOCHS_OF_SEED + epoch)
+
+    def plain_train(self, positions: np.ndarray) -> Iterator[Tensor]:
+        """Plain views [B, 3, H, W] of the training images at these positions, in this order."""
+        return self._plain(Part(reader=self._train.reader, ids=self._train.ids[positions]))
+
+    def plain_test(self) -> Iterator[Tensor]:
+        """Plain views of the test images in order."""
+        return self._plain(self._test)
+
+    def close(self) -> None:
+        """Stop the loaders' threads."""
+        if self._loader:
+            self._loader.close()
+
+    def _iterate(self, loader: Loader, positions: np.ndarray, epoch: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+        is_wanted = np.zeros(len(self._train.ids) + 1, dtype=bool)  # the last one stands for position -1
+        is_wanted[positions] = True
+        with closing(loader.epoch(epoch)) as batches:
+            for batch in batches:
+                found = self._position[batch.sample_ids.cpu().numpy()]
+                rows = np.flatnonzero(is_wanted[found])
+                yield batch.views[0][torch.from_numpy(rows).to(self._device)], found[rows]
+
+    def _plain(self, part: Part) -> Iterator[Tensor]:
+        with closing(build_plain_loader(self._cfg, part.reader, self._device, part.ids)) as loader:
+            for batch in loader:
+                yield batch.views[0]
+
+    def _build_loader(self) -> Loader:
+        cfg, reader = self._cfg, self._train.reader
+        size = min(cfg.eval.sgd_batch_size, reader.num_samples)
+        # A damaged image ends the evaluation: its substitute could be one that is held out.
+        data = replace(cfg.data, global_batch_size=size, max_bad_fraction=0.0)
+        process = {"rank": 0, "world_size": 1, "device": self._device, "num_threads": torch.get_num_threads()}
+        return build_loader(reader, data, augmented_views(cfg), seed=0, **process)
+
+
+def augmented_views(cfg: Config) -> ViewsConfig:
+    """One random view of the size of the plain one: crop and flip, changed by eval.augment."""
+    size = {"size_px": build_eval_spec(cfg.views).size_px}
+    fields: dict[str, Any] = PLAIN_AUGMENTATION | size | with_pairs(cfg.eval.augment)
+    spec = asdict(ViewSpec(**fields))
+    return replace(cfg.views, recipe="linear_augmented", specs=[spec], size_px=None, override={})
+
+
+def build_plain_loader(
+    cfg: Config, reader: BetonReader, device: torch.device, ids: np.ndarray | None = None
+) -> EvalLoader:
+    """The plain views of a file, or of some of its images."""
+    return build_eval_loader(
+        reader,
+        cfg.views,
+        local_batch_size=cfg.eval.local_batch_size,
+        engine=cfg.data.engine,
+        device=device,
+        sample_ids=ids,
+        num_workers=cfg.data.num_workers,
+    )

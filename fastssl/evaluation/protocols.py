@@ -1,0 +1,73 @@
+"""The protocols by name."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastssl.evaluation.accuracy import judge
+from fastssl.evaluation.config import EvalConfig, ProtocolName
+from fastssl.evaluation.few_label import check_few_label, few_label
+from fastssl.evaluation.finetune import finetune
+from fastssl.evaluation.knn import check_knn, knn
+from fastssl.evaluation.linear import linear
+from fastssl.evaluation.linear_augmented import linear_augmented
+from fastssl.evaluation.logistic import logistic
+from fastssl.evaluation.task import Outcome, Task, split_validation
+
+
+def check_choice(_: EvalConfig, train_y: np.ndarray) -> None:
+    """Refuse a training part of which nothing can be held out; ValueError."""
+    split_validation(train_y)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How one kind of evaluation runs.
+
+    Attributes:
+        run: Task -> the outcome, or outcomes, by name.
+        check: (eval section, training labels) -> ValueError where the protocol could not run: before the hours.
+        needs_images: It encodes images itself, so it cannot judge raw pixels.
+    """
+
+    run: Callable[[Task], dict[str, Outcome]]
+    check: Callable[[EvalConfig, np.ndarray], None]
+    needs_images: bool = False
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    "knn": Protocol(knn, check_knn),
+    "linear": Protocol(linear, check_choice),
+    "logistic": Protocol(logistic, check_choice),
+    "few_label": Protocol(few_label, check_few_label),
+    "linear_augmented": Protocol(linear_augmented, check_choice, needs_images=True),
+    "finetune": Protocol(finetune, check_choice, needs_images=True),
+}
+
+
+def evaluate(task: Task, test_y: np.ndarray, names: Iterable[ProtocolName]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Run protocols, and only then show their answers the test labels.
+
+    Args:
+        task: Has no test labels in it.
+        test_y: Labels int64 [M].
+        names: Protocols; those that need images are left out where the task has none.
+
+    Yields:
+        The outcome's name, and: protocol, chosen, repeated_over, and what `judge` returns. JSON-ready.
+
+    Raises:
+        ValueError: too few images for a protocol.
+    """
+    for name in names:
+        protocol = PROTOCOLS[name]
+        if protocol.needs_images and task.images is None:
+            continue
+        for outcome_name, outcome in protocol.run(task).items():
+            yield (
+                outcome_name,
+                {"protocol": name, "chosen": outcome.chosen, "repeated_over": outcome.repeated_over}
+                | judge(outcome.ranked, test_y, task.num_classes),
+            )

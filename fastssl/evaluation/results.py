@@ -1,0 +1,71 @@
+"""What evaluations leave behind: one JSON line each, and a table."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastssl.errors import ConfigError
+
+Line = dict[str, Any]
+LEGEND = (
+    "test images: Wilson's 95% interval, what their number leaves open. repetitions: Student's 95% interval over the\n"
+    "classifier's seeds, or over draws of the labelled images. Neither covers the seed of the pre-training."
+)
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Add one result to a file of JSON lines, in one write.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def format_table(lines: Sequence[Line]) -> str:
+    """Accuracies in per cent as plain text, one row for each result, and what the intervals mean."""
+    header = ["encoder", "protocol", "top-1 in %", "top-5", "95%: test images", "95%: repetitions", "settings"]
+    rows = [header, *map(_cells, lines)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], LEGEND])
+
+
+def _cells(line: Line) -> list[str]:
+    spread = "" if line["top1_sd"] is None else f" ± {_percent(line['top1_sd'])}"
+    repetitions = line["interval95_repetitions"]
+    repeated = (
+        "-" if repetitions is None else f"{_interval(repetitions)} ({len(line['top1_each'])} {line['repeated_over']})"
+    )
+    return [
+        line["encoder"],
+        line["name"],
+        f"{_percent(line['top1'])}{spread}",
+        "-" if line["top5"] is None else _percent(line["top5"]),
+        _interval(line["interval95_test_images"]),
+        repeated,
+        " ".join(f"{name}={_plain(value)}" for name, value in line["chosen"].items()),
+    ]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return f"{_percent(interval[0])} to {_percent(interval[1])}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"

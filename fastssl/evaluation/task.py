@@ -1,0 +1,83 @@
+"""What a protocol is given and what it answers. No label of the test part is in it: no choice can depend on one."""
+
+# N training images, M test images, F features, C classes, R = min(5, C)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastssl.evaluation.config import EvalConfig
+from pipelines.sampler import split_holdout
+
+if TYPE_CHECKING:
+    from fastssl.evaluation.images import Images
+
+VALIDATION_FRACTION = 0.1
+NUM_RANKED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One encoder and one data set.
+
+    Attributes:
+        cfg: The eval section.
+        train_x: Features of the training part's plain views, float32 [N, F].
+        train_y: Labels int64 [N] in [0, C).
+        test_x: Features [M, F].
+        num_classes: C.
+        images: What the features were made of; None where there are only features.
+        device: Where classifiers learn by SGD.
+    """
+
+    cfg: EvalConfig
+    train_x: np.ndarray
+    train_y: np.ndarray
+    test_x: np.ndarray
+    num_classes: int
+    images: Images | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A protocol's answer.
+
+    Attributes:
+        ranked: For each repetition the R most likely classes of each test image, int64 [M, R], the first one first.
+        chosen: Settings, those chosen on the validation part among them; JSON values.
+        repeated_over: What differs from one repetition to the next.
+    """
+
+    ranked: list[np.ndarray]
+    chosen: dict[str, Any]
+    repeated_over: str = "nothing"
+
+
+def split_validation(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to fit and to choose settings on, int64: a fixed, stratified tenth of the training part is held out.
+
+    Args:
+        labels: Of the training part, int64 [N].
+
+    Raises:
+        ValueError: fewer than 10 images, or fewer than two classes.
+    """
+    if len(labels) < 10:
+        raise ValueError(f"choosing settings needs at least 10 labelled training images, not {len(labels)}")
+    if len(np.unique(labels)) < 2:
+        raise ValueError("a classifier needs at least two labelled classes to learn from, not one")
+    return split_holdout(len(labels), VALIDATION_FRACTION, labels)
+
+
+def rank_classes(scores: np.ndarray) -> np.ndarray:
+    """The R classes with the highest scores, int64 [M, R]; of equal ones the lower number first.
+
+    Args:
+        scores: [M, C].
+    """
+    return np.argsort(-scores, axis=1, kind="stable")[:, :NUM_RANKED]

@@ -1,0 +1,109 @@
+"""The sweep: each of its classifiers is the one that learns alone, and nothing of the held-out part is learnt from."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastssl.evaluation.config import EvalConfig
+from fastssl.evaluation.linear import linear
+from fastssl.evaluation.linear_heads import Candidate, LinearHeads, Standardiser, cosine, sweep
+from fastssl.evaluation.task import Task, split_validation
+
+CPU = torch.device("cpu")
+
+
+def _clusters(num: int, seed: int = 0, spread: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num) % 4
+    centres = np.random.default_rng(99).normal(size=(4, 12))
+    return (centres[labels] + spread * rng.normal(size=(num, 12))).astype(np.float32), labels.astype(np.int64)
+
+
+def _task(**settings) -> Task:
+    (train_x, train_y), (test_x, _) = _clusters(300), _clusters(80, seed=1)
+    cfg = EvalConfig(**{"linear_epochs": 4, "sgd_batch_size": 64} | settings)
+    return Task(cfg=cfg, train_x=train_x, train_y=train_y, test_x=test_x, num_classes=4)
+
+
+def test_each_classifier_takes_the_steps_of_torchs_sgd():
+    x, y = (torch.from_numpy(array) for array in _clusters(64))
+    candidates = [Candidate(lr=0.1, weight_decay=0.0), Candidate(lr=0.5, weight_decay=0.01)]
+    heads = LinearHeads(12, 4, candidates, CPU)
+    for step in range(20):
+        heads.step(x, y, cosine(step, 20))
+    for index, candidate in enumerate(candidates):
+        alone = nn.Linear(12, 4)
+        nn.init.zeros_(alone.weight)
+        nn.init.zeros_(alone.bias)
+        decays = [{"params": [alone.weight], "weight_decay": candidate.weight_decay}, {"params": [alone.bias]}]
+        optimizer = torch.optim.SGD(decays, lr=0.1, momentum=0.9)
+        for step in range(20):
+            for group in optimizer.param_groups:
+                group["lr"] = candidate.lr * cosine(step, 20)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(alone(x), y).backward()
+            optimizer.step()
+        # torch's velocity has no learning rate in it either; fp32 rounding over 20 steps
+        torch.testing.assert_close(heads.scores(x)[:, index], alone(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_standardiser_reads_the_given_rows_only_and_leaves_constant_columns():
+    x = np.random.default_rng(0).normal(3.0, 2.0, (50, 4)).astype(np.float32)
+    x[:, 2] = 7.0
+    rows = np.arange(0, 40)
+    poisoned = x.copy()
+    poisoned[40:] = 1e6
+    found = Standardiser(poisoned, rows)(x[rows]).numpy()
+    np.testing.assert_allclose(found.mean(0), 0.0, atol=1e-5)
+    np.testing.assert_allclose(found.std(0), [1, 1, 0, 1], atol=1e-5)
+
+
+def test_settings_are_chosen_without_the_validation_part_and_all_is_learnt_from_then():
+    task = _task(num_seeds=2)
+    fit, validation = split_validation(task.train_y)
+    seen: dict[tuple[int, int], list[int]] = {}
+
+    def batches(positions, seed, epoch):
+        key = (seed, len(positions))
+        seen.setdefault(key, []).extend(positions.tolist())
+        return 1, [(task.train_x[positions], positions)]
+
+    outcome = sweep(task, batches, 3)
+    assert set(seen) == {(0, len(fit)), (0, 300), (1, 300)}
+    assert not set(seen[0, len(fit)]) & set(validation.tolist())
+    assert set(seen[1, 300]) == set(range(300))
+    assert len(seen[0, 300]) == 300 * outcome.chosen["epoch"]  # it stops at the chosen epoch
+    assert len(outcome.ranked) == 2
+
+
+def test_the_sweep_finds_what_is_good_and_leaves_what_diverges():
+    task = _task(linear_lrs=(1e-7, 0.05, 1e20), linear_weight_decays=(0.0,), linear_epochs=10)
+    outcome = linear(task)["linear"]
+    assert outcome.chosen["lr"] == 0.05
+    assert outcome.chosen["at_edge_of_grid"] == []
+    test_y = _clusters(80, seed=1)[1]
+    assert (outcome.ranked[0][:, 0] == test_y).mean() > 0.7
+    edge = linear(_task(linear_lrs=(1e-7, 0.05), linear_weight_decays=(0.0,)))["linear"]
+    assert edge.chosen["at_edge_of_grid"] == ["lr"]
+
+
+def test_of_equal_settings_the_last_epoch_strong_decay_and_small_rate_count():
+    task = _task(linear_lrs=(0.2, 0.1), linear_weight_decays=(0.0, 1e-9))
+    still = sweep(task, lambda positions, seed, epoch: (1, []), 3)  # nobody learns
+    assert still.chosen["epoch"] == 3
+    assert (still.chosen["lr"], still.chosen["weight_decay"]) == (0.1, 1e-9)
+
+
+def test_an_epoch_takes_every_image_once_in_batches_of_nearly_one_size(monkeypatch):
+    taken = []
+    real = LinearHeads.step
+    monkeypatch.setattr(LinearHeads, "step", lambda self, x, y, f: taken.append(len(y)) or real(self, x, y, f))
+    linear(_task(linear_epochs=1, sgd_batch_size=64))
+    assert taken == [54] * 5 + [60] * 5  # 270 to choose, 300 to learn from
+
+
+@pytest.mark.parametrize(("labels", "message"), [([0, 1] * 4, "at least 10"), ([3] * 20, "two labelled classes")])
+def test_too_little_to_choose_on_is_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        split_validation(np.array(labels))
