@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +100,5 @@ def _write(path: Path, num_images: int, dtype: str, blocks: Iterable[np.ndarray]
     except OSError as error:
         raise ConfigError(f"{path.parent} cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

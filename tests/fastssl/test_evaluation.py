@@ -257,7 +257,7 @@ def test_too_few_labels_name_the_class():
 
 
 def test_no_choice_depends_on_test_labels():
-    task, test_y = _task(knn_k=(5, 20), few_labels=(3,), num_draws=2, linear_epochs=3)
+    task, test_y = _task(spread=1.0, knn_k=(5, 20), few_labels=(3,), num_draws=2, linear_epochs=3)
     names: list[ProtocolName] = ["knn", "linear", "logistic", "few_label"]
     right, wrong = (dict(evaluate(task, labels, names)) for labels in (test_y, (test_y + 1) % 4))
     assert [result["chosen"] for result in right.values()] == [result["chosen"] for result in wrong.values()]
