@@ -80,6 +80,8 @@ class EvalConfig:
             raise ValueError("finetune_layer_decay must be at most 1")
         if any(num_labels < 1 for num_labels in self.few_labels):
             raise ValueError("few_labels must hold numbers >= 1")
+        if self.what == ("few_label",) and not self.few_labels:
+            raise ValueError("few_labels must hold numbers of labels, such as [5, 20], for the protocol few_label")
         try:
             ViewSpec(**with_pairs(self.augment))
         except (ValueError, TypeError) as error:

@@ -3,6 +3,7 @@
 # B of a batch, F features, C classes, E epochs
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,27 +27,31 @@ def finetune(task: Task) -> dict[str, Outcome]:
     """
     images, cfg = task.images, task.cfg
     assert images is not None
+    lr, epoch, validation_top1 = _choose(task, images)
+    chosen: dict[str, Any] = {"lr": lr, "epoch": epoch + 1, "num_epochs": cfg.finetune_epochs}
+    chosen |= {"layer_decay": cfg.finetune_layer_decay, "weight_decay": cfg.finetune_weight_decay}
+    chosen["validation_top1"] = validation_top1
+
+    ranked = []
+    for seed in range(cfg.num_seeds):
+        learning = _learn(task, images, np.arange(len(task.train_y)), lr, seed)
+        model = next(itertools.islice(learning, epoch, None))
+        ranked.append(rank_classes(_logits(model, images.plain_test())))
+    return {"finetune": Outcome(ranked=ranked, chosen=chosen, repeated_over="seeds")}
+
+
+def _choose(task: Task, images: Images) -> tuple[float, int, float]:
+    """The best learning rate on the validation part, its best epoch (from 0), and the accuracy there."""
+    lrs = task.cfg.finetune_lrs
     fit, validation = split_validation(task.train_y)
-    top1 = np.empty((cfg.finetune_epochs, len(cfg.finetune_lrs)))
-    for index, lr in enumerate(cfg.finetune_lrs):
+    top1 = np.empty((task.cfg.finetune_epochs, len(lrs)))
+    for index, lr in enumerate(lrs):
         for epoch, model in enumerate(_learn(task, images, fit, lr, seed=0)):
             logits = _logits(model, images.plain_train(validation))
             hits = (logits.argmax(1) == task.train_y[validation]) & np.isfinite(logits).all(1)  # none once it diverged
             top1[epoch, index] = hits.mean()
-    epoch, index = max(np.ndindex(*top1.shape), key=lambda at: (top1[at], at[0], -cfg.finetune_lrs[at[1]]))
-
-    ranked = []
-    for seed in range(cfg.num_seeds):
-        for learnt, model in enumerate(
-            _learn(task, images, np.arange(len(task.train_y)), cfg.finetune_lrs[index], seed)
-        ):
-            if learnt == epoch:
-                ranked.append(rank_classes(_logits(model, images.plain_test())))
-                break
-    chosen: dict[str, Any] = {"lr": cfg.finetune_lrs[index], "epoch": epoch + 1, "num_epochs": cfg.finetune_epochs}
-    chosen |= {"layer_decay": cfg.finetune_layer_decay, "weight_decay": cfg.finetune_weight_decay}
-    chosen["validation_top1"] = float(top1[epoch, index])
-    return {"finetune": Outcome(ranked=ranked, chosen=chosen, repeated_over="seeds")}
+    epoch, index = max(np.ndindex(*top1.shape), key=lambda at: (top1[at], at[0], -lrs[at[1]]))
+    return lrs[index], epoch, float(top1[epoch, index])
 
 
 def parameter_groups(model: nn.Sequential, lr: float, cfg: EvalConfig) -> list[dict[str, Any]]:

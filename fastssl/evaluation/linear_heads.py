@@ -2,6 +2,7 @@
 
 # K classifiers, B of a batch, N images, F features, C classes, E epochs
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,25 +105,16 @@ def sweep(task: Task, batches: Batches, num_epochs: int) -> Outcome:
     """
     cfg = task.cfg
     candidates = [Candidate(lr=lr, weight_decay=decay) for lr in cfg.linear_lrs for decay in cfg.linear_weight_decays]
-    fit, validation = split_validation(task.train_y)
-    top1 = np.empty((num_epochs, len(candidates)))
-    for epoch, scores_of in enumerate(_learn(task, batches, fit, candidates, seed=0, num_epochs=num_epochs)):
-        top1[epoch] = _top1(scores_of, task.train_x[validation], task.train_y[validation])
-    epoch, index = max(
-        np.ndindex(*top1.shape), key=lambda at: (top1[at], at[0], candidates[at[1]].weight_decay, -candidates[at[1]].lr)
-    )
-    best = candidates[index]
+    best, epoch, validation_top1 = _choose(task, batches, candidates, num_epochs)
+    chosen: dict[str, Any] = {"lr": best.lr, "weight_decay": best.weight_decay, "epoch": epoch + 1}
+    chosen |= {"num_epochs": num_epochs, "validation_top1": validation_top1}
+    chosen["at_edge_of_grid"] = _at_edge(best, candidates)
 
     ranked = []
     for seed in range(cfg.num_seeds):
         learning = _learn(task, batches, np.arange(len(task.train_y)), [best], seed=seed, num_epochs=num_epochs)
-        for learnt, scores_of in enumerate(learning):
-            if learnt == epoch:
-                ranked.append(np.concatenate([rank_classes(s[:, 0].cpu().numpy()) for s in scores_of(task.test_x)]))
-                break
-    chosen: dict[str, Any] = {"lr": best.lr, "weight_decay": best.weight_decay, "epoch": epoch + 1}
-    chosen |= {"num_epochs": num_epochs, "validation_top1": float(top1[epoch, index])}
-    chosen["at_edge_of_grid"] = _at_edge(best, candidates)
+        scores_of = next(itertools.islice(learning, epoch, None))
+        ranked.append(np.concatenate([rank_classes(s[:, 0].cpu().numpy()) for s in scores_of(task.test_x)]))
     return Outcome(ranked=ranked, chosen=chosen, repeated_over="seeds")
 
 
@@ -147,6 +139,20 @@ def _learn(
             factor = cosine(epoch * num_batches + number, num_epochs * num_batches)
             heads.step(standardise(x).to(task.device), labels[torch.from_numpy(rows).to(task.device)], factor)
         yield scores_of
+
+
+def _choose(
+    task: Task, batches: Batches, candidates: Sequence[Candidate], num_epochs: int
+) -> tuple[Candidate, int, float]:
+    """The best candidate on the validation part, its best epoch (from 0), and its accuracy there."""
+    fit, validation = split_validation(task.train_y)
+    top1 = np.empty((num_epochs, len(candidates)))
+    for epoch, scores_of in enumerate(_learn(task, batches, fit, candidates, seed=0, num_epochs=num_epochs)):
+        top1[epoch] = _top1(scores_of, task.train_x[validation], task.train_y[validation])
+    epoch, index = max(
+        np.ndindex(*top1.shape), key=lambda at: (top1[at], at[0], candidates[at[1]].weight_decay, -candidates[at[1]].lr)
+    )
+    return candidates[index], epoch, float(top1[epoch, index])
 
 
 def cosine(step: int, num_steps: int) -> float:

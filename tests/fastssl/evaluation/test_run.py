@@ -222,6 +222,8 @@ def test_random_views_are_of_the_asked_for_images_and_plain_ones_in_order(run_fo
         (["--what", "knn", "nope"], ["eval.what", "nope", "linear_augmented"]),
         (["--set", "eval.knn_k=500"], ["eval.knn_k is 500", "240"]),
         (["--what", "few_label", "--set", "eval.few_labels=[30]"], ["eval.few_labels: class", "30 are asked for"]),
+        (["--what", "few_label", "--set", "eval.few_labels=[]"], ["eval.few_labels must hold numbers"]),
+        (["--set", "eval.knn_k=near"], ["eval.knn_k", "near"]),
         (["--set", "eval.knnk=5"], ["unknown key eval.knnk", "knn_k"]),
         (["--set", "eval.augment={flip_q: 1}"], ["eval.augment", "flip_q"]),
         (["--step", "7"], ["--step", "5, 20"]),
