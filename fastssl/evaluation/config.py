@@ -50,7 +50,7 @@ class EvalConfig:
     local_batch_size: int = 256
     feature_dtype: Literal["float32", "float16"] = "float32"
     sgd_batch_size: int = 256
-    linear_lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    linear_lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
     linear_weight_decays: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
     linear_epochs: int = 50
     augmented_epochs: int = 30

@@ -26,7 +26,8 @@ CONFIG = {
     "model": {
         "backbone": "timm/resnet18",
         "stem": "cifar",
-        "backbone_kwargs": {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]},
+        "backbone_kwargs": {"channels": [8, 16, 16, 16], "layers": [1, 1, 1, 1]},
+        "pool_px": 2,
         "projector_hidden": [],
         "projector_dim": 8,
     },
@@ -103,7 +104,7 @@ def test_every_protocol_twice_gives_the_same_lines_and_encodes_once(run_folder, 
         assert len(line["top1_each"]) == (1 if line["name"] in ("knn", "logistic") else 2)
         assert (line["interval95_repetitions"] is None) == (len(line["top1_each"]) == 1)
         assert len(line["per_class"]) == 10
-        assert line["top5"] > line["top1"] > (0.02 if line["name"] == "finetune" else 0.15)  # two epochs teach little
+        assert line["top5"] > line["top1"] > (0.02 if line["name"] == "finetune" else 0.2)  # two epochs teach little
         low, high = line["interval95_test_images"]
         assert low < line["top1"] < high
 
@@ -144,8 +145,9 @@ def test_a_truncated_cache_is_made_anew_with_the_same_result(run_folder, capsys)
 def test_no_choice_depends_on_a_test_label(run_folder, tmp_path, digit_arrays):
     test_x, test_y = digit_arrays[1]
     other = _write(tmp_path / "permuted.beton", test_x, (test_y + 1) % 10)
-    evaluate_run(run_folder, what=ALL)
-    evaluate_run(run_folder, what=ALL, test=other)
+    quick = ["eval.num_seeds=1", "eval.finetune_epochs=1"]
+    evaluate_run(run_folder, quick, what=ALL)
+    evaluate_run(run_folder, quick, what=ALL, test=other)
     right, wrong = np.split(np.array(_lines(run_folder, 14), dtype=object), 2)
     for a, b in zip(right, wrong, strict=True):
         assert a["name"] == b["name"]
@@ -184,13 +186,13 @@ def test_another_data_set_without_a_test_file_is_held_out_of(run_folder, tmp_pat
 
 def test_another_data_set_with_its_test_file(run_folder, tmp_path, digit_arrays):
     other, other_test = (
-        _write(tmp_path / f"{name}.beton", images, labels % 2)
+        _write(tmp_path / f"{name}.beton", images, labels // 5)
         for name, (images, labels) in zip(("a", "b"), digit_arrays, strict=True)
     )
     assert f"accuracy on {other_test}" in evaluate_run(run_folder, what=["logistic"], on=other, test=other_test)
     [line] = _lines(run_folder, 1)
     assert (line["train"]["num_labelled"], line["test"]["num_labelled"]) == (240, 120)
-    assert line["top1"] > 0.5
+    assert line["top1"] > 0.55
 
 
 def test_random_views_are_of_the_asked_for_images_and_plain_ones_in_order(run_folder, digit_arrays):
