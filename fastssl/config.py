@@ -77,12 +77,14 @@ class TrainConfig:
         precision: "bf16" is torch's autocast under DeepSpeed: weights, statistics and the loss stay in fp32.
         zero_stage: DeepSpeed's ZeRO stage.
         grad_clip_norm: Global gradient norm to clip to; 0: no clipping.
+        on_collapse: What to do when the representation has collapsed for two epochs (`fastssl.diagnostics`).
     """
 
     num_epochs: int = 200
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2] = 0
     grad_clip_norm: float = 0.0
+    on_collapse: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1:

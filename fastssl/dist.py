@@ -34,6 +34,17 @@ def barrier() -> None:
 
 
 @torch.no_grad()
+def sum_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over ranks of tensors of one dtype, in one exchange; every rank has the same names and shapes."""
+    if world_size() == 1 or not tensors:
+        return tensors
+    total = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+    torch_dist.all_reduce(total)
+    pieces = total.split([tensor.numel() for tensor in tensors.values()])
+    return {name: piece.view_as(tensors[name]) for name, piece in zip(tensors, pieces, strict=True)}
+
+
+@torch.no_grad()
 def all_mean_(x: Tensor) -> Tensor:
     """Replace x by its mean over ranks, in place; for BatchNorm buffers and gradients outside the engine.
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -83,8 +84,11 @@ class Metrics:
         shown = f"loss {row['loss']:.4f}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
         self._bar.set_postfix_str(shown)
 
-    def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int]) -> None:
-        """Write the row of an epoch (0-based) and, where there is no terminal, print its line."""
+    def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int | list[float]]) -> None:
+        """Write the row of an epoch (0-based) and, where there is no terminal, print its line.
+
+        A list holds the counts of a histogram of similarities, in equal bins from -1 to 1.
+        """
         row: dict[str, Any] = {"kind": "epoch", "step": step, "epoch": epoch}
         row |= {k: _plain(v) for k, v in values.items()}
         self._write(row, prefix="epoch")
@@ -103,8 +107,25 @@ class Metrics:
     def _write(self, row: dict[str, Any], *, prefix: str) -> None:
         self._file.write(json.dumps(row) + "\n")
         for key, value in row.items():
-            if key not in ("kind", "step", "epoch") and value is not None:
+            if isinstance(value, list):
+                self._write_histogram(f"{prefix}/{key}", value, row["step"])
+            elif key not in ("kind", "step", "epoch") and value is not None:
                 self._tensorboard.add_scalar(f"{prefix}/{key}", value, row["step"])
+
+    def _write_histogram(self, name: str, counts: list[float], step: int) -> None:
+        edges = np.linspace(-1, 1, len(counts) + 1)
+        middles, weights = (edges[1:] + edges[:-1]) / 2, np.asarray(counts)
+        self._tensorboard.add_histogram_raw(
+            name,
+            min=-1.0,
+            max=1.0,
+            num=int(weights.sum()),
+            sum=float(weights @ middles),
+            sum_squares=float(weights @ middles**2),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=weights.tolist(),
+            global_step=step,
+        )
 
     def _line(self, row: dict[str, Any]) -> str:
         done = row["step"] - self._start_step
@@ -133,6 +154,8 @@ def drop_rows_after(path: Path, step: int) -> None:
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _plain(value: Tensor | float | int) -> float | int:
+def _plain(value: Tensor | float | int | list[float]) -> float | int | list[float]:
+    if isinstance(value, list):
+        return value
     number = value.item() if isinstance(value, Tensor) else value
     return number if isinstance(number, int) else float(number)

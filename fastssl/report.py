@@ -56,7 +56,7 @@ def preview_views(cfg: Config, path: Path) -> None:
 
 
 def draw_curves(folder: RunFolder) -> None:
-    """Write curves.png from metrics.jsonl: loss, online accuracy and images a second against the step."""
+    """Write curves.png from metrics.jsonl: loss, online accuracy, RankMe and images a second against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,11 +65,12 @@ def draw_curves(folder: RunFolder) -> None:
     rows = read_rows(folder.metrics)
     steps = [row for row in rows if "kind" not in row]
     epochs = [row for row in rows if row.get("kind") == "epoch"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.6), layout="constrained")
     _curve(axes[0], steps, "loss", "loss")
     _curve(axes[1], epochs, "online_top1", "online linear probe, top-1 on held-out images")
-    _curve(axes[2], steps, "img_per_s", "images a second")
-    axes[2].set_ylim(bottom=0)
+    _curve(axes[2], epochs, "rankme_z", "RankMe of the projections")
+    _curve(axes[3], steps, "img_per_s", "images a second")
+    axes[3].set_ylim(bottom=0)
     figure.suptitle(str(folder.path))
     figure.savefig(folder.curves, dpi=120)
     plt.close(figure)

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.num_workers",
     "data.prefetch_batches",
     "data.cache",
+    "train.on_collapse",
 )
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "pillow", "timm", "scikit-learn", "triton")
 

@@ -2,7 +2,9 @@
 
 # B local batch, F backbone features, D projection
 
+import math
 import resource
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +25,7 @@ from fastssl.checkpoint import (
     save_checkpoint,
 )
 from fastssl.config import Config
+from fastssl.diagnostics import WINDOW_IMAGES, add_sums, figures, update_alarm, window_sums
 from fastssl.ds_config import build_ds_config
 from fastssl.errors import ConfigError, DivergedError
 from fastssl.evaluation.labels import check_test_data, num_labelled_classes
@@ -89,6 +92,10 @@ class Trainer:
         )
         self.step = 0
         self.epoch_sums = self._zero_sums()
+        self.window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
+        self.window: dict[str, Tensor] = {}  # of the diagnostics: sums over the last steps of an epoch
+        self.found: dict[str, float] = {}
+        self.collapsed_since: dict[str, int] = {}
         self.timer = StepTimer()
         self.metrics = self._claim_folder(resuming)
 
@@ -130,10 +137,12 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        h, loss = self.engine(batch.views)
+        h, z, loss = self.engine(batch.views)
         self.engine.backward(loss)
         self.engine.step()
         self.objective.after_step(self.step, self.total_steps)
+        if self.steps_per_epoch - self.step % self.steps_per_epoch <= self.window_steps:
+            self.window = add_sums(self.window, window_sums(h, z))
         self.step += 1
         return {"loss": loss.detach().float()} | self._probe_step(h, batch)
 
@@ -141,7 +150,8 @@ class Trainer:
         """Save a checkpoint of this step (all ranks); a run that has diverged keeps its last good one."""
         self._check_finite(self.epoch_sums["loss"])
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
-        state = {"step": self.step, "data_identity": self.data_identity}
+        state: dict[str, Any] = {"step": self.step, "data_identity": self.data_identity}
+        state["collapsed_since"] = self.collapsed_since
         if self.probe:
             state["probe"] = self.probe.state_dict()
         save_checkpoint(
@@ -149,7 +159,7 @@ class Trainer:
             self.engine,
             step=self.step,
             state=state,
-            rank_state={"epoch_sums": self.epoch_sums},
+            rank_state={"epoch_sums": self.epoch_sums, "window": self.window},
             weights=weights,
         )
         if dist.rank() == 0:
@@ -167,6 +177,8 @@ class Trainer:
             )
         self.step = state["step"]
         self.epoch_sums = {name: value.to(self.device) for name, value in state["epoch_sums"].items()}
+        self.window = {name: value.to(self.device) for name, value in state["window"].items()}
+        self.collapsed_since = state["collapsed_since"]
         if self.probe:
             self.probe.load_state_dict(state["probe"])
 
@@ -231,9 +243,15 @@ class Trainer:
     def _log_epoch(self) -> None:
         sums = {name: self._check_finite(value) for name, value in self.epoch_sums.items()}
         self.epoch_sums = self._zero_sums()
+        window, self.window = dist.sum_all(self.window), {}
         num_bad = dist.EXCHANGE.sum_(torch.tensor(float(len(self.loader.bad_samples.reasons)), device=self.device))
-        if not self.metrics:
-            return
+        epoch = self.step // self.steps_per_epoch - 1
+        if self.metrics:
+            self._write_epoch(epoch, sums, num_bad, window)
+        self._look_for_collapse(epoch)
+
+    def _write_epoch(self, epoch: int, sums: dict[str, Tensor], num_bad: Tensor, window: dict[str, Tensor]) -> None:
+        assert self.metrics
         row: dict[str, Any] = {"loss": sums["loss"] / self.steps_per_epoch, **self.timer.read("epoch")}
         if num_bad > 0:
             row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
@@ -242,7 +260,25 @@ class Trainer:
             row["mutual_information_bound_nats"] = bound
         if self.probe and sums["online_total"] > 0:
             row["online_top1"] = sums["online_correct"] / sums["online_total"]
-        self.metrics.epoch_row(self.step // self.steps_per_epoch - 1, self.step, row)
+        self.found = found = figures(window, num_views=len(build_view_specs(self.cfg.views)))
+        row |= {name: value for name, value in found.items() if math.isfinite(value)}
+        row |= {name: window[name].tolist() for name in ("positive_counts", "negative_counts")}
+        self.metrics.epoch_row(epoch, self.step, row)
+
+    def _look_for_collapse(self, epoch: int) -> None:
+        """Say that the representation has collapsed; end the run if train.on_collapse is stop (all ranks alike).
+
+        Raises:
+            DivergedError: it has, and it is.
+        """
+        lines = update_alarm(self.collapsed_since, self.found, epoch) if self.metrics else []
+        if lines:
+            print(
+                f"fastssl: warning: the representation has collapsed: {'; '.join(lines)}", file=sys.stderr, flush=True
+            )
+        has_collapsed = dist.EXCHANGE.sum_(torch.tensor(float(len(lines)), device=self.device))
+        if self.cfg.train.on_collapse == "stop" and has_collapsed > 0:
+            raise DivergedError(f"the representation has collapsed at step {self.step}: train.on_collapse=stop")
 
     def _check_finite(self, value: Tensor) -> Tensor:
         """Mean over ranks of a loss or a count (all ranks call it, and stop alike).

@@ -34,19 +34,19 @@ class Objective(nn.Module):
         self._ema = None if self._momentum is None else Ema(model)
         self.target = None if self._ema is None else self._ema.module
 
-    def forward(self, views: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Features of each view, V tensors [B, F], and the loss of this rank's rows, 0-dim.
+    def forward(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Features of each view, V tensors [B, F], projections, V tensors [B, D], and this rank's loss, 0-dim.
 
         Args:
             views: V tensors [B, 3, H, W], channels-last in memory.
         """
         if self.target is None:
             h, z = self.model(views)
-            return h, self.loss(*z)
+            return h, z, self.loss(*z)
         with torch.no_grad():
             _, targets = self.target(leading_views(views))
         h, z = self.model(views)
-        return h, self.loss(*z, targets=targets)
+        return h, z, self.loss(*z, targets=targets)
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Let the target follow the model; the engine calls nothing of itself.

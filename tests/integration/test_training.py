@@ -79,6 +79,11 @@ def test_one_process_leaves_a_whole_run_folder_and_evaluates(tiny_config, comman
     assert [row["step"] for row in rows if "kind" not in row] == list(range(1, 21))
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert 0 < rows[-1]["online_top1"] <= 1
+    assert 1 < rows[-1]["rankme_z"] <= 16
+    assert rows[-1]["rankme_h"] > 1
+    assert 0 < rows[-1]["std_z"] <= 1
+    assert -1 <= rows[-1]["negative_similarity"] < rows[-1]["positive_similarity"] <= 1
+    assert sum(rows[-1]["positive_counts"]) == 10 * 128  # of the last 2,048 images: the whole epoch
 
     table = command("fastssl", "eval", run)
     assert table.returncode == 0, table.stderr
@@ -205,6 +210,20 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tiny_config, command):
     assert last_checkpoint(run_of(tiny_config) / "checkpoints") is None  # nothing good was there to save
 
 
+def test_a_collapsed_representation_is_named_and_ends_the_run_where_it_shall(tiny_config, command):
+    """Projections on a line: there is nothing that a loss could do."""
+    settings = ["--set", "model.projector_dim=1", "train.num_epochs=3", "train.on_collapse=stop"]
+    done = command(*TRAIN, tiny_config, *settings)
+    assert done.returncode == 3
+    warning, error = done.stderr.splitlines()
+    assert "the projections lie on a line (rankme_z 1, below 2 since epoch 1)" in warning
+    assert error.startswith("fastssl: error: the representation has collapsed at step 20")
+    rows = [row for row in losses(run_of(tiny_config)) if row.get("kind") == "epoch"]
+    assert len(rows) == 2
+    assert rows[-1]["rankme_z"] == pytest.approx(1)
+    assert last_checkpoint(run_of(tiny_config) / "checkpoints") == run_of(tiny_config) / "checkpoints/step_00000010"
+
+
 def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, command):
     (run_of(tiny_config) / "checkpoints" / "step_00000900").mkdir(parents=True)
     done = command(*TRAIN, tiny_config)
@@ -216,8 +235,9 @@ def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, comm
 @pytest.mark.parametrize(
     ("zero_stage", "num_ranks", "loss"),
     [
-        (0, 1, None),
-        (1, 2, "minc"),
+        (0, 1, "minc"),  # which remembers most
+        pytest.param(0, 1, None, marks=pytest.mark.slow),
+        pytest.param(1, 2, "minc", marks=pytest.mark.slow),
         pytest.param(1, 2, None, marks=pytest.mark.slow),
         pytest.param(1, 1, None, marks=pytest.mark.slow),
         pytest.param(0, 2, None, marks=pytest.mark.slow),

@@ -61,7 +61,7 @@ def test_the_target_stays_fp32_under_autocast_and_sees_the_views_without_gradien
     seen = []
     objective.target.register_forward_hook(lambda module, args, out: seen.append((args[0], out[1])))
     with torch.autocast("cpu", torch.bfloat16):
-        h, loss = objective(views(16, 16, 8, 8))
+        h, _, loss = objective(views(16, 16, 8, 8))
     assert [view.shape[2] for view in seen[0][0]] == [16, 16]  # the large crops
     assert [(z.dtype, z.requires_grad) for z in seen[0][1]] == [(torch.bfloat16, False)] * 2
     assert len(h) == 4
