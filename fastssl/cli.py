@@ -118,6 +118,13 @@ def _eval(args: argparse.Namespace) -> None:
     print(evaluate_run(args.run, args.set, what=args.what, on=args.on, test=args.test, step=args.step))
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from fastssl.compare import compare
+
+    settings = {"overrides": args.set, "on_test": args.on_test, "launcher": args.launcher}
+    print(compare(args.configs, args.out, num_seeds=args.seeds, **settings))
+
+
 def _bench_loader(args: argparse.Namespace) -> None:
     from fastssl.bench import bench_loader_on
 
@@ -159,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run's encoder")
     _add_eval(evaluate)
 
+    _add_compare(commands.add_parser("compare", help="train and judge several configurations under several seeds"))
     bench = commands.add_parser("bench", help="measure how fast a .beton file is loaded here, and what bounds it")
     _add_bench_loader(bench.add_subparsers(title="what to measure", required=True, metavar="PART"))
     return parser
@@ -186,6 +194,18 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the last one)")
     evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     evaluate.set_defaults(call=_eval)
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="of each configuration (default: 3)")
+    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs and the table")
+    compare.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for all of them")
+    compare.add_argument("--on-test", action="store_true", help="judge on data.test (default: on held-out images)")
+    compare.add_argument(
+        "--launcher", default="", help="what starts a training, such as 'deepspeed --num_gpus 8' (default: one process)"
+    )
+    compare.set_defaults(call=_compare)
 
 
 def _add_bench_loader(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
