@@ -74,7 +74,7 @@ class BareLoop:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
             with self.autocast:
-                _, loss = self.objective(batch.views)
+                *_, loss = self.objective(batch.views)
             self.backward(loss)
             self.update()
             self.objective.after_step(self.step, self.total_steps)
