@@ -335,9 +335,7 @@ class _Finish:
         from kernels.augment.cpu import OutputPool, compile_ahead
 
         self._groups, self._device = groups, device
-        # With one core, or other processes that compile too, nothing would run beside it.
-        has_room = device.type == "cpu" and cores_per_process() > 1
-        self._compilation = compile_ahead() if has_room else None
+        self._compilation = compile_ahead() if device.type == "cpu" else None
         self._pools = [OutputPool() for _ in groups]
         self._options: dict[str, Any] = {"mean": views.mean, "std": views.std, "num_threads": num_threads}
 

@@ -11,6 +11,7 @@ One file: numba's cache on disk looks at the caller's file only, and would miss 
 # row: float32 [3 W], interleaved red, green, blue
 
 import collections
+import fcntl
 import functools
 import itertools
 import math
@@ -110,8 +111,10 @@ def augment_numba(
 def compile_ahead() -> subprocess.Popen | None:
     """Begin to compile the pixel op in another process, if its compiled code is not cached: 10 s on one core.
 
-    The decoder's compilation takes as long, and numba compiles one function at a time in a process. Wait for the
-    result's end before the first call here, which then finds the code in the cache.
+    Wait for the result's end before the first call here, which then finds the code in the cache. Not in this process,
+    for two reasons. The decoder's compilation takes as long, and numba compiles one function at a time in a process.
+    And code that was compiled here calls its parts where they were compiled by themselves, with sums in another order
+    than in the copies that the cache keeps: a run in a fresh cache would differ from all later ones in the last bits.
     """
     cache = _augment_range._cache  # pyright: ignore[reportAttributeAccessIssue]
     index = Path(cache.cache_path) / cache._cache_file._index_name
@@ -128,10 +131,14 @@ def compile_ahead() -> subprocess.Popen | None:
 
 
 def compile_now() -> None:
-    """Compile the pixel op, or load it from the cache."""
-    augment_numba(
-        np.zeros((1, 1, 8, 8, 3), np.uint8), np.zeros((1, 1), VIEW_PARAMS), (0,) * 3, (1,) * 3, 1, OutputPool()
-    )
+    """Compile the pixel op, or load it from the cache; one process at a time: several would overwrite its index."""
+    folder = Path(_augment_range._cache.cache_path)  # pyright: ignore[reportAttributeAccessIssue]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "augment.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        augment_numba(
+            np.zeros((1, 1, 8, 8, 3), np.uint8), np.zeros((1, 1), VIEW_PARAMS), (0,) * 3, (1,) * 3, 1, OutputPool()
+        )
 
 
 def _run_shares(augment_range: Callable[[int, int], Any], edges: list[int], num_threads: int) -> None:

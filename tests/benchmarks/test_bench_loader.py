@@ -31,6 +31,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_short_run_measures_ours_and_says_what_it_did_not_measure(small_images, tmp_path, command):
     out = tmp_path / "loader.csv"
     done = command(

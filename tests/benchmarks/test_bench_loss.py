@@ -112,6 +112,7 @@ def test_quantiles() -> None:
     assert quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]) == (1.0, 2.5, 4.0)
 
 
+@pytest.mark.slow
 def test_rows_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "loss.csv"
     options = ["--device", "cpu", "--rows", "1024", "--widths", "16", "--losses", "nt_xent", "--out", out]

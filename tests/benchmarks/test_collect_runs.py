@@ -9,6 +9,7 @@ from benchmarks import collect_runs
 from fastssl.metrics import read_rows
 
 
+@pytest.mark.slow
 def test_a_judged_run_becomes_rows_and_a_curve(tiny_config, digits, tmp_path, command, capsys):
     run, out = tmp_path / "run", tmp_path / "results" / "tiny.csv"
     trained = command(sys.executable, "fastssl/train.py", "--cfg", tiny_config, "--set", "train.num_epochs=1")

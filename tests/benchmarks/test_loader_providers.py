@@ -24,7 +24,10 @@ if __name__ == "__main__":
     job = Job(beton=sys.argv[1], views=ViewsConfig(recipe="simclr"), batch_size=8, num_threads=1, seed=0)
     worker = Worker(PROVIDERS["torchvision_tensor"].open, job)
     worker.wait_until_ready()
-    stopped = [each.pid for each in psutil.Process().children(recursive=True) if each.status() == "stopped"]
+    stopped, end_s = [], time.monotonic() + 20
+    while len(stopped) < 2 and time.monotonic() < end_s:  # a signal takes its time
+        time.sleep(0.05)
+        stopped = [each.pid for each in psutil.Process().children(recursive=True) if each.status() == "stopped"]
     print(worker.reason, *stopped, flush=True)
     time.sleep(600)
 """

@@ -101,7 +101,7 @@ def test_what_siglip_learns_is_trained_and_resumed_bit_for_bit(tiny_config: Path
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["minc", "byol"])
+@pytest.mark.parametrize("name", ["minc", pytest.param("byol", marks=pytest.mark.slow)])
 def test_targets_and_moments_are_resumed_bit_for_bit_under_zero_1(name: str, tiny_config: Path, tmp_path: Path) -> None:
     settings = ["train.zero_stage=1", "loss.target_momentum=0.9"]
     settings += ["loss.predictor_hidden=8"] if name == "byol" else []

@@ -115,3 +115,32 @@ def names_of_children(process: psutil.Process) -> set[str]:
         return {child.name() for child in process.children(recursive=True)}
     except psutil.NoSuchProcess:  # ended meanwhile
         return set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", ["1", "2"])
+def test_views_in_a_fresh_cache_are_those_of_a_cached_one(num_processes, digits, tmp_path):
+    """Bit for bit, also where several processes of a node compile and none has a core to spare."""
+    program = """
+import hashlib, sys
+import torch
+from pipelines.beton import BetonReader
+from pipelines.loader import DataConfig, build_loader
+from pipelines.views import ViewsConfig
+places = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": 1}
+reader, cfg = BetonReader(sys.argv[1]), DataConfig(global_batch_size=64)
+loader = build_loader(reader, cfg, ViewsConfig(recipe="digits", size_px=16), seed=0, **places)
+batch = next(loader.epoch(0))
+print(*[hashlib.sha256(view.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest() for view in batch.views])
+loader.close()
+"""
+    variables = environment() | {"NUMBA_CACHE_DIR": str(tmp_path), "LOCAL_WORLD_SIZE": num_processes}
+    command = [sys.executable, "-c", program, str(digits / "train.beton")]
+    fresh = [
+        subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
+        for _ in range(int(num_processes))
+    ]
+    found = {process.communicate(timeout=240)[0] for process in fresh}
+    again = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=True, timeout=240)
+    assert found == {again.stdout}
+    assert len(again.stdout.split()) == 2

@@ -106,6 +106,7 @@ def test_a_run_is_not_overwritten_and_a_changed_config_is_named(tiny_config, com
     assert "is complete" in complete.stdout
 
 
+@pytest.mark.slow
 def test_engines_see_the_same_views_and_so_the_same_loss(tiny_config, command):
     first_loss = {}
     for engine in ("ffcv", "torch", "synthetic"):
@@ -139,6 +140,7 @@ def test_a_terminal_shows_a_progress_bar(tiny_config):
     assert "epoch 1/1" not in text
 
 
+@pytest.mark.slow
 def test_another_data_set_is_no_continuation(tiny_config, digits, command):
     settings = ["--set", "train.num_epochs=2", "data.global_batch_size=100"]
     copy = tiny_config.parent / "copy.beton"
@@ -155,7 +157,10 @@ def test_another_data_set_is_no_continuation(tiny_config, digits, command):
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("launcher", "settings"),
-    [(deepspeed, ["train.zero_stage=2"]), (torchrun, ["train.precision=bf16", "train.zero_stage=1"])],
+    [
+        pytest.param(deepspeed, ["train.zero_stage=2"], marks=pytest.mark.slow),
+        (torchrun, ["train.precision=bf16", "train.zero_stage=1"]),
+    ],
     ids=["deepspeed-zero2", "torchrun-bf16-zero1"],
 )
 def test_two_ranks(launcher, settings, tiny_config, command):
