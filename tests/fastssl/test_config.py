@@ -104,7 +104,7 @@ def test_bad_files_name_the_path(tmp_path):
         load_config(bad, ["oops"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads_and_survives_the_round_trip(path):
     cfg = load_config(path)
     assert build_config(yaml.safe_load(yaml.safe_dump(to_dict(cfg)))) == cfg
