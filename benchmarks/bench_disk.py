@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +31,7 @@ class Job:
     seconds: float
     batch_size: int
     seed: int
+    window_mb: int
     order: str = "random"
     cache: str = "os"
     read_ahead: bool = True
@@ -54,7 +56,8 @@ def measure(job: Job, group: str | None, out: multiprocessing.Queue) -> None:
     if not job.read_ahead:
         ReadAhead.begin = lambda self, position: None
     reader = BetonReader(job.beton)
-    cfg = DataConfig(global_batch_size=job.batch_size, order=job.order, cache=job.cache)  # pyright: ignore
+    kind: Any = {"order": job.order, "cache": job.cache, "window_mb": job.window_mb}
+    cfg = DataConfig(global_batch_size=job.batch_size, **kind)
     places = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": 1}
     loader = build_loader(reader, cfg, ViewsConfig(recipe="weak"), seed=job.seed, **places)
     next(loader.epoch(0))  # compiled
@@ -79,6 +82,7 @@ def main() -> int:
     parser.add_argument("beton", type=Path, help="a .beton of photographs, larger than what is read in --seconds")
     parser.add_argument("--reads-per-s", type=int, default=150, help="of the slowed disk (default: 150, a hard disk's)")
     parser.add_argument("--mb-per-s", type=int, default=150, help="of the slowed disk (default: 150)")
+    parser.add_argument("--window-mb", type=int, default=128, help="of the quasi-random order (default: 128)")
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -101,7 +105,8 @@ def _run(args: argparse.Namespace) -> None:
     _GROUP.mkdir(exist_ok=True)
     (_GROUP / "blkio.throttle.read_iops_device").write_text(f"{place} {args.reads_per_s}")
     (_GROUP / "blkio.throttle.read_bps_device").write_text(f"{place} {args.mb_per_s * 10**6}")
-    job = Job(beton=str(args.beton), seconds=args.seconds, batch_size=args.batch_size, seed=args.seed)
+    given = {"seconds": args.seconds, "batch_size": args.batch_size, "seed": args.seed, "window_mb": args.window_mb}
+    job = Job(beton=str(args.beton), **given)
     context = multiprocessing.get_context("spawn")
     found: dict[str, list[float]] = {name: [] for name in PROVIDERS}
     for repetition in range(args.repetitions):
@@ -119,6 +124,7 @@ def _run(args: argparse.Namespace) -> None:
             "ratio_to_no_read_ahead": round(spread(rates)["p50"] / slowest, 2),
             "reads_per_s": args.reads_per_s,
             "mb_per_s": args.mb_per_s,
+            "window_mb": args.window_mb,
             "file_bytes": args.beton.stat().st_size,
             "window_s": args.seconds,
             "repetitions": args.repetitions,
