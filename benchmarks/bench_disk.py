@@ -4,6 +4,7 @@ The disk is slowed down to --reads-per-s and --mb-per-s with control groups (blk
 """
 
 import argparse
+import mmap
 import multiprocessing
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.record import append_rows, environment_columns, format_table, spread
+from pipelines.bench.disk import drop_from_cache
 from pipelines.beton import BetonReader
 from pipelines.errors import DataError
 
@@ -46,7 +48,7 @@ PROVIDERS = {
 
 
 def measure(job: Job, group: str | None, out: multiprocessing.Queue) -> None:
-    """Load for so many seconds, in the control group; puts images a second."""
+    """Load for so many seconds, in the control group; puts images a second, or why there are none."""
     import torch
 
     from pipelines.loader import DataConfig, build_loader
@@ -61,10 +63,10 @@ def measure(job: Job, group: str | None, out: multiprocessing.Queue) -> None:
     places = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": 1}
     loader = build_loader(reader, cfg, ViewsConfig(recipe="weak"), seed=job.seed, **places)
     next(loader.epoch(0))  # compiled
-    with open(job.beton, "rb") as file:
-        os.fsync(file.fileno())
-        reader.file_map.madvise(4)  # MADV_DONTNEED: what is mapped stays cached
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reader.file_map.madvise(mmap.MADV_DONTNEED)  # what is mapped stays cached
+    if reason := drop_from_cache(Path(job.beton)):
+        out.put(reason)
+        return
     if group:
         for thread in os.listdir("/proc/self/task"):
             Path(group, "tasks").write_text(thread)
@@ -114,8 +116,11 @@ def _run(args: argparse.Namespace) -> None:
             results = context.Queue()
             process = context.Process(target=measure, args=(replace(job, **PROVIDERS[name]), str(_GROUP), results))
             process.start()
-            found[name].append(results.get(timeout=300))
+            result = results.get(timeout=300)
             process.join()
+            if isinstance(result, str):
+                raise DataError(f"{args.beton}: {result}")
+            found[name].append(result)
     slowest = spread(found["random order, no read-ahead"])["p50"]
     rows = [
         {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastssl.checkpoint import checkpoint_of, step_of
 from fastssl.config import differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError, UserError
 from fastssl.evaluation.accuracy import t_interval
@@ -168,11 +169,11 @@ def _judged(name: str, run: Path, seed: int, *, on_test: bool) -> list[Row]:
 
 def _lines(folder: RunFolder, *, on_test: bool) -> list[dict[str, Any]]:
     """What the last checkpoint's encoder was judged by, the last line of each protocol."""
-    steps = [int(path.name.rpartition("_")[2]) for path in folder.checkpoints.glob("step_*")]
+    last_step = step_of(checkpoint_of(folder.checkpoints, None))
     lines = [
         line
         for line in read_rows(folder.evaluations)
-        if (line["encoder"], line["on"], line["checkpoint_step"]) == (_ENCODER, None, max(steps))
+        if (line["encoder"], line["on"], line["checkpoint_step"]) == (_ENCODER, None, last_step)
         and (line["test"]["path"] != line["train"]["path"]) == on_test
     ]
     return list({line["name"]: line for line in lines}.values())

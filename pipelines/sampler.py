@@ -11,7 +11,7 @@ _SAMPLER_VIEW = 0xFFFF
 _SHUFFLE_OP, _HOLDOUT_OP, _CHUNK_OP = 0, 1, 2
 # The hold-out must be the same in every run, whatever its seed.
 _HOLDOUT_SEED, _HOLDOUT_EPOCH = 0, 0
-# What is read in one piece of a quasi-random order: a disk reads it in not much more time than it takes to get there.
+# What is read in one piece of a quasi-random order: a disk that turns spends most of the time on it reading.
 CHUNK_BYTES = 4 << 20
 
 

@@ -113,8 +113,8 @@ def compile_ahead() -> subprocess.Popen | None:
 
     Wait for the result's end before the first call here, which then finds the code in the cache. Not in this process,
     for two reasons. The decoder's compilation takes as long, and numba compiles one function at a time in a process.
-    And code that was compiled here calls its parts where they were compiled by themselves, with sums in another order
-    than in the copies that the cache keeps: a run in a fresh cache would differ from all later ones in the last bits.
+    And code that was compiled in a process has given it other last bits than the same code, loaded from the cache, gave
+    later processes (seen with affine views; the arithmetic is fastmath): all processes are to load it.
     """
     cache = _augment_range._cache  # pyright: ignore[reportAttributeAccessIssue]
     index = Path(cache.cache_path) / cache._cache_file._index_name

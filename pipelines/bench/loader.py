@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import psutil
 
 from pipelines.bench.disk import DiskSpeed, measure_disk
 from pipelines.bench.stages import COPY, measure_stages
@@ -21,6 +20,7 @@ from pipelines.bench.windows import Measured, Open, measure_in_turns
 from pipelines.beton import BetonReader
 from pipelines.engines import EngineName
 from pipelines.errors import DataError
+from pipelines.read_ahead import available_memory_bytes
 from pipelines.views import build_view_specs
 
 ENGINES = tuple(name for name in get_args(EngineName) if name != "synthetic")
@@ -133,7 +133,7 @@ def _figures(
         num_threads=job.num_threads,
         num_cores=len(os.sched_getaffinity(0)),
         num_file_bytes=num_file_bytes,
-        fits_in_memory=num_file_bytes < psutil.virtual_memory().available,
+        fits_in_memory=num_file_bytes < available_memory_bytes(),
         image_px=int(np.median(reader.sizes.max(axis=1))),
         view_px=max(spec.size_px for spec in specs),
         blurs=any(spec.blur_p > 0 for spec in specs),

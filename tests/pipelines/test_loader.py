@@ -99,16 +99,24 @@ def test_an_epoch_goes_on_from_any_batch(build, engine):
 
 @pytest.mark.parametrize("engine", ["ffcv", "dali", "resident", "torch"])
 @pytest.mark.parametrize("order", ["random", "quasi_random"])
-def test_an_epoch_goes_on_with_other_ranks(build, order, engine):
+def test_an_epoch_goes_on_with_other_ranks(large, monkeypatch, order, engine):
     """The first global batch on two ranks, the second on four, the third on one: those of one rank alone."""
-    data = {"engine": engine, "order": order}
-    whole = list(build(**data).epoch(3))
+    monkeypatch.setattr("pipelines.sampler.CHUNK_BYTES", 200_000)
+    cfg = DataConfig(global_batch_size=8, order=order, window_mb=1, engine=engine)
+
+    def build(rank: int = 0, world_size: int = 1):
+        places = {"rank": rank, "world_size": world_size, "device": CPU, "num_threads": 1}
+        return build_loader(large, cfg, VIEWS, seed=5, **places)
+
+    whole = list(build().epoch(3))
     for number, world_size in enumerate((2, 4, 1)):
-        loaders = [build(rank=rank, world_size=world_size, **data) for rank in range(world_size)]
+        loaders = [build(rank, world_size) for rank in range(world_size)]
         parts = [next(iter(loader.epoch(3, first_batch=number))) for loader in loaders]
         torch.testing.assert_close(torch.cat([part.sample_ids for part in parts]), whole[number].sample_ids)
         for view, expected in enumerate(whole[number].views):
             torch.testing.assert_close(torch.cat([part.views[view] for part in parts]), expected, rtol=0, atol=0)
+        for loader in loaders:
+            loader.close()
 
 
 @pytest.fixture(scope="module")
