@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from loss_providers import LOSSES, PRODUCTS, PROVIDERS, LossOf, NotInstalledError, build  # noqa: E402
-from record import append_rows, environment_columns, format_table  # noqa: E402
+
+from fastssl.record import append_rows, environment_columns, format_table  # noqa: E402
 
 PACKAGES = ("torch", "triton", "numpy", "lightly", "siglip_kernel")
 ROWS = {"cpu": [8192], "cuda": [4096, 16384, 65536, 262144]}

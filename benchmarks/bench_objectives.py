@@ -21,9 +21,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from record import append_rows, environment_columns, format_table  # noqa: E402
-
 from fastssl.losses import LOSSES, build_loss  # noqa: E402
+from fastssl.record import append_rows, environment_columns, format_table  # noqa: E402
 
 BATCHES = (1024, 2048, 4096, 8192)
 MIN_REPETITIONS = 5

@@ -28,13 +28,13 @@ if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on 
 import torch
 from torch import Tensor
 
-from benchmarks.record import append_rows, environment_columns, format_table, spread
 from fastssl.config import Config, load_config
 from fastssl.launch import num_threads_of
 from fastssl.losses import build_loss
 from fastssl.metrics import StepTimer
 from fastssl.models.objective import Objective
 from fastssl.optim import build_optimizer
+from fastssl.record import append_rows, environment_columns, format_table, spread
 from fastssl.trainer import Trainer, build_model
 from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, cores_per_process, open_train_reader

@@ -7,7 +7,6 @@ Everything is read from the run folders, which `fastssl eval` has judged; the cu
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.record import Row, append_rows, command_line, format_table
-from fastssl.evaluation.accuracy import t_interval
+from fastssl.evaluation.accuracy import over_seeds
 from fastssl.metrics import read_rows
+from fastssl.record import Row, append_rows, command_line, format_table
 from fastssl.run_folder import RunFolder
 
 SUMMARY = ("row", "metric", "mean_percent", "sd_over_seeds", "interval95_over_seeds", "num_seeds")
@@ -93,21 +92,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     groups: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
         groups.setdefault((row["row"], row["metric"]), []).append(float(str(row["percent"])))
-    return [
-        {
-            "row": encoder,
-            "metric": metric,
-            "mean_percent": round(statistics.mean(values), 2),
-            "sd_over_seeds": round(statistics.stdev(values), 2) if len(values) > 1 else None,
-            "interval95_over_seeds": _interval(t_interval(values)),
-            "num_seeds": len(values),
-        }
-        for (encoder, metric), values in groups.items()
-    ]
-
-
-def _interval(interval: tuple[float, float] | None) -> str | None:
-    return None if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+    return [{"row": encoder, "metric": metric} | over_seeds(values) for (encoder, metric), values in groups.items()]
 
 
 def draw_curve(folders: Sequence[RunFolder], path: Path) -> None:

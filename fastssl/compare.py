@@ -5,7 +5,6 @@ not chosen on test labels; --on-test reads data.test, once everything is chosen.
 """
 
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from fastssl.checkpoint import checkpoint_of, step_of
 from fastssl.config import differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError, UserError
-from fastssl.evaluation.accuracy import t_interval
+from fastssl.evaluation.accuracy import over_seeds
 from fastssl.evaluation.run import evaluate_run
 from fastssl.metrics import read_rows
 from fastssl.record import append_rows, environment_columns, format_table
@@ -79,19 +78,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     groups: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         groups.setdefault((row["metric"], row["config"]), []).append(row["percent"])
-    found = []
-    for (metric, config), values in groups.items():
-        interval = t_interval(values)
-        found.append(
-            {
-                "config": config,
-                "metric": metric,
-                "mean_percent": round(statistics.mean(values), 2),
-                "sd_over_seeds": round(statistics.stdev(values), 2) if len(values) > 1 else None,
-                "interval95_over_seeds": None if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
-                "num_seeds": len(values),
-            }
-        )
+    found = [{"config": config, "metric": metric} | over_seeds(values) for (metric, config), values in groups.items()]
     order = list(dict.fromkeys(row["metric"] for row in found))
     return sorted(found, key=lambda row: (order.index(row["metric"]), -row["mean_percent"]))
 

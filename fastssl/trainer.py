@@ -71,7 +71,8 @@ class Trainer:
         )
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * cfg.train.num_epochs
-        self.image_px = build_view_specs(cfg.views)[0].size_px
+        view_specs = build_view_specs(cfg.views)
+        self.image_px, self.num_views = view_specs[0].size_px, len(view_specs)
 
         check_test_data(cfg, reader)
         self.model = build_model(cfg, self.image_px)
@@ -260,7 +261,7 @@ class Trainer:
             row["mutual_information_bound_nats"] = bound
         if self.probe and sums["online_total"] > 0:
             row["online_top1"] = sums["online_correct"] / sums["online_total"]
-        self.found = found = figures(window, num_views=len(build_view_specs(self.cfg.views)))
+        self.found = found = figures(window, num_views=self.num_views)
         row |= {name: value for name, value in found.items() if math.isfinite(value)}
         row |= {name: window[name].tolist() for name in ("positive_counts", "negative_counts")}
         self.metrics.epoch_row(epoch, self.step, row)

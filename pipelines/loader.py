@@ -257,7 +257,7 @@ def build_loader(
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
     num_workers = cfg.num_workers or cores_per_process()
     if cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
-        read_whole(reader)
+        read_whole(reader, int(os.environ.get("LOCAL_RANK", "0")), _local_world_size())
     bad_samples = BadSamples(reader.path, reader.num_samples, cfg.max_bad_fraction)
     engine = build_engine(
         cfg.engine,
@@ -322,8 +322,12 @@ def build_eval_loader(
 
 def cores_per_process() -> int:
     """Cores this process may use, divided by the processes of the node (torchrun's and DeepSpeed's variables)."""
-    num_local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return max(1, len(os.sched_getaffinity(0)) // int(num_local))
+    return max(1, len(os.sched_getaffinity(0)) // _local_world_size())
+
+
+def _local_world_size() -> int:
+    """Processes of the node (torchrun's and DeepSpeed's variables)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 class _Finish:

@@ -116,9 +116,13 @@ class ReadAhead:
         return self._ids[self._bounds[group] : self._bounds[group + 1]]
 
 
-def read_whole(reader: BetonReader) -> None:
+def read_whole(reader: BetonReader, part: int = 0, num_parts: int = 1) -> None:
     """Bring a file into the page cache; the processes of a node take a part each.
 
+    Args:
+        reader: The open file.
+        part: The one to read, in [0, num_parts).
+        num_parts: Processes of the node.
     Raises:
         DataError: the file is larger than the memory that is free.
     """
@@ -128,8 +132,6 @@ def read_whole(reader: BetonReader) -> None:
             f"data.cache=ram: {reader.path} has {num_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB of memory "
             f"are free; take os, or none with data.order=quasi_random"
         )
-    num_parts = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-    part = int(os.environ.get("LOCAL_RANK", "0"))
     start, stop = num_bytes * part // num_parts, num_bytes * (part + 1) // num_parts
     buffer = memoryview(bytearray(_READ_BYTES))
     with (

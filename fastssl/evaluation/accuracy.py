@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, mean
+from statistics import NormalDist, mean, stdev
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,21 @@ def t_interval(values: Sequence[float]) -> Interval | None:
         return None
     half = float(stdtrit(num - 1, (1 + CONFIDENCE) / 2)) * float(np.std(values, ddof=1)) / math.sqrt(num)
     return mean(values) - half, mean(values) + half
+
+
+def over_seeds(percents: Sequence[float]) -> dict[str, Any]:
+    """Columns of a table: mean, standard deviation and Student's interval of runs that differ in their seed only.
+
+    Args:
+        percents: One a seed; of a single one the last two are None.
+    """
+    interval = t_interval(percents)
+    return {
+        "mean_percent": round(mean(percents), 2),
+        "sd_over_seeds": round(stdev(percents), 2) if len(percents) > 1 else None,
+        "interval95_over_seeds": None if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+        "num_seeds": len(percents),
+    }
 
 
 def wilson_interval(fraction: float, num: int) -> Interval:

@@ -130,14 +130,12 @@ def test_leaving_does_not_wait_for_what_has_not_begun(reader, groups_of_four, mo
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_a_file_is_read_whole(reader, monkeypatch, num_ranks):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
+def test_a_file_is_read_whole(reader, num_ranks):
     for rank in range(num_ranks):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
         is_before = reader.data_ptr + reader.data_bytes < len(reader.mmap) * rank // num_ranks
         assert cached(reader)[is_before].all()
         assert cached(reader).sum() <= is_before.sum() + 2  # one more, and what the system reads ahead by itself
-        read_whole(reader)
+        read_whole(reader, rank, num_ranks)
     assert cached(reader).all()
 
 
