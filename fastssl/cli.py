@@ -14,14 +14,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0; 2 for bad input, 3 for a run that diverged, each after one line on stderr.
+        Exit code: 0, also for a training that a signal ended with a checkpoint; 2 for bad input, 3 for a run that
+        diverged, each after one line on stderr.
     """
     args = _parser().parse_args(argv)
     return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastssl.errors import DivergedError, UserError
+    from fastssl.errors import DivergedError, Preempted, UserError
 
     try:
         args.call(args)
@@ -29,6 +30,8 @@ def _run(args: argparse.Namespace) -> int:
         return _fail(str(error), 2)
     except DivergedError as error:
         return _fail(str(error), 3)
+    except Preempted as notice:
+        print(f"fastssl: {notice}", flush=True)
     except KeyboardInterrupt:
         return _fail("interrupted; a training goes on from its last checkpoint with --set run.resume=auto", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

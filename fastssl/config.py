@@ -42,6 +42,8 @@ class RunConfig:
         keep_every_epochs: Keep the checkpoint of every so many epochs for good; 0: the last one only.
         log_every_steps: One row of metrics.jsonl for so many steps.
         num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
+        peak_tflops: Of a device at train.precision in TFLOP/s, for the utilisation in metrics.jsonl; None: known GPUs'
+            own (`fastssl.throughput`).
     """
 
     dir: str = "runs/default"
@@ -54,6 +56,7 @@ class RunConfig:
     keep_every_epochs: int = 0
     log_every_steps: int = 10
     num_threads: int = 0
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -63,6 +66,8 @@ class RunConfig:
         for name in ("checkpoint_every_steps", "keep_every_epochs", "num_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError("peak_tflops must be > 0")
         for name in ("checkpoint_every_epochs", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1")
@@ -74,28 +79,42 @@ class TrainConfig:
 
     Attributes:
         num_epochs: Passes over the training images.
-        precision: "bf16" is torch's autocast under DeepSpeed: weights, statistics and the loss stay in fp32.
-        zero_stage: DeepSpeed's ZeRO stage.
+        precision: "bf16" and "fp16" are torch's autocast under DeepSpeed: weights, statistics and the loss stay in
+            fp32. fp16's loss scale is found while training; a step that overflows is not taken.
+        zero_stage: DeepSpeed's ZeRO stage: 1 spreads the optimizer's state over the processes, 2 the gradients too.
+        offload_optimizer: Keep the optimizer's state and its step on the CPU; with ZeRO 1 or 2.
         grad_clip_norm: Global gradient norm to clip to; 0: no clipping.
+        max_skipped_steps: A step whose gradient is not finite is not taken, and its images are noted in
+            nonfinite.jsonl; more than so many in a row end the run.
         on_collapse: What to do when the representation has collapsed for two epochs (`fastssl.diagnostics`).
     """
 
     num_epochs: int = 200
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2] = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False
     grad_clip_norm: float = 0.0
+    max_skipped_steps: int = 5
     on_collapse: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1:
             raise ValueError("num_epochs must be >= 1")
-        if self.grad_clip_norm < 0:
-            raise ValueError("grad_clip_norm must be >= 0")
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage must be 0, 1 or 2: 3 also spreads the weights, which a target's moving average and the "
+                "checkpoint read whole, layer by layer; 2 already spreads all but the weights"
+            )
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs train.zero_stage 1 or 2: it is ZeRO's state that is moved")
+        for name in ("grad_clip_norm", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of a run."""
+    """All of a run; `ds` goes to DeepSpeed as it is (`fastssl.ds_config` says what can be in it)."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -105,6 +124,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ds: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.optim.name == "lars" and self.train.zero_stage > 0:

@@ -10,4 +10,8 @@ class ConfigError(UserError):
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer finite (exit code 3)."""
+    """The loss is no longer finite, or the representation has collapsed (exit code 3)."""
+
+
+class Preempted(Exception):
+    """A signal asked the training to leave, and its checkpoint is written; the message says how it goes on."""

@@ -77,11 +77,12 @@ class Metrics:
         )
         self._started, self._start_step = time.perf_counter(), start_step
 
-    def step_row(self, step: int, values: dict[str, Tensor | float | int]) -> None:
-        """Write the row of a step (1-based: the number of steps taken)."""
+    def step_row(self, step: int, values: dict[str, Tensor | float | int | None]) -> None:
+        """Write the row of a step (1-based: the number of steps taken); loss None: the step was skipped."""
         row = {"step": step, "epoch": (step - 1) // self._steps_per_epoch} | {k: _plain(v) for k, v in values.items()}
         self._write(row, prefix="step")
-        shown = f"loss {row['loss']:.4f}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
+        loss = "skipped" if row["loss"] is None else f"{row['loss']:.4f}"
+        shown = f"loss {loss}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
         self._bar.set_postfix_str(shown)
 
     def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int | list[float]]) -> None:
@@ -154,8 +155,8 @@ def drop_rows_after(path: Path, step: int) -> None:
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _plain(value: Tensor | float | int | list[float]) -> float | int | list[float]:
-    if isinstance(value, list):
+def _plain(value: Tensor | float | int | list[float] | None) -> float | int | list[float] | None:
+    if value is None or isinstance(value, list):
         return value
     number = value.item() if isinstance(value, Tensor) else value
     return number if isinstance(number, int) else float(number)

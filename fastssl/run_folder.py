@@ -25,10 +25,12 @@ FREE_KEYS = (
     "run.keep_every_epochs",
     "run.log_every_steps",
     "run.num_threads",
+    "run.peak_tflops",
     "data.num_workers",
     "data.prefetch_batches",
     "data.cache",
     "train.on_collapse",
+    "train.max_skipped_steps",
 )
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "pillow", "timm", "scikit-learn", "triton")
 
@@ -37,7 +39,8 @@ class RunFolder:
     """Paths of one run.
 
     Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
-    curves.png, features/, eval.jsonl.
+    curves.png, features/, eval.jsonl; nonfinite.jsonl where steps were skipped; preempted while a run that a signal
+    ended waits to go on.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,6 +54,8 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.features = self.path / "features"
         self.evaluations = self.path / "eval.jsonl"
+        self.nonfinite = self.path / "nonfinite.jsonl"
+        self.preempted = self.path / "preempted"
 
     def check_claim(self, cfg: Config) -> bool:
         """Whether the run is to be resumed; refuses to overwrite one.

@@ -27,7 +27,7 @@ from fastssl.checkpoint import (
 from fastssl.config import Config
 from fastssl.diagnostics import WINDOW_IMAGES, add_sums, figures, update_alarm, window_sums
 from fastssl.ds_config import build_ds_config
-from fastssl.errors import ConfigError, DivergedError
+from fastssl.errors import ConfigError, DivergedError, Preempted
 from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.launch import num_threads_of, start_process
@@ -36,8 +36,12 @@ from fastssl.metrics import Metrics, StepTimer
 from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
-from fastssl.run_folder import RunFolder
+from fastssl.preemption import StopRequest
+from fastssl.run_folder import RunFolder, replace_text
+from fastssl.safe_step import SafeStep
 from fastssl.schedules import learning_rate
+from fastssl.skipped_steps import SkippedSteps
+from fastssl.throughput import CommunicationClock, flops_per_image, peak_tflops
 from pipelines.batch import Batch
 from pipelines.beton import BetonReader
 from pipelines.loader import build_loader, open_train_reader
@@ -73,6 +77,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * cfg.train.num_epochs
         view_specs = build_view_specs(cfg.views)
         self.image_px, self.num_views = view_specs[0].size_px, len(view_specs)
+        view_shapes = [(3, spec.size_px, spec.size_px) for spec in view_specs]
 
         check_test_data(cfg, reader)
         self.model = build_model(cfg, self.image_px)
@@ -81,7 +86,13 @@ class Trainer:
         self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
         self.objective = Objective(self.model, self.loss)
         self.probe = self._build_probe(reader)
+        self.flops_per_image = flops_per_image(self.objective, view_shapes)
         self.engine, self.optimizer = self._build_engine()
+        self.safe_step = SafeStep(self.engine, self.objective, cfg.train)
+        self.skipped = SkippedSteps(self.folder.nonfinite, cfg.train.max_skipped_steps)
+        self.communication = CommunicationClock(self.device)
+        self.stop_request = StopRequest()
+        self.must_stop = False  # what all ranks agreed on
         torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
         self.learning_rate = partial(
             learning_rate,
@@ -119,7 +130,9 @@ class Trainer:
         for batch in self.timer.waiting(batches, self.cfg.data.global_batch_size):
             if self.step == 0 and self.metrics:
                 report.draw_views(batch, self.cfg.views, self.folder.views)
-            values = self.train_step(batch)
+            # The last step but one of an epoch: the first ones warm up.
+            with self.communication.measured((self.step + 2) % self.steps_per_epoch == 0):
+                values = self.train_step(batch)
             for name, value in values.items():
                 self.epoch_sums[name] += value
             self._log_step(values)
@@ -127,6 +140,8 @@ class Trainer:
                 self._log_epoch()
             if self._checkpoint_due():
                 self.save()
+            if self.must_stop and self.step < self.total_steps:
+                self._leave()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step.
@@ -134,25 +149,36 @@ class Trainer:
         Args:
             batch: The local batch, on the device.
         Returns:
-            Detached scalars of this rank: "loss", and "online_correct" and "online_total" of the probe.
+            Detached scalars of this rank: "loss", "grad_norm", "num_steps" (1), and "online_correct" and "online_total"
+            of the probe. Nothing, if a gradient was not finite and the step was not taken.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
+        self.safe_step.begin()
         h, z, loss = self.engine(batch.views)
-        self.engine.backward(loss)
-        self.engine.step()
-        self.objective.after_step(self.step, self.total_steps)
-        if self.steps_per_epoch - self.step % self.steps_per_epoch <= self.window_steps:
-            self.window = add_sums(self.window, window_sums(h, z))
+        self.safe_step.backward(loss)
+        can_scale_lower = self.safe_step.can_scale_lower()
+        wants_stop = dist.EXCHANGE.sum_(torch.tensor(float(self.stop_request.name is not None), device=self.device))
+        grad_norm = self.safe_step.step()
+        self.must_stop = bool(wants_stop > 0)
         self.step += 1
-        return {"loss": loss.detach().float()} | self._probe_step(h, batch)
+        if grad_norm is None:
+            mean_loss = dist.all_mean_(loss.detach().double().clone())
+            if not (can_scale_lower and torch.isfinite(mean_loss)):
+                self.skipped.note(self.step, mean_loss.item(), batch.sample_ids)
+            return {}
+        self.skipped.in_a_row = 0
+        self.objective.after_step(self.step - 1, self.total_steps)
+        if -self.step % self.steps_per_epoch < self.window_steps:
+            self.window = add_sums(self.window, window_sums(h, z))
+        values = {"loss": loss.detach().float(), "grad_norm": torch.tensor(grad_norm), "num_steps": torch.ones(())}
+        return values | self._probe_step(h, batch)
 
     def save(self) -> None:
-        """Save a checkpoint of this step (all ranks); a run that has diverged keeps its last good one."""
-        self._check_finite(self.epoch_sums["loss"])
+        """Save a checkpoint of this step (all ranks)."""
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
         state: dict[str, Any] = {"step": self.step, "data_identity": self.data_identity}
-        state["collapsed_since"] = self.collapsed_since
+        state |= {"collapsed_since": self.collapsed_since, "loss_scale": self.safe_step.state_dict()}
         if self.probe:
             state["probe"] = self.probe.state_dict()
         save_checkpoint(
@@ -180,6 +206,8 @@ class Trainer:
         self.epoch_sums = {name: value.to(self.device) for name, value in state["epoch_sums"].items()}
         self.window = {name: value.to(self.device) for name, value in state["window"].items()}
         self.collapsed_since = state["collapsed_since"]
+        self.safe_step.load_state_dict(state["loss_scale"])
+        self.skipped.resume(self.step)
         if self.probe:
             self.probe.load_state_dict(state["probe"])
 
@@ -216,6 +244,7 @@ class Trainer:
         if dist.rank() == 0:
             if resuming:
                 drop_half_written(self.folder.checkpoints)
+                self.folder.preempted.unlink(missing_ok=True)
             else:
                 self.folder.create(self.cfg, dist.world_size())
         dist.barrier()
@@ -236,13 +265,16 @@ class Trainer:
             self.metrics.advance()
         if self.step % self.cfg.run.log_every_steps:
             return
-        loss = self._check_finite(values["loss"])
+        row: dict[str, Any] = {"loss": None, "grad_norm": None}  # of a step that was not taken
+        if values:
+            row = {"loss": dist.all_mean_(values["loss"].clone()), "grad_norm": values["grad_norm"]}
         if self.metrics:
-            row = {"loss": loss, "learning_rate": self.learning_rate(self.step - 1), **self.timer.read("step")}
-            self.metrics.step_row(self.step, row | {"memory_bytes": self._memory_bytes()})
+            row |= {"learning_rate": self.learning_rate(self.step - 1), **self.timer.read("step")}
+            row |= self.safe_step.figures() | {"memory_bytes": self._memory_bytes()}
+            self.metrics.step_row(self.step, row)
 
     def _log_epoch(self) -> None:
-        sums = {name: self._check_finite(value) for name, value in self.epoch_sums.items()}
+        sums = {name: dist.all_mean_(value.clone()) for name, value in self.epoch_sums.items()}
         self.epoch_sums = self._zero_sums()
         window, self.window = dist.sum_all(self.window), {}
         num_bad = dist.EXCHANGE.sum_(torch.tensor(float(len(self.loader.bad_samples.reasons)), device=self.device))
@@ -253,7 +285,9 @@ class Trainer:
 
     def _write_epoch(self, epoch: int, sums: dict[str, Tensor], num_bad: Tensor, window: dict[str, Tensor]) -> None:
         assert self.metrics
-        row: dict[str, Any] = {"loss": sums["loss"] / self.steps_per_epoch, **self.timer.read("epoch")}
+        num_steps = max(1.0, sums["num_steps"].item())
+        row: dict[str, Any] = {"loss": sums["loss"] / num_steps, "grad_norm": sums["grad_norm"] / num_steps}
+        row |= {"skipped_steps": self.steps_per_epoch - round(sums["num_steps"].item())} | self._throughput()
         if num_bad > 0:
             row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
         bound = self.loss.bound_nats(row["loss"].item())
@@ -281,26 +315,42 @@ class Trainer:
         if self.cfg.train.on_collapse == "stop" and has_collapsed > 0:
             raise DivergedError(f"the representation has collapsed at step {self.step}: train.on_collapse=stop")
 
-    def _check_finite(self, value: Tensor) -> Tensor:
-        """Mean over ranks of a loss or a count (all ranks call it, and stop alike).
+    def _throughput(self) -> dict[str, float | int]:
+        """Of the epoch: images a second, waiting, arithmetic, communication, memory."""
+        row: dict[str, float | int] = {**self.timer.read("epoch"), "memory_bytes": self._memory_bytes()}
+        if self.flops_per_image is not None:
+            tflops = row["img_per_s"] * self.flops_per_image / dist.world_size() / 1e12
+            row["model_tflops_per_device"] = round(tflops, 4)
+            if peak := self.cfg.run.peak_tflops or peak_tflops(self.device, self.cfg.train.precision):
+                row["model_flop_utilisation"] = round(tflops / peak, 4)
+        if self.communication.last_ms is not None:
+            row["communication_ms_per_step"] = round(self.communication.last_ms, 3)
+        return row
+
+    def _leave(self) -> None:
+        """End the training at a checkpoint, as a signal asked (all ranks).
 
         Raises:
-            DivergedError: it is not finite.
+            Preempted: Always.
         """
-        mean = dist.all_mean_(value.clone())
-        if not torch.isfinite(mean):
-            hint = "lower optim.base_lr, or warm up longer"
-            raise DivergedError(f"the loss is {mean.item()} at step {self.step}: {hint}")
-        return mean
+        how = f"{self.folder.path} goes on after step {self.step} of {self.total_steps} with --set run.resume=auto"
+        if self.metrics:
+            self.metrics.close()
+            replace_text(self.folder.preempted, f"{how}\n")
+        dist.barrier()
+        raise Preempted(f"asked to stop ({self.stop_request.name or 'another rank was'}): {how}")
 
     def _checkpoint_due(self) -> bool:
+        if self.skipped.in_a_row and self.step < self.total_steps:
+            return False  # it may be diverging: keep the last good one
         epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
         at_epoch_end = in_epoch == 0 and epoch % self.cfg.run.checkpoint_every_epochs == 0
         every = self.cfg.run.checkpoint_every_steps
-        return self.step == self.total_steps or at_epoch_end or bool(every and self.step % every == 0)
+        is_due = self.step == self.total_steps or at_epoch_end or bool(every and self.step % every == 0)
+        return is_due or self.must_stop
 
     def _zero_sums(self) -> dict[str, Tensor]:
-        names = ["loss", *(["online_correct", "online_total"] if self.probe else [])]
+        names = ["loss", "grad_norm", "num_steps", *(["online_correct", "online_total"] if self.probe else [])]
         return {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in names}
 
     def _memory_bytes(self) -> int:

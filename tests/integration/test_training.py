@@ -18,7 +18,9 @@ from pipelines.beton import BetonWriter
 from tests.processes import ROOT, environment, free_port
 
 TRAIN = [sys.executable, "fastssl/train.py", "--cfg"]
-TIMING = ("img_per_s", "data_wait_fraction", "memory_bytes")
+TIMING = (
+    "img_per_s", "data_wait_fraction", "memory_bytes", "model_tflops_per_device", "communication_ms_per_step",
+)  # fmt: skip
 
 
 def deepspeed(num_ranks: int) -> list[str]:
@@ -84,6 +86,9 @@ def test_one_process_leaves_a_whole_run_folder_and_evaluates(tiny_config, comman
     assert 0 < rows[-1]["std_z"] <= 1
     assert -1 <= rows[-1]["negative_similarity"] < rows[-1]["positive_similarity"] <= 1
     assert sum(rows[-1]["positive_counts"]) == 10 * 128  # of the last 2,048 images: the whole epoch
+    assert rows[-1]["grad_norm"] > 0
+    assert rows[-1]["skipped_steps"] == 0
+    assert read_rows(run / "metrics.jsonl")[-1]["model_tflops_per_device"] > 0
 
     table = command("fastssl", "eval", run)
     assert table.returncode == 0, table.stderr
@@ -212,7 +217,11 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tiny_config, command):
     done = command(*TRAIN, tiny_config, *settings)
     assert done.returncode == 3, done.stderr
     assert "the loss is" in done.stderr
+    assert "6 steps in a row (train.max_skipped_steps is 5" in done.stderr
     assert last_checkpoint(run_of(tiny_config) / "checkpoints") is None  # nothing good was there to save
+    skipped = read_rows(run_of(tiny_config) / "nonfinite.jsonl")
+    assert [row["step"] for row in skipped] == [2, 3, 4, 5, 6, 7]
+    assert all(len(set(row["sample_ids"])) == 128 for row in skipped)
 
 
 def test_a_collapsed_representation_is_named_and_ends_the_run_where_it_shall(tiny_config, command):

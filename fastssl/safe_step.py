@@ -1,0 +1,129 @@
+"""One optimizer step that leaves no trace where a gradient is not finite, and fp16's loss scale.
+
+fp16 is torch's autocast under DeepSpeed, with the scale kept here: DeepSpeed 0.19.8 gives ZeRO's ranks a scaler each,
+which see other overflows and then average gradients of different scales.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.config import TrainConfig
+from fastssl.models.objective import Objective
+
+INITIAL_LOSS_SCALE = 2.0**16
+# Steps without overflow until the scale doubles: torch.amp.GradScaler's default, as the initial scale is.
+LOSS_SCALE_WINDOW = 2000
+
+
+class SafeStep:
+    """Backward and step of an engine at any of ZeRO's stages 0 to 2; all ranks take or skip a step alike.
+
+    A skipped step changes nothing: neither weights nor the optimizer's state, nor the objective's buffers (batch norm's
+    statistics, moments), which a forward pass has written by then.
+
+    Attributes:
+        loss_scale: DeepSpeed's dynamic scaler for fp16, else None.
+    """
+
+    def __init__(self, engine: Any, objective: Objective, cfg: TrainConfig) -> None:
+        self.engine = engine
+        self._max_norm = cfg.grad_clip_norm
+        self._is_partitioned = engine.zero_optimization()
+        self._parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self._buffers = list(objective.buffers())
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self.loss_scale = _build_loss_scale() if cfg.precision == "fp16" else None
+        engine.torch_autocast_z0_gradscaler = None
+        if self._is_partitioned:
+            engine.optimizer.torch_autocast_gradscaler = None
+
+    def begin(self) -> None:
+        """Before the forward pass: remember the buffers that it writes."""
+        _copy(self._buffers, self._kept)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss times the scale, averaged over ranks by the engine."""
+        if self.loss_scale is None:
+            self.engine.backward(loss)
+        elif self._is_partitioned:
+            self.engine.optimizer.override_loss_scale(self.loss_scale.cur_scale)  # it divides before it clips
+            self.engine.backward(loss)
+        else:
+            self.engine.backward(loss * self.loss_scale.cur_scale)
+
+    def step(self) -> float | None:
+        """Take the optimizer's step.
+
+        Returns:
+            The norm of the gradient over all parameters, before clipping; None: it was not finite, nothing was changed.
+        """
+        norm = self._partitioned_step() if self._is_partitioned else self._plain_step()
+        if norm is None:
+            _copy(self._kept, self._buffers)
+        if self.loss_scale is not None:
+            self.loss_scale.update_scale(norm is None)
+        return norm
+
+    def can_scale_lower(self) -> bool:
+        """Whether an overflow may be fp16's only, to be helped by a smaller scale."""
+        return self.loss_scale is not None and self.loss_scale.cur_scale > self.loss_scale.min_scale
+
+    def figures(self) -> dict[str, float]:
+        """What a row of metrics says of it: the loss scale of fp16."""
+        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cur_scale}
+
+    def state_dict(self) -> dict[str, float | int]:
+        """What the loss scale depends on; empty without one."""
+        return {} if self.loss_scale is None else {name: getattr(self.loss_scale, name) for name in _SCALE_STATE}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Go on with a saved scale."""
+        for name, value in state.items():
+            setattr(self.loss_scale, name, value)
+
+    def _plain_step(self) -> float | None:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.cur_scale
+        norm = torch.nn.utils.get_total_norm(gradients).item() / scale
+        if math.isfinite(norm):
+            # As DeepSpeed's ZeRO optimizers clip; here it would clip the gradients of the scaled loss.
+            clip = max(1.0, (norm + 1e-6) / self._max_norm) if self._max_norm else 1.0
+            if scale * clip != 1:
+                torch._foreach_mul_(gradients, 1 / (scale * clip))  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            for parameter in self._parameters:
+                parameter.grad = None  # then the engine counts a step, and its optimizer takes none
+        self.engine.step()
+        return norm if math.isfinite(norm) else None
+
+    def _partitioned_step(self) -> float | None:
+        self.engine.step()
+        if self.engine.optimizer.overflow:
+            return None
+        return float(self.engine.get_global_grad_norm())
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """All of them in one call."""
+    if sources:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
+_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _build_loss_scale() -> Any:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    return DynamicLossScaler(
+        init_scale=INITIAL_LOSS_SCALE,
+        scale_window=LOSS_SCALE_WINDOW,
+        min_scale=1.0,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+        dtype=torch.float16,
+    )

@@ -1,0 +1,118 @@
+"""Steps under a real DeepSpeed engine: what is not finite leaves no trace, and fp16's scale cancels."""
+
+import copy
+
+import pytest
+import torch
+
+from fastssl.config import build_config
+from fastssl.ds_config import build_ds_config
+from fastssl.launch import start_process
+from fastssl.losses import build_loss
+from fastssl.models.objective import Objective
+from fastssl.models.two_view import TwoViewModel
+from fastssl.safe_step import INITIAL_LOSS_SCALE, SafeStep
+
+TINY = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
+
+
+def build(zero_stage=0, precision="fp32", loss="minc", **train):
+    """A small objective with batch norm, a target and a moment, its engine and its steps."""
+    import deepspeed
+
+    cfg = build_config(
+        {
+            "data": {"global_batch_size": 8},
+            "model": {"backbone": "timm/resnet18", "stem": "cifar", "backbone_kwargs": TINY, "projector_dim": 8},
+            "loss": {"name": loss},
+            "train": {"zero_stage": zero_stage, "precision": precision, **train},
+            "run": {"device": "cpu", "num_threads": 1},
+        }
+    )
+    start_process(cfg.run)
+    torch.manual_seed(0)
+    objective = Objective(TwoViewModel(cfg.model, 16), build_loss(cfg.loss, 8))
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1, momentum=0.9)
+    config = build_ds_config(cfg, world_size=1)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)
+    return SafeStep(engine, objective, cfg.train), objective
+
+
+def take(safe, step, bad=False):
+    torch.manual_seed(step)
+    views = [torch.randn(8, 3, 16, 16) for _ in range(2)]
+    if bad:
+        views[0][3, 0, 0, 0] = torch.inf
+    safe.begin()
+    _, _, loss = safe.engine(views)
+    safe.backward(loss)
+    return safe.step()
+
+
+def state_of(safe, objective):
+    base = safe.engine.optimizer if not safe.engine.zero_optimization() else safe.engine.optimizer.optimizer
+    momenta = [state["momentum_buffer"] for state in base.state.values() if "momentum_buffer" in state]
+    return copy.deepcopy([*objective.state_dict().values(), *momenta])
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(zero_stage):
+    safe, objective = build(zero_stage)
+    for step in range(2):
+        assert take(safe, step) > 0
+    before = state_of(safe, objective)
+    assert take(safe, 2, bad=True) is None
+    after = state_of(safe, objective)
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    undisturbed, other = build(zero_stage)
+    for step in range(2):
+        take(undisturbed, step)
+    assert take(safe, 3) == take(undisturbed, 3)
+    later = zip(state_of(safe, objective), state_of(undisturbed, other), strict=True)
+    assert all(torch.equal(a, b) for a, b in later)
+    assert all(a.isfinite().all() for a in state_of(safe, objective))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_the_gradient_is_clipped_to_its_norm(zero_stage):
+    """One step of SGD without momentum's past is lr times the gradient."""
+    for clip, wanted in ((0.0, None), (1e-3, 1e-3)):
+        safe, objective = build(zero_stage, grad_clip_norm=clip)
+        before = torch.cat([p.detach().flatten().clone() for p in objective.parameters() if p.requires_grad])
+        norm = take(safe, 0)
+        after = torch.cat([p.detach().flatten() for p in objective.parameters() if p.requires_grad])
+        moved = (before.double() - after.double()).norm().item() / 0.1
+        assert moved == pytest.approx(
+            wanted or norm, rel=2e-3
+        )  # weights of .1 hold steps of 1e-6 to 1e-2 of themselves
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_fp16_finds_a_scale_and_the_gradient_does_not_depend_on_it(zero_stage):
+    norms = {}
+    for scale in (INITIAL_LOSS_SCALE, 2.0**10):
+        safe, _ = build(zero_stage, "fp16", grad_clip_norm=0.5)
+        safe.loss_scale.cur_scale = scale
+        while (norm := take(safe, 0)) is None:
+            assert safe.loss_scale.cur_scale >= 1
+        norms[scale] = norm
+    full = take(build(zero_stage, grad_clip_norm=0.5)[0], 0)
+    # 2^-11 each rounding; through the tiny network's layers a few per mille. A wrong scale is off by 2 at the least.
+    assert norms[INITIAL_LOSS_SCALE] == pytest.approx(norms[2.0**10], rel=2e-2)
+    assert norms[2.0**10] == pytest.approx(full, rel=2e-2)
+
+
+def test_an_overflow_halves_the_scale_and_the_state_goes_on():
+    safe, objective = build(0, "fp16")
+    safe.loss_scale.cur_scale = 2.0**40
+    before = state_of(safe, objective)
+    assert take(safe, 0) is None
+    assert safe.loss_scale.cur_scale == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(safe, objective), strict=True))
+    other, _ = build(0, "fp16")
+    other.load_state_dict(safe.state_dict())
+    assert other.state_dict() == safe.state_dict()
+    assert other.loss_scale.cur_scale == 2.0**39
+    assert other.loss_scale.last_overflow_iter == 0

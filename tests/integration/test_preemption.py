@@ -1,0 +1,77 @@
+"""Trainings that a cluster asks to leave: a checkpoint at the next step, exit 0, and on from there."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from fastssl.checkpoint import last_checkpoint
+from fastssl.metrics import read_rows
+from tests.integration.test_training import TRAIN, assert_same_end, run_of, torchrun
+from tests.processes import ROOT, environment
+
+
+def start_until_step(command, run, *, step):
+    """A training that has logged `step`."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_rows(run / "metrics.jsonl")):
+        assert process.poll() is None, "the run ended before it was asked to"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_run_at_a_checkpoint_and_it_goes_on_bit_for_bit(number, tiny_config, command):
+    run, whole = run_of(tiny_config), tiny_config.parent / "whole"
+    settings = ["--set", "train.num_epochs=6"]
+    process = start_until_step([*TRAIN, str(tiny_config), *settings], run, step=14)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    last = out.splitlines()[-1]
+    step = read_rows(run / "metrics.jsonl")[-1]["step"]
+    assert step < 60, "the run was complete before the signal came"
+    assert last.startswith(f"fastssl: asked to stop ({number.name}): {run} goes on after step {step} of 60 with --set")
+    assert last_checkpoint(run / "checkpoints") == run / f"checkpoints/step_{step:08d}"
+    assert f"goes on after step {step}" in (run / "preempted").read_text()
+
+    resumed = command(*TRAIN, tiny_config, *settings, "run.resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed at step {step}" in resumed.stdout
+    assert not (run / "preempted").exists()
+    assert command(*TRAIN, tiny_config, *settings, f"run.dir={whole}").returncode == 0
+    assert_same_end(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_one_rank_that_is_asked_takes_the_other_along(tiny_config, command):
+    """The signal reaches one process only; both leave after the same step."""
+    import psutil
+
+    run = run_of(tiny_config)
+    settings = ["--set", "train.num_epochs=12"]
+    process = start_until_step([*torchrun(2), str(tiny_config), *settings], run, step=14)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "fastssl/train.py" in " ".join(child.cmdline()) and child.environ().get("RANK")
+    ]
+    assert len(ranks) == 2
+    next(child for child in ranks if child.environ()["RANK"] == "1").send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "asked to stop (another rank was)" in out
+    assert "asked to stop (SIGUSR1)" in out
+    rows = read_rows(run / "metrics.jsonl")
+    assert rows[-1]["step"] < 120
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    assert all(0 < row["communication_ms_per_step"] < 10_000 for row in epochs)
+    resumed = command(*torchrun(2), tiny_config, *settings, "run.resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "kind" not in row] == list(range(1, 121))
