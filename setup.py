@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "fastssl",
+        "fastssl.analysis",
         "fastssl.evaluation",
         "fastssl.losses",
         "fastssl.models",

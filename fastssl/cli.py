@@ -5,9 +5,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastssl import __version__
 from pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    from fastssl.analysis.source import BatchSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,6 +132,26 @@ def _compare(args: argparse.Namespace) -> None:
     print(compare(args.configs, args.out, num_seeds=args.seeds, **settings))
 
 
+def _hessian(args: argparse.Namespace) -> None:
+    from fastssl.analysis.hessian import HessianSettings, hessian_of_runs
+
+    names = ("num_probes", "num_iterations", "top_k", "seed")
+    settings = HessianSettings(**{name: getattr(args, name) for name in names}, batches=_batch_settings(args))
+    print(hessian_of_runs(args.runs, args.set, step=args.step, settings=settings, out=args.out))
+
+
+def _gradflow(args: argparse.Namespace) -> None:
+    from fastssl.analysis.gradflow import gradflow
+
+    print(gradflow(args.run, args.set, step=args.step, settings=_batch_settings(args), out=args.out))
+
+
+def _batch_settings(args: argparse.Namespace) -> "BatchSettings":
+    from fastssl.analysis.source import BatchSettings
+
+    return BatchSettings(num_images=args.num_images, batch_size=args.batch_size)
+
+
 def _bench_loader(args: argparse.Namespace) -> None:
     from fastssl.bench import bench_loader_on
 
@@ -170,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(evaluate)
 
     _add_compare(commands.add_parser("compare", help="train and judge several configurations under several seeds"))
+    _add_hessian(commands.add_parser("hessian", help="the eigenvalues of the loss's Hessian where runs stand"))
+    _add_gradflow(commands.add_parser("gradflow", help="a loss's closed-form gradient against autograd, pair by pair"))
     bench = commands.add_parser("bench", help="measure how fast a .beton file is loaded here, and what bounds it")
     _add_bench_loader(bench.add_subparsers(title="what to measure", required=True, metavar="PART"))
     return parser
@@ -209,6 +235,34 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
         "--launcher", default="", help="what starts a training, such as 'deepspeed --num_gpus 8' (default: one process)"
     )
     compare.set_defaults(call=_compare)
+
+
+def _add_hessian(hessian: argparse.ArgumentParser) -> None:
+    hessian.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, one plot for all")
+    hessian.add_argument("--num-probes", type=int, default=4, metavar="N", help="random starts (default: 4)")
+    hessian.add_argument(
+        "--num-iterations", type=int, default=64, metavar="N", help="Lanczos steps for each start (default: 64)"
+    )
+    hessian.add_argument("--top-k", type=int, default=5, metavar="K", help="largest eigenvalues (default: 5)")
+    hessian.add_argument("--seed", type=int, default=0, help="of the starts (default: 0)")
+    _add_batches(hessian)
+    hessian.set_defaults(call=_hessian)
+
+
+def _add_gradflow(gradflow: argparse.ArgumentParser) -> None:
+    gradflow.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    _add_batches(gradflow)
+    gradflow.set_defaults(call=_gradflow)
+
+
+def _add_batches(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the last one)")
+    command.add_argument(
+        "--num-images", type=int, metavar="N", help="of the training file, whole batches (default: four)"
+    )
+    command.add_argument("--batch-size", type=int, metavar="N", help="images of a batch (default: the run's, global)")
+    command.add_argument("--out", type=Path, help="folder of the results (default: in the run)")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
 
 
 def _add_bench_loader(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -40,7 +40,7 @@ class RunFolder:
 
     Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
     curves.png, features/, eval.jsonl; nonfinite.jsonl where steps were skipped; preempted while a run that a signal
-    ended waits to go on.
+    ended waits to go on; hessian/ and gradflow/ (docs/analysis.md), a folder a checkpoint in each.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,6 +56,8 @@ class RunFolder:
         self.evaluations = self.path / "eval.jsonl"
         self.nonfinite = self.path / "nonfinite.jsonl"
         self.preempted = self.path / "preempted"
+        self.hessian = self.path / "hessian"
+        self.gradflow = self.path / "gradflow"
 
     def check_claim(self, cfg: Config) -> bool:
         """Whether the run is to be resumed; refuses to overwrite one.

@@ -108,14 +108,18 @@ class Minc(nn.Module):
             moment = self.moment.corrected(batch_moment)
             if self.training:
                 self.moment.update(batch_moment)
-            matrix = moment.tril() if self.config.gha else moment
-            surrogate = s * s * (u * (u @ matrix.T).detach()).sum(-1)  # its gradient is s^2 A u, without a 1/2
-            repulsion = surrogate - surrogate.detach() / 2
+            repulsion = s * s * (self._gha_form(u, moment) if self.config.gha else (u * (u @ moment)).sum(-1) / 2)
             terms = [
                 (repulsion[v] - self._attraction(s * (u[v] * t[w]).sum(-1))).mean()
                 for v, w in ordered_pairs(len(u), len(t))
             ]
             return torch.stack(terms).mean()
+
+    @staticmethod
+    def _gha_form(u: Tensor, moment: Tensor) -> Tensor:
+        """u^T A u/2 for A = tril(moment) as its value, and A u as its gradient, [V, B]."""
+        surrogate = (u * (u @ moment.tril().T).detach()).sum(-1)
+        return surrogate - surrogate.detach() / 2
 
     def _attraction(self, v: Tensor) -> Tensor:
         """t_alpha(v) + 1/alpha, and v itself for alpha = 2."""

@@ -23,11 +23,13 @@ def check_moment_width(width: int, loss_name: str) -> None:
 def center(z: Tensor) -> Tensor:
     """z [V, B, D] less each view's mean over the global batch, in fp32 (fp64 for fp64 rows).
 
-    The mean has no gradient here: sums of products of centred rows do not change with it to first order, so what
-    `covariances` makes of these rows has the complete gradient all the same.
+    Over several ranks the mean has no gradient: sums of products of centred rows do not change with it to first order,
+    so what `covariances` makes of these rows has the complete gradient all the same. To second order they do change
+    with it, and one process, the only one to make Hessians, keeps it.
     """
     wide = z if z.dtype == torch.float64 else z.float()
-    return wide - dist.all_mean_(wide.detach().mean(1, keepdim=True))
+    mean = wide.mean(1, keepdim=True)
+    return wide - (dist.all_mean_(mean.detach()) if dist.world_size() > 1 else mean)
 
 
 def covariances(x: Tensor, y: Tensor) -> Tensor:

@@ -84,8 +84,11 @@ def gram_terms(
     check_views(z, topology, None, exchange.size)
     exchange.check_alike(z)
     with_grad = torch.is_grad_enabled() and z.requires_grad
-    settings = (float(linear), float(square), unit, topology, choose_impl(impl, z), with_grad)
-    if exchange.size == 1:
+    impl = choose_impl(impl, z)
+    settings = (float(linear), float(square), unit, topology, impl, with_grad)
+    if exchange.size == 1 and impl == "reference":  # by autograd: the op has a first derivative only
+        positives, total, *_ = _forward(z, *settings[:-1], with_grad=False, exchange=exchange)
+    elif exchange.size == 1:
         positives, total, *_ = _gram_terms(z, *settings)
     else:
         positives, total = _AcrossRanks.apply(z, settings, exchange)  # pyright: ignore

@@ -65,8 +65,13 @@ def pair_terms(
     check_views(z, topology, groups, exchange.size)
     exchange.check_alike(z)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, inv_temperature, bias))
-    settings = (kind, topology, choose_impl(impl, z), wide_range, with_grad)
-    if exchange.size == 1:
+    impl = choose_impl(impl, z)
+    settings = (kind, topology, impl, wide_range, with_grad)
+    if exchange.size == 1 and impl == "reference":  # by autograd: the ops have a first derivative only
+        positives, total, *_ = _forward(
+            z, inv_temperature, bias, groups, *settings[:-1], with_grad=False, exchange=exchange
+        )
+    elif exchange.size == 1:
         positives, total, *_ = _pair_terms(z, inv_temperature, bias, groups, *settings)
     else:
         positives, total = _AcrossRanks.apply(z, inv_temperature, bias, groups, settings, exchange)  # pyright: ignore
@@ -141,7 +146,7 @@ def _forward(
     """positives, total, inv_norm [V, B], pulls [V, B, D] (empty without gradient), d total / d b."""
     implementation = load_impl(impl)
     u, inv_norm, positives = implementation.normalize(z, inv_temperature)
-    sums = torch.zeros_like(inv_norm)
+    sums = 0 * inv_norm  # not zeros_like: autograd follows what is added to parts of a tensor that has a graph
     rows = Side(u=u, groups=groups_of_rows(groups, z), sums=sums)
     if with_grad:
         rows.slopes = torch.zeros_like(inv_norm)

@@ -66,7 +66,9 @@ def partition_terms(
     exchange.check_alike(z)
     shift = exp_shift(inv_temperature)
     choices = (topology, choose_impl(impl, z))
-    if exchange.size == 1:
+    if exchange.size == 1 and choices[1] == "reference":  # by autograd: the ops have a first derivative only
+        positives, sums, _ = _forward(z, inv_temperature, shift, groups, *choices, exchange)
+    elif exchange.size == 1:
         positives, sums = _partition_terms(z, inv_temperature, shift, groups, *choices)
     else:
         positives, sums = _AcrossRanks.apply(z, inv_temperature, shift, groups, choices, exchange)  # pyright: ignore
@@ -85,7 +87,7 @@ def _forward(
     """positives, r, and the columns of other ranks."""
     implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
     u, inv_norm, positives = implementation.normalize(z, inv_temperature)
-    rows = Side(u=u, groups=groups_of_rows(groups, z), sums=torch.zeros_like(inv_norm))
+    rows = Side(u=u, groups=groups_of_rows(groups, z), sums=0 * inv_norm)  # as in pair_loss/terms.py
     assert rows.sums is not None
     seen: list[Side] = []
     for side, columns, own in meetings(rows, _kept(column_sides(exchange, rows), seen), topology):

@@ -22,13 +22,14 @@ Every loss over pairs here is made of three steps, and an implementation is a mo
 One pass is enough where all rows weigh the same: dL/ds_ik is known as soon as s_ik is. Losses with a logarithm for
 each row (NT-Xent) know their weights after the sums only: a second `accumulate`, with weights. f is symmetric, so the
 gradient of the local rows counts each pair as row and as column there, and is complete without any gradient from other
-ranks. No function here waits for the device, and the same inputs give the same bits.
+ranks. No function here waits for the device, and the same inputs give the same bits. These gradients have no derivative
+of their own; `reference` in one process leaves them to autograd, which differentiates any number of times.
 
 | impl        | what it does                                                    | where                        |
 |-------------|-----------------------------------------------------------------|------------------------------|
 | `fused`     | Triton: fp16 operands, fp32 sums, no [rows, columns] in memory  | CUDA, or Triton's interpreter |
 | `chunked`   | torch, a tile of pairs at a time, fp32 or fp64                  | any device                   |
-| `reference` | the equations on the whole matrix, fp32 or fp64                 | tests                        |
+| `reference` | the equations on the whole matrix, fp32 or fp64                 | tests, second derivatives    |
 | `auto`      | `fused` where it is fast and rounding is welcome, else `chunked` |                             |
 """
 

@@ -1,4 +1,4 @@
-"""The equations of similarity/__init__.py on the whole matrix of pairs: for tests."""
+"""The equations of similarity/__init__.py on the whole matrix of pairs: for tests and second derivatives."""
 
 # rows [V, B, D], columns [Q, B, D]; m = V B, n = Q B
 

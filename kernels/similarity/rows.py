@@ -38,9 +38,9 @@ def finish(
 
 
 def _unit(z: Tensor, wide: Tensor, inv_norm: Tensor) -> Tensor:
-    """u, in the memory of the widened z where that is a copy."""
+    """u, in the memory of the widened z where that is a copy that autograd does not need."""
     inv_norm = inv_norm[..., None]
-    return wide * inv_norm if wide.dtype == z.dtype else wide.mul_(inv_norm)
+    return wide * inv_norm if wide.dtype == z.dtype or wide.requires_grad else wide.mul_(inv_norm)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -65,6 +65,11 @@ def test_gradcheck(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.autograd.gradcheck(with_impl(name, impl).double(), projections(num=5))
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "dclw"])
+def test_by_the_reference_it_is_twice_differentiable(name: str) -> None:
+    assert torch.autograd.gradgradcheck(with_impl(name, "reference").double(), projections(num=3, width=3))
+
+
 def test_gradcheck_of_what_siglip_learns() -> None:
     loss, (z_a, z_b) = build_loss(CONFIGS["siglip"]).double(), projections(num=5)
     names, parameters = zip(*loss.named_parameters(), strict=True)

@@ -253,7 +253,7 @@ def test_without_a_gradient_moments_ask_for_no_pulls(impl: str, monkeypatch: pyt
     spectral_loss(z, impl=impl)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         spectral_loss(z, impl=impl)  # pyright: ignore[reportArgumentType]
-    assert asked == [True, True, False, False]
+    assert asked == ([True, True] if impl == "chunked" else [False, False]) + [False, False]  # autograd needs none
 
 
 # -- memory

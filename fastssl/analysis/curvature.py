@@ -1,0 +1,119 @@
+"""Products of a vector with the Hessian of a loss with respect to all that a run trains, by double backward.
+
+# P parameters of the run: encoder, projector and what the loss learns (a predictor, a temperature)
+# g(w) the gradient of the mean loss over fixed batches; H v = d/dw (g(w) . v), Pearlmutter 1994
+
+What a loss takes without a gradient (sg) is a constant here, at its value for the weights as they are: H is then the
+Hessian of a scalar function, and symmetric. Where sg hides a part of the network (`HELD`), H is not the Jacobian of the
+field that training follows, which need not be symmetric; it is the curvature of the loss given what is held.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl.losses import Loss, LossConfig, MincConfig, build_loss
+from fastssl.models.objective import Objective
+from kernels.similarity import Impl
+
+HELD = {
+    "byol": "the target network",
+    "linear_byol": "the target network",
+    "simsiam": "the other view's projection",
+    "minc": "the target network and Lambda",
+    "tico": "the target network and C",
+    "dclw": "the weights of the positives",
+}
+
+
+def twice_differentiable(cfg: Config) -> Config:
+    """The same configuration with a loss that has a second derivative: sums over pairs by `impl="reference"`.
+
+    Raises:
+        ConfigError: the loss's gradient is that of no function, or its surrogate has another second derivative.
+    """
+    loss = cfg.loss
+    if isinstance(loss, MincConfig) and loss.gha:
+        raise ConfigError("loss.gha: with the lower triangle MINC descends no function, so it has no Hessian")
+    if isinstance(loss, MincConfig) and loss.alpha != 2:
+        raise ConfigError(f"loss.alpha: {loss.alpha:g} has a slope below loss.alpha_floor that is no second derivative")
+    return replace(cfg, loss=with_impl(loss, "reference"))
+
+
+def with_impl(config: LossConfig, impl: Impl) -> LossConfig:
+    """The same loss by other kernels, where it has a choice."""
+    return replace(config, impl=impl) if hasattr(config, "impl") else config
+
+
+def rebuild_loss(loss: Loss, config: LossConfig, width: int) -> Loss:
+    """A loss of another configuration with what this one learned, on its device.
+
+    Args:
+        loss: Of a run.
+        config: Of the same parameters and buffers.
+        width: D.
+    """
+    rebuilt, state = build_loss(config, width), loss.state_dict()
+    rebuilt.load_state_dict(state)
+    return rebuilt.to(next(iter(state.values())).device) if state else rebuilt
+
+
+def held_fixed(loss: LossConfig) -> str:
+    """What the Hessian of a loss takes as constant beside the images; "nothing" for most."""
+    return HELD.get(loss.name, "nothing")
+
+
+class LossHessian:
+    """The Hessian of the mean over batches of an objective's loss, as a product with vectors.
+
+    Attributes:
+        parameters: What is trained, in the order of `objective.parameters()`.
+        size: P.
+    """
+
+    def __init__(self, objective: Objective, batches: Sequence[list[Tensor]], seed: int = 0) -> None:
+        """Take what `fastssl.analysis.source` made.
+
+        Args:
+            objective: Its calls change no buffer (`hold_still`), and its loss is `twice_differentiable`.
+            batches: Views of each batch, of equal numbers of images.
+            seed: Of dropout and the like, which are the same in every product.
+        """
+        self.objective, self.batches, self._seed = objective, batches, seed
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.size = sum(p.numel() for p in self.parameters)
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """The mean loss and its gradient [P]."""
+        value, gradient = 0.0, self._zeros()
+        for number in range(len(self.batches)):
+            loss = self._loss(number)
+            value += float(loss.detach()) / len(self.batches)
+            gradient += self._flat(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+        return value, gradient / len(self.batches)
+
+    def product(self, v: Tensor) -> Tensor:
+        """H v [P] for v [P]: a second backward pass through the gradient of every batch."""
+        pieces = v.split([p.numel() for p in self.parameters])
+        product = self._zeros()
+        for number in range(len(self.batches)):
+            grads = torch.autograd.grad(self._loss(number), self.parameters, create_graph=True, materialize_grads=True)
+            slope = torch.stack([g.flatten() @ piece for g, piece in zip(grads, pieces, strict=True)]).sum()
+            product += self._flat(torch.autograd.grad(slope, self.parameters, materialize_grads=True))
+        return product / len(self.batches)
+
+    def _loss(self, number: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed + number)
+            return self.objective(self.batches[number])[2]
+
+    def _zeros(self) -> Tensor:
+        return self.parameters[0].new_zeros(self.size)
+
+    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        return parameters_to_vector([x.detach().contiguous() for x in tensors])

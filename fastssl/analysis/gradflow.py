@@ -1,0 +1,245 @@
+"""`fastssl gradflow RUN`: a loss's closed-form gradient against autograd, and who attracts and repels whom."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.analysis.curvature import rebuild_loss, with_impl
+from fastssl.analysis.pair_flow import PairFlow, pair_flow
+from fastssl.analysis.source import BatchSettings, Source, load_source, make_folder, open_run, write_table
+from fastssl.checkpoint import checkpoint_of
+from fastssl.errors import ConfigError
+from fastssl.losses import (
+    DclConfig,
+    DclwConfig,
+    Loss,
+    LossConfig,
+    MioConfig,
+    NtXentConfig,
+    SigLipConfig,
+    SpectralConfig,
+    build_loss,
+)
+from fastssl.record import format_table
+from fastssl.run_folder import describe_environment, replace_text
+
+GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart
+SHOWN = ("gradient", "max_relative_difference", "mean_relative_difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Of the closed form from autograd, relative to autograd.
+
+    Attributes:
+        rows: |difference|/|gradient| of dL/dz of every row, in fp64 from the same projections.
+        parameters: Likewise of the gradient of each parameter tensor of the network, in fp32, relative to the whole
+            gradient's norm: the closed dL/dz carried back through the network, against the run's own loss.
+        whole: |difference|/|gradient| over all parameters of the network.
+    """
+
+    rows: np.ndarray
+    parameters: np.ndarray
+    whole: float
+
+
+def gradflow(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    settings: BatchSettings,
+    out: Path | None = None,
+) -> str:
+    """Compare closed form and autograd at a checkpoint, and write the coefficients of all objectives over similarity.
+
+    Args:
+        path: The run's folder.
+        overrides: `key=value` changes of its configuration.
+        step: Of the checkpoint; None: the last.
+        settings: Which images.
+        out: Folder of the results; None: gradflow/step_XXXXXXXX in the run.
+
+    Returns:
+        A table: the largest and the mean relative difference of projections' and parameters' gradients.
+
+    Raises:
+        ConfigError: no run or checkpoint, settings that do not fit it, more than two views, or a loss without a closed
+            form.
+        DataError: a file cannot be read.
+    """
+    folder, cfg = open_run(path, overrides)
+    pair_flow(build_loss(cfg.loss, cfg.model.projector_dim), torch.eye(4).view(2, 2, 4))  # refuses what has none
+    checkpoint = checkpoint_of(folder.checkpoints, step)
+    out = make_folder(out or folder.gradflow / checkpoint.name)
+    source = load_source(folder, cfg, step=step, settings=settings)
+    if len(source.batches[0]) != 2:
+        raise ConfigError(f"views.recipe: the closed form is for two views, {path} has {len(source.batches[0])}")
+    found = compare_gradients(source)
+    rows = _coefficients(source)
+    write_table(out / "coefficients.csv", rows)
+    draw_coefficients(rows, out / "coefficients.png")
+    summary = {
+        "loss": cfg.loss.name,
+        "step": source.step,
+        "num_images": source.num_images,
+        "batch_size": len(source.batches[0][0]),
+        "gradients": _summary(found),
+        "environment": describe_environment(world_size=1),
+    }
+    replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    head = f"{_label(cfg.loss)} at step {source.step}: closed form against autograd"
+    return f"{head}\n{format_table(_summary(found), SHOWN)}\n{out}"
+
+
+def compare_gradients(source: Source) -> Differences:
+    """Closed form and autograd on every batch, the network's gradient on the first."""
+    projections = [_project(source, number) for number in range(len(source.batches))]
+    rows = [row_differences(source.objective.loss, source.cfg.loss, z) for z in projections]
+    parameters, whole = _parameter_differences(source)
+    return Differences(rows=torch.cat(rows).numpy(), parameters=parameters.numpy(), whole=whole)
+
+
+def row_differences(loss: Loss, config: LossConfig, z: Tensor) -> Tensor:
+    """|closed form - autograd|/|autograd| of dL/dz of every row, in fp64: [2N].
+
+    Args:
+        loss: Of the run, with what it learned.
+        config: Its settings; fp64 has kernels of its own.
+        z: Projections [2, N, D].
+    """
+    wide = rebuild_loss(loss, with_impl(config, "chunked"), z.shape[2]).double()
+    z = z.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(wide(*z), z)
+    difference = pair_flow(wide, z).gradient() - expected
+    return (difference.norm(dim=2) / expected.norm(dim=2)).flatten().cpu()
+
+
+def _parameter_differences(source: Source) -> tuple[Tensor, float]:
+    """Of each parameter tensor, and of all together, on the first batch."""
+    network = [p for p in source.objective.model.parameters() if p.requires_grad]
+    z = torch.stack(source.objective.model(source.batches[0])[1])
+    closed = pair_flow(source.objective.loss, z.double()).gradient().to(z)
+    ours = torch.autograd.grad(z, network, closed, retain_graph=True, materialize_grads=True)
+    expected = torch.autograd.grad(source.objective.loss(*z), network, materialize_grads=True)
+    norm = torch.stack([x.double().norm() for x in expected]).norm()
+    differences = torch.stack([(x - y).double().norm() for x, y in zip(ours, expected, strict=True)]) / norm
+    return differences.cpu(), float(differences.norm())
+
+
+@torch.no_grad()
+def _project(source: Source, number: int) -> Tensor:
+    """z [2, N, D] of a batch."""
+    return torch.stack(source.objective.model(source.batches[number])[1])
+
+
+def _summary(found: Differences) -> list[dict[str, Any]]:
+    return [
+        {
+            "gradient": "projections, a row, fp64",
+            "max_relative_difference": float(f"{found.rows.max():.3g}"),
+            "mean_relative_difference": float(f"{found.rows.mean():.3g}"),
+        },
+        {
+            "gradient": "parameters, a tensor of all, fp32",
+            "max_relative_difference": float(f"{found.parameters.max():.3g}"),
+            "mean_relative_difference": float(f"{found.parameters.mean():.3g}"),
+        },
+        {
+            "gradient": "parameters, all together, fp32",
+            "max_relative_difference": float(f"{found.whole:.3g}"),
+            "mean_relative_difference": None,
+        },
+    ]
+
+
+def objectives_beside(config: LossConfig) -> dict[str, LossConfig]:
+    """The run's own loss, then every other with a closed form, at the run's temperature where both have one."""
+    own = getattr(config, "temperature_positive", getattr(config, "temperature", MioConfig().temperature_positive))
+    tau = {"temperature_positive": own, "temperature_negative": getattr(config, "temperature_negative", own)}
+    forms: list[LossConfig] = [
+        *[MioConfig(negative=negative, **tau) for negative in ("naive", "exp", "jensen", "quadratic", "softplus")],
+        MioConfig(negative="jensen", per_anchor=True, **tau),
+        NtXentConfig(temperature=own),
+        DclConfig(temperature=own),
+        DclwConfig(temperature=own),
+        SigLipConfig(),
+        SpectralConfig(),
+    ]
+    return {_label(config): config} | {_label(form): form for form in forms if _label(form) != _label(config)}
+
+
+def _label(config: LossConfig) -> str:
+    if not isinstance(config, MioConfig):
+        return config.name
+    return f"mio {config.negative}{' per anchor' if config.per_anchor else ''}"
+
+
+def _coefficients(source: Source) -> list[dict[str, Any]]:
+    """Rows: objective, similarity, alpha, beta there, and how many of the run's pairs are near it (first batch)."""
+    z = _project(source, 0).double().cpu()
+    counts = _count_pairs(z)
+    rows: list[dict[str, Any]] = []
+    for label, config in objectives_beside(source.cfg.loss).items():
+        is_own = label == _label(source.cfg.loss)
+        loss = copy.deepcopy(source.objective.loss).cpu() if is_own else build_loss(config)
+        attraction, repulsion = pair_flow(loss, z).over_similarity(GRID)
+        for similarity, alpha, beta, count in zip(GRID, attraction, repulsion, counts, strict=True):
+            rows.append(
+                {"objective": label, "of_this_run": int(is_own), "similarity": round(float(similarity), 4)}
+                | {"attraction": float(alpha), "repulsion": float(beta)}
+                | {"num_positive_pairs": int(count[0]), "num_negative_pairs": int(count[1])}
+            )
+    return rows
+
+
+def _count_pairs(z: Tensor) -> Tensor:
+    """Positive and negative pairs (each once) nearest to every point of GRID: int [41, 2]."""
+    flow: PairFlow = pair_flow(build_loss(MioConfig()), z)
+    s, num_samples = flow.similarities, z.shape[1]
+    positive = s.diagonal(num_samples)
+    negative = s[flow.counted & torch.ones_like(flow.counted).triu()]
+    nearest = [((x.clamp(-1, 1) + 1) / 0.05).round().long().bincount(minlength=len(GRID)) for x in (positive, negative)]
+    return torch.stack(nearest, 1)
+
+
+def draw_coefficients(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """alpha and beta over similarity, a line an objective, the run's own thick; the run's pairs as a shade behind.
+
+    Args:
+        rows: From `coefficients.csv`.
+        path: The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    panels = (("attraction", "num_positive_pairs", "positive"), ("repulsion", "num_negative_pairs", "negative"))
+    for axis, (key, count, pairs) in zip(axes, panels, strict=True):
+        labels = list(dict.fromkeys(row["objective"] for row in rows))
+        for number, label in enumerate(labels):
+            points = [row for row in rows if row["objective"] == label]
+            width, style = (3.0 if points[0]["of_this_run"] else 1.2), "-" if number < 10 else "--"
+            x, y = [row["similarity"] for row in points], [row[key] for row in points]
+            axis.plot(x, y, style, color=f"C{number % 10}", linewidth=width, label=label)
+        axis.set_yscale("symlog", linthresh=0.1)
+        axis.set_title(f"{key} of {pairs} pairs; shade: this run's pairs", fontsize=10)
+        axis.set_xlabel("cosine similarity")
+        axis.grid(alpha=0.3)
+        shade = axis.twinx()
+        own = [row for row in rows if row["objective"] == labels[0]]
+        shade.bar([row["similarity"] for row in own], [row[count] for row in own], width=0.05, color="0.5", alpha=0.25)
+        shade.set_yticks([])
+    axes[0].set_ylabel("N |dL/dx| of one pair")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,295 @@
+"""`fastssl hessian RUN ...`: the eigenvalues of the loss's Hessian where a run stands, its peers beside it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.analysis.curvature import LossHessian, held_fixed, rebuild_loss, twice_differentiable
+from fastssl.analysis.lanczos import (
+    Density,
+    Krylov,
+    lanczos,
+    mean_and_error,
+    random_signs,
+    spectral_density,
+)
+from fastssl.analysis.source import BatchSettings, Source, hold_still, load_source, make_folder, open_run, write_table
+from fastssl.checkpoint import checkpoint_of
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl.record import Value, format_table
+from fastssl.run_folder import describe_environment, replace_text
+
+TOLERANCE = 1e-3  # of a residual's norm, as a share of the largest eigenvalue's size: below it counts as converged
+SHOWN = (
+    "run", "loss", "step", "value", "largest", "smallest", "negative_share", "trace", "trace_error", "num_converged",
+    "held_fixed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianSettings:
+    """How exact the spectrum is to be.
+
+    Attributes:
+        num_probes: Random starts: of the density and of the trace, >= 1.
+        num_iterations: Products for each start, >= 1.
+        top_k: Largest eigenvalues to give, in [1, num_iterations].
+        seed: Of the starts.
+        batches: Which images.
+    """
+
+    num_probes: int = 4
+    num_iterations: int = 64
+    top_k: int = 5
+    seed: int = 0
+    batches: BatchSettings = field(default_factory=BatchSettings)
+
+    def __post_init__(self) -> None:
+        for option, number in (("--num-probes", self.num_probes), ("--num-iterations", self.num_iterations)):
+            if number < 1:
+                raise ConfigError(f"{option} must be >= 1, got {number}")
+        if not 1 <= self.top_k <= self.num_iterations:
+            raise ConfigError(f"--top-k must be in [1, {self.num_iterations}], --num-iterations, got {self.top_k}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be >= 0, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """What is known of a Hessian's eigenvalues.
+
+    Attributes:
+        krylovs: Of each start, without their bases.
+        eigenvalues: The largest, descending, float64 [k]: of the first start.
+        residuals: |H v - lambda v| of each with its Ritz vector of norm 1, measured by one more product: an eigenvalue
+            of H lies within. float64 [k].
+        smallest: The smallest Ritz value of the first start, and its residual by Lanczos' own account.
+        trace: Hutchinson's estimate over the starts, and its standard error (None of a single start).
+    """
+
+    krylovs: list[Krylov]
+    eigenvalues: np.ndarray
+    residuals: np.ndarray
+    smallest: tuple[float, float]
+    trace: tuple[float, float | None]
+
+    @property
+    def is_converged(self) -> np.ndarray:
+        """Which of the largest are within TOLERANCE, bool [k]."""
+        return self.residuals <= TOLERANCE * np.abs(self.eigenvalues).max()
+
+
+def find_spectrum(
+    product: Callable[[Tensor], Tensor], like: Tensor, settings: HessianSettings, say: Callable[[str], None] = print
+) -> Spectrum:
+    """Density, largest eigenvalues and trace of a symmetric matrix from num_probes * num_iterations + top_k products.
+
+    Args:
+        product: v [P] -> H v [P].
+        like: [P], gives size, dtype and device of the vectors.
+        settings: How many of what.
+        say: Told of the progress.
+
+    Raises:
+        ConfigError: the matrix is not finite, or has fewer eigenvalues than top_k.
+    """
+    if settings.top_k > len(like):
+        raise ConfigError(f"--top-k is {settings.top_k}, but there are {len(like)} parameters")
+    krylovs: list[Krylov] = []
+    top: tuple[np.ndarray, np.ndarray] = (np.empty(0), np.empty(0))
+    for number in range(settings.num_probes):
+        start = random_signs(len(like), settings.seed, number, like)
+        found = lanczos(product, start, settings.num_iterations, keep_basis=number == 0)
+        if number == 0:
+            top = _measured(product, found, settings.top_k)
+        krylovs.append(replace(found, basis=None))
+        largest = found.values[-1]
+        say(f"  probe {number + 1} of {settings.num_probes}: {len(found.values)} products, up to {largest:.4g}")
+    return Spectrum(
+        krylovs=krylovs,
+        eigenvalues=top[0],
+        residuals=top[1],
+        smallest=(float(krylovs[0].values[0]), float(krylovs[0].residuals[0])),
+        trace=mean_and_error([len(like) * krylov.first_moment for krylov in krylovs]),
+    )
+
+
+def _measured(product: Callable[[Tensor], Tensor], krylov: Krylov, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest Ritz values, fewer where the Krylov space ended before, and the norms of their residuals."""
+    indices = range(len(krylov.values) - 1, max(len(krylov.values) - top_k, 0) - 1, -1)
+    values = krylov.values[list(indices)]
+    vectors = [krylov.ritz_vector(index) for index in indices]
+    residuals = [float((product(v) - value * v).norm()) for v, value in zip(vectors, values, strict=True)]
+    return values, np.asarray(residuals)
+
+
+def hessian_of_runs(
+    runs: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    settings: HessianSettings,
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> str:
+    """The Hessian's spectrum of a checkpoint of every run, written as tables and a plot.
+
+    Args:
+        runs: Folders of runs.
+        overrides: `key=value` changes of their configurations.
+        step: Of the checkpoints; None: the last of each.
+        settings: How exact.
+        out: Folder of the results; None: hessian/step_XXXXXXXX in the run. Of several runs, that of the table and the
+            plot of all; None: hessian/compared in the first.
+        say: Told of the progress.
+
+    Returns:
+        A table with a row for each run.
+
+    Raises:
+        ConfigError: no run or checkpoint, or settings that do not fit it, or a loss without a Hessian.
+        DataError: a file cannot be read.
+    """
+    if len(set(runs)) < len(runs):
+        raise ConfigError(f"{max(runs, key=runs.count)} is given twice")
+    opened = [(path, *open_run(path, overrides)) for path in runs]
+    targets: list[Path] = []
+    for _, folder, cfg in opened:  # everything that can be wrong before the hours
+        twice_differentiable(cfg)
+        own = folder.hessian / checkpoint_of(folder.checkpoints, step).name
+        targets.append(make_folder(own if len(runs) > 1 or out is None else out))
+    compared = make_folder(out or opened[0][1].hessian / "compared") if len(runs) > 1 else None
+    rows: list[dict[str, Value]] = []
+    densities: dict[str, tuple[Density, np.ndarray]] = {}
+    for (path, folder, cfg), target in zip(opened, targets, strict=True):
+        say(f"{path}")
+        source = load_source(folder, twice_differentiable(cfg), step=step, settings=settings.batches)
+        row, spectrum, density = _analyse(source, cfg, settings, target, say)
+        rows.append({"run": str(path)} | row)
+        densities[str(path)] = (density, spectrum.eigenvalues)
+    if compared:
+        write_table(compared / "spectra.csv", rows)
+        draw_densities(densities, compared / "density.png")
+    return f"{format_table([_rounded(row) for row in rows], SHOWN)}\n{compared or targets[0]}"
+
+
+def _analyse(
+    source: Source, cfg: Config, settings: HessianSettings, out: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Value], Spectrum, Density]:
+    """One run: its row, and its files in `out`."""
+    hessian = LossHessian(source.objective, source.batches, cfg.run.seed)
+    value, gradient = hessian.loss_and_gradient()
+    if not torch.isfinite(gradient).all():
+        raise ConfigError(f"{source.folder.path}: the gradient at step {source.step} is not finite")
+    spectrum = find_spectrum(hessian.product, gradient, settings, say)
+    density = spectral_density(spectrum.krylovs)
+    row: dict[str, Value] = {
+        "loss": cfg.loss.name,
+        "step": source.step,
+        "num_parameters": hessian.size,
+        "num_images": source.num_images,
+        "batch_size": len(source.batches[0][0]),
+        "value": value,
+        "gradient_norm": float(gradient.norm()),
+        "largest": float(spectrum.eigenvalues[0]),
+        "smallest": spectrum.smallest[0],
+        "negative_share": negative_share(spectrum.krylovs, density.width),
+        "trace": spectrum.trace[0],
+        "trace_error": spectrum.trace[1],
+        "num_converged": int(spectrum.is_converged.sum()),
+        "held_fixed": held_fixed(cfg.loss),
+    }
+    about: dict[str, Any] = {
+        **row,
+        "smallest_residual": spectrum.smallest[1],
+        "tolerance": TOLERANCE,
+        "density_width": density.width,
+        "moments": density_moments(spectrum.krylovs),
+        "gradient_difference": _difference_of_gradients(source, cfg, gradient),
+        "settings": asdict(settings),
+        "environment": describe_environment(world_size=1),
+    }
+    _write_spectrum(out, spectrum, density)
+    draw_densities({str(source.folder.path): (density, spectrum.eigenvalues)}, out / "density.png")
+    replace_text(out / "summary.json", json.dumps(about, indent=2) + "\n")
+    return row, spectrum, density
+
+
+def negative_share(krylovs: Sequence[Krylov], width: float) -> float:
+    """The share of eigenvalues below -width: those that are 0 but for rounding are not among them."""
+    return float(np.mean([krylov.weights[krylov.values < -width].sum() for krylov in krylovs]))
+
+
+def density_moments(krylovs: Sequence[Krylov]) -> list[float]:
+    """Estimates of tr(H^k)/P for k = 1 to 4, without the width of the drawn density."""
+    return [float(np.mean([krylov.weights @ krylov.values**k for krylov in krylovs])) for k in range(1, 5)]
+
+
+def _difference_of_gradients(source: Source, cfg: Config, gradient: Tensor) -> float:
+    """|g - g'|/|g'| of the gradient that was differentiated again and the one that the run's own kernels make, g'."""
+    source.objective.loss = rebuild_loss(source.objective.loss, cfg.loss, cfg.model.projector_dim)
+    hold_still(source.objective)
+    _, trained = LossHessian(source.objective, source.batches, cfg.run.seed).loss_and_gradient()
+    return float((gradient - trained).norm() / trained.norm())
+
+
+def _write_spectrum(out: Path, spectrum: Spectrum, density: Density) -> None:
+    write_table(
+        out / "density.csv",
+        [{"eigenvalue": x, "density": y} for x, y in zip(density.eigenvalues, density.density, strict=True)],
+    )
+    write_table(
+        out / "ritz_values.csv",
+        [
+            {"probe": number, "ritz_value": value, "weight": weight, "residual": residual}
+            for number, krylov in enumerate(spectrum.krylovs)
+            for value, weight, residual in zip(krylov.values, krylov.weights, krylov.residuals, strict=True)
+        ],
+    )
+    found = zip(spectrum.eigenvalues, spectrum.residuals, spectrum.is_converged, strict=True)
+    write_table(
+        out / "eigenvalues.csv",
+        [
+            {"rank": rank, "eigenvalue": value, "residual": residual, "is_converged": int(converged)}
+            for rank, (value, residual, converged) in enumerate(found, 1)
+        ],
+    )
+
+
+def _rounded(row: dict[str, Value]) -> dict[str, Value]:
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def draw_densities(densities: dict[str, tuple[Density, np.ndarray]], path: Path) -> None:
+    """Densities over the eigenvalue, log over symlog; the largest eigenvalues as ticks below.
+
+    Args:
+        densities: By the name in the legend: the density, and the largest eigenvalues [k].
+        path: The PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    peak = max(float(density.density.max()) for density, _ in densities.values())
+    for number, (name, (density, top)) in enumerate(densities.items()):
+        axis.plot(density.eigenvalues, density.density, color=f"C{number % 10}", linewidth=1.2, label=name)
+        axis.plot(top, np.full(len(top), 3e-9 * peak), "|", color=f"C{number % 10}", markersize=10)
+    axis.set_xscale("symlog", linthresh=min(3 * density.width for density, _ in densities.values()))
+    axis.set_yscale("log")
+    axis.set_ylim(1e-9 * peak, 3 * peak)
+    axis.set_xlabel("eigenvalue of the Hessian")
+    axis.set_ylabel("density")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,126 @@
+"""The spectrum of a symmetric matrix that is known by its products only: Lanczos, and quadrature with its Ritz values.
+
+# P rows of the matrix H, m iterations; T [m, m] tridiagonal, T = Q^T H Q, Q [P, m] orthonormal, from the start q_1
+# theta_j, s_j the eigenpairs of T: Ritz values; tau_j = s_1j^2 their weights
+
+    H (Q s_j) - theta_j (Q s_j) = beta_m s_mj q_{m+1}            the residual of a Ritz pair
+    q_1^T f(H) q_1 ~ sum_j tau_j f(theta_j)                      Gauss quadrature, exact for powers up to 2 m - 1
+
+Golub and Welsch 1969; for Hessians of networks Ghorbani et al. 2019, arXiv:1901.10159, and Yao et al. 2020 (PyHessian),
+arXiv:1912.07145. With random signs as q_1 times sqrt(P) the mean over starts of q_1^T f(H) q_1 is tr f(H)/P
+(Hutchinson 1990).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WIDTH = 1e-5**0.5  # of a Ritz value in a density, as a share of the spectrum's range: PyHessian's 1e-5 of a variance
+NUM_POINTS = 2048  # of a density: six a width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Krylov:
+    """What Lanczos found from one start.
+
+    Attributes:
+        values: Ritz values theta, ascending, float64 [m].
+        weights: tau, float64 [m], of sum 1.
+        residuals: |beta_m s_mj|, the norms of the residuals, float64 [m]: an eigenvalue lies within each of its value.
+        first_moment: q_1^T H q_1.
+        basis: Q^T [m, P], of the start's dtype and device; None where it was not to be kept.
+        vectors: s, float64 [m, m], a column a Ritz value.
+    """
+
+    values: np.ndarray
+    weights: np.ndarray
+    residuals: np.ndarray
+    first_moment: float
+    basis: Tensor | None
+    vectors: np.ndarray
+
+    def ritz_vector(self, index: int) -> Tensor:
+        """Q s_j, of norm 1: [P]."""
+        assert self.basis is not None
+        return torch.from_numpy(self.vectors[:, index]).to(self.basis) @ self.basis
+
+
+def lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor, num_iterations: int, *, keep_basis: bool = False
+) -> Krylov:
+    """Lanczos with full re-orthogonalisation: each new vector is made orthogonal to all before it, twice.
+
+    It ends early where the Krylov space is exhausted: then its Ritz values are eigenvalues.
+
+    Args:
+        product: v [P] -> H v [P], H symmetric.
+        start: [P], any length > 0, fp32 or fp64.
+        num_iterations: m, >= 1; at most P are made.
+        keep_basis: Whether Ritz vectors will be asked for.
+    """
+    num_iterations = min(num_iterations, len(start))
+    basis = start.new_empty(num_iterations, len(start))
+    basis[0] = start / start.norm()
+    alphas: list[float] = []
+    betas: list[float] = []
+    for i in range(num_iterations):
+        w = product(basis[i])
+        alphas.append(float(w.double() @ basis[i].double()))
+        for _ in range(2):  # once leaves what cancellation made of it
+            w = w - (basis[: i + 1] @ w) @ basis[: i + 1]
+        betas.append(float(w.norm()))
+        largest = max(map(abs, [*alphas, *betas]))
+        if i + 1 == num_iterations or betas[-1] <= 10 * torch.finfo(start.dtype).eps * largest:
+            break
+        basis[i + 1] = w / w.norm()
+    *inner, last = betas
+    values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(inner, 1) + np.diag(inner, -1))
+    return Krylov(
+        values=values,
+        weights=vectors[0] ** 2,
+        residuals=np.abs(last * vectors[-1]),
+        first_moment=alphas[0],
+        basis=basis[: len(alphas)] if keep_basis else None,
+        vectors=vectors,
+    )
+
+
+def random_signs(size: int, seed: int, number: int, like: Tensor) -> Tensor:
+    """Start `number` of a seed: +-1 with equal chances, [size], of the dtype and on the device of `like`."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return (2.0 * torch.randint(2, (size,), generator=generator) - 1).to(like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Density:
+    """The density of a spectrum, each Ritz value a normal curve.
+
+    Attributes:
+        eigenvalues: Where, float64 [NUM_POINTS].
+        density: Of eigenvalues at these places, of integral 1, float64 [NUM_POINTS].
+        width: Standard deviation of the curves.
+    """
+
+    eigenvalues: np.ndarray
+    density: np.ndarray
+    width: float
+
+
+def spectral_density(krylovs: Sequence[Krylov]) -> Density:
+    """The mean over starts of sum_j tau_j N(theta_j, width^2)."""
+    low, high = min(k.values[0] for k in krylovs), max(k.values[-1] for k in krylovs)
+    width = WIDTH * (high - low) or 1e-12  # all eigenvalues equal
+    grid = np.linspace(low - 5 * width, high + 5 * width, NUM_POINTS)
+    density = sum((k.weights * np.exp(-0.5 * ((grid[:, None] - k.values) / width) ** 2)).sum(1) for k in krylovs) / (
+        len(krylovs) * width * np.sqrt(2 * np.pi)
+    )
+    return Density(eigenvalues=grid, density=np.asarray(density), width=float(width))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of independent estimates and its standard error; None of a single one."""
+    error = None if len(values) < 2 else float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    return float(np.mean(values)), error

@@ -1,0 +1,186 @@
+"""What of a run is analysed: its objective as a checkpoint has it, and batches that are the same every time."""
+
+# V views, B images of a batch
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.checkpoint import checkpoint_of, load_weights, step_of
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl.launch import choose_device, num_threads_of
+from fastssl.losses import build_loss
+from fastssl.models.objective import Objective
+from fastssl.record import Row, append_rows
+from fastssl.run_folder import RunFolder
+from fastssl.trainer import build_model
+from pipelines.loader import build_loader, open_train_reader
+
+MAX_DEFAULT_BATCHES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """Which batches.
+
+    Attributes:
+        num_images: Images of all batches together; None: four batches, or all that the file has.
+        batch_size: Images of a batch, >= 2; None: the run's global batch.
+    """
+
+    num_images: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 2:
+            raise ConfigError(f"--batch-size must be >= 2, got {self.batch_size}: every loss needs other images")
+        if self.num_images is not None and self.num_images < 1:
+            raise ConfigError(f"--num-images must be >= 1, got {self.num_images}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint of a run and what it is looked at with.
+
+    Attributes:
+        folder: The run's.
+        cfg: Its configuration, with the overrides.
+        step: Of the checkpoint.
+        objective: Model, loss and target of the checkpoint, in training mode, see `hold_still`.
+        batches: The views of each batch, V tensors [B, 3, H, W].
+    """
+
+    folder: RunFolder
+    cfg: Config
+    step: int
+    objective: Objective
+    batches: list[list[Tensor]]
+
+    @property
+    def num_images(self) -> int:
+        """Images of all batches."""
+        return sum(len(batch[0]) for batch in self.batches)
+
+
+def open_run(path: Path, overrides: Sequence[str]) -> tuple[RunFolder, Config]:
+    """A run's folder and its configuration with `key=value` changes.
+
+    Raises:
+        ConfigError: no run lies there, or a bad override.
+    """
+    folder = RunFolder(path)
+    return folder, folder.load_config(overrides)
+
+
+def load_source(folder: RunFolder, cfg: Config, *, step: int | None, settings: BatchSettings) -> Source:
+    """Rebuild the objective of a checkpoint and draw its batches, on the device of run.device.
+
+    Raises:
+        ConfigError: no such checkpoint, one of another model or loss, or fewer images than are asked for.
+        DataError: the file cannot be read.
+    """
+    checkpoint = checkpoint_of(folder.checkpoints, step)
+    device = choose_device(cfg.run.device)
+    torch.set_num_threads(num_threads_of(cfg.run))
+    objective = load_objective(cfg, checkpoint).to(device)
+    hold_still(objective)
+    batches = draw_batches(cfg, settings, device)
+    return Source(folder=folder, cfg=cfg, step=step_of(checkpoint), objective=objective, batches=batches)
+
+
+def load_objective(cfg: Config, checkpoint: Path) -> Objective:
+    """Model, loss and target of a checkpoint, on the CPU.
+
+    Raises:
+        ConfigError: it is of another model or loss, or lacks what this loss has of its own.
+    """
+    weights = load_weights(checkpoint)
+    model = build_model(cfg, weights["image_px"])
+    try:
+        model.backbone.load_state_dict(weights["backbone"])
+        model.projector.load_state_dict(weights["projector"])
+        objective = Objective(model, build_loss(cfg.loss, cfg.model.projector_dim))
+        if objective.target is not None or objective.loss.state_dict():
+            objective.load_state_dict(objective_state(checkpoint))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{checkpoint} is of another model or loss than the configuration: {reason}") from None
+    return objective
+
+
+def objective_state(checkpoint: Path) -> dict[str, Tensor]:
+    """The state of the whole `Objective`: `model.`, `loss.` (what it learns, its moments) and `target.`.
+
+    weights.pt has the model alone; this is DeepSpeed's file of the module.
+
+    Raises:
+        ConfigError: the checkpoint has no such file.
+    """
+    file = checkpoint / "mp_rank_00_model_states.pt"
+    if not file.exists():
+        raise ConfigError(f"{checkpoint} lacks {file.name}, which holds what the loss learns and the target network")
+    return torch.load(file, map_location="cpu", weights_only=True)["module"]
+
+
+def make_folder(path: Path) -> Path:
+    """A folder for results, made where it is not there.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"--out: {path} cannot be written ({error.strerror})") from None
+    return path
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write a CSV file, in the place of one that was there."""
+    path.unlink(missing_ok=True)
+    append_rows(path, rows)
+
+
+def hold_still(objective: Objective) -> None:
+    """Training mode, in which no call changes a buffer: batch norm takes the batch's statistics and keeps none.
+
+    A loss that averages a moment in training (MINC, TiCo) uses it and leaves it; its own layers stay in training mode.
+    """
+    objective.train()
+    for module in objective.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False
+    objective.loss.training = False
+
+
+def draw_batches(cfg: Config, settings: BatchSettings, device: torch.device) -> list[list[Tensor]]:
+    """The first batches of epoch 0, as a training of one process with this seed, file and recipe draws them.
+
+    Raises:
+        ConfigError: --num-images is more than the file holds, or not a number of whole batches.
+        DataError: the file cannot be read.
+    """
+    reader = open_train_reader(cfg.data)
+    size = settings.batch_size or min(cfg.data.global_batch_size, reader.num_samples)
+    num_images = settings.num_images or min(MAX_DEFAULT_BATCHES, max(1, reader.num_samples // size)) * size
+    if num_images > reader.num_samples:
+        option = "--num-images" if settings.num_images else "--batch-size"
+        raise ConfigError(f"{option} is {num_images}, but {reader.path} holds {reader.num_samples} images: lower it")
+    if num_images % size:
+        raise ConfigError(f"--num-images is {num_images}, not a multiple of the {size} images of a batch: change it")
+    process = {"rank": 0, "world_size": 1, "device": device, "num_threads": num_threads_of(cfg.run)}
+    data = replace(cfg.data, global_batch_size=size)
+    loader = build_loader(reader, data, cfg.views, seed=cfg.run.seed, **process)
+    try:
+        with closing(loader.epoch(0)) as batches:  # cloned: the loader uses its memory again
+            return [[view.clone() for view in batch.views] for batch in islice(batches, num_images // size)]
+    finally:
+        loader.close()
