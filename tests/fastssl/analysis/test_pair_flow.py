@@ -19,7 +19,7 @@ def test_it_is_the_gradient(name: str, rows) -> None:
     z = rows(2, 9, 5)
     if name == "spectral":
         norms = z.norm(dim=2)
-        z = z * (3**0.5 / norms.median())  # half of the rows are shortened
+        z = z * (1.01 * 3**0.5 / norms.median())  # half of the rows are shortened, and none is just at the edge
     differences = row_differences(build_loss(CONFIGS[name]), CONFIGS[name], z)
     assert differences.shape == (18,)
     assert float(differences.max()) < 1e-12
