@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from fastssl.config import Config
-from fastssl.errors import ConfigError
+from fastssl.errors import ConfigError, UserError
 from fastssl.losses import Loss, LossConfig, MincConfig, build_loss
 from fastssl.models.objective import Objective
 from kernels.similarity import Impl
@@ -98,13 +98,19 @@ class LossHessian:
         return value, gradient / len(self.batches)
 
     def product(self, v: Tensor) -> Tensor:
-        """H v [P] for v [P]: a second backward pass through the gradient of every batch."""
+        """H v [P] for v [P]: a second backward pass through the gradient of every batch.
+
+        Raises:
+            UserError: it is not finite, as where a projection is 0: its direction has no derivative.
+        """
         pieces = v.split([p.numel() for p in self.parameters])
         product = self._zeros()
         for number in range(len(self.batches)):
             grads = torch.autograd.grad(self._loss(number), self.parameters, create_graph=True, materialize_grads=True)
             slope = torch.stack([g.flatten() @ piece for g, piece in zip(grads, pieces, strict=True)]).sum()
             product += self._flat(torch.autograd.grad(slope, self.parameters, materialize_grads=True))
+        if not torch.isfinite(product).all():
+            raise UserError("the Hessian is not finite here: a projection of length 0, or a loss out of fp32's range")
         return product / len(self.batches)
 
     def _loss(self, number: int) -> Tensor:

@@ -98,7 +98,7 @@ def find_spectrum(
         say: Told of the progress.
 
     Raises:
-        ConfigError: the matrix is not finite, or has fewer eigenvalues than top_k.
+        ConfigError: the matrix has fewer eigenvalues than top_k.
     """
     if settings.top_k > len(like):
         raise ConfigError(f"--top-k is {settings.top_k}, but there are {len(like)} parameters")
