@@ -239,7 +239,8 @@ def draw_coefficients(rows: Sequence[dict[str, Any]], path: Path) -> None:
         own = [row for row in rows if row["objective"] == labels[0]]
         shade.bar([row["similarity"] for row in own], [row[count] for row in own], width=0.05, color="0.5", alpha=0.25)
         shade.set_yticks([])
-    axes[0].set_ylabel("N |dL/dx| of one pair")
+    axes[0].set_ylabel("alpha")
+    axes[1].set_ylabel("beta")
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
