@@ -1,13 +1,24 @@
 """What a run must remember, written so that a kill at any moment leaves a whole checkpoint behind.
 
-One folder a checkpoint, checkpoints/step_XXXXXXXX: DeepSpeed's files (weights, optimizer), rank_N.pt (each rank's
-own batch-norm buffers and random state: DeepSpeed keeps rank 0's alone), weights.pt (plain weights for users).
-It is written under a temporary name and renamed when every rank is done.
+One folder a checkpoint, checkpoints/step_XXXXXXXX, of plain tensors by name, so that a run may go on with another
+number of processes and under another ZeRO stage:
+
+| file          | what                                                                               |
+|---------------|------------------------------------------------------------------------------------|
+| state.pt      | every parameter and buffer, the optimizer's state, what else is equal on all ranks |
+| rank_N.pt     | what one rank alone knows: batch-norm buffers, random state, sums of the epoch     |
+| weights.pt    | plain weights for users                                                            |
+| manifest.json | size and SHA-256 of each file                                                      |
+
+It is written under a temporary name and renamed when every rank is done; files are read with weights_only=True. The
+last two are kept, so that a damaged one has another before it.
 """
 
+import hashlib
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.engine_state import collect_engine_state, restore_engine_state
 from fastssl.errors import ConfigError
+from fastssl.manifest import DamagedError, check_file, check_folder, read_manifest, save_file, write_manifest
 
 _PREFIX = "step_"
+_NUM_KEPT = 2
+
+Sums = dict[str, dict[str, Tensor]]
 
 
 def save_checkpoint(
@@ -27,7 +43,7 @@ def save_checkpoint(
     *,
     step: int,
     state: Mapping[str, Any],
-    rank_state: Mapping[str, Any],
+    sums: Sums,
     weights: Mapping[str, Any],
 ) -> None:
     """Save everything at `step` (all ranks call it).
@@ -37,46 +53,71 @@ def save_checkpoint(
         engine: DeepSpeed's engine.
         step: Number of optimizer steps taken.
         state: What else the run must remember, equal on all ranks; tensors and plain values.
-        rank_state: What this rank alone knows; likewise.
+        sums: Tensors of this rank, by group and name, that mean something when they are added up over ranks.
         weights: Content of weights.pt, from `plain_weights`.
     """
     temporary, final = root / f".{_PREFIX}{step:08d}.tmp", root / f"{_PREFIX}{step:08d}"
-    engine.save_checkpoint(str(root), tag=temporary.name, client_state=dict(state), save_latest=False)
-    torch.save(_rank_state(engine) | dict(rank_state), temporary / f"rank_{dist.rank()}.pt")
+    shared, own = collect_engine_state(engine)
+    temporary.mkdir(parents=True, exist_ok=True)
+    name = f"rank_{dist.rank()}.pt"
+    files = {name: save_file({"engine": own, "sums": sums, "random": _random_state(engine.device)}, temporary / name)}
     if dist.rank() == 0:
-        torch.save(dict(weights), temporary / "weights.pt")
-    dist.barrier()
+        files["state.pt"] = save_file({"engine": shared, "step": step, **state}, temporary / "state.pt")
+        files["weights.pt"] = save_file(dict(weights), temporary / "weights.pt")
+    of_ranks = dist.from_all_ranks(files)
     if dist.rank() == 0:
+        write_manifest(temporary, {k: v for files in of_ranks for k, v in files.items()}, world_size=dist.world_size())
         _publish(temporary, final)
     dist.barrier()
 
 
-def load_checkpoint(path: Path, engine: Any) -> dict[str, Any]:
-    """Restore weights, optimizer, buffers and random state (all ranks call it).
+def load_checkpoint(root: Path, engine: Any, *, seed: int) -> dict[str, Any] | None:
+    """Restore the engine and the random state from the newest whole checkpoint (all ranks call it).
 
+    With the number of processes and the kind of device of the save, on the CPU, a run goes on bit for bit. With another
+    number each rank gets the mean of the batch-norm buffers, and the first one the total of the sums, the others zeros.
+    With another number or device, random states are derived from (seed, step, rank).
+
+    Args:
+        root: The run's checkpoints folder.
+        engine: DeepSpeed's engine, newly built.
+        seed: The run's.
     Returns:
-        `state` of the save, and this rank's `rank_state`, in one mapping.
-
+        `state` of the save, "step", this rank's "sums" and the "world_size" of the save; None: there is no checkpoint.
     Raises:
-        ConfigError: the checkpoint is of another world size, or of another kind of device.
+        ConfigError: there are checkpoints, but none is whole or of a format that can be read.
     """
-    own = path / f"rank_{dist.rank()}.pt"
-    num_ranks = len(list(path.glob("rank_*.pt")))
-    if num_ranks != dist.world_size():
-        raise ConfigError(f"{path} was saved by {num_ranks} processes; it cannot go on with {dist.world_size()}")
-    rank_state = torch.load(own, map_location="cpu", weights_only=True)
-    if rank_state["device"] != engine.device.type:
-        raise ConfigError(
-            f"{path} was saved on {rank_state['device']}; it cannot go on on {engine.device.type}: see run.device"
-        )
-    _, state = engine.load_checkpoint(str(path.parent), tag=path.name)
-    buffers = dict(engine.module.named_buffers())
-    for name, value in rank_state["buffers"].items():
-        buffers[name].copy_(value)
-    torch.set_rng_state(rank_state["rng_state"])
-    if engine.device.type == "cuda":
-        torch.cuda.set_rng_state(rank_state["cuda_rng_state"])
-    return state | rank_state
+    path = _agree_on_whole(root)
+    if path is None:
+        return None
+    state = _load(path / "state.pt")
+    world_size = read_manifest(path)["world_size"]
+    is_same_world = world_size == dist.world_size()
+    ranks = [dist.rank()] if is_same_world else range(world_size)
+    saved = [_load(path / f"rank_{rank}.pt") for rank in ranks]
+    own = saved[0] if is_same_world else _share(saved)
+    restore_engine_state(engine, state.pop("engine"), own["engine"])
+    _restore_random_state(own["random"], engine.device, f"{seed} {state['step']} {dist.rank()}")
+    return {**state, "sums": own["sums"], "world_size": world_size}
+
+
+def load_objective_state(path: str | Path) -> dict[str, Tensor]:
+    """Every parameter and buffer of a run's `Objective` by name, on the CPU: model, loss (predictor, moment), target.
+
+    Args:
+        path: A run's folder (its newest checkpoint) or a checkpoint's.
+    Returns:
+        What `Objective.load_state_dict` takes. Batch-norm statistics are the mean over ranks.
+    Raises:
+        ConfigError: no checkpoint there, a damaged one, or one of another format.
+    """
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        folder = checkpoint_of(folder / "checkpoints", None)
+    read_manifest(folder)
+    check_file(folder / "state.pt")
+    engine = _load(folder / "state.pt")["engine"]
+    return engine["parameters"] | engine["buffers"]
 
 
 def last_checkpoint(root: Path) -> Path | None:
@@ -106,11 +147,10 @@ def step_of(path: Path) -> int:
 
 
 def prune(root: Path, *, keep_every_steps: int) -> None:
-    """Delete what is not needed (rank 0): half-written ones, and all but the last and each `keep_every_steps`."""
+    """Delete what is not needed (rank 0): half-written ones, and all but the last two and each `keep_every_steps`."""
     drop_half_written(root)
-    last = last_checkpoint(root)
-    for path in root.glob(f"{_PREFIX}*"):
-        if path != last and not (keep_every_steps and step_of(path) % keep_every_steps == 0):
+    for path in sorted(root.glob(f"{_PREFIX}*"))[:-_NUM_KEPT]:
+        if not (keep_every_steps and step_of(path) % keep_every_steps == 0):
             shutil.rmtree(path)
 
 
@@ -137,9 +177,10 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     """Read the weights.pt of a run's folder, a checkpoint's folder, or a file itself, on the CPU.
 
     Raises:
-        ConfigError: nothing there, or not a fastssl weights file.
+        ConfigError: nothing there, not a fastssl weights file, or one that is not as its checkpoint wrote it.
     """
     file = _find_weights(Path(path))
+    check_file(file)
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
@@ -156,12 +197,88 @@ def _find_weights(path: Path) -> Path:
     return path
 
 
-def _rank_state(engine: Any) -> dict[str, Any]:
-    buffers = dict(engine.module.named_buffers())
-    state: dict[str, Any] = {"device": engine.device.type, "buffers": buffers, "rng_state": torch.get_rng_state()}
-    if engine.device.type == "cuda":
-        state["cuda_rng_state"] = torch.cuda.get_rng_state()
-    return state
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _agree_on_whole(root: Path) -> Path | None:
+    """The first rank looks, and all go by what it finds."""
+    name, error = None, None
+    if dist.rank() == 0:
+        try:
+            path = newest_whole(root)
+            name = path and path.name
+        except ConfigError as found:
+            error = str(found)
+    name, error = dist.from_first_rank((name, error))
+    if error is not None:
+        raise ConfigError(error)
+    return root / name if name else None
+
+
+def newest_whole(root: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; newer ones are named on stderr and moved aside."""
+    damage: dict[Path, DamagedError] = {}
+    for path in sorted(root.glob(f"{_PREFIX}*"), reverse=True):
+        try:
+            check_folder(path)
+        except DamagedError as error:
+            damage[path] = error
+            continue
+        for damaged, error in damage.items():
+            aside = _move_aside(damaged)
+            print(
+                f"fastssl: warning: {error}: going on from {path.name} instead ({damaged.name} is now {aside.name})",
+                file=sys.stderr,
+                flush=True,
+            )
+        return path
+    if damage:
+        raise ConfigError(
+            f"{next(iter(damage.values()))}, and no older checkpoint is whole: start another run.dir (run.init_from "
+            "takes a weights.pt that is left)"
+        )
+    return None
+
+
+def _move_aside(path: Path) -> Path:
+    """Out of the way of the checkpoint that will be saved at the same step; not deleted, as a disk may recover."""
+    aside = path.with_name(f"damaged_{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"device": device.type, "cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def _restore_random_state(saved: Mapping[str, Any], device: torch.device, key: str) -> None:
+    """The saved state; where there is none for this rank and kind of device, one derived from the key."""
+    if saved.get("device") != device.type:
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+        return
+    torch.set_rng_state(saved["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda"])
+
+
+def _share(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What this rank takes of the ranks of a save in a world of another size."""
+    least = min((rank["engine"]["scaler"] for rank in ranks), key=lambda scaler: scaler["torch"].get("scale", 1.0))
+    return {"engine": {"scaler": least}, "sums": _share_sums([rank["sums"] for rank in ranks]), "random": {}}
+
+
+def _share_sums(of_ranks: list[Sums]) -> Sums:
+    """The total on the first rank, zeros on the others."""
+    is_first = dist.rank() == 0
+    return {
+        group: {
+            name: sum((sums[group][name] for sums in of_ranks[1:]), value) if is_first else torch.zeros_like(value)
+            for name, value in tensors.items()
+        }
+        for group, tensors in of_ranks[0].items()
+    }
 
 
 def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -169,12 +286,17 @@ def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    """Give a finished checkpoint its name, in the place of one that was left there."""
+    _sync_folder(temporary)
+    if final.exists():
+        shutil.rmtree(final)
     temporary.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)

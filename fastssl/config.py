@@ -35,11 +35,11 @@ class RunConfig:
         dir: The run's folder.
         seed: Of the weights, the order of the samples and the views.
         device: "auto" takes the GPU where there is one.
-        resume: "never" refuses a folder that holds a run; "auto" goes on from its last checkpoint.
+        resume: "never" refuses a folder that holds a run; "auto" goes on from its last whole checkpoint.
         init_from: A run's folder or a weights.pt: start from its weights (nothing else is taken).
         checkpoint_every_steps: Also save every so many steps; 0: at the ends of epochs only.
         checkpoint_every_epochs: Save at every so many epochs, and at the last.
-        keep_every_epochs: Keep the checkpoint of every so many epochs for good; 0: the last one only.
+        keep_every_epochs: Keep the checkpoint of every so many epochs for good; 0: the last two only.
         log_every_steps: One row of metrics.jsonl for so many steps.
         num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
         peak_tflops: Of a device at train.precision in TFLOP/s, for the utilisation in metrics.jsonl; None: known GPUs'

@@ -6,10 +6,13 @@ docs/adr/0003-pair-sums-and-gradients-across-ranks.md. Every rank must call thes
 """
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -42,6 +45,38 @@ def sum_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     torch_dist.all_reduce(total)
     pieces = total.split([tensor.numel() for tensor in tensors.values()])
     return {name: piece.view_as(tensors[name]) for name, piece in zip(tensors, pieces, strict=True)}
+
+
+def from_first_rank(value: T) -> T:
+    """The first rank's value (plain or picklable), on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """Every rank's value (plain or picklable), by rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        torch_dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def names_that_differ(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors whose bits are not the same on every rank; every rank has the same names and shapes."""
+    if world_size() == 1 or not tensors:
+        return []
+    pieces = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
+    own = torch.cat(pieces)
+    first = own.clone()
+    torch_dist.broadcast(first, src=0)
+    is_other = (own != first).split([len(piece) for piece in pieces])
+    flags = torch.stack([part.any() for part in is_other]).int()
+    torch_dist.all_reduce(flags, torch_dist.ReduceOp.MAX)
+    return [name for name, flag in zip(tensors, flags.tolist(), strict=True) if flag]
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ import yaml
 from fastssl.config import Config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 
-# A resumed run may differ in these: they change no event of the training (num_threads its last bits only).
+# A resumed run may differ in these: they change no event of the training (num_threads, device and zero_stage its last
+# bits only, but for random numbers that the model itself draws, such as dropout's, on another device).
 FREE_KEYS = (
     "run.dir",
     "run.resume",
@@ -25,10 +26,12 @@ FREE_KEYS = (
     "run.keep_every_epochs",
     "run.log_every_steps",
     "run.num_threads",
+    "run.device",
     "run.peak_tflops",
     "data.num_workers",
     "data.prefetch_batches",
     "data.cache",
+    "train.zero_stage",
     "train.on_collapse",
     "train.max_skipped_steps",
 )

@@ -177,8 +177,8 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
-        state: dict[str, Any] = {"step": self.step, "data_identity": self.data_identity}
-        state |= {"collapsed_since": self.collapsed_since, "loss_scale": self.safe_step.state_dict()}
+        state: dict[str, Any] = {"data_identity": self.data_identity, "collapsed_since": self.collapsed_since}
+        state["loss_scale"] = self.safe_step.state_dict()
         if self.probe:
             state["probe"] = self.probe.state_dict()
         save_checkpoint(
@@ -186,25 +186,28 @@ class Trainer:
             self.engine,
             step=self.step,
             state=state,
-            rank_state={"epoch_sums": self.epoch_sums, "window": self.window},
+            sums={"epoch": self.epoch_sums, "window": self.window},
             weights=weights,
         )
         if dist.rank() == 0:
             prune(self.folder.checkpoints, keep_every_steps=self.cfg.run.keep_every_epochs * self.steps_per_epoch)
 
     def _restore(self) -> None:
-        path = last_checkpoint(self.folder.checkpoints)
-        if path is None:
+        state = load_checkpoint(self.folder.checkpoints, self.engine, seed=self.cfg.run.seed)
+        if state is None:
             return
-        state = load_checkpoint(path, self.engine)
         if state["data_identity"] != self.data_identity:
             raise ConfigError(
                 f"data.train: {self.cfg.data.train} holds [images, bytes] {self.data_identity}, but the run was made "
                 f"on {state['data_identity']}: resume with the same file, or start another run"
             )
         self.step = state["step"]
-        self.epoch_sums = {name: value.to(self.device) for name, value in state["epoch_sums"].items()}
-        self.window = {name: value.to(self.device) for name, value in state["window"].items()}
+        self.epoch_sums, self.window = (
+            {name: value.to(self.device) for name, value in state["sums"][group].items()}
+            for group in ("epoch", "window")
+        )
+        for name in ("loss", "grad_norm", "num_steps"):  # not counts of images: each rank has the mean, not its part
+            self.epoch_sums[name] *= dist.world_size() / state["world_size"]
         self.collapsed_since = state["collapsed_since"]
         self.safe_step.load_state_dict(state["loss_scale"])
         self.skipped.resume(self.step)

@@ -1,6 +1,5 @@
 """`fastssl eval RUN`: a checkpoint's encoder, beside the baselines, on the run's own data or on another data set."""
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from fastssl.evaluation.protocols import PROTOCOLS, evaluate
 from fastssl.evaluation.results import Line, append_line, format_table
 from fastssl.evaluation.task import Task
 from fastssl.launch import choose_device, num_threads_of
+from fastssl.manifest import sha256_of
 from fastssl.models.backbones import build_backbone
 from fastssl.run_folder import RunFolder, describe_environment
 from pipelines.beton import BetonReader
@@ -119,9 +119,7 @@ def _encoders(cfg: Config, checkpoint: Path) -> Iterator[Encoder]:
         yield Encoder(name="untrained encoder", module=untrained, identity=identity)
     backbone, _ = build_backbone(cfg.model, image_px)
     backbone.load_state_dict(weights["backbone"])
-    with (checkpoint / "weights.pt").open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    identity = {"checkpoint_step": step_of(checkpoint), "weights_sha256": checksum}
+    identity = {"checkpoint_step": step_of(checkpoint), "weights_sha256": sha256_of(checkpoint / "weights.pt")}
     yield Encoder(name="pre-trained encoder", module=backbone, identity=identity)
 
 

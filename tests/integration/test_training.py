@@ -16,11 +16,9 @@ from fastssl.checkpoint import last_checkpoint
 from fastssl.metrics import read_rows
 from pipelines.beton import BetonWriter
 from tests.processes import ROOT, environment, free_port
+from tests.runs import assert_same_end, final_state, losses
 
 TRAIN = [sys.executable, "fastssl/train.py", "--cfg"]
-TIMING = (
-    "img_per_s", "data_wait_fraction", "memory_bytes", "model_tflops_per_device", "communication_ms_per_step",
-)  # fmt: skip
 
 
 def deepspeed(num_ranks: int) -> list[str]:
@@ -30,40 +28,6 @@ def deepspeed(num_ranks: int) -> list[str]:
 def torchrun(num_ranks: int) -> list[str]:
     torch_run = [sys.executable, "-m", "torch.distributed.run"]
     return [*torch_run, f"--nproc_per_node={num_ranks}", f"--master_port={free_port()}", "fastssl/train.py", "--cfg"]
-
-
-def losses(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run / "metrics.jsonl")]
-
-
-def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that a run ends with: weights, optimizer, each rank's buffers, the probe."""
-    folder = last_checkpoint(run / "checkpoints")
-    assert folder is not None
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.pt")):
-        _collect(torch.load(file, weights_only=False), file.name, found)
-    return found
-
-
-def _collect(value, name, found):
-    if isinstance(value, torch.Tensor):
-        found[name] = value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _collect(item, f"{name}/{key}", found)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _collect(item, f"{name}/{index}", found)
-
-
-def assert_same_end(run_a: Path, run_b: Path) -> None:
-    a, b = final_state(run_a), final_state(run_b)
-    assert a.keys() == b.keys()
-    assert len(a) > 20
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert different == []
-    assert losses(run_a) == losses(run_b)
 
 
 def run_of(config: Path) -> Path:
@@ -328,18 +292,3 @@ def weights_of(run: Path) -> dict:
     folder = last_checkpoint(run / "checkpoints")
     assert folder is not None
     return torch.load(folder / "weights.pt", weights_only=True)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_killed_again_and_again_it_still_ends_bit_for_bit_the_same(tiny_config, command):
-    settings = ["--set", "train.num_epochs=4", "run.checkpoint_every_steps=3", "train.zero_stage=1"]
-    whole = tiny_config.parent / "whole"
-    done = command(*deepspeed(2), tiny_config, *settings, f"run.dir={whole}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for step in (5, 14, 23, 32):
-        start = [*deepspeed(2), str(tiny_config), *settings, "run.resume=auto"]
-        kill_after_step(start, run_of(tiny_config), step=step)
-    resumed = command(*deepspeed(2), tiny_config, *settings, "run.resume=auto")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert_same_end(whole, run_of(tiny_config))

@@ -1,0 +1,15 @@
+"""What a training imports, for a process that is forked again and again."""
+
+# ruff: noqa: E402, F401
+from kernels.torchvision_cpu import import_torchvision
+
+import_torchvision()  # before timm
+
+import deepspeed
+import ffcv
+import timm
+import torch.utils.tensorboard
+
+import fastssl.trainer
+import kernels.augment.cpu
+import pipelines.engines.ffcv
