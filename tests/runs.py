@@ -24,17 +24,18 @@ def final_state(run: Path) -> dict[str, Any]:
     assert folder is not None
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*.pt")):
-        _collect(torch.load(file, weights_only=True), file.name, found)
+        collect(torch.load(file, weights_only=True), file.name, found)
     return found
 
 
-def _collect(value: Any, name: str, found: dict[str, Any]) -> None:
+def collect(value: Any, name: str, found: dict[str, Any]) -> None:
+    """Put the leaves of nested dictionaries and lists into `found`, by their paths."""
     if isinstance(value, dict):
         for key, item in value.items():
-            _collect(item, f"{name}/{key}", found)
+            collect(item, f"{name}/{key}", found)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _collect(item, f"{name}/{index}", found)
+            collect(item, f"{name}/{index}", found)
     else:
         found[name] = value
 

@@ -21,17 +21,18 @@ from tests.runs import assert_same_end
 
 CASES = list(product(("mio", "minc", "byol"), (1, 2), (0, 1, 2)))
 NUM_KILLS = -(-int(os.environ.get("FASTSSL_KILLS", "30")) // len(CASES))  # of each case
+SHORT = ("data.global_batch_size=256", "run.checkpoint_every_steps=2")  # two epochs of five steps
 TIME_LIMIT_S = 120
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.timeout(60 + 60 * NUM_KILLS)
+@pytest.mark.timeout(300 + 60 * NUM_KILLS)
 @pytest.mark.parametrize(("loss", "num_ranks", "zero_stage"), CASES)
 def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(loss, num_ranks, zero_stage, tiny_config, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    settings = [f"loss={{name: {loss}}}", f"train.zero_stage={zero_stage}", "run.checkpoint_every_steps=3"]
-    arguments = ["--cfg", str(tiny_config), "--set", *settings, "run.resume=auto"]
+    settings = [f"loss={{name: {loss}}}", f"train.zero_stage={zero_stage}", *SHORT, "run.resume=auto"]
+    arguments = ["--cfg", str(tiny_config), "--set", *settings]
     training = Training(arguments, num_ranks, tmp_path / "log.txt")
     rng = random.Random(f"{loss} {num_ranks} {zero_stage}")
     training.start(f"run.dir={whole}")
