@@ -121,7 +121,7 @@ def load_objective_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def last_checkpoint(root: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
+    """The newest finished checkpoint of a run, by its name: its files are not looked at."""
     return max(root.glob(f"{_PREFIX}*"), default=None)
 
 
@@ -286,10 +286,11 @@ def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a finished checkpoint its name, in the place of one that was left there."""
-    _sync_folder(temporary)
+    """Give a finished checkpoint its name; one that has it already is of the same step of the same run, and stays."""
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(temporary)
+        return
+    _sync_folder(temporary)
     temporary.rename(final)
     _sync_folder(final.parent)
 
