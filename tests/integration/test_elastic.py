@@ -15,17 +15,19 @@ from tests.runs import collect, final_state, losses
 VIT = "model={backbone: timm/vit_tiny_patch16_224, projector_hidden: [], projector_last_norm: false,"
 VIT += " backbone_kwargs: {img_size: 16, patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}"
 SETTINGS = [VIT, "loss={name: minc, target_momentum: 0.9}", "optim={base_lr: 0.05, warmup_epochs: 0.5}"]
-CUT, END = 14, 20  # steps, of two epochs of ten: the cut is in mid-epoch
-# fp32: a sum over the 128 rows of a batch in another order moves a gradient by at most 128 * 2^-24 of the sum of the
-# terms' sizes, in each of the six steps; a gradient is a sum of terms that cancel to about a tenth.
-TOLERANCE = 10 * (END - CUT) * 128 * 2.0**-24
+CUT, END = 7, 10  # steps, of two epochs of five: the cut is in mid-epoch
+GLOBAL_BATCH_SIZE = 256
+# fp32: a sum over the 256 rows of a batch in another order moves a gradient by at most 256 * 2^-24 of the sum of the
+# terms' sizes, in each of the three steps; a gradient is a sum of terms that cancel to about a tenth.
+TOLERANCE = 10 * (END - CUT) * GLOBAL_BATCH_SIZE * 2.0**-24
 # Counted or averaged over all images; negatives are pairs of one process's images, so others.
 FIGURES = ("loss", "online_top1", "rankme_h", "rankme_z", "lidar_z", "std_z", "alignment_z", "positive_similarity")
 
 
 def train(config: Path, run: Path, *settings: str, num_ranks: int) -> str:
     log = run.with_suffix(".txt")
-    arguments = ["--cfg", str(config), "--set", *SETTINGS, f"run.dir={run}", *settings]
+    arguments = ["--cfg", str(config), "--set", *SETTINGS, f"data.global_batch_size={GLOBAL_BATCH_SIZE}"]
+    arguments += [f"run.dir={run}", f"run.checkpoint_every_steps={CUT}", *settings]
     ranks = start_training(arguments, num_ranks=num_ranks, log=log)
     for rank in ranks:
         rank.join(250)
@@ -38,21 +40,14 @@ def train(config: Path, run: Path, *settings: str, num_ranks: int) -> str:
 @pytest.mark.timeout(600)
 def test_from_two_processes_to_one_and_to_four(tiny_config, tmp_path):
     whole = tmp_path / "whole"
-    train(tiny_config, whole, f"run.checkpoint_every_steps={CUT}", "train.zero_stage=1", num_ranks=2)
+    train(tiny_config, whole, "train.zero_stage=1", num_ranks=2)
     at_cut = torch.load(whole / f"checkpoints/step_{CUT:08d}/state.pt", weights_only=True)["engine"]
     end = final_state(whole)
     for num_ranks, zero_stage in ((1, 0), (4, 2)):
         run = tmp_path / f"{num_ranks}"
         shutil.copytree(whole, run)
         shutil.rmtree(run / f"checkpoints/step_{END:08d}")
-        said = train(
-            tiny_config,
-            run,
-            "run.resume=auto",
-            f"run.checkpoint_every_steps={CUT}",
-            f"train.zero_stage={zero_stage}",
-            num_ranks=num_ranks,
-        )
+        said = train(tiny_config, run, "run.resume=auto", f"train.zero_stage={zero_stage}", num_ranks=num_ranks)
         assert f"resumed at step {CUT}" in said
         manifest = json.loads((run / f"checkpoints/step_{END:08d}/manifest.json").read_text())
         assert manifest["world_size"] == num_ranks
@@ -90,4 +85,4 @@ def assert_same_rows(rows: list[dict], resumed: list[dict]) -> None:
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)  # so each global batch held the same images
     for name in FIGURES:
         assert resumed[-1][name] == pytest.approx(rows[-1][name], rel=1e-3), name
-    assert sum(resumed[-1]["positive_counts"]) == sum(rows[-1]["positive_counts"]) == 10 * 128
+    assert sum(resumed[-1]["positive_counts"]) == sum(rows[-1]["positive_counts"]) == 5 * GLOBAL_BATCH_SIZE
