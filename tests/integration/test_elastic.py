@@ -17,11 +17,11 @@ VIT += " backbone_kwargs: {img_size: 16, patch_size: 4, embed_dim: 32, depth: 2,
 SETTINGS = [VIT, "loss={name: minc, target_momentum: 0.9}", "optim={base_lr: 0.05, warmup_epochs: 0.5}"]
 CUT, END = 7, 10  # steps, of two epochs of five: the cut is in mid-epoch
 GLOBAL_BATCH_SIZE = 256
-# fp32: a sum over the 256 rows of a batch in another order moves a gradient by at most 256 * 2^-24 of the sum of the
-# terms' sizes, in each of the three steps; a gradient is a sum of terms that cancel to about a tenth.
-TOLERANCE = 10 * (END - CUT) * GLOBAL_BATCH_SIZE * 2.0**-24
-# Counted or averaged over all images; negatives are pairs of one process's images, so others.
-FIGURES = ("loss", "online_top1", "rankme_h", "rankme_z", "lidar_z", "std_z", "alignment_z", "positive_similarity")
+# fp32: summing the 256 rows of a batch in another order moves a gradient by about sqrt(256) * 2^-24 of its terms, in
+# each of the three steps; a gradient is a sum of terms that cancel to about a tenth.
+TOLERANCE = 10 * (END - CUT) * GLOBAL_BATCH_SIZE**0.5 * 2.0**-24
+# Of all images whatever the ranks: negatives are pairs of one process's images, so others.
+FIGURES = ("loss", "online_top1", "std_z", "positive_similarity")
 
 
 def train(config: Path, run: Path, *settings: str, num_ranks: int) -> str:
@@ -84,5 +84,5 @@ def assert_same_rows(rows: list[dict], resumed: list[dict]) -> None:
     for row, other in zip(rows, resumed, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)  # so each global batch held the same images
     for name in FIGURES:
-        assert resumed[-1][name] == pytest.approx(rows[-1][name], rel=1e-3), name
+        assert resumed[-1][name] == pytest.approx(rows[-1][name], rel=1e-5), name
     assert sum(resumed[-1]["positive_counts"]) == sum(rows[-1]["positive_counts"]) == 5 * GLOBAL_BATCH_SIZE
