@@ -57,10 +57,11 @@ def save_checkpoint(
         weights: Content of weights.pt, from `plain_weights`.
     """
     temporary, final = root / f".{_PREFIX}{step:08d}.tmp", root / f"{_PREFIX}{step:08d}"
-    shared, own = collect_engine_state(engine)
+    shared, own_buffers = collect_engine_state(engine)
     temporary.mkdir(parents=True, exist_ok=True)
     name = f"rank_{dist.rank()}.pt"
-    files = {name: save_file({"engine": own, "sums": sums, "random": _random_state(engine.device)}, temporary / name)}
+    own = {"buffers": own_buffers, "sums": sums, "random": _random_state(engine.device)}
+    files = {name: save_file(own, temporary / name)}
     if dist.rank() == 0:
         files["state.pt"] = save_file({"engine": shared, "step": step, **state}, temporary / "state.pt")
         files["weights.pt"] = save_file(dict(weights), temporary / "weights.pt")
@@ -95,8 +96,8 @@ def load_checkpoint(root: Path, engine: Any, *, seed: int) -> dict[str, Any] | N
     is_same_world = world_size == dist.world_size()
     ranks = [dist.rank()] if is_same_world else range(world_size)
     saved = [_load(path / f"rank_{rank}.pt") for rank in ranks]
-    own = saved[0] if is_same_world else _share(saved)
-    restore_engine_state(engine, state.pop("engine"), own["engine"])
+    own = saved[0] if is_same_world else {"buffers": {}, "sums": _share_sums([s["sums"] for s in saved]), "random": {}}
+    restore_engine_state(engine, state.pop("engine"), own["buffers"])
     _restore_random_state(own["random"], engine.device, f"{seed} {state['step']} {dist.rank()}")
     return {**state, "sums": own["sums"], "world_size": world_size}
 
@@ -261,12 +262,6 @@ def _restore_random_state(saved: Mapping[str, Any], device: torch.device, key: s
     torch.set_rng_state(saved["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(saved["cuda"])
-
-
-def _share(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What this rank takes of the ranks of a save in a world of another size."""
-    least = min((rank["engine"]["scaler"] for rank in ranks), key=lambda scaler: scaler["torch"].get("scale", 1.0))
-    return {"engine": {"scaler": least}, "sums": _share_sums([rank["sums"] for rank in ranks]), "random": {}}
 
 
 def _share_sums(of_ranks: list[Sums]) -> Sums:

@@ -24,14 +24,13 @@ OptimizerState = dict[str, dict[str, Any]]
 
 
 @torch.no_grad()
-def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The engine's state on the CPU (all ranks call it).
 
     Returns:
         What all ranks share: "parameters" (fp32, by name; ZeRO's master weights where there are such), "buffers" (by
         name; the mean over ranks of those that differ), "optimizer" (by name, then by key) and "counters"; of
-        parameters and optimizer a rank other than the first gets a part only. And what this rank alone knows:
-        "buffers" (those that differ) and "scaler" (of the loss, under fp16).
+        parameters and optimizer a rank other than the first gets a part only. And this rank's buffers that differ.
     """
     parameters = {name: _on_cpu(value) for name, value in engine.module.named_parameters()}
     optimizer: OptimizerState = {}
@@ -50,27 +49,26 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "optimizer": optimizer,
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
     }
-    return shared, {"buffers": own_buffers, "scaler": _collect_scaler(engine)}
+    return shared, own_buffers
 
 
 @torch.no_grad()
-def restore_engine_state(engine: Any, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def restore_engine_state(engine: Any, shared: Mapping[str, Any], own_buffers: Mapping[str, Tensor]) -> None:
     """Put back what `collect_engine_state` found, into an engine of any ZeRO stage and world size.
 
     Args:
         engine: Newly built on the same module.
         shared: Whole, on every rank.
-        own: This rank's; without "buffers" the shared ones are taken.
+        own_buffers: This rank's; of the others the shared ones are taken.
     """
     for name, parameter in engine.module.named_parameters():
         parameter.copy_(shared["parameters"][name])
     buffers = dict(engine.module.named_buffers())
-    for name, value in {**shared["buffers"], **own.get("buffers", {})}.items():
+    for name, value in {**shared["buffers"], **own_buffers}.items():
         buffers[name].copy_(value)
     _restore_optimizer(engine, shared)
     for name, value in shared["counters"].items():
         setattr(engine, name, value)
-    _restore_scaler(engine, own["scaler"])
 
 
 @dataclass(frozen=True)
@@ -188,37 +186,6 @@ def _collect_buffers(module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[s
         if buffers[name].is_floating_point():
             shared[name] = dist.all_mean_(buffers[name].clone()).cpu()
     return shared, own
-
-
-def _scalers(engine: Any) -> list[Any]:
-    """torch's scaler of the loss under fp16 autocast: the engine has it in stage 0, else the optimizer."""
-    held = (
-        getattr(engine, "torch_autocast_z0_gradscaler", None),
-        getattr(engine.optimizer, "torch_autocast_gradscaler", None),
-    )
-    return [scaler for scaler in held if scaler is not None]
-
-
-def _dynamic_scaler(engine: Any) -> Any | None:
-    """DeepSpeed's own scaler of the loss, where its scale moves."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return scaler if getattr(scaler, "dynamic", False) else None
-
-
-def _collect_scaler(engine: Any) -> dict[str, Any]:
-    state = {key: value for scaler in _scalers(engine) for key, value in scaler.state_dict().items()}
-    own = _dynamic_scaler(engine)
-    numbers = {} if own is None else {k: v for k, v in vars(own).items() if isinstance(v, int | float)}
-    return {"torch": state, "deepspeed": numbers}
-
-
-def _restore_scaler(engine: Any, saved: Mapping[str, Any]) -> None:
-    for scaler in _scalers(engine):
-        if saved["torch"]:
-            scaler.load_state_dict(saved["torch"])
-    own = _dynamic_scaler(engine)
-    for name, value in saved["deepspeed"].items() if own is not None else ():
-        setattr(own, name, value)
 
 
 def _on_cpu(value: Any) -> Any:
