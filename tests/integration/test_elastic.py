@@ -21,7 +21,7 @@ GLOBAL_BATCH_SIZE = 256
 # each of the three steps; a gradient is a sum of terms that cancel to about a tenth.
 TOLERANCE = 10 * (END - CUT) * GLOBAL_BATCH_SIZE**0.5 * 2.0**-24
 # Of all images whatever the ranks: negatives are pairs of one process's images, so others.
-FIGURES = ("loss", "online_top1", "std_z", "positive_similarity")
+FIGURES = ("loss", "grad_norm", "skipped_steps", "online_top1", "std_z", "positive_similarity")
 
 
 def train(config: Path, run: Path, *settings: str, num_ranks: int) -> str:
