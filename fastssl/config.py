@@ -87,6 +87,9 @@ class TrainConfig:
         max_skipped_steps: A step whose gradient is not finite is not taken, and its images are noted in
             nonfinite.jsonl; more than so many in a row end the run.
         on_collapse: What to do when the representation has collapsed for two epochs (`fastssl.diagnostics`).
+        num_micro_batches: Parts of the local batch whose activations are held at a time; the loss is that of the whole
+            batch, each part is encoded twice (`fastssl.models.grad_cache`). 1: all at once.
+        compile: Compile encoder and projector with torch.compile.
     """
 
     num_epochs: int = 200
@@ -96,10 +99,13 @@ class TrainConfig:
     grad_clip_norm: float = 0.0
     max_skipped_steps: int = 5
     on_collapse: Literal["warn", "stop"] = "warn"
+    num_micro_batches: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_epochs < 1:
-            raise ValueError("num_epochs must be >= 1")
+        for name in ("num_epochs", "num_micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1")
         if self.zero_stage == 3:
             raise ValueError(
                 "zero_stage must be 0, 1 or 2: 3 also spreads the weights, which a target's moving average and the "

@@ -80,6 +80,16 @@ def names_that_differ(tensors: dict[str, Tensor]) -> list[str]:
 
 
 @torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """Every rank's x, [W, ...] in the order of the ranks, the same on each; no gradient."""
+    if world_size() == 1:
+        return x[None]
+    gathered = x.new_empty(world_size() * x.numel())
+    torch_dist.all_gather_into_tensor(gathered, x.reshape(-1))
+    return gathered.view(world_size(), *x.shape)
+
+
+@torch.no_grad()
 def all_mean_(x: Tensor) -> Tensor:
     """Replace x by its mean over ranks, in place; for BatchNorm buffers and gradients outside the engine.
 

@@ -33,7 +33,7 @@ from fastssl.evaluation.probe import OnlineProbe
 from fastssl.launch import num_threads_of, start_process
 from fastssl.losses import build_loss
 from fastssl.metrics import Metrics, StepTimer
-from fastssl.models.objective import Objective
+from fastssl.models.objective import build_objective, during_backward
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.preemption import StopRequest
@@ -84,7 +84,7 @@ class Trainer:
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
             take_weights(self.model, cfg.run.init_from)
         self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
-        self.objective = Objective(self.model, self.loss)
+        self.objective = build_objective(cfg, self.model, self.loss)
         self.probe = self._build_probe(reader)
         self.flops_per_image = flops_per_image(self.objective, view_shapes)
         self.engine, self.optimizer = self._build_engine()
@@ -156,7 +156,8 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         self.safe_step.begin()
         h, z, loss = self.engine(batch.views)
-        self.safe_step.backward(loss)
+        with during_backward(self.cfg, self.objective):
+            self.safe_step.backward(loss)
         can_scale_lower = self.safe_step.can_scale_lower()
         wants_stop = dist.EXCHANGE.sum_(torch.tensor(float(self.stop_request.name is not None), device=self.device))
         grad_norm = self.safe_step.step()

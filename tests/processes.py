@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,3 +59,33 @@ def _train(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path
     from fastssl.cli import main
 
     sys.exit(main(["train", *arguments]))
+
+
+def start_ranks(program: str, world_size: int, folder: Path, timeout_s: float = 240) -> list[Any]:
+    """Run `program RANK WORLD_SIZE FOLDER` in a process a rank; what each saved as FOLDER/rank<RANK>.pt.
+
+    `join_ranks` is how a program begins.
+    """
+    import torch
+
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, program]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(world_size), str(folder)], env=settings)
+        for rank in range(world_size)
+    ]
+    try:
+        assert [process.wait(timeout=timeout_s) for process in ranks] == [0] * world_size
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+
+
+def join_ranks(rank: int, world_size: int, folder: Path) -> None:
+    """Join the gloo group of the ranks that `start_ranks` started."""
+    import torch
+
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)

@@ -98,7 +98,7 @@ def _drop_classifier(model: nn.Module, name: str) -> None:
 
 
 def _put_cifar_convolution(model: Any) -> None:
-    width = model.bn1.num_features  # also when timm's deep stem of three convolutions stands there
+    width = len(model.bn1.weight)  # of any norm; also when timm's deep stem of three convolutions stands there
     model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
 

@@ -20,6 +20,11 @@ class ModelConfig:
         projector_hidden: Widths of the projector's hidden layers, each followed by batch norm and ReLU.
         projector_dim: Width D of the projections.
         projector_last_norm: Batch norm after the last layer too.
+        batch_norm: Where every batch norm, the projector's and a predictor's too, takes its statistics from while
+            pre-training: "per_rank", the images of one process; "sync", those of all processes.
+        activation_checkpointing: Pre-training keeps only the inputs of the backbone's blocks and computes the rest
+            again in the backward pass: less memory for a second forward pass. Torchvision's ResNets, ViTs, Swin,
+            ConvNeXt and EfficientNet, and the timm models that can.
     """
 
     backbone: str = "resnet18"
@@ -29,6 +34,8 @@ class ModelConfig:
     projector_hidden: tuple[int, ...] = (512,)
     projector_dim: int = 128
     projector_last_norm: bool = True
+    batch_norm: Literal["per_rank", "sync"] = "per_rank"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.stem not in ("imagenet", "no_pool", "cifar"):

@@ -5,8 +5,6 @@ runs every loss. fp64 and no BatchNorm, so that nothing but the losses can diffe
 """
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +35,7 @@ from kernels.gram_loss import quadratic_loss, spectral_loss
 from kernels.pair_loss import pair_loss
 from kernels.partition_loss import partition_loss
 from kernels.similarity import chunked
+from tests.processes import join_ranks, start_ranks
 
 GLOBAL_BATCH_SIZE = 16
 WIDTH = 5
@@ -235,27 +234,10 @@ def run_unequal() -> dict[str, str]:
 
 
 def run_rank(rank: int, world_size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+    join_ranks(rank, world_size, folder)
     chunked.TILE_ROWS["cpu"] = 3  # one process takes tiles of another size: nothing may depend on it
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save((run_losses(), run_collectives(), run_ddp(), run_unequal()), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-def start_ranks(world_size: int, folder: Path) -> list[tuple]:
-    """(losses, collectives) of each rank, run in processes of their own."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(world_size), str(folder)], env=environment)
-        for rank in range(world_size)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in ranks] == [0] * world_size
-    finally:
-        for process in ranks:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +268,7 @@ def differences(found: dict, expected: dict) -> list[str]:
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, 4])  # one test: it alone starts these ranks, also where workers share tests
 def test_ranks_give_loss_and_gradients_of_one_process(world_size: int, one_process: dict, tmp_path: Path) -> None:
-    results = start_ranks(world_size, tmp_path)
+    results = start_ranks(__file__, world_size, tmp_path)
     for rank, (losses, collectives, under_ddp, unequal) in enumerate(results):
         assert losses.keys() == one_process.keys()
         assert differences(losses, one_process) == []

@@ -28,6 +28,10 @@ def assert_one_line(done, *parts):
         (["optim.base_lr=.nan"], ["optim.base_lr"]),
         (["loss.name=nope"], ["loss.name", "mio, siglip, simclr"]),
         (["loss={name: byol, target_momentum: 2}"], ["loss.target_momentum", "[0, 1]"]),
+        (["train.num_micro_batches=0"], ["train.num_micro_batches", ">= 1"]),
+        (["model.batch_norm=global"], ["model.batch_norm", "per_rank", "sync"]),
+        (["model.activation_checkpointing=often"], ["model.activation_checkpointing", "often"]),
+        (["train.compile=maybe"], ["train.compile", "maybe"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -47,6 +51,7 @@ def test_what_a_config_cannot_say(settings, parts, tiny_config, in_process):
         (["run.init_from=/no/such/run"], ["/no/such/run"]),
         (["data.test=/no/such.beton"], ["/no/such.beton"]),
         (["run.dir=/dev/null/x"], ["run.dir", "/dev/null"]),
+        (["train.num_micro_batches=5"], ["train.num_micro_batches is 5", "local batch of 128 images"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -1,0 +1,139 @@
+"""Batch norm over the batches of all ranks, in any precision, on any backend.
+
+# W ranks; C channels; n_r values of a channel on rank r, n on all; mu_r, M_r a rank's mean and sum of (x - mu_r)^2
+# x^ = (x - mu) / sqrt(v + eps); gamma, beta weight and bias; gy the gradient of y that a rank gets
+
+    mu = sum n_r mu_r / n,   v = [sum M_r + sum n_r (mu_r - mu)^2] / n,   y = gamma x^ + beta
+
+Chan, Golub and LeVeque 1979: no difference of large squares, as in E[x^2] - E[x]^2. One gather of 2C + 1 numbers
+forward, one sum of 2C numbers back. Statistics, their gradients and the normalisation itself are fp32 (fp64 for fp64
+inputs) whatever x is; of its size, x alone is kept for the backward pass.
+
+    dL/dx = gamma / sqrt(v + eps) [gy - (1/n) sum gy - (x^/n) sum gy x^],   sums over all ranks
+
+Gradients of gamma and beta are each rank's own sums: the engine averages them, as it does all others. That engine wants
+W dL/dy from each rank (docs/adr/0003-pair-sums-and-gradients-across-ranks.md); dL/dx is linear in gy, so with sums over
+ranks, not means, each rank has its W dL/dx.
+
+torch.nn.SyncBatchNorm refuses CPU tensors.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastssl import dist
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm whose statistics are those of all ranks together; with one rank, or in eval mode, plain batch norm.
+
+    Ranks may hold unequal numbers of images. Children, such as the activation of a timm layer, are applied after it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [B, C, ...] of x, in its dtype and memory format; all ranks must call it, in the same order.
+
+        Raises:
+            ValueError: x has fewer than two dimensions.
+        """
+        y = self._normalize(x) if self.training and dist.world_size() > 1 else super().forward(x)
+        for after in self.children():
+            y = after(y)
+        return y
+
+    @torch.compiler.disable()  # a compiler would have to trace the collectives
+    def _normalize(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        y, mean, variance, num_values = _Normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
+        self._track(mean, variance * (num_values / (num_values - 1)))
+        return y
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), rate)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var), rate)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"batch norm wants [B, C, ...], got {list(input.shape)}")
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Turn every batch norm below into a `SyncBatchNorm`, in place: parameters, buffers and their names stay.
+
+    Raises:
+        ValueError: One of them does more than normalise (and is not timm's, which adds an activation).
+    """
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and not isinstance(norm, SyncBatchNorm):
+            kind = type(norm)
+            if kind.forward is not _BatchNorm.forward and kind.__name__ != "BatchNormAct2d":
+                raise ValueError(f"model.batch_norm: there is no sync form of {kind.__module__}.{kind.__name__}")
+            norm.__class__ = SyncBatchNorm
+
+
+class _Normalize(torch.autograd.Function):
+    """x, gamma, beta, eps -> y, and without gradient mu [C], v [C] (divided by n) and n."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, variance, num_values = _global_moments(x)
+        inv_std = (variance + eps).rsqrt()
+        y = _wide(x) - _along(mean, x)
+        y *= _along(inv_std if weight is None else inv_std * weight, x)
+        if bias is not None:
+            y += _along(bias, x)
+        ctx.save_for_backward(x, weight, mean, inv_std, num_values)
+        ctx.mark_non_differentiable(mean, variance, num_values)
+        return y.to(x.dtype), mean, variance, num_values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, mean, inv_std, num_values = ctx.saved_tensors
+        gy = _wide(gy)
+        x_hat = (_wide(x) - _along(mean, x)).mul_(_along(inv_std, x))
+        sum_gy, sum_gy_x_hat = gy.sum(_but_channels(x)), (gy * x_hat).sum(_but_channels(x))
+        grad_weight = None if weight is None else sum_gy_x_hat.to(weight)
+        grad_bias = sum_gy.to(weight) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, grad_bias, None
+        mean_gy, mean_gy_x_hat = dist.EXCHANGE.sum_(torch.stack([sum_gy, sum_gy_x_hat])) / num_values
+        grad_x = gy - _along(mean_gy, x) - x_hat.mul_(_along(mean_gy_x_hat, x))
+        grad_x *= _along(inv_std if weight is None else inv_std * weight, x)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
+def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mu [C], v [C] and n, 0-dim, of all ranks; the same bits on each."""
+    num_channels, num_values = x.shape[1], x.numel() // x.shape[1]
+    variance, mean = torch.var_mean(_wide(x), _but_channels(x), correction=0)
+    own = torch.cat([mean, variance * num_values, mean.new_full((1,), num_values)])
+    means, squares, counts = dist.gather(own).split([num_channels, num_channels, 1], dim=1)  # [W, C], [W, C], [W, 1]
+    total = counts.sum()
+    mean = means[0] + (counts * (means - means[0])).sum(0) / total  # differences: means may be large
+    squares = squares + counts * (means - mean).square()
+    return mean, squares.sum(0) / total, total
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.ndim)]
+
+
+def _along(values: Tensor, x: Tensor) -> Tensor:
+    """[C] as [C, 1, ...], to be broadcast along the channels of x."""
+    return values.view(-1, *[1] * (x.ndim - 2))
