@@ -133,9 +133,10 @@ class Config:
     ds: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.optim.name == "lars" and self.train.zero_stage > 0:
+        if self.optim.impl == "apex" and self.optim.name == "lamb" and self.train.zero_stage > 0:
             raise ValueError(
-                "train.zero_stage must be 0 with optim.name=lars: ZeRO flattens the layers whose norms LARS needs"
+                "train.zero_stage must be 0 with optim.impl=apex and optim.name=lamb: apex takes ZeRO's flat pieces "
+                "for layers; optim.impl=auto knows better"
             )
         if self.optim.warmup_epochs >= self.train.num_epochs:
             raise ValueError(

@@ -35,7 +35,9 @@ from fastssl.losses import build_loss
 from fastssl.metrics import Metrics, StepTimer
 from fastssl.models.objective import build_objective, during_backward
 from fastssl.models.two_view import TwoViewModel
+from fastssl.nvidia_apex import apex_layer_norm, check_apex, put_layer_norms
 from fastssl.optim import build_optimizer
+from fastssl.optim.layerwise import bind_partitions
 from fastssl.preemption import StopRequest
 from fastssl.run_folder import RunFolder, replace_text
 from fastssl.safe_step import SafeStep
@@ -57,6 +59,7 @@ class Trainer:
     """
 
     def __init__(self, cfg: Config) -> None:
+        check_apex(cfg)
         self.cfg = cfg
         self.folder = RunFolder(cfg.run.dir)
         resuming = self.folder.check_claim(cfg)
@@ -84,7 +87,7 @@ class Trainer:
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
             take_weights(self.model, cfg.run.init_from)
         self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
-        self.objective = build_objective(cfg, self.model, self.loss)
+        self.objective = build_objective(cfg, self.model, self.loss).to(self.device)
         self.probe = self._build_probe(reader)
         self.flops_per_image = flops_per_image(self.objective, view_shapes)
         self.engine, self.optimizer = self._build_engine()
@@ -224,6 +227,7 @@ class Trainer:
             config=build_ds_config(self.cfg, world_size=dist.world_size()),
             dist_init_required=False,
         )
+        bind_partitions(optimizer)
         if dist.world_size() == 1 and self.cfg.train.zero_stage == 0:
             engine.enable_backward_allreduce = False  # it copies every gradient twice to average it with no other
         return engine, optimizer
@@ -381,13 +385,16 @@ def build_model(cfg: Config, image_px: int) -> TwoViewModel:
     """The model at its seeded start.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or no layer norm in it for `model.layer_norm=apex`.
     """
     torch.manual_seed(cfg.run.seed)
     try:
-        return TwoViewModel(cfg.model, image_px)
+        model = TwoViewModel(cfg.model, image_px)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if cfg.model.layer_norm == "apex" and not put_layer_norms(model, apex_layer_norm()):
+        raise ConfigError(f"model.layer_norm=apex: {cfg.model.backbone} has no layer norm that apex's could replace")
+    return model
 
 
 def take_weights(model: TwoViewModel, path: str) -> None:

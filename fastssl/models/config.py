@@ -25,6 +25,8 @@ class ModelConfig:
         activation_checkpointing: Pre-training keeps only the inputs of the backbone's blocks and computes the rest
             again in the backward pass: less memory for a second forward pass. Torchvision's ResNets, ViTs, Swin,
             ConvNeXt and EfficientNet, and the timm models that can.
+        layer_norm: "apex": NVIDIA apex's kernel in the place of the layer norms while training (GPU); the names and the
+            content of the weights do not change.
     """
 
     backbone: str = "resnet18"
@@ -36,10 +38,13 @@ class ModelConfig:
     projector_last_norm: bool = True
     batch_norm: Literal["per_rank", "sync"] = "per_rank"
     activation_checkpointing: bool = False
+    layer_norm: Literal["torch", "apex"] = "torch"
 
     def __post_init__(self) -> None:
         if self.stem not in ("imagenet", "no_pool", "cifar"):
             raise ValueError(f"stem must be imagenet, no_pool or cifar, not {self.stem!r}")
+        if self.layer_norm not in ("torch", "apex"):
+            raise ValueError(f"layer_norm must be torch or apex, not {self.layer_norm!r}")
         for name in ("pool_px", "projector_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1")

@@ -13,17 +13,21 @@ class OptimConfig:
     """Optimizer and learning-rate schedule.
 
     Attributes:
-        name: "sgd", "adamw" or "lars".
+        name: "sgd", "adamw", "lars" or "lamb"; all of them under ZeRO 0 to 2.
+        impl: "auto": torch's fused kernels for sgd and adamw on a GPU, torch's default elsewhere; "torch": torch's
+            default everywhere; "apex": NVIDIA apex's kernels (GPU; no lars, and lamb without ZeRO only). lars and lamb
+            are this package's own under "auto" and "torch".
         base_lr: Peak learning rate for a global batch of 256; scaled by global_batch_size / 256.
         momentum: Of SGD and LARS.
         weight_decay: Not applied to biases and norm parameters.
-        betas: Of AdamW.
+        betas: Of AdamW and LAMB.
         lars_trust_coefficient: Eta of You et al. 2017, arXiv:1708.03888.
         warmup_epochs: Epochs of linear warm-up.
         final_lr_fraction: Where the cosine ends, as a fraction of the peak.
     """
 
-    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    impl: Literal["auto", "torch", "apex"] = "auto"
     base_lr: float = 0.06
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -33,8 +37,16 @@ class OptimConfig:
     final_lr_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in ("sgd", "adamw", "lars"):
-            raise ValueError(f"name must be sgd, adamw or lars, not {self.name!r}")
+        if self.name not in ("sgd", "adamw", "lars", "lamb"):
+            raise ValueError(f"name must be sgd, adamw, lars or lamb, not {self.name!r}")
+        if self.impl not in ("auto", "torch", "apex"):
+            raise ValueError(f"impl must be auto, torch or apex, not {self.impl!r}")
+        if self.impl == "apex" and self.name == "lars":
+            raise ValueError("impl must be auto or torch with optim.name=lars: apex has no LARS")
+        if self.impl == "apex" and self.name == "lamb" and self.weight_decay == 0:
+            raise ValueError(
+                "weight_decay must be > 0 with optim.impl=apex and optim.name=lamb: apex adapts no layer without decay"
+            )
         for name in ("base_lr", "lars_trust_coefficient"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be > 0")
@@ -52,42 +64,40 @@ class OptimConfig:
 def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
     """Build the optimizer with two groups: weights, then biases and norm parameters.
 
-    Tensors of at most one dimension have no weight decay and, under LARS, no adaptation. The groups' "lr" is
-    base_lr until the schedule sets it.
+    Tensors of at most one dimension have no weight decay and, under LARS and LAMB, no adaptation. The groups' "lr" is
+    base_lr until the schedule sets it. Under ZeRO LARS and LAMB need `fastssl.optim.layerwise.bind_partitions` once
+    DeepSpeed has wrapped them.
 
-    Returns:
-        torch's SGD or AdamW, or timm's Lars.
+    Args:
+        model: On the device that it will be trained on.
+        cfg: The optim section; "apex" needs `fastssl.nvidia_apex.check_apex` before.
     """
-    groups = _parameter_groups(model, cfg.weight_decay)
-    if cfg.name == "lars":
-        return _build_lars(groups, cfg)
-
     import torch
 
+    from fastssl.optim.lamb import Lamb
+    from fastssl.optim.lars import Lars
+
+    weights, vectors = _parameter_groups(model, cfg.weight_decay)
+    if cfg.impl == "apex":
+        from fastssl.nvidia_apex import build_apex_optimizer
+
+        return build_apex_optimizer([weights, vectors], cfg)
+    layerwise = [weights | {"adapt": True}, vectors | {"adapt": False}]
+    if cfg.name == "lars":
+        eta = cfg.lars_trust_coefficient
+        return Lars(layerwise, lr=cfg.base_lr, momentum=cfg.momentum, trust_coefficient=eta)
+    if cfg.name == "lamb":
+        return Lamb(layerwise, lr=cfg.base_lr, betas=cfg.betas)
+    on_gpu = all(p.is_cuda for p in model.parameters())
+    fused = True if cfg.impl == "auto" and on_gpu else None  # None: torch's default
     if cfg.name == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.base_lr, betas=cfg.betas)
-    return torch.optim.SGD(groups, lr=cfg.base_lr, momentum=cfg.momentum)
+        return torch.optim.AdamW([weights, vectors], lr=cfg.base_lr, betas=cfg.betas, fused=fused)
+    return torch.optim.SGD([weights, vectors], lr=cfg.base_lr, momentum=cfg.momentum, fused=fused)
 
 
-def _parameter_groups(model: "nn.Module", weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(model: "nn.Module", weight_decay: float) -> tuple[dict[str, Any], dict[str, Any]]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
+    return (
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def _build_lars(groups: list[dict[str, Any]], cfg: OptimConfig) -> "Optimizer":
-    from kernels.torchvision_cpu import import_torchvision
-
-    import_torchvision()  # before timm, which imports torchvision itself
-    from timm.optim.lars import Lars
-
-    weights, vectors = groups
-    # Lars adapts a group that has weight decay or asks for it; the vectors do neither.
-    return Lars(
-        [weights | {"always_adapt": True}, vectors | {"always_adapt": False}],
-        lr=cfg.base_lr,
-        momentum=cfg.momentum,  # pyright: ignore[reportArgumentType] timm's default is an int 0
-        trust_coeff=cfg.lars_trust_coefficient,
     )

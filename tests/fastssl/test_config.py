@@ -54,7 +54,15 @@ def test_loss_section_is_the_named_loss():
         ({"loss": {"name": "byol", "target_momentum": 1.5}}, ["loss.target_momentum: must be in [0, 1], got 1.5"]),
         ({"data": {"global_batch_size": 1}, "loss": {"name": "byol"}}, ["data.global_batch_size must be >= 2"]),
         ({"loss": {"name": "simsiam", "target_momentum": 0.9}}, ["unknown key loss.target_momentum"]),
-        ({"train": {"zero_stage": 1}, "optim": {"name": "lars"}}, ["train.zero_stage", "optim.name=lars"]),
+        (
+            {"train": {"zero_stage": 1}, "optim": {"name": "lamb", "impl": "apex"}},
+            ["train.zero_stage must be 0", "optim.impl=apex", "optim.name=lamb"],
+        ),
+        ({"optim": {"name": "lars", "impl": "apex"}}, ["optim.impl must be auto or torch", "optim.name=lars"]),
+        ({"optim": {"name": "lamb", "impl": "apex", "weight_decay": 0}}, ["optim.weight_decay", "optim.name=lamb"]),
+        ({"optim": {"impl": "cuda"}}, ["optim.impl", "'cuda'", "apex"]),
+        ({"optim": {"name": "adam"}}, ["optim.name", "'adam'", "lamb"]),
+        ({"model": {"layer_norm": "fused"}}, ["model.layer_norm", "'fused'", "apex"]),
     ],
 )
 def test_bad_values_name_the_key_in_one_line(tree, parts):

@@ -18,7 +18,7 @@ def _set_gradients(model: nn.Module) -> None:
         parameter.grad = torch.randn_like(parameter)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
 def test_groups_hold_every_parameter_once(name):
     model = _model()
     model[3].bias.requires_grad_(False)
@@ -53,7 +53,7 @@ def test_lars_adapts_weights_only(weight_decay):
         torch.testing.assert_close(parameter.detach(), w)
 
 
-def test_sgd_and_adamw_take_their_settings():
+def test_optimizers_take_their_settings():
     sgd = build_optimizer(_model(), OptimConfig(name="sgd", momentum=0.8, base_lr=0.3))
     assert isinstance(sgd, torch.optim.SGD)
     assert [group["momentum"] for group in sgd.param_groups] == [0.8, 0.8]
@@ -61,6 +61,8 @@ def test_sgd_and_adamw_take_their_settings():
     adamw = build_optimizer(_model(), OptimConfig(name="adamw", betas=(0.9, 0.95)))
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
+    lamb = build_optimizer(_model(), OptimConfig(name="lamb", betas=(0.9, 0.95)))
+    assert [group["betas"] for group in lamb.param_groups] == [(0.9, 0.95)] * 2
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ def test_sgd_and_adamw_take_their_settings():
         ("betas", (0.9, 1.0)),
         ("warmup_epochs", -1.0),
         ("final_lr_fraction", 1.5),
-        ("name", "lamb"),
+        ("name", "adam"),
+        ("impl", "cuda"),
     ],
 )
 def test_config_names_the_field(field, value):

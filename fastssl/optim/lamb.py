@@ -1,0 +1,77 @@
+"""LAMB: Adam whose step is scaled layer by layer."""
+
+# torch's own optimizers use its foreach operators, whose names are private.
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers
+
+
+class Lamb(LayerwiseOptimizer):
+    """AdamW whose step takes the length of the layer's weights; correct under ZeRO 1 and 2.
+
+    You et al. 2020, arXiv:1904.00962, algorithm 2 with phi the identity, for each layer with weights w, gradient g, at
+    step t from 1:
+
+        m <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
+        u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + decay w
+        w <- w - lr |w| / |u| u                  |w| / |u| is 1 where either is 0
+
+    timm's Lamb gives the same numbers with max_grad_norm=None: clipping is `train.grad_clip_norm` here. Groups with
+    "adapt" False take w <- w - lr u: biases and norm parameters.
+
+    State of a parameter: "exp_avg", m, and "exp_avg_sq", v, of its shape (under ZeRO: of the flat partition's), and
+    "step", t, a 0-dim fp32 tensor on the CPU, as torch's Adam keeps it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        """Take parameters or groups; eps is that of the authors' code."""
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], layers: WholeLayers | Partition) -> None:
+        weights, grads = layers.cut(params), layers.cut([p.grad for p in params if p.grad is not None])
+        steps = [self._count_step(p) for p in params]
+        if len(steps) != len(weights):
+            steps *= len(weights)  # fragments of one flat parameter
+        averages, squares = (layers.cut(self._state_of(name, params)) for name in ("exp_avg", "exp_avg_sq"))
+        updates = _adam_updates(group, grads, averages, squares, steps)
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        if group["adapt"]:
+            w, u = layers.norms(weights, updates).unbind(1)
+            ratios = torch.where((w > 0) & (u > 0), w / u, 1.0)
+            torch._foreach_mul_(updates, list(ratios.unbind()))
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+
+    def _count_step(self, param: Tensor) -> float:
+        step = self.state[param].setdefault("step", torch.zeros(()))
+        step += 1
+        return step.item()  # on the CPU: no device is waited for
+
+
+def _adam_updates(
+    group: dict[str, Any], grads: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[float]
+) -> list[Tensor]:
+    """Move both averages on; return m_hat / (sqrt(v_hat) + eps) of each."""
+    beta1, beta2 = group["betas"]
+    torch._foreach_lerp_(averages, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(squares)
+    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(denominators, group["eps"])
+    updates = torch._foreach_div(averages, [1 - beta1**step for step in steps])
+    torch._foreach_div_(updates, denominators)
+    return list(updates)

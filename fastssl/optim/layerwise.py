@@ -1,0 +1,150 @@
+"""What LARS and LAMB share: the norms of whole layers, also where ZeRO cut the layers into pieces.
+
+ZeRO 1 and 2 lay the layers of a parameter group end to end, pad the end and hand each rank one stretch of it:
+
+    layers      |----- 0 -----|-- 1 --|--- 2 ---|pad|
+    partitions  |--- rank 0 ---|--- rank 1 ---|...      rank 0 has layer 0 and a fragment of layer 1
+
+|layer|^2 is the sum over ranks of |fragment|^2, so one sum of a [layers, 2] table gives every rank the norms that an
+unpartitioned optimizer would take. docs/adr/0009-layerwise-optimizers-under-zero.md has the reasons.
+"""
+
+# L layers of a group, F those of them with elements on this rank (without ZeRO: F = L)
+
+# torch's own optimizers use its foreach operators, whose names are private.
+# pyright: reportPrivateImportUsage=false
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class WholeLayers:
+    """The layers of a group where each is a tensor of its own."""
+
+    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
+        """One tensor a layer, from one tensor a parameter."""
+        return tensors
+
+    def norms(self, weights: list[Tensor], updates: list[Tensor]) -> Tensor:
+        """|weights| and |updates| of each layer, [F, 2], on their device and in their dtype."""
+        return _norms(weights, updates)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One rank's stretch of the group's layers, a flat tensor, and what lies in it.
+
+    Attributes:
+        num_layers: L.
+        first_layer: Number of the first layer that has elements here; those of the others follow without a gap.
+        spans: F pairs (start, length) in the flat tensor; what no span covers is padding.
+        process_group: The ranks that hold the other stretches.
+        device: Where their collectives run; an offloaded partition is on the CPU, NCCL sums on the GPU only.
+    """
+
+    num_layers: int
+    first_layer: int
+    spans: tuple[tuple[int, int], ...]
+    process_group: Any
+    device: torch.device
+
+    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
+        """This rank's fragments of the layers as views of one flat tensor; of padding alone: the tensor itself."""
+        (flat,) = tensors
+        return [flat.narrow(0, start, length) for start, length in self.spans] or [flat]
+
+    def norms(self, weights: list[Tensor], updates: list[Tensor]) -> Tensor:
+        """As `WholeLayers.norms`, of the layers that the fragments are of; all ranks of the group call it.
+
+        The table is fp64, so that a layer which is whole on one rank keeps its norm to the last bit.
+        """
+        table = torch.zeros(self.num_layers, 2, dtype=torch.float64, device=self.device)
+        own = table[self.first_layer : self.first_layer + len(self.spans)]
+        if self.spans:
+            own.copy_(_norms(weights, updates).double().square())
+        torch_dist.all_reduce(table, group=self.process_group)
+        norms = own.sqrt() if self.spans else table.new_zeros(1, 2)
+        return norms.to(weights[0])
+
+
+class LayerwiseOptimizer(Optimizer):
+    """A torch optimizer whose groups say by "adapt" whether their layers' steps are scaled by their norms.
+
+    Under ZeRO `bind_partitions` must be called after DeepSpeed has wrapped it, before the first step.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, {"adapt": True, **defaults})
+        self._partitions: dict[Tensor, Partition] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; nothing waits for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params, self._layers(group, params))
+        return loss
+
+    def bind(self, flat: Tensor, partition: Partition) -> None:
+        """Say what lies in a flat parameter of an adapted group."""
+        self._partitions[flat] = partition
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], layers: WholeLayers | Partition) -> None:
+        raise NotImplementedError
+
+    def _layers(self, group: dict[str, Any], params: list[Tensor]) -> WholeLayers | Partition:
+        if not group["adapt"]:
+            return WholeLayers()  # the step is elementwise: it does not matter which layer an element is of
+        if params[0] in self._partitions:
+            return self._partitions[params[0]]
+        if any(p.ndim < 2 for p in params):
+            raise RuntimeError(
+                f"{type(self).__name__} adapts whole layers, and got a flat tensor: call bind_partitions under ZeRO"
+            )
+        return WholeLayers()
+
+    def _state_of(self, name: str, params: list[Tensor]) -> list[Tensor]:
+        """The named state of each parameter, of its shape, zero at first."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return [self.state[p][name] for p in params]
+
+
+def bind_partitions(engine_optimizer: Any) -> None:
+    """Tell a `LayerwiseOptimizer` which layers are in the partitions that ZeRO has made of its groups.
+
+    Args:
+        engine_optimizer: What `deepspeed.initialize` returned. Nothing is done to what is no ZeRO 1 or 2 optimizer
+            around a `LayerwiseOptimizer`.
+    """
+    optimizer = getattr(engine_optimizer, "optimizer", None)
+    if not isinstance(optimizer, LayerwiseOptimizer):
+        return
+    for index, flat in enumerate(engine_optimizer.single_partition_of_fp32_groups):
+        layers = [p for p in engine_optimizer.round_robin_bit16_groups[index] if p.numel()]  # as they lie end to end
+        here = [number for number, layer in enumerate(layers) if layer._hp_mapping is not None]
+        spans = [layers[number]._hp_mapping.get_hp_fragment_address() for number in here]
+        partition = Partition(
+            num_layers=len(layers),
+            first_layer=here[0] if here else 0,
+            spans=tuple((span.start, span.numel) for span in spans),
+            process_group=engine_optimizer.real_dp_process_group[index],
+            device=layers[0].device,
+        )
+        optimizer.bind(flat, partition)
+
+
+def _norms(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
+    return torch.stack([torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, updates)], dim=1)
