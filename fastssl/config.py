@@ -138,6 +138,8 @@ class Config:
                 "train.zero_stage must be 0 with optim.impl=apex and optim.name=lamb: apex takes ZeRO's flat pieces "
                 "for layers; optim.impl=auto knows better"
             )
+        if self.optim.impl == "apex" and self.train.offload_optimizer:
+            raise ValueError("train.offload_optimizer must be false with optim.impl=apex: its kernels are the GPU's")
         if self.optim.warmup_epochs >= self.train.num_epochs:
             raise ValueError(
                 f"optim.warmup_epochs ({self.optim.warmup_epochs:g}) must be less than train.num_epochs "

@@ -41,7 +41,7 @@ class Partition:
     """One rank's stretch of the group's layers, a flat tensor, and what lies in it.
 
     Attributes:
-        num_layers: L.
+        num_layers: L, none of them empty.
         first_layer: Number of the first layer that has elements here; those of the others follow without a gap.
         spans: F pairs (start, length) in the flat tensor; what no span covers is padding.
         process_group: The ranks that hold the other stretches.
@@ -133,14 +133,20 @@ def bind_partitions(engine_optimizer: Any) -> None:
     if not isinstance(optimizer, LayerwiseOptimizer):
         return
     for index, flat in enumerate(engine_optimizer.single_partition_of_fp32_groups):
-        layers = [p for p in engine_optimizer.round_robin_bit16_groups[index] if p.numel()]  # as they lie end to end
-        here = [number for number, layer in enumerate(layers) if layer._hp_mapping is not None]
-        spans = [layers[number]._hp_mapping.get_hp_fragment_address() for number in here]
+        process_group = engine_optimizer.real_dp_process_group[index]
+        layers = engine_optimizer.round_robin_bit16_groups[index]  # in the order in which they lie
+        offsets = engine_optimizer.round_robin_bit16_offsets[index]
+        begin = torch_dist.get_rank(process_group) * len(flat)
+        bounds = [
+            (max(offset - begin, 0), min(offset + layer.numel() - begin, len(flat)))
+            for layer, offset in zip(layers, offsets, strict=True)
+        ]
+        here = [number for number, (start, end) in enumerate(bounds) if start < end]
         partition = Partition(
             num_layers=len(layers),
             first_layer=here[0] if here else 0,
-            spans=tuple((span.start, span.numel) for span in spans),
-            process_group=engine_optimizer.real_dp_process_group[index],
+            spans=tuple((bounds[number][0], bounds[number][1] - bounds[number][0]) for number in here),
+            process_group=process_group,
             device=layers[0].device,
         )
         optimizer.bind(flat, partition)

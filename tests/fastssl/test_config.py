@@ -58,6 +58,10 @@ def test_loss_section_is_the_named_loss():
             {"train": {"zero_stage": 1}, "optim": {"name": "lamb", "impl": "apex"}},
             ["train.zero_stage must be 0", "optim.impl=apex", "optim.name=lamb"],
         ),
+        (
+            {"train": {"zero_stage": 1, "offload_optimizer": True}, "optim": {"impl": "apex"}},
+            ["train.offload_optimizer must be false", "optim.impl=apex"],
+        ),
         ({"optim": {"name": "lars", "impl": "apex"}}, ["optim.impl must be auto or torch", "optim.name=lars"]),
         ({"optim": {"name": "lamb", "impl": "apex", "weight_decay": 0}}, ["optim.weight_decay", "optim.name=lamb"]),
         ({"optim": {"impl": "cuda"}}, ["optim.impl", "'cuda'", "apex"]),

@@ -26,6 +26,10 @@ def assert_one_line(done, *parts):
         (["data.window_mb=0"], ["data.window_mb"]),
         (["data.order=shuffled"], ["data.order", "quasi_random"]),
         (["optim.base_lr=.nan"], ["optim.base_lr"]),
+        (["optim.name=larss"], ["optim.name", "'larss'", "lars", "lamb"]),
+        (["optim={name: lamb, impl: apex}", "train.zero_stage=2"], ["train.zero_stage", "optim.impl", "optim.name"]),
+        (["optim={name: lars, impl: apex}"], ["optim.impl", "optim.name=lars"]),
+        (["optim={name: lars, lars_trust_coefficient: 0}"], ["optim.lars_trust_coefficient"]),
         (["loss.name=nope"], ["loss.name", "mio, siglip, simclr"]),
         (["loss={name: byol, target_momentum: 2}"], ["loss.target_momentum", "[0, 1]"]),
         (["train.num_micro_batches=0"], ["train.num_micro_batches", ">= 1"]),
@@ -62,6 +66,16 @@ def test_train(settings, parts, tiny_config, command):
         pytest.skip("this machine has a GPU")
     done = command(sys.executable, "fastssl/train.py", "--cfg", tiny_config, "--set", *settings)
     assert_one_line(done, *parts)
+    assert not (tiny_config.parent / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["optim.impl", "model.layer_norm"])
+def test_apex_where_it_cannot_serve(key, tiny_config, in_process):
+    from fastssl.nvidia_apex import why_no_apex
+
+    reason = "NVIDIA/apex" if why_no_apex() else "need a GPU"
+    done = in_process("train", "--cfg", tiny_config, "--set", f"{key}=apex", "run.device=cpu")
+    assert_one_line(done, f"{key}=apex", reason)
     assert not (tiny_config.parent / "run").exists()
 
 
