@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 # A worker a core: most tests wait for a process of their own to start. The slow ones measure, one at a time.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow lint format type clean install install-dev image
+.PHONY: demo test test-slow test-multinode lint format type clean install install-dev image
 
 install:
 	@VENV=$(VENV) scripts/install.sh run
@@ -21,10 +21,14 @@ demo: install
 	@PATH="$(BIN):$$PATH" scripts/demo.sh $(DEMO)
 
 test: install-dev
-	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu and not multinode" $(ARGS)
 
 test-slow: install-dev
-	$(PYTEST) -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not multinode" $(ARGS)
+
+# Two hosts on this machine: needs root and iproute2, and skips without.
+test-multinode: install-dev
+	$(PYTEST) -rs tests/multinode $(ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -18,35 +18,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0, also for a training that a signal ended with a checkpoint; 2 for bad input, 3 for a run that
-        diverged, each after one line on stderr.
+        Exit code: 0, also for a training that a signal ended with a checkpoint; 1 where the doctor found a fault; 2 for
+            bad input, 3 for a run that diverged, 4 for one that lost another of its processes, each of these after one
+            line on stderr.
     """
     args = _parser().parse_args(argv)
     return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastssl.errors import DivergedError, Preempted, UserError
+    from fastssl.errors import DivergedError, PeerLostError, Preempted, UserError
 
     try:
-        args.call(args)
+        code = args.call(args)
     except (UserError, DataError) as error:
         return _fail(str(error), 2)
     except DivergedError as error:
         return _fail(str(error), 3)
     except Preempted as notice:
         print(f"fastssl: {notice}", flush=True)
+    except PeerLostError as error:
+        from fastssl.peers import end_process
+
+        return end_process(_fail(str(error), PeerLostError.exit_code))
     except KeyboardInterrupt:
         return _fail("interrupted; a training goes on from its last checkpoint with --set run.resume=auto", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return code or 0
 
 
 def _fail(message: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-    print(f"fastssl: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    from fastssl.errors import print_error
+
+    print_error(message)
     return code
 
 
@@ -152,6 +158,14 @@ def _batch_settings(args: argparse.Namespace) -> "BatchSettings":
     return BatchSettings(num_images=args.num_images, batch_size=args.batch_size)
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from fastssl.config import load_config
+    from fastssl.doctor import doctor
+
+    cfg = load_config(args.cfg, args.set) if args.cfg else None
+    return doctor(cfg, args.data, as_json=args.json)
+
+
 def _bench_loader(args: argparse.Namespace) -> None:
     from fastssl.bench import bench_loader_on
 
@@ -196,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands.add_parser("compare", help="train and judge several configurations under several seeds"))
     _add_hessian(commands.add_parser("hessian", help="the eigenvalues of the loss's Hessian where runs stand"))
     _add_gradflow(commands.add_parser("gradflow", help="a loss's closed-form gradient against autograd, pair by pair"))
+    _add_doctor(commands.add_parser("doctor", help="check this machine, and say what to do about what is found"))
     bench = commands.add_parser("bench", help="measure how fast a .beton file is loaded here, and what bounds it")
     _add_bench_loader(bench.add_subparsers(title="what to measure", required=True, metavar="PART"))
     return parser
@@ -263,6 +278,14 @@ def _add_batches(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, metavar="N", help="images of a batch (default: the run's, global)")
     command.add_argument("--out", type=Path, help="folder of the results (default: in the run)")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("--cfg", type=Path, help="YAML file of the run that is to be made here")
+    doctor.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    doctor.add_argument("--data", type=Path, metavar="FOLDER", help="whose disk to measure (default: data.train)")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(call=_doctor)
 
 
 def _add_bench_loader(parts: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

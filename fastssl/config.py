@@ -44,6 +44,9 @@ class RunConfig:
         num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
         peak_tflops: Of a device at train.precision in TFLOP/s, for the utilisation in metrics.jsonl; None: known GPUs'
             own (`fastssl.throughput`).
+        rendezvous_timeout_s: How long to wait, at the start, until every process is here.
+        peer_timeout_s: A host that cannot be reached for so long is lost, and the run ends (`fastssl.peers`).
+        collective_timeout_s: How long a process may keep the others waiting in mid-run, in a slow save or compiling.
     """
 
     dir: str = "runs/default"
@@ -57,6 +60,9 @@ class RunConfig:
     log_every_steps: int = 10
     num_threads: int = 0
     peak_tflops: float | None = None
+    rendezvous_timeout_s: int = 300
+    peer_timeout_s: int = 30
+    collective_timeout_s: int = 1800
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -71,6 +77,9 @@ class RunConfig:
         for name in ("checkpoint_every_epochs", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1")
+        for name in ("rendezvous_timeout_s", "peer_timeout_s", "collective_timeout_s"):
+            if not 1 <= getattr(self, name) <= 86_400:
+                raise ValueError(f"{name} must be in [1, 86400]")
 
 
 @dataclass(frozen=True, kw_only=True)

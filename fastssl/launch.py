@@ -9,6 +9,7 @@ import torch.distributed as torch_dist
 
 from fastssl.config import RunConfig
 from fastssl.errors import ConfigError
+from fastssl.rendezvous import join
 from pipelines.loader import cores_per_process
 
 
@@ -21,12 +22,13 @@ def start_process(cfg: RunConfig) -> torch.device:
         The device of this process.
     Raises:
         ConfigError: the config demands a GPU and there is none.
+        PeerLostError: the other processes do not come.
     """
     device = choose_device(cfg.device)
     torch.set_num_threads(num_threads_of(cfg))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _init_deepspeed(device)
+    _init_deepspeed(device, cfg)
     return device
 
 
@@ -44,7 +46,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _init_deepspeed(device: torch.device) -> None:
+def _init_deepspeed(device: torch.device, cfg: RunConfig) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     import deepspeed
@@ -54,11 +56,7 @@ def _init_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         # DeepSpeed would compile its shared-memory collective for a minute and a half; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch_dist.is_initialized():
-        return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" not in os.environ:  # alone: no launcher, so no address and no port that could be taken
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not torch_dist.is_initialized():
+        join(backend, cfg)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

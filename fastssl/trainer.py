@@ -38,6 +38,7 @@ from fastssl.models.two_view import TwoViewModel
 from fastssl.nvidia_apex import apex_layer_norm, check_apex, put_layer_norms
 from fastssl.optim import build_optimizer
 from fastssl.optim.layerwise import bind_partitions
+from fastssl.peers import Peers
 from fastssl.preemption import StopRequest
 from fastssl.run_folder import RunFolder, replace_text
 from fastssl.safe_step import SafeStep
@@ -58,12 +59,15 @@ class Trainer:
         ConfigError, pipelines.errors.DataError: what the user must mend, in one line.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, peers: Peers | None = None) -> None:
         check_apex(cfg)
         self.cfg = cfg
+        self.step = 0
         self.folder = RunFolder(cfg.run.dir)
         resuming = self.folder.check_claim(cfg)
         self.device = start_process(cfg.run)
+        if peers:
+            peers.watch(cfg.run, lambda: self.step)
         reader = open_train_reader(cfg.data)
         self.data_identity = [reader.num_samples, len(reader.mmap)]  # a resumed run must find the same file
         self.loader = build_loader(
@@ -105,7 +109,6 @@ class Trainer:
             total_steps=self.total_steps,
             final_fraction=cfg.optim.final_lr_fraction,
         )
-        self.step = 0
         self.epoch_sums = self._zero_sums()
         self.window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
         self.window: dict[str, Tensor] = {}  # of the diagnostics: sums over the last steps of an epoch
@@ -413,5 +416,10 @@ def take_weights(model: TwoViewModel, path: str) -> None:
 
 
 def train(cfg: Config) -> None:
-    """Run one training to its end."""
-    Trainer(cfg).fit()
+    """Run one training to its end.
+
+    Raises:
+        PeerLostError: another process of the run is lost.
+    """
+    with Peers() as peers:
+        Trainer(cfg, peers).fit()
