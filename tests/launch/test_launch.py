@@ -1,0 +1,171 @@
+"""The launch examples, as far as a machine without a cluster can try them."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastssl.config import load_config
+from fastssl.metrics import read_rows
+from tests.processes import ROOT, environment, free_port
+
+LAUNCH = ROOT / "launch"
+# Kubeflow training operator, pkg/apis/kubeflow.org/v1: PyTorchJobSpec, RunPolicy, ReplicaSpec.
+SPEC = {"runPolicy", "elasticPolicy", "pytorchReplicaSpecs", "nprocPerNode"}
+RUN_POLICY = {
+    "cleanPodPolicy",
+    "ttlSecondsAfterFinished",
+    "activeDeadlineSeconds",
+    "backoffLimit",
+    "schedulingPolicy",
+    "suspend",
+    "managedBy",
+}
+REPLICA = {"replicas", "template", "restartPolicy"}
+
+# Stands in for SLURM: starts the command once for every task, with the variables that tasks of srun have.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+done
+worst=0
+for job in $(jobs -p); do wait "$job" || worst=$?; done
+exit "$worst"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>"$REQUEUED"; fi
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Run the sbatch script as a job of two tasks; .requeued has what was asked of scontrol."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+
+    class Slurm:
+        requeued = tmp_path / "requeued"
+
+        def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+            # The job's number gives the port: a free one is wanted.
+            job_id = str(int(free_port()) % 10000)
+            found = environment()
+            found |= {"PATH": f"{programs}{os.pathsep}{found['PATH']}", "REQUEUED": str(self.requeued)}
+            found |= {"SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node-a", "SLURM_NTASKS": "2"}
+            found |= {"SLURM_NTASKS_PER_NODE": "2"}
+            script = [str(LAUNCH / "slurm.sbatch"), *map(str, arguments)]
+            return subprocess.run(script, cwd=ROOT, env=found, capture_output=True, text=True, timeout=280)
+
+    return Slurm()
+
+
+@pytest.mark.parametrize("script", ["rank.sh", "slurm.sbatch"])
+def test_scripts_parse(script):
+    done = subprocess.run(["bash", "-n", LAUNCH / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.access(LAUNCH / script, os.X_OK)
+    if shellcheck := shutil.which("shellcheck"):
+        checked = subprocess.run([shellcheck, LAUNCH / script], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+
+
+def test_sbatch_options():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    assert "--requeue" in options
+    assert "--signal=USR1@600" in options  # without "B:", so that it reaches the processes of srun
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < first_command
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}, "5 16 1 4"),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "SLURM_PROCID": "0",  # mpirun inside of a job
+            },
+            "3 4 1 2",
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, "1 2 0 1"),
+    ],
+    ids=["srun", "open-mpi-in-slurm", "mpich"],
+)
+def test_ranks(variables, expected):
+    show = "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT"
+    command = [LAUNCH / "rank.sh", "bash", "-c", show]
+    done = subprocess.run(
+        command, env={"PATH": os.environ["PATH"], "MASTER_ADDR": "10.0.0.1"} | variables, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"{expected} 10.0.0.1:29400", done.stderr
+
+
+def test_a_rank_without_a_launcher_is_refused():
+    bare = {"PATH": os.environ["PATH"], "MASTER_ADDR": "10.0.0.1"}
+    done = subprocess.run([LAUNCH / "rank.sh", "true"], env=bare, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "neither srun nor mpirun" in done.stderr
+
+
+def test_pytorchjob():
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    spec = job["spec"]
+    assert spec.keys() <= SPEC
+    assert spec["runPolicy"].keys() <= RUN_POLICY
+    assert isinstance(spec["nprocPerNode"], str)
+    assert set(spec["pytorchReplicaSpecs"]) == {"Master", "Worker"}
+    assert spec["pytorchReplicaSpecs"]["Master"]["replicas"] == 1
+    for replica in spec["pytorchReplicaSpecs"].values():
+        assert replica.keys() <= REPLICA
+        assert replica["restartPolicy"] in ("Always", "OnFailure", "Never", "ExitCode")
+        pod = replica["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"
+        assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == spec["nprocPerNode"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        _, _, config, _, *overrides = container["args"]
+        cfg = load_config(ROOT / config, overrides)
+        assert cfg.run.resume == "auto"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_sbatch_script_trains(slurm, tiny_config):
+    run = tiny_config.parent / "job"
+    done = slurm.run(tiny_config, run, "train.num_epochs=1", "run.device=cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 x cpu" in done.stdout
+    assert len([row for row in read_rows(run / "metrics.jsonl") if "kind" not in row]) == 10
+    assert not slurm.requeued.exists()
+
+
+@pytest.mark.slow
+def test_the_sbatch_script_asks_for_another_start(slurm, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "preempted").write_text("")
+    slurm.run("/no/such.yaml", run)  # the training itself has nothing to do with it
+    assert slurm.requeued.read_text().startswith("requeue ")
+
+
+@pytest.mark.slow
+def test_the_sbatch_script_passes_an_error_on(slurm, tmp_path):
+    done = slurm.run("/no/such.yaml", tmp_path / "run")
+    assert done.returncode == 2
+    assert "/no/such.yaml" in done.stderr
+    assert not slurm.requeued.exists()
+    assert slurm.run("only-one").returncode == 2
