@@ -98,7 +98,7 @@ def draw(summary: Sequence[Row], path: Path) -> None:
         rows = [row for row in summary if row["metric"] == metric][::-1]
         means, spreads = [row["mean_percent"] for row in rows], [row["sd_over_seeds"] or 0 for row in rows]
         axis.errorbar(means, range(len(rows)), xerr=spreads, fmt="o", capsize=3)
-        axis.set_yticks(range(len(rows)), [row["config"] for row in rows])
+        axis.set_yticks(range(len(rows)), [row["config"] for row in rows], parse_math=False)
         axis.set_title(f"{metric}, top-1 in %", fontsize=10)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

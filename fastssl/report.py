@@ -71,7 +71,7 @@ def draw_curves(folder: RunFolder) -> None:
     _curve(axes[2], epochs, "rankme_z", "RankMe of the projections")
     _curve(axes[3], steps, "img_per_s", "images a second")
     axes[3].set_ylim(bottom=0)
-    figure.suptitle(str(folder.path))
+    figure.suptitle(str(folder.path), parse_math=False)  # a name with $ is no formula
     figure.savefig(folder.curves, dpi=120)
     plt.close(figure)
 

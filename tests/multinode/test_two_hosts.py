@@ -10,12 +10,12 @@ from fastssl.metrics import read_rows
 from tests.multinode.hosts import two_hosts, wait_for, why_not
 from tests.processes import free_port
 
-pytestmark = [pytest.mark.dist, pytest.mark.multinode, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.dist, pytest.mark.multinode, pytest.mark.timeout(2000)]
 _WHY_NOT = why_not()
 if _WHY_NOT:
     pytest.skip(_WHY_NOT, allow_module_level=True)
 
-START_S = 400  # imports, and a first compilation, also on a busy machine
+START_S = 900  # imports, and a first compilation, also on a busy machine
 TIMING = ("img_per_s", "data_wait_fraction", "memory_bytes")
 
 
