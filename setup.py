@@ -11,6 +11,7 @@ setup(
     packages=[
         "fastssl",
         "fastssl.analysis",
+        "fastssl.doctor",
         "fastssl.evaluation",
         "fastssl.losses",
         "fastssl.models",
