@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from fastssl import dist, report
@@ -224,12 +225,15 @@ class Trainer:
     def _build_engine(self) -> tuple[Any, Any]:
         import deepspeed
 
-        engine, optimizer, _, _ = deepspeed.initialize(
-            model=self.objective,
-            optimizer=build_optimizer(self.objective, self.cfg.optim),
-            config=build_ds_config(self.cfg, world_size=dist.world_size()),
-            dist_init_required=False,
-        )
+        optimizer = build_optimizer(self.objective, self.cfg.optim)
+        config = build_ds_config(self.cfg, world_size=dist.world_size())
+        try:
+            engine, optimizer, _, _ = deepspeed.initialize(
+                model=self.objective, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except ValidationError as error:  # the only part that is not ours is what `ds` adds
+            first = error.errors(include_url=False)[0]
+            raise ConfigError(f"ds: DeepSpeed's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         bind_partitions(optimizer)
         if dist.world_size() == 1 and self.cfg.train.zero_stage == 0:
             engine.enable_backward_allreduce = False  # it copies every gradient twice to average it with no other

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.checkpoint import checkpoint_of, load_weights, step_of
+from fastssl.checkpoint import checkpoint_of, load_objective_state, load_weights, step_of
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.launch import choose_device, num_threads_of
@@ -107,25 +107,11 @@ def load_objective(cfg: Config, checkpoint: Path) -> Objective:
         model.projector.load_state_dict(weights["projector"])
         objective = Objective(model, build_loss(cfg.loss, cfg.model.projector_dim))
         if objective.target is not None or objective.loss.state_dict():
-            objective.load_state_dict(objective_state(checkpoint))
+            objective.load_state_dict(load_objective_state(checkpoint))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{checkpoint} is of another model or loss than the configuration: {reason}") from None
     return objective
-
-
-def objective_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The state of the whole `Objective`: `model.`, `loss.` (what it learns, its moments) and `target.`.
-
-    weights.pt has the model alone; this is DeepSpeed's file of the module.
-
-    Raises:
-        ConfigError: the checkpoint has no such file.
-    """
-    file = checkpoint / "mp_rank_00_model_states.pt"
-    if not file.exists():
-        raise ConfigError(f"{checkpoint} lacks {file.name}, which holds what the loss learns and the target network")
-    return torch.load(file, map_location="cpu", weights_only=True)["module"]
 
 
 def make_folder(path: Path) -> Path:
