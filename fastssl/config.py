@@ -61,7 +61,7 @@ class RunConfig:
     num_threads: int = 0
     peak_tflops: float | None = None
     rendezvous_timeout_s: int = 300
-    peer_timeout_s: int = 30
+    peer_timeout_s: int = 20
     collective_timeout_s: int = 1800
 
     def __post_init__(self) -> None:

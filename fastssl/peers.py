@@ -103,7 +103,7 @@ def is_loss(error: BaseException) -> bool:
     if isinstance(error, (torch_dist.DistStoreError, torch_dist.DistNetworkError)):
         return True
     # gloo has no class of its own. What it enforces (equal sizes on both sides) is a mistake in its use.
-    return isinstance(error, RuntimeError) and "gloo/transport" in text and "nforce" not in text
+    return isinstance(error, RuntimeError) and "gloo/transport" in text and "enforce fail" not in text
 
 
 def loss_message(error: BaseException, step: int) -> str:
