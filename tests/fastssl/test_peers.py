@@ -42,18 +42,23 @@ with Peers() as peers:
 FINISHING = """
 import os, time, torch.distributed as torch_dist
 from fastssl.config import RunConfig
-from fastssl.peers import Peers
+from fastssl.errors import PeerLostError, print_error
+from fastssl.peers import Peers, end_process
 from fastssl.rendezvous import join
 cfg = RunConfig(rendezvous_timeout_s=200)
 join("gloo", cfg)
 rank = torch_dist.get_rank()
-with Peers() as peers:
-    peers.watch(cfg, lambda: 7)
-    time.sleep(3 * rank)
-    torch_dist.barrier()
-    if os.environ["FAILS"] == "1":
-        print(1 / rank)
+try:
+    with Peers() as peers:
+        peers.watch(cfg, lambda: 7)
+        time.sleep(3 * rank)
         torch_dist.barrier()
+        if os.environ["FAILS"] == "1":
+            print(1 / rank)
+            torch_dist.barrier()
+except PeerLostError as error:  # as fastssl.cli does
+    print_error(str(error))
+    end_process(PeerLostError.exit_code)
 """
 
 
@@ -149,8 +154,9 @@ def test_ranks_that_finish_at_different_times_or_by_a_mistake(fails):
     said = [rank.communicate(timeout=200)[1] for rank in ranks]
     if fails:  # a mistake is not hidden behind a lost process; the others lose the one that made it
         assert "ZeroDivisionError" in said[0]
-        assert "PeerLostError: lost another process of the run after step 7" in said[1]
-        assert [rank.returncode for rank in ranks] == [1, 1]
+        assert "fastssl: error (rank 1): lost another process of the run after step 7" in said[1]
+        assert "Traceback" not in said[1]
+        assert [rank.returncode for rank in ranks] == [1, 4]
     else:
         assert [rank.returncode for rank in ranks] == [0, 0], said
         assert "fastssl: error" not in "".join(said)
