@@ -37,6 +37,7 @@ def _run(args: argparse.Namespace) -> int:
         return _fail(str(error), 3)
     except Preempted as notice:
         print(f"fastssl: {notice}", flush=True)
+        return 0
     except PeerLostError as error:
         from fastssl.peers import end_process
 

@@ -27,7 +27,7 @@ import torch.distributed as torch_dist
 
 from fastssl import dist
 from fastssl.config import RunConfig
-from fastssl.errors import PeerLostError, print_error
+from fastssl.errors import PeerLostError, Preempted, print_error
 
 _BEAT_S = 1.0
 _GRACE_S = 5.0  # for a process that is ending anyway, with a better word than "lost"
@@ -65,7 +65,7 @@ class Peers:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        self._has_finished = error is None
+        self._has_finished = error is None or isinstance(error, Preempted)  # all ranks leave
         self._is_leaving.set()
         if self._thread:
             self._thread.join(_GRACE_S)  # at the interpreter's end a thread inside of gloo would abort the process
