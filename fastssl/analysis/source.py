@@ -98,7 +98,7 @@ def load_objective(cfg: Config, checkpoint: Path) -> Objective:
     """Model, loss and target of a checkpoint, on the CPU.
 
     Raises:
-        ConfigError: it is of another model or loss, or lacks what this loss has of its own.
+        ConfigError: it is of another model or loss, damaged, or of an older format while the loss has state of its own.
     """
     weights = load_weights(checkpoint)
     model = build_model(cfg, weights["image_px"])
