@@ -1,6 +1,7 @@
 """What a run makes of its hardware: arithmetic per image, and the time that a step spends in communication."""
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -85,6 +86,7 @@ class CommunicationClock:
         if not is_due or world_size() == 1:
             yield
             return
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say on stderr that it starts and stops
         # Not torch.profiler: importing what it can do takes seconds.
         is_cuda = self._device.type == "cuda"
         found = torch.autograd.profiler.profile(use_device="cuda" if is_cuda else None)

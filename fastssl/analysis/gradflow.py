@@ -4,8 +4,9 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from fastssl.losses import (
     SpectralConfig,
     build_loss,
 )
+from fastssl.losses.mio import Negative
 from fastssl.record import format_table
 from fastssl.run_folder import describe_environment, replace_text
 
@@ -162,17 +164,13 @@ def _summary(found: Differences) -> list[dict[str, Any]]:
 
 def objectives_beside(config: LossConfig) -> dict[str, LossConfig]:
     """The run's own loss, then every other with a closed form, at the run's temperature where both have one."""
-    own = getattr(config, "temperature_positive", getattr(config, "temperature", MioConfig().temperature_positive))
-    tau = {"temperature_positive": own, "temperature_negative": getattr(config, "temperature_negative", own)}
-    forms: list[LossConfig] = [
-        *[MioConfig(negative=negative, **tau) for negative in ("naive", "exp", "jensen", "quadratic", "softplus")],
-        MioConfig(negative="jensen", per_anchor=True, **tau),
-        NtXentConfig(temperature=own),
-        DclConfig(temperature=own),
-        DclwConfig(temperature=own),
-        SigLipConfig(),
-        SpectralConfig(),
-    ]
+    own: float = getattr(config, "temperature_positive", getattr(config, "temperature", MioConfig.temperature_positive))
+    negative: float = getattr(config, "temperature_negative", own)
+    mio = partial(MioConfig, temperature_positive=own, temperature_negative=negative)
+    forms: list[LossConfig] = [mio(negative=form) for form in get_args(Negative)]
+    forms += [mio(negative="jensen", per_anchor=True)]
+    forms += [NtXentConfig(temperature=own), DclConfig(temperature=own), DclwConfig(temperature=own)]
+    forms += [SigLipConfig(), SpectralConfig()]
     return {_label(config): config} | {_label(form): form for form in forms if _label(form) != _label(config)}
 
 
