@@ -45,7 +45,7 @@ class MioConfig:
 
     Attributes:
         name: Selects this loss.
-        negative: The form, a row of the table above.
+        negative: The form, a row of the table above; `exp` was best on held-out images (benchmarks/results/study.csv).
         per_anchor: `jensen` only: one logarithm per row instead of one for the batch [derived].
         temperature_positive: tau_p, .5 [paper].
         temperature_negative: tau_n, .5 [paper]; at least .0167 for `exp` and `jensen`.
