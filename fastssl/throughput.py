@@ -45,9 +45,8 @@ def flops_per_image(objective: Objective, view_shapes: Sequence[tuple[int, int, 
     """
     views = [torch.empty(2, *shape, device="meta") for shape in view_shapes]
     try:
-        eager = torch.compiler.set_stance("force_eager")  # the network may be one that compiles itself
-        with eager, FlopCounterMode(display=False) as counter, torch.no_grad():
-            online = copy.deepcopy(objective.model).to("meta").eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            online = copy.deepcopy(objective.model).to("meta").eval()  # a copy is not compiled where the original is
             online(views)
             online_flops = counter.get_total_flops()
             if objective.target is not None:

@@ -1,6 +1,7 @@
 """Steps under a real DeepSpeed engine: what is not finite leaves no trace, and fp16's scale cancels."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,6 +13,25 @@ from fastssl.losses import build_loss
 from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.safe_step import INITIAL_LOSS_SCALE, SafeStep
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_alone():
+    """A process group of this process, and none of it left for the tests that come after."""
+    before = {name: os.environ.pop(name, None) for name in RANK_VARIABLES}
+    yield
+    import deepspeed.comm.comm
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
 
 TINY = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 

@@ -135,7 +135,7 @@ def joined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_together_are_one_batch(world_size: int, tmp_path: Path) -> None:
     ranks = start_ranks(__file__, world_size, tmp_path)
     for name, (_, _, dtype, _) in CASES.items():
