@@ -129,9 +129,13 @@ def first_row(config: Path, folder: str) -> dict:
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_but_for_rounding_and_its_weights_have_their_names(tiny_config: Path) -> None:
     keys = ["train.zero_stage=2", "train.num_micro_batches=2", "optim.warmup_epochs=0"]
-    found = run(tiny_config, 1, {"plain": keys, "compiled": [*keys, "train.compile=true"]})
-    assert found["plain"]["stderr"].count("train.num_micro_batches=2: batch norm") == 2
-    assert distance(found["compiled"], found["plain"]) < 1e-3
+    # Rounding grows by batch norm over images that are mostly black, until three steps are no measure of anything.
+    smooth = [*WITHOUT_BATCH_NORM, *keys]
+    runs = {"plain": keys, "compiled": [*keys, "train.compile=true"]}
+    runs |= {"smooth": smooth, "smooth_compiled": [*smooth, "train.compile=true"]}
+    found = run(tiny_config, 1, runs)
+    assert found["plain"]["stderr"].count("train.num_micro_batches=2: batch norm") == 2  # of those with batch norm
+    assert distance(found["smooth_compiled"], found["smooth"]) < 1e-4
     folder = tiny_config.parent / "1_ranks"
     plain, compiled = (
         torch.load(folder / name / f"checkpoints/step_{NUM_STEPS:08d}/weights.pt", weights_only=True)
