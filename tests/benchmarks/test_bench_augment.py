@@ -1,7 +1,10 @@
 import csv
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_short_run_has_a_row_for_each_op(tmp_path, command):
     out = tmp_path / "augment.csv"
     done = command(

@@ -4,6 +4,8 @@ import csv
 import subprocess
 import sys
 
+import pytest
+
 from tests.processes import ROOT, environment
 
 COUNTS = ["--num-rounds", "2", "--num-warmup", "1", "--num-steps", "2"]
@@ -39,6 +41,7 @@ def test_bare_loop_and_trainer_take_the_same_steps_bit_for_bit(tiny_config):
     assert int(num_moved) == int(num_tensors)
 
 
+@pytest.mark.slow
 def test_rows_and_table(tiny_config, command, tmp_path):
     out = tmp_path / "step.csv"
     arguments = ["--cfg", tiny_config, "--set", "data.num_workers=1", *COUNTS, "--out"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fastssl.checkpoint import last_checkpoint
-from fastssl.metrics import read_rows
 from tests.multinode.hosts import two_hosts, wait_for, why_not
 from tests.processes import free_port
+from tests.runs import losses
 
 pytestmark = [pytest.mark.dist, pytest.mark.multinode, pytest.mark.timeout(2000)]
 _WHY_NOT = why_not()
@@ -16,7 +16,6 @@ if _WHY_NOT:
     pytest.skip(_WHY_NOT, allow_module_level=True)
 
 START_S = 900  # imports, and a first compilation, also on a busy machine
-TIMING = ("img_per_s", "data_wait_fraction", "memory_bytes")
 
 
 @pytest.fixture
@@ -32,10 +31,6 @@ def hostfile(tmp_path):
     return path
 
 
-def figures(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run / "metrics.jsonl")]
-
-
 def start(hosts, hostfile, config, *settings):
     logs = [config.parent / f"host{host.rank}" for host in hosts]
     arguments = ["--cfg", config, *(["--set", *settings] if settings else [])]
@@ -49,7 +44,7 @@ def start_and_reach(hosts, hostfile, config, *settings, step: int):
 
     def is_there() -> bool:
         assert all(process.poll() is None for process in processes), Path(f"{logs[0]}.err").read_text()
-        return len(figures(run)) >= step and last_checkpoint(run / "checkpoints") is not None
+        return len(losses(run)) >= step and last_checkpoint(run / "checkpoints") is not None
 
     wait_for(is_there, timeout_s=START_S, what=f"step {step}")
     return logs, processes
@@ -82,8 +77,8 @@ def test_two_hosts_give_the_figures_of_one(hosts, hostfile, tiny_config, command
     done = command(*ranks, "--cfg", tiny_config, "--set", f"run.dir={one}", timeout_s=START_S)
     assert done.returncode == 0, done.stderr
     # The sum of two numbers is the same in either order, so these are equal to the last bit.
-    assert figures(tiny_config.parent / "run") == figures(one)
-    assert len(figures(one)) == 22
+    assert losses(tiny_config.parent / "run") == losses(one)
+    assert len(losses(one)) == 22
 
 
 def test_a_host_that_dies_ends_the_run_which_goes_on_on_one_host(hosts, hostfile, tiny_config, command):
@@ -96,7 +91,7 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_on_one_host(hosts, hostfile
     done = command(*ranks, "--cfg", tiny_config, "--set", "train.num_epochs=8", "run.resume=auto", timeout_s=START_S)
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stdout
-    steps = [row["step"] for row in figures(tiny_config.parent / "run") if "kind" not in row]
+    steps = [row["step"] for row in losses(tiny_config.parent / "run") if "kind" not in row]
     assert steps == list(range(1, 81))
 
 
