@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fastssl import dist
@@ -47,7 +46,7 @@ class SkippedSteps:
             DivergedError: Too many in a row.
         """
         self.in_a_row += 1
-        all_ids = torch.cat(list(dist.EXCHANGE.blocks(sample_ids)))
+        all_ids = dist.gather(sample_ids).flatten()
         if dist.rank() == 0:
             row = {"step": step, "loss": str(loss), "sample_ids": sorted(all_ids.tolist())}
             with self._path.open("a") as file:

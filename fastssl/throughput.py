@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,22 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl.dist import world_size
 from fastssl.models.objective import Objective, leading_views
 
-# Dense peaks in TFLOP/s of 16-bit and of fp32 (TF32 in convolutions, torch's default) from NVIDIA's data sheets; the
-# longest name that is part of the device's counts.
-_PEAK_TFLOPS = {
-    "A10": (125, 62.5),
-    "A100": (312, 156),
-    "A40": (149.7, 74.8),
-    "B200": (2250, 1125),
-    "H100": (989, 494.5),
-    "H100 PCIe": (756, 378),
-    "H200": (989, 494.5),
-    "L4": (121, 60),
-    "L40S": (362, 183),
-    "RTX 3090": (71, 35.6),
-    "RTX 4090": (165.2, 82.6),
-    "V100": (125, 15.7),
-}
+# Dense peaks in TFLOP/s of 16-bit and of fp32 (TF32), by a pattern of the device's name; another has run.peak_tflops.
+_PEAK_TFLOPS = {"A100": (312, 156), "H100 80GB HBM3": (989, 494.5), "H200$": (989, 494.5)}
 _MATMUL_IN_BACKWARD = 2  # of the gradient by the inputs, and by the weights: each as much as the forward pass
 
 
@@ -62,8 +49,7 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = max((part for part in _PEAK_TFLOPS if part in name), key=len, default=None)
-    return None if known is None else _PEAK_TFLOPS[known][precision == "fp32"]
+    return next((peaks[precision == "fp32"] for part, peaks in _PEAK_TFLOPS.items() if re.search(part, name)), None)
 
 
 class CommunicationClock:

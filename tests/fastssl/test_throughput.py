@@ -36,3 +36,17 @@ def test_a_small_crop_is_not_seen_by_the_target():
 
 def test_a_cpus_peak_is_not_known():
     assert peak_tflops(torch.device("cpu"), "bf16") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peaks"),
+    [
+        ("NVIDIA A100-SXM4-80GB", (312, 156)),
+        ("NVIDIA H200", (989, 494.5)),
+        ("NVIDIA H100 PCIe", (None, None)),  # slower than the one on a board of its own, and not in the table
+        ("NVIDIA A10", (None, None)),
+    ],
+)
+def test_a_gpus_peak_is_that_of_its_own_name(name, peaks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    assert tuple(peak_tflops(torch.device("cuda"), precision) for precision in ("bf16", "fp32")) == peaks

@@ -8,8 +8,9 @@ import pytest
 
 from fastssl.checkpoint import last_checkpoint
 from fastssl.metrics import read_rows
-from tests.integration.test_training import TRAIN, assert_same_end, run_of, torchrun
+from tests.integration.test_training import TRAIN, run_of, torchrun
 from tests.processes import ROOT, environment
+from tests.runs import assert_same_end
 
 
 def start_until_step(command, run, *, step):
