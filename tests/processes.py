@@ -13,10 +13,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment() -> dict[str, str]:
+def environment(device: str = "cpu") -> dict[str, str]:
     """The environment of a user who called the virtual environment's programs."""
     bin_folder = str(Path(sys.executable).parent)
-    return os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    return os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": device}
 
 
 def free_port() -> str:

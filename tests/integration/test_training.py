@@ -239,12 +239,12 @@ def test_killed_in_mid_epoch_and_with_a_damaged_checkpoint_it_ends_bit_for_bit_t
     assert [name for name in final_state(whole) if "loss.moment." in name]
 
 
-def kill_after_step(command: list[str], run: Path, *, step: int) -> None:
+def kill_after_step(command: list[str], run: Path, *, step: int, device: str = "cpu") -> None:
     """Start a training and kill -9 all its processes once it has logged `step`."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(),
+        env=environment(device),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
