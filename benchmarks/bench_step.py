@@ -152,13 +152,12 @@ class Bench:
     def close(self) -> None:
         for loader in self.loaders.values():
             loader.close()
-        if self.trainer.metrics:
-            self.trainer.metrics.close()
+        self.trainer.journal.close()
 
     def fit_trainer(self, batches: Iterable[Batch], *, probe: bool) -> None:
         """The product's own loop over batches, with or without its probe."""
         self.trainer.probe = self.probe if probe else None
-        self.trainer.timer.start()
+        self.trainer.journal.timer.start()
         self.trainer.fit_batches(batches)
 
     def _contestant(self, loop: str, batches: str, *, probe: bool = False) -> Contestant:
@@ -332,8 +331,8 @@ def _parts(bench: Bench) -> dict[str, dict[str, tuple[Any, str]]]:
         "backward": (trainer.engine, "backward"),
         "averaging of gradients": (trainer.engine, "allreduce_gradients"),
         "optimizer": (trainer.engine, "step"),
-        "metrics row": (trainer.metrics, "step_row"),
-        "progress bar": (trainer.metrics, "advance"),
+        "metrics row": (trainer.journal.metrics, "step_row"),
+        "progress bar": (trainer.journal.metrics, "advance"),
     }
     return {"bare": of_bare, "trainer": of_trainer | ({"probe": (bench.probe, "step")} if bench.probe else {})}
 

@@ -78,17 +78,17 @@ class Metrics:
         self._started, self._start_step = time.perf_counter(), start_step
 
     def step_row(self, step: int, values: dict[str, Tensor | float | int | None]) -> None:
-        """Write the row of a step (1-based: the number of steps taken); loss None: the step was skipped."""
+        """Write the row of a step (1-based: the number of steps done); loss None: it was skipped."""
         row = {"step": step, "epoch": (step - 1) // self._steps_per_epoch} | {k: _plain(v) for k, v in values.items()}
         self._write(row, prefix="step")
-        loss = "skipped" if row["loss"] is None else f"{row['loss']:.4f}"
-        shown = f"loss {loss}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
+        shown = f"loss {_shown(row['loss'])}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
         self._bar.set_postfix_str(shown)
 
-    def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int | list[float]]) -> None:
+    def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int | list[float] | None]) -> None:
         """Write the row of an epoch (0-based) and, where there is no terminal, print its line.
 
-        A list holds the counts of a histogram of similarities, in equal bins from -1 to 1.
+        Loss None: no step of it was taken. A list holds the counts of a histogram of similarities, in equal bins from
+        -1 to 1.
         """
         row: dict[str, Any] = {"kind": "epoch", "step": step, "epoch": epoch}
         row |= {k: _plain(v) for k, v in values.items()}
@@ -133,8 +133,9 @@ class Metrics:
         left_s = (time.perf_counter() - self._started) / max(done, 1) * (self._bar.total - row["step"])
         online = "" if row.get("online_top1") is None else f"  online top-1 {row['online_top1']:.1%}"
         return (
-            f"epoch {row['epoch'] + 1}/{self._num_epochs}  loss {row['loss']:.4f}{online}  {row['img_per_s']:.0f} img/s"
-            f"  data wait {row['data_wait_fraction']:.0%}  left {timedelta(seconds=round(left_s))}"
+            f"epoch {row['epoch'] + 1}/{self._num_epochs}  loss {_shown(row['loss'])}{online}"
+            f"  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
+            f"  left {timedelta(seconds=round(left_s))}"
         )
 
 
@@ -153,6 +154,10 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Keep only the rows up to a checkpoint's step: a resumed run writes the others again."""
     kept = [row for row in read_rows(path) if row["step"] <= step]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _shown(loss: Any) -> str:
+    return "skipped" if loss is None else f"{loss:.4f}"
 
 
 def _plain(value: Tensor | float | int | list[float] | None) -> float | int | list[float] | None:

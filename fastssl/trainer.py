@@ -2,9 +2,6 @@
 
 # B local batch, F backbone features, D projection
 
-import math
-import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
@@ -26,14 +23,13 @@ from fastssl.checkpoint import (
     save_checkpoint,
 )
 from fastssl.config import Config
-from fastssl.diagnostics import WINDOW_IMAGES, add_sums, figures, update_alarm, window_sums
 from fastssl.ds_config import build_ds_config
-from fastssl.errors import ConfigError, DivergedError, Preempted
+from fastssl.errors import ConfigError, Preempted
 from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
+from fastssl.journal import Journal
 from fastssl.launch import num_threads_of, start_process
 from fastssl.losses import build_loss
-from fastssl.metrics import Metrics, StepTimer
 from fastssl.models.objective import build_objective, during_backward
 from fastssl.models.two_view import TwoViewModel
 from fastssl.nvidia_apex import apex_layer_norm, check_apex, put_layer_norms
@@ -45,7 +41,7 @@ from fastssl.run_folder import RunFolder, replace_text
 from fastssl.safe_step import SafeStep
 from fastssl.schedules import learning_rate
 from fastssl.skipped_steps import SkippedSteps
-from fastssl.throughput import CommunicationClock, flops_per_image, peak_tflops
+from fastssl.throughput import flops_per_image
 from pipelines.batch import Batch
 from pipelines.beton import BetonReader
 from pipelines.loader import build_loader, open_train_reader
@@ -84,7 +80,7 @@ class Trainer:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * cfg.train.num_epochs
         view_specs = build_view_specs(cfg.views)
-        self.image_px, self.num_views = view_specs[0].size_px, len(view_specs)
+        self.image_px = view_specs[0].size_px
         view_shapes = [(3, spec.size_px, spec.size_px) for spec in view_specs]
 
         check_test_data(cfg, reader)
@@ -94,11 +90,10 @@ class Trainer:
         self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
         self.objective = build_objective(cfg, self.model, self.loss).to(self.device)
         self.probe = self._build_probe(reader)
-        self.flops_per_image = flops_per_image(self.objective, view_shapes)
+        num_flops = flops_per_image(self.objective, view_shapes)
         self.engine, self.optimizer = self._build_engine()
         self.safe_step = SafeStep(self.engine, self.objective, cfg.train)
         self.skipped = SkippedSteps(self.folder.nonfinite, cfg.train.max_skipped_steps)
-        self.communication = CommunicationClock(self.device)
         self.stop_request = StopRequest()
         self.must_stop = False  # what all ranks agreed on
         torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
@@ -110,41 +105,42 @@ class Trainer:
             total_steps=self.total_steps,
             final_fraction=cfg.optim.final_lr_fraction,
         )
-        self.epoch_sums = self._zero_sums()
-        self.window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
-        self.window: dict[str, Tensor] = {}  # of the diagnostics: sums over the last steps of an epoch
-        self.found: dict[str, float] = {}
-        self.collapsed_since: dict[str, int] = {}
-        self.timer = StepTimer()
-        self.metrics = self._claim_folder(resuming)
+        self.journal = Journal(
+            cfg,
+            self.device,
+            steps_per_epoch=self.steps_per_epoch,
+            num_views=len(view_specs),
+            flops_per_image=num_flops,
+            bound_nats=self.loss.bound_nats,
+            counts=OnlineProbe.COUNTS if self.probe else (),
+        )
+        self._claim_folder(resuming)
 
     def fit(self) -> None:
         """Train to the last epoch, from the checkpoint's position where the run was resumed."""
         if self.step == self.total_steps:
             self._say(f"{self.folder.path} is complete: {self.step} steps")
-        self.timer.start()
+        self.journal.timer.start()
         for epoch in range(self.step // self.steps_per_epoch, self.cfg.train.num_epochs):
             self.fit_batches(self.loader.epoch(epoch, first_batch=self.step % self.steps_per_epoch))
         self.loader.close()
-        if self.metrics:
-            self.metrics.close()
+        self.journal.close()
+        if dist.rank() == 0:
             report.draw_curves(self.folder)
         dist.barrier()
 
     def fit_batches(self, batches: Iterable[Batch]) -> None:
         """Take one step on each batch, and write the rows and the checkpoints that fall due."""
         self.engine.train()
-        for batch in self.timer.waiting(batches, self.cfg.data.global_batch_size):
-            if self.step == 0 and self.metrics:
+        for batch in self.journal.timer.waiting(batches, self.cfg.data.global_batch_size):
+            if self.step == 0 and dist.rank() == 0:
                 report.draw_views(batch, self.cfg.views, self.folder.views)
-            # The last step but one of an epoch: the first ones warm up.
-            with self.communication.measured((self.step + 2) % self.steps_per_epoch == 0):
+            with self.journal.communication_measured(self.step):
                 values = self.train_step(batch)
-            for name, value in values.items():
-                self.epoch_sums[name] += value
-            self._log_step(values)
+            settings = {"learning_rate": self.learning_rate(self.step - 1), **self.safe_step.figures()}
+            self.journal.add_step(self.step, values, settings)
             if self.step % self.steps_per_epoch == 0:
-                self._log_epoch()
+                self.journal.end_epoch(self.step, len(self.loader.bad_samples.reasons))
             if self._checkpoint_due():
                 self.save()
             if self.must_stop and self.step < self.total_steps:
@@ -177,15 +173,14 @@ class Trainer:
             return {}
         self.skipped.in_a_row = 0
         self.objective.after_step(self.step - 1, self.total_steps)
-        if -self.step % self.steps_per_epoch < self.window_steps:
-            self.window = add_sums(self.window, window_sums(h, z))
+        self.journal.look_at(h, z, self.step)
         values = {"loss": loss.detach().float(), "grad_norm": torch.tensor(grad_norm), "num_steps": torch.ones(())}
         return values | self._probe_step(h, batch)
 
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
-        state: dict[str, Any] = {"data_identity": self.data_identity, "collapsed_since": self.collapsed_since}
+        state: dict[str, Any] = {"data_identity": self.data_identity, "collapsed_since": self.journal.collapsed_since}
         state["loss_scale"] = self.safe_step.state_dict()
         if self.probe:
             state["probe"] = self.probe.state_dict()
@@ -194,7 +189,7 @@ class Trainer:
             self.engine,
             step=self.step,
             state=state,
-            sums={"epoch": self.epoch_sums, "window": self.window},
+            sums=self.journal.sums(),
             weights=weights,
         )
         if dist.rank() == 0:
@@ -210,13 +205,7 @@ class Trainer:
                 f"on {state['data_identity']}: resume with the same file, or start another run"
             )
         self.step = state["step"]
-        self.epoch_sums, self.window = (
-            {name: value.to(self.device) for name, value in state["sums"][group].items()}
-            for group in ("epoch", "window")
-        )
-        for name in ("loss", "grad_norm", "num_steps"):  # not counts of images: each rank has the mean, not its part
-            self.epoch_sums[name] *= dist.world_size() / state["world_size"]
-        self.collapsed_since = state["collapsed_since"]
+        self.journal.restore(state["sums"], state["collapsed_since"], state["world_size"])
         self.safe_step.load_state_dict(state["loss_scale"])
         self.skipped.resume(self.step)
         if self.probe:
@@ -255,7 +244,7 @@ class Trainer:
             return {}
         return self.probe.step(h, batch.labels, self.is_holdout[batch.sample_ids])
 
-    def _claim_folder(self, resuming: bool) -> Metrics | None:
+    def _claim_folder(self, resuming: bool) -> None:
         if dist.rank() == 0:
             if resuming:
                 drop_half_written(self.folder.checkpoints)
@@ -266,81 +255,7 @@ class Trainer:
         if resuming:
             self._restore()
         self._say(self._headline())
-        if dist.rank() != 0:
-            return None
-        return Metrics(
-            self.folder,
-            start_step=self.step,
-            steps_per_epoch=self.steps_per_epoch,
-            num_epochs=self.cfg.train.num_epochs,
-        )
-
-    def _log_step(self, values: dict[str, Tensor]) -> None:
-        if self.metrics:
-            self.metrics.advance()
-        if self.step % self.cfg.run.log_every_steps:
-            return
-        row: dict[str, Any] = {"loss": None, "grad_norm": None}  # of a step that was not taken
-        if values:
-            row = {"loss": dist.all_mean_(values["loss"].clone()), "grad_norm": values["grad_norm"]}
-        if self.metrics:
-            row |= {"learning_rate": self.learning_rate(self.step - 1), **self.timer.read("step")}
-            row |= self.safe_step.figures() | {"memory_bytes": self._memory_bytes()}
-            self.metrics.step_row(self.step, row)
-
-    def _log_epoch(self) -> None:
-        sums = {name: dist.all_mean_(value.clone()) for name, value in self.epoch_sums.items()}
-        self.epoch_sums = self._zero_sums()
-        window, self.window = dist.sum_all(self.window), {}
-        num_bad = dist.EXCHANGE.sum_(torch.tensor(float(len(self.loader.bad_samples.reasons)), device=self.device))
-        epoch = self.step // self.steps_per_epoch - 1
-        if self.metrics:
-            self._write_epoch(epoch, sums, num_bad, window)
-        self._look_for_collapse(epoch)
-
-    def _write_epoch(self, epoch: int, sums: dict[str, Tensor], num_bad: Tensor, window: dict[str, Tensor]) -> None:
-        assert self.metrics
-        num_steps = max(1.0, sums["num_steps"].item())
-        row: dict[str, Any] = {"loss": sums["loss"] / num_steps, "grad_norm": sums["grad_norm"] / num_steps}
-        row |= {"skipped_steps": self.steps_per_epoch - round(sums["num_steps"].item())} | self._throughput()
-        if num_bad > 0:
-            row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
-        bound = self.loss.bound_nats(row["loss"].item())
-        if bound is not None:
-            row["mutual_information_bound_nats"] = bound
-        if self.probe and sums["online_total"] > 0:
-            row["online_top1"] = sums["online_correct"] / sums["online_total"]
-        self.found = found = figures(window, num_views=self.num_views)
-        row |= {name: value for name, value in found.items() if math.isfinite(value)}
-        row |= {name: window[name].tolist() for name in ("positive_counts", "negative_counts")}
-        self.metrics.epoch_row(epoch, self.step, row)
-
-    def _look_for_collapse(self, epoch: int) -> None:
-        """Say that the representation has collapsed; end the run if train.on_collapse is stop (all ranks alike).
-
-        Raises:
-            DivergedError: it has, and it is.
-        """
-        lines = update_alarm(self.collapsed_since, self.found, epoch) if self.metrics else []
-        if lines:
-            print(
-                f"fastssl: warning: the representation has collapsed: {'; '.join(lines)}", file=sys.stderr, flush=True
-            )
-        has_collapsed = dist.EXCHANGE.sum_(torch.tensor(float(len(lines)), device=self.device))
-        if self.cfg.train.on_collapse == "stop" and has_collapsed > 0:
-            raise DivergedError(f"the representation has collapsed at step {self.step}: train.on_collapse=stop")
-
-    def _throughput(self) -> dict[str, float | int]:
-        """Of the epoch: images a second, waiting, arithmetic, communication, memory."""
-        row: dict[str, float | int] = {**self.timer.read("epoch"), "memory_bytes": self._memory_bytes()}
-        if self.flops_per_image is not None:
-            tflops = row["img_per_s"] * self.flops_per_image / dist.world_size() / 1e12
-            row["model_tflops_per_device"] = round(tflops, 4)
-            if peak := self.cfg.run.peak_tflops or peak_tflops(self.device, self.cfg.train.precision):
-                row["model_flop_utilisation"] = round(tflops / peak, 4)
-        if self.communication.last_ms is not None:
-            row["communication_ms_per_step"] = round(self.communication.last_ms, 3)
-        return row
+        self.journal.open(self.folder, self.step)
 
     def _leave(self) -> None:
         """End the training at a checkpoint, as a signal asked (all ranks).
@@ -349,8 +264,8 @@ class Trainer:
             Preempted: Always.
         """
         how = f"{self.folder.path} goes on after step {self.step} of {self.total_steps} with --set run.resume=auto"
-        if self.metrics:
-            self.metrics.close()
+        self.journal.close()
+        if dist.rank() == 0:
             replace_text(self.folder.preempted, f"{how}\n")
         dist.barrier()
         raise Preempted(f"asked to stop ({self.stop_request.name or 'another rank was'}): {how}")
@@ -363,15 +278,6 @@ class Trainer:
         every = self.cfg.run.checkpoint_every_steps
         is_due = self.step == self.total_steps or at_epoch_end or bool(every and self.step % every == 0)
         return is_due or self.must_stop
-
-    def _zero_sums(self) -> dict[str, Tensor]:
-        names = ["loss", "grad_norm", "num_steps", *(["online_correct", "online_total"] if self.probe else [])]
-        return {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in names}
-
-    def _memory_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _headline(self) -> str:
         num_parameters = sum(parameter.numel() for parameter in self.model.backbone.parameters())

@@ -19,6 +19,8 @@ class OnlineProbe(nn.Module):
     not that of memorised samples. The state dict carries the optimizer too.
     """
 
+    COUNTS = ("online_correct", "online_total")  # the names of what a step counts
+
     def __init__(self, num_features: int, num_classes: int, cfg: EvalConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(num_features, num_classes)
@@ -33,7 +35,7 @@ class OnlineProbe(nn.Module):
             is_holdout: bool [B].
 
         Returns:
-            Scalars of this rank: "online_correct" and "online_total", counted over the views of the hold-out samples.
+            Scalars of this rank by the names of COUNTS, over the views of the hold-out samples.
         """
         features = torch.cat([view.detach() for view in h]).float()
         labels, is_holdout = labels.repeat(len(h)), is_holdout.repeat(len(h))
@@ -44,7 +46,7 @@ class OnlineProbe(nn.Module):
             self._learn(losses, is_labelled & ~is_holdout)
         is_scored = is_labelled & is_holdout
         is_correct = (logits.detach().argmax(1) == labels) & is_scored
-        return {"online_correct": is_correct.sum(), "online_total": is_scored.sum()}
+        return dict(zip(self.COUNTS, (is_correct.sum(), is_scored.sum()), strict=True))
 
     def _learn(self, losses: Tensor, learns: Tensor) -> None:
         # Sums and their number are averaged over the ranks together, and divided only then: the exact gradient

@@ -30,7 +30,7 @@ for name, settings in json.loads(runs).items():
     trainer = Trainer(load_config(config, [f"run.dir={folder}/{name}", *settings]))
     start = weights(trainer)
     batches = trainer.loader.epoch(0)
-    trainer.timer.start()
+    trainer.journal.timer.start()
     trainer.fit_batches(islice(batches, int(num_steps)))
     batches.close()
     trainer.save()

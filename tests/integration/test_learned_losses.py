@@ -31,7 +31,7 @@ def start(name, run, *settings):
 
 def take_steps(trainer, num_steps):
     batches = trainer.loader.epoch(0, first_batch=trainer.step)
-    trainer.timer.start()
+    trainer.journal.timer.start()
     trainer.fit_batches(islice(batches, num_steps))
     batches.close()
     return state(trainer)

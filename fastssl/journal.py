@@ -1,0 +1,203 @@
+"""The journal of a run: what its steps add up to on every rank, and the rows that the first rank writes of them."""
+
+# B local batch, F backbone features, D projection
+
+import math
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.config import Config
+from fastssl.diagnostics import WINDOW_IMAGES, add_sums, figures, update_alarm, window_sums
+from fastssl.errors import DivergedError
+from fastssl.metrics import Metrics, StepTimer
+from fastssl.run_folder import RunFolder
+from fastssl.throughput import CommunicationClock, peak_tflops
+
+# Every rank's sum of these stands for the whole batch's; of counts of images each rank has its part.
+_MEANS = ("loss", "grad_norm", "num_steps")
+
+
+class Journal:
+    """Sums over the steps of an epoch, and over the window of its last ones that the diagnostics look at.
+
+    Attributes:
+        timer: Of the steps and of the waiting for data.
+        metrics: The writer of rows; None on all ranks but the first, and before `open`.
+        collapsed_since: Epoch since which each signal of a collapse has been given.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        device: torch.device,
+        *,
+        steps_per_epoch: int,
+        num_views: int,
+        flops_per_image: float | None,
+        bound_nats: Callable[[float], float | None],
+        counts: Sequence[str] = (),
+    ) -> None:
+        """An empty one, of which nothing is written yet.
+
+        Args:
+            cfg: The run's.
+            device: Where sums are kept.
+            steps_per_epoch: Optimizer steps.
+            num_views: V.
+            flops_per_image: Of `fastssl.throughput.flops_per_image`.
+            bound_nats: Of the loss: the bound on mutual information that a mean loss gives.
+            counts: Names of what steps count, beside the loss, the gradient's norm and themselves.
+        """
+        self.timer = StepTimer()
+        self.metrics: Metrics | None = None
+        self.collapsed_since: dict[str, int] = {}
+        self._cfg, self._device = cfg, device
+        self._steps_per_epoch, self._num_views = steps_per_epoch, num_views
+        self._flops_per_image, self._bound_nats = flops_per_image, bound_nats
+        self._communication = CommunicationClock(device)
+        self._names = (*_MEANS, *counts)
+        self._sums = self._zeros()
+        self._window: dict[str, Tensor] = {}
+        self._window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
+
+    def open(self, folder: RunFolder, step: int) -> None:
+        """Begin to write (the first rank does), after the row of this step."""
+        if dist.rank() == 0:
+            self.metrics = Metrics(
+                folder,
+                start_step=step,
+                steps_per_epoch=self._steps_per_epoch,
+                num_epochs=self._cfg.train.num_epochs,
+            )
+
+    def close(self) -> None:
+        """Write nothing more."""
+        if self.metrics:
+            self.metrics.close()
+
+    def communication_measured(self, step: int) -> AbstractContextManager[None]:
+        """Measures the communication of step `step` (0-based) if it is an epoch's last but one: the first warm up."""
+        return self._communication.measured((step + 2) % self._steps_per_epoch == 0)
+
+    def look_at(self, h: list[Tensor], z: list[Tensor], step: int) -> None:
+        """Add a step that was taken, the `step`-th of the run, to the window, if it is one of an epoch's last.
+
+        Args:
+            h: Features of each view [B, F].
+            z: Projections of each view [B, D].
+            step: 1-based.
+        """
+        if -step % self._steps_per_epoch < self._window_steps:
+            self._window = add_sums(self._window, window_sums(h, z))
+
+    def add_step(self, step: int, values: dict[str, Tensor], settings: dict[str, float]) -> None:
+        """Add a step, and write its row where one is due (all ranks).
+
+        Args:
+            step: 1-based: the number of steps taken or skipped.
+            values: Scalars of this rank: "loss", "grad_norm", "num_steps" and the counts; none of a skipped step.
+            settings: What the row says besides: the learning rate, the loss scale.
+        """
+        for name, value in values.items():
+            self._sums[name] += value
+        if self.metrics:
+            self.metrics.advance()
+        if step % self._cfg.run.log_every_steps:
+            return
+        row: dict[str, Any] = {"loss": None, "grad_norm": None}
+        if values:
+            row = {"loss": dist.all_mean_(values["loss"].clone()), "grad_norm": values["grad_norm"]}
+        if self.metrics:
+            row |= settings | self.timer.read("step") | {"memory_bytes": self._memory_bytes()}
+            self.metrics.step_row(step, row)
+
+    def end_epoch(self, step: int, num_bad_samples: int) -> None:
+        """Write the row of the epoch that ends with this step, and look for a collapse (all ranks).
+
+        Args:
+            step: 1-based.
+            num_bad_samples: That this rank has met so far.
+        Raises:
+            DivergedError: The representation has collapsed, and train.on_collapse is stop.
+        """
+        sums, self._sums = {name: dist.all_mean_(value) for name, value in self._sums.items()}, self._zeros()
+        window, self._window = dist.sum_all(self._window), {}
+        num_bad = dist.EXCHANGE.sum_(torch.tensor(float(num_bad_samples), device=self._device))
+        epoch = step // self._steps_per_epoch - 1
+        signals: list[str] = []
+        if self.metrics:
+            row = self._figures_of_steps(sums) | self._throughput()
+            if num_bad > 0:
+                row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
+            if window:  # or no step of it was taken
+                found = figures(window, num_views=self._num_views)
+                signals = update_alarm(self.collapsed_since, found, epoch)
+                row |= {name: value for name, value in found.items() if math.isfinite(value)}
+                row |= {name: window[name].tolist() for name in ("positive_counts", "negative_counts")}
+            self.metrics.epoch_row(epoch, step, row)
+        self._raise_alarm(signals, step)
+
+    def sums(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps of this rank's."""
+        return {"epoch": self._sums, "window": self._window}
+
+    def restore(self, sums: dict[str, dict[str, Tensor]], collapsed_since: dict[str, int], world_size: int) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            sums: This rank's, on any device.
+            collapsed_since: As it was.
+            world_size: Of the run that saved them.
+        """
+        self._sums, self._window = (
+            {name: value.to(self._device) for name, value in sums[group].items()} for group in ("epoch", "window")
+        )
+        for name in _MEANS:
+            self._sums[name] *= dist.world_size() / world_size
+        self.collapsed_since = collapsed_since
+
+    def _figures_of_steps(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        num_taken = round(sums["num_steps"].item())
+        row: dict[str, Any] = {"loss": None, "grad_norm": None, "skipped_steps": self._steps_per_epoch - num_taken}
+        if num_taken:
+            row |= {"loss": sums["loss"] / num_taken, "grad_norm": sums["grad_norm"] / num_taken}
+            if (bound := self._bound_nats(row["loss"].item())) is not None:
+                row["mutual_information_bound_nats"] = bound
+        if "online_total" in sums and sums["online_total"] > 0:
+            row["online_top1"] = sums["online_correct"] / sums["online_total"]
+        return row
+
+    def _throughput(self) -> dict[str, float | int]:
+        """Of the epoch: images a second, waiting, arithmetic, communication, memory."""
+        row: dict[str, float | int] = {**self.timer.read("epoch"), "memory_bytes": self._memory_bytes()}
+        if self._flops_per_image is not None:
+            tflops = row["img_per_s"] * self._flops_per_image / dist.world_size() / 1e12
+            row["model_tflops_per_device"] = round(tflops, 4)
+            if peak := self._cfg.run.peak_tflops or peak_tflops(self._device, self._cfg.train.precision):
+                row["model_flop_utilisation"] = round(tflops / peak, 4)
+        if self._communication.last_ms is not None:
+            row["communication_ms_per_step"] = round(self._communication.last_ms, 3)
+        return row
+
+    def _raise_alarm(self, signals: list[str], step: int) -> None:
+        if signals:
+            line = f"fastssl: warning: the representation has collapsed: {'; '.join(signals)}"
+            print(line, file=sys.stderr, flush=True)
+        num_signals = dist.EXCHANGE.sum_(torch.tensor(float(len(signals)), device=self._device))
+        if self._cfg.train.on_collapse == "stop" and num_signals > 0:
+            raise DivergedError(f"the representation has collapsed at step {step}: train.on_collapse=stop")
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {name: torch.zeros((), dtype=torch.float64, device=self._device) for name in self._names}
+
+    def _memory_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,96 @@
+"""What a run writes of its steps, where some or all of them were not taken."""
+
+import pytest
+import torch
+
+from fastssl.config import Config, TrainConfig
+from fastssl.diagnostics import LEAST
+from fastssl.errors import DivergedError
+from fastssl.journal import Journal
+from fastssl.metrics import read_rows
+from fastssl.run_folder import RunFolder
+from pipelines.loader import DataConfig
+
+STEPS_PER_EPOCH = 3
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def open_journal(folder: RunFolder, on_collapse: str = "warn") -> Journal:
+    """The window of the diagnostics is one step: a batch is larger than it."""
+    data = DataConfig(train="x.beton", global_batch_size=4096)
+    cfg = Config(data=data, train=TrainConfig(on_collapse=on_collapse))
+    journal = Journal(
+        cfg,
+        torch.device("cpu"),
+        steps_per_epoch=STEPS_PER_EPOCH,
+        num_views=2,
+        flops_per_image=None,
+        bound_nats=lambda loss: 1 - loss,
+    )
+    journal.open(folder, 0)
+    journal.timer.start()
+    return journal
+
+
+def take_epoch(journal: Journal, epoch: int, *, losses: list[float | None], spread: float = 1.0) -> None:
+    """An epoch of steps with these losses; None: a skipped one."""
+    generator = torch.Generator().manual_seed(epoch)
+    for step, loss in enumerate(losses, epoch * STEPS_PER_EPOCH + 1):
+        values = {}
+        if loss is not None:
+            z = 1 + spread * torch.randn(16, 8, generator=generator)
+            journal.look_at([z, z], [z, z], step)
+            values = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(2.0), "num_steps": torch.ones(())}
+        journal.add_step(step, values, {"learning_rate": 0.1})
+    journal.end_epoch(step, num_bad_samples=0)
+
+
+def epochs_of(folder: RunFolder) -> list[dict]:
+    return [row for row in read_rows(folder.metrics) if row.get("kind") == "epoch"]
+
+
+def test_an_epoch_is_the_mean_of_the_steps_that_were_taken(folder, capsys):
+    journal = open_journal(folder)
+    take_epoch(journal, 0, losses=[1.0, None, 2.0])
+    journal.close()
+    (row,) = epochs_of(folder)
+    assert (row["loss"], row["grad_norm"], row["skipped_steps"]) == (1.5, 2.0, 1)
+    assert row["mutual_information_bound_nats"] == -0.5
+    assert row["rankme_z"] > 2
+    assert "loss 1.5000" in capsys.readouterr().out
+
+
+def test_an_epoch_whose_last_steps_were_skipped_has_no_diagnostics(folder):
+    journal = open_journal(folder)
+    take_epoch(journal, 0, losses=[1.0, 2.0, None])
+    take_epoch(journal, 1, losses=[1.0, None, 3.0])
+    journal.close()
+    without, with_them = epochs_of(folder)
+    assert without["loss"] == 1.5
+    assert not set(LEAST) & set(without)
+    assert set(LEAST) <= set(with_them)
+
+
+def test_an_epoch_of_skipped_steps_has_no_loss(folder, capsys):
+    journal = open_journal(folder)
+    take_epoch(journal, 0, losses=[None] * STEPS_PER_EPOCH)
+    journal.close()
+    (row,) = epochs_of(folder)
+    assert row["loss"] is None
+    assert row["grad_norm"] is None
+    assert row["skipped_steps"] == STEPS_PER_EPOCH
+    assert "mutual_information_bound_nats" not in row
+    assert "loss skipped" in capsys.readouterr().out
+
+
+def test_a_collapse_is_told_over_an_epoch_without_diagnostics(folder):
+    journal = open_journal(folder, on_collapse="stop")
+    take_epoch(journal, 0, losses=[1.0] * 3, spread=1e-6)
+    take_epoch(journal, 1, losses=[1.0, 1.0, None])
+    with pytest.raises(DivergedError, match="collapsed at step 9"):
+        take_epoch(journal, 2, losses=[1.0] * 3, spread=1e-6)
+    journal.close()
