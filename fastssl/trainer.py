@@ -162,7 +162,8 @@ class Trainer:
         with during_backward(self.cfg, self.objective):
             self.safe_step.backward(loss)
         can_scale_lower = self.safe_step.can_scale_lower()
-        wants_stop = dist.EXCHANGE.sum_(torch.tensor(float(self.stop_request.name is not None), device=self.device))
+        wants_stop = torch.full((), float(self.stop_request.name is not None), device=self.device)  # waits for nothing
+        dist.EXCHANGE.sum_(wants_stop)
         grad_norm = self.safe_step.step()
         self.must_stop = bool(wants_stop > 0)
         self.step += 1
