@@ -133,6 +133,8 @@ def _train(config: Path, run: Path, overrides: Sequence[str], launcher: str) -> 
     done = subprocess.run([*start, str(_TRAIN), "--cfg", str(config), "--set", *settings], check=False)
     if done.returncode:
         raise UserError(f"{run}: the training ended with exit code {done.returncode}; its message is above")
+    if RunFolder(run).preempted.exists():
+        raise UserError(f"{run}: a signal ended the training before its last epoch; the same command goes on with it")
 
 
 def _judged(name: str, run: Path, seed: int, *, on_test: bool) -> list[Row]:

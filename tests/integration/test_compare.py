@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from fastssl.compare import summarise
+from fastssl.compare import compare, summarise
+from fastssl.errors import UserError
 from fastssl.metrics import read_rows
 from tests.integration.test_bad_input import assert_one_line
 
@@ -19,6 +20,15 @@ def configs(tiny_config):
         "".join(line for line in text.splitlines(keepends=True) if "loss:" not in line) + "loss: {name: minc}"
     )
     return [tiny_config.rename(tiny_config.with_name("mio.yaml")), minc]
+
+
+def test_a_training_that_a_signal_ended_is_not_judged(tiny_config, tmp_path):
+    """`true` stands for a training that was asked to leave and did: exit code 0, and a note in its folder."""
+    run = tmp_path / "study/tiny/seed_0"
+    run.mkdir(parents=True)
+    (run / "preempted").write_text("it goes on after step 3")
+    with pytest.raises(UserError, match="seed_0: a signal ended the training before its last epoch"):
+        compare([tiny_config], tmp_path / "study", num_seeds=1, launcher="true")
 
 
 @pytest.mark.slow
