@@ -17,6 +17,7 @@ last two are kept, so that a damaged one has another before it.
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from fastssl.errors import ConfigError
 from fastssl.manifest import DamagedError, check_file, check_folder, read_manifest, save_file, write_manifest
 
 _PREFIX = "step_"
+_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
 _NUM_KEPT = 2
 
 Sums = dict[str, dict[str, Tensor]]
@@ -88,9 +90,10 @@ def load_checkpoint(root: Path, engine: Any, *, seed: int) -> dict[str, Any] | N
     Raises:
         ConfigError: there are checkpoints, but none is whole or of a format that can be read.
     """
-    path = _agree_on_whole(root)
-    if path is None:
+    name = dist.decided_by_first_rank(lambda: path.name if (path := newest_whole(root)) else None)
+    if name is None:
         return None
+    path = root / name
     state = _load(path / "state.pt")
     world_size = read_manifest(path)["world_size"]
     is_same_world = world_size == dist.world_size()
@@ -123,7 +126,7 @@ def load_objective_state(path: str | Path) -> dict[str, Tensor]:
 
 def last_checkpoint(root: Path) -> Path | None:
     """The newest finished checkpoint of a run, by its name: its files are not looked at."""
-    return max(root.glob(f"{_PREFIX}*"), default=None)
+    return max(_finished(root), default=None)
 
 
 def checkpoint_of(root: Path, step: int | None) -> Path:
@@ -132,7 +135,7 @@ def checkpoint_of(root: Path, step: int | None) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    steps = sorted(map(step_of, root.glob(f"{_PREFIX}*")))
+    steps = sorted(map(step_of, _finished(root)))
     if not steps:
         raise ConfigError(f"{root.parent} has no checkpoint yet")
     if step is not None and step not in steps:
@@ -147,18 +150,24 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
+def _finished(root: Path) -> list[Path]:
+    """The checkpoints in a run's folder; a user's copy, of another name, is none."""
+    return [path for path in root.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
+
+
 def prune(root: Path, *, keep_every_steps: int) -> None:
     """Delete what is not needed (rank 0): half-written ones, and all but the last two and each `keep_every_steps`."""
     drop_half_written(root)
-    for path in sorted(root.glob(f"{_PREFIX}*"))[:-_NUM_KEPT]:
+    for path in sorted(_finished(root))[:-_NUM_KEPT]:
         if not (keep_every_steps and step_of(path) % keep_every_steps == 0):
-            shutil.rmtree(path)
+            # Renamed first: half deleted it must not pass for whole. A network file system may keep what is being read.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")), ignore_errors=True)
 
 
 def drop_half_written(root: Path) -> None:
     """Delete what a killed save left behind (rank 0)."""
     for path in root.glob(f".{_PREFIX}*.tmp"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: int) -> dict[str, Any]:
@@ -202,25 +211,10 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _agree_on_whole(root: Path) -> Path | None:
-    """The first rank looks, and all go by what it finds."""
-    name, error = None, None
-    if dist.rank() == 0:
-        try:
-            path = newest_whole(root)
-            name = path and path.name
-        except ConfigError as found:
-            error = str(found)
-    name, error = dist.from_first_rank((name, error))
-    if error is not None:
-        raise ConfigError(error)
-    return root / name if name else None
-
-
 def newest_whole(root: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; newer ones are named on stderr and moved aside."""
     damage: dict[Path, DamagedError] = {}
-    for path in sorted(root.glob(f"{_PREFIX}*"), reverse=True):
+    for path in sorted(_finished(root), reverse=True):
         try:
             check_folder(path)
         except DamagedError as error:

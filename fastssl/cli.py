@@ -1,6 +1,7 @@
 """The `fastssl` command: thin; each sub-command calls one function. Heavy imports wait until they are needed."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,10 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, then go on", 2)
     return code or 0
 
 
@@ -58,12 +63,15 @@ def _fail(message: str, code: int) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from fastssl.preemption import StopRequest
+
+    stop_request = StopRequest()
     from fastssl.config import load_config
 
     cfg = load_config(args.cfg, args.set)
     from fastssl.trainer import train  # only now: a slip in the config is not to wait for it
 
-    train(cfg)
+    train(cfg, stop_request)
 
 
 def _convert(args: argparse.Namespace) -> None:

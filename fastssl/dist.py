@@ -5,12 +5,14 @@ parameter gradients over ranks. Then the update is that of one process on the gl
 docs/adr/0003-pair-sums-and-gradients-across-ranks.md. Every rank must call these in the same order, with equal shapes.
 """
 
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+from fastssl.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -54,6 +56,24 @@ def from_first_rank(value: T) -> T:
     box = [value]
     torch_dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def decided_by_first_rank(decide: Callable[[], T]) -> T:
+    """What the call returns on the first rank, on every rank; the others do not call.
+
+    Raises:
+        ConfigError: the call raised it: on every rank, so that none waits for the others.
+    """
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = decide()
+        except ConfigError as found:
+            error = str(found)
+    value, error = from_first_rank((value, error))
+    if error is not None:
+        raise ConfigError(error)
+    return cast("T", value)
 
 
 def from_all_ranks(value: T) -> list[T]:

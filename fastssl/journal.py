@@ -144,6 +144,11 @@ class Journal:
             self.metrics.epoch_row(epoch, step, row)
         self._raise_alarm(signals, step)
 
+    def sync(self) -> None:
+        """Return when all rows are on the disk: a checkpoint is not to be there before them."""
+        if self.metrics:
+            self.metrics.sync()
+
     def sums(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps of this rank's."""
         return {"epoch": self._sums, "window": self._window}

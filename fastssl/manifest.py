@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 
 from fastssl.errors import ConfigError
-from fastssl.run_folder import package_version
+from fastssl.run_folder import package_version, sync_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # 1 was DeepSpeed's files, without a manifest
@@ -26,12 +25,17 @@ def save_file(value: Any, path: Path) -> dict[str, Any]:
 
     Returns:
         Its entry in a manifest: "bytes" and "sha256".
+    Raises:
+        ConfigError: it cannot be written, as where the disk is full.
     """
-    with path.open("wb") as file:
-        hashing = _Hashing(file)
-        torch.save(value, hashing)  # pyright: ignore[reportArgumentType] it only writes, from start to end
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save(value, hashing)  # pyright: ignore[reportArgumentType] it only writes, from start to end
+            sync_file(file)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError where a write fails in its hands
+        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or str(error)
+        raise ConfigError(f"{path} cannot be written ({reason}): the checkpoint before it is whole") from None
     return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
 
 
@@ -52,8 +56,7 @@ def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], *, worl
     }
     with (folder / MANIFEST).open("w") as file:
         json.dump({**content, "sha256_of_the_above": _digest(content)}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

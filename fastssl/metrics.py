@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from fastssl.run_folder import RunFolder, replace_text
+from fastssl.run_folder import RunFolder, replace_text, sync_file
 
 T = TypeVar("T")
 
@@ -99,6 +99,10 @@ class Metrics:
     def advance(self) -> None:
         """Move the progress bar by one step."""
         self._bar.update()
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk."""
+        sync_file(self._file)
 
     def close(self) -> None:
         self._bar.close()

@@ -1,15 +1,18 @@
 """The folder of a run: claimed once, never overwritten, and what it needs to be understood later."""
 
+import fcntl
 import json
 import os
 import platform
+import secrets
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -42,13 +45,16 @@ FREE_KEYS = (
 )
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "pillow", "timm", "scikit-learn", "triton")
 
+_HELD: dict[Path, IO[str]] = {}  # the lock files of trainings in this process
+
 
 class RunFolder:
     """Paths of one run.
 
     Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
     curves.png, features/, eval.jsonl; nonfinite.jsonl where steps were skipped; preempted while a run that a signal
-    ended waits to go on; hessian/ and gradflow/ (docs/analysis.md), a folder a checkpoint in each.
+    ended waits to go on; lock, which the first rank of a training holds; hessian/ and gradflow/ (docs/analysis.md), a
+    folder a checkpoint in each.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,6 +70,7 @@ class RunFolder:
         self.evaluations = self.path / "eval.jsonl"
         self.nonfinite = self.path / "nonfinite.jsonl"
         self.preempted = self.path / "preempted"
+        self.lock = self.path / "lock"
         self.hessian = self.path / "hessian"
         self.gradflow = self.path / "gradflow"
 
@@ -86,6 +93,41 @@ class RunFolder:
             raise ConfigError(f"{self.path} was made with another config; it differs in {'; '.join(differences)}")
         return True
 
+    def hold(self) -> str:
+        """Keep other trainings out of the folder until this process ends (rank 0).
+
+        Returns:
+            A mark of this training, by which other ranks recognise the folder.
+        Raises:
+            ConfigError: another training holds it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if held := _HELD.pop(self.lock.resolve(), None):
+                held.close()  # of a training in this process that is over
+            file = _HELD[self.lock.resolve()] = self.lock.open("a")
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = self.read_mark() or "another process"
+            raise ConfigError(f"run.dir: {self.path} is in use by {who}: wait, or choose another run.dir") from None
+        except OSError:  # a file system without locks
+            pass
+        mark = f"process {os.getpid()} on {socket.gethostname()} ({secrets.token_hex(8)})"
+        file.truncate(0)
+        file.write(mark)
+        file.flush()
+        return mark
+
+    def read_mark(self) -> str | None:
+        """What the training that holds the folder wrote; None: there is none to be seen."""
+        try:
+            return self.lock.read_text()
+        except OSError:
+            return None
+
     def create(self, cfg: Config, world_size: int) -> None:
         """Write the resolved configuration and the environment (rank 0).
 
@@ -93,7 +135,6 @@ class RunFolder:
             ConfigError: the folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
             replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: it marks a run
         except OSError as error:
@@ -121,8 +162,16 @@ class RunFolder:
 def replace_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: readers see the old or the new text, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        sync_file(file)
     os.replace(temporary, path)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Return when all that was written to the file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

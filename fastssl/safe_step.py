@@ -26,6 +26,7 @@ class SafeStep:
 
     Attributes:
         loss_scale: DeepSpeed's dynamic scaler for fp16, else None.
+        is_searching: Whether the first scale that fits has yet to be found: no step was taken.
     """
 
     def __init__(self, engine: Any, objective: Objective, cfg: TrainConfig) -> None:
@@ -36,6 +37,7 @@ class SafeStep:
         self._buffers = list(objective.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
         self.loss_scale = _build_loss_scale() if cfg.precision == "fp16" else None
+        self.is_searching = self.loss_scale is not None
         engine.torch_autocast_z0_gradscaler = None
         if self._is_partitioned:
             engine.optimizer.torch_autocast_gradscaler = None
@@ -65,24 +67,25 @@ class SafeStep:
             _copy(self._kept, self._buffers)
         if self.loss_scale is not None:
             self.loss_scale.update_scale(norm is None)
+            is_least = self.loss_scale.cur_scale <= self.loss_scale.min_scale
+            self.is_searching = self.is_searching and norm is None and not is_least
         return norm
-
-    def can_scale_lower(self) -> bool:
-        """Whether an overflow may be fp16's only, to be helped by a smaller scale."""
-        return self.loss_scale is not None and self.loss_scale.cur_scale > self.loss_scale.min_scale
 
     def figures(self) -> dict[str, float]:
         """What a row of metrics says of it: the loss scale of fp16."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cur_scale}
 
-    def state_dict(self) -> dict[str, float | int]:
+    def state_dict(self) -> dict[str, Any]:
         """What the loss scale depends on; empty without one."""
-        return {} if self.loss_scale is None else {name: getattr(self.loss_scale, name) for name in _SCALE_STATE}
+        if self.loss_scale is None:
+            return {}
+        return {name: getattr(self.loss_scale, name) for name in _SCALE_STATE} | {"is_searching": self.is_searching}
 
-    def load_state_dict(self, state: dict[str, float | int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a saved scale."""
-        for name, value in state.items():
-            setattr(self.loss_scale, name, value)
+        for name in _SCALE_STATE if state else ():
+            setattr(self.loss_scale, name, state[name])
+        self.is_searching = bool(state.get("is_searching", False))
 
     def _plain_step(self) -> float | None:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]

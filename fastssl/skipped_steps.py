@@ -9,6 +9,7 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.errors import DivergedError
 from fastssl.metrics import drop_rows_after
+from fastssl.run_folder import sync_file
 
 
 class SkippedSteps:
@@ -51,6 +52,7 @@ class SkippedSteps:
             row = {"step": step, "loss": str(loss), "sample_ids": sorted(all_ids.tolist())}
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+                sync_file(file)
         if self.in_a_row > self._max_in_a_row:
             what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
             raise DivergedError(

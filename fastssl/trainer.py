@@ -39,6 +39,7 @@ from fastssl.peers import Peers
 from fastssl.preemption import StopRequest
 from fastssl.run_folder import RunFolder, replace_text
 from fastssl.safe_step import SafeStep
+from fastssl.same_run import check_alike, check_shared
 from fastssl.schedules import learning_rate
 from fastssl.skipped_steps import SkippedSteps
 from fastssl.throughput import flops_per_image
@@ -56,17 +57,19 @@ class Trainer:
         ConfigError, pipelines.errors.DataError: what the user must mend, in one line.
     """
 
-    def __init__(self, cfg: Config, peers: Peers | None = None) -> None:
+    def __init__(self, cfg: Config, peers: Peers | None = None, stop_request: StopRequest | None = None) -> None:
         check_apex(cfg)
         self.cfg = cfg
         self.step = 0
         self.folder = RunFolder(cfg.run.dir)
-        resuming = self.folder.check_claim(cfg)
+        resuming = self.folder.check_claim(cfg)  # before the others are waited for, and below as the first rank sees it
         self.device = start_process(cfg.run)
         if peers:
             peers.watch(cfg.run, lambda: self.step)
         reader = open_train_reader(cfg.data)
         self.data_identity = [reader.num_samples, len(reader.mmap)]  # a resumed run must find the same file
+        check_alike(cfg, self.data_identity)
+        resuming = dist.from_first_rank(resuming)
         self.loader = build_loader(
             reader,
             cfg.data,
@@ -94,8 +97,9 @@ class Trainer:
         self.engine, self.optimizer = self._build_engine()
         self.safe_step = SafeStep(self.engine, self.objective, cfg.train)
         self.skipped = SkippedSteps(self.folder.nonfinite, cfg.train.max_skipped_steps)
-        self.stop_request = StopRequest()
+        self.stop_request = stop_request or StopRequest()
         self.must_stop = False  # what all ranks agreed on
+        self.checkpoint_due = False
         torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
         self.learning_rate = partial(
             learning_rate,
@@ -115,6 +119,7 @@ class Trainer:
             counts=OnlineProbe.COUNTS if self.probe else (),
         )
         self._claim_folder(resuming)
+        self.stop_request.listen_to_sigterm()
 
     def fit(self) -> None:
         """Train to the last epoch, from the checkpoint's position where the run was resumed."""
@@ -141,10 +146,14 @@ class Trainer:
             self.journal.add_step(self.step, values, settings)
             if self.step % self.steps_per_epoch == 0:
                 self.journal.end_epoch(self.step, len(self.loader.bad_samples.reasons))
-            if self._checkpoint_due():
+            self.checkpoint_due |= self._is_checkpoint_due()
+            # While steps are skipped the run may be diverging: the last good checkpoint stays the last.
+            is_sound = not self.skipped.in_a_row or self.step == self.total_steps
+            if self.checkpoint_due and is_sound:
                 self.save()
-            if self.must_stop and self.step < self.total_steps:
-                self._leave()
+                self.checkpoint_due = False
+                if self.must_stop and self.step < self.total_steps:
+                    self._leave()
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step.
@@ -161,7 +170,7 @@ class Trainer:
         h, z, loss = self.engine(batch.views)
         with during_backward(self.cfg, self.objective):
             self.safe_step.backward(loss)
-        can_scale_lower = self.safe_step.can_scale_lower()
+        is_searching = self.safe_step.is_searching
         wants_stop = torch.full((), float(self.stop_request.name is not None), device=self.device)  # waits for nothing
         dist.EXCHANGE.sum_(wants_stop)
         grad_norm = self.safe_step.step()
@@ -169,7 +178,7 @@ class Trainer:
         self.step += 1
         if grad_norm is None:
             mean_loss = dist.all_mean_(loss.detach().double().clone())
-            if not (can_scale_lower and torch.isfinite(mean_loss)):
+            if not (is_searching and torch.isfinite(mean_loss)):
                 self.skipped.note(self.step, mean_loss.item(), batch.sample_ids)
             return {}
         self.skipped.in_a_row = 0
@@ -180,6 +189,7 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
+        self.journal.sync()
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
         state: dict[str, Any] = {"data_identity": self.data_identity, "collapsed_since": self.journal.collapsed_since}
         state["loss_scale"] = self.safe_step.state_dict()
@@ -208,7 +218,6 @@ class Trainer:
         self.step = state["step"]
         self.journal.restore(state["sums"], state["collapsed_since"], state["world_size"])
         self.safe_step.load_state_dict(state["loss_scale"])
-        self.skipped.resume(self.step)
         if self.probe:
             self.probe.load_state_dict(state["probe"])
 
@@ -246,6 +255,7 @@ class Trainer:
         return self.probe.step(h, batch.labels, self.is_holdout[batch.sample_ids])
 
     def _claim_folder(self, resuming: bool) -> None:
+        check_shared(self.folder, dist.decided_by_first_rank(self.folder.hold))
         if dist.rank() == 0:
             if resuming:
                 drop_half_written(self.folder.checkpoints)
@@ -255,6 +265,7 @@ class Trainer:
         dist.barrier()
         if resuming:
             self._restore()
+            self.skipped.resume(self.step)
         self._say(self._headline())
         self.journal.open(self.folder, self.step)
 
@@ -271,9 +282,7 @@ class Trainer:
         dist.barrier()
         raise Preempted(f"asked to stop ({self.stop_request.name or 'another rank was'}): {how}")
 
-    def _checkpoint_due(self) -> bool:
-        if self.skipped.in_a_row and self.step < self.total_steps:
-            return False  # it may be diverging: keep the last good one
+    def _is_checkpoint_due(self) -> bool:
         epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
         at_epoch_end = in_epoch == 0 and epoch % self.cfg.run.checkpoint_every_epochs == 0
         every = self.cfg.run.checkpoint_every_steps
@@ -326,11 +335,14 @@ def take_weights(model: TwoViewModel, path: str) -> None:
         raise ConfigError(f"run.init_from: {path} is of another model, {weights['model']}: {reason}") from None
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config, stop_request: StopRequest | None = None) -> None:
     """Run one training to its end.
 
+    Args:
+        cfg: Its configuration.
+        stop_request: What has remembered signals until now.
     Raises:
         PeerLostError: another process of the run is lost.
     """
     with Peers() as peers:
-        Trainer(cfg, peers).fit()
+        Trainer(cfg, peers, stop_request).fit()

@@ -33,7 +33,7 @@ def start_training(arguments: Sequence[str], *, num_ranks: int, log: Path) -> li
     """
     port = free_port()
     ranks = [
-        _forkserver().Process(target=_train, args=(list(arguments), rank, num_ranks, port, log))
+        forkserver().Process(target=_train, args=(list(arguments), rank, num_ranks, port, log))
         for rank in range(num_ranks)
     ]
     for rank in ranks:
@@ -41,7 +41,8 @@ def start_training(arguments: Sequence[str], *, num_ranks: int, log: Path) -> li
     return ranks
 
 
-def _forkserver() -> multiprocessing.context.ForkServerContext:
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Makes processes that have the imports of a training behind them."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.imported", "tests.processes"])
@@ -49,13 +50,18 @@ def _forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 def _train(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path) -> None:
+    if num_ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
+    train_in_this_process(arguments, log)
+
+
+def train_in_this_process(arguments: list[str], log: Path) -> None:
+    """`fastssl train ARGUMENTS` from the repository's root, its output added to a file; ends the process."""
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.chdir(ROOT)
-    if num_ranks > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
-        os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
     from fastssl.cli import main
 
     sys.exit(main(["train", *arguments]))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,6 +31,18 @@ def test_prune_keeps_the_last_two_and_every_kth(tmp_path):
     assert names(tmp_path) == ["step_00000020", "step_00000025", "step_00000030"]
     prune(tmp_path, keep_every_steps=0)
     assert names(tmp_path) == ["step_00000025", "step_00000030"]
+
+
+def test_a_users_copy_is_left_alone(tmp_path):
+    make(tmp_path, "step_00000005", "step_00000005_best", "step_00000020", "step_00000025")
+    assert last_checkpoint(tmp_path) == tmp_path / "step_00000025"
+    prune(tmp_path, keep_every_steps=20)
+    assert names(tmp_path) == ["step_00000005_best", "step_00000020", "step_00000025"]
+
+
+def test_a_full_disk_is_one_line():
+    with pytest.raises(ConfigError, match=r"^/dev/full cannot be written \(No space left on device\): the checkpoint"):
+        save_file({"x": torch.zeros(1 << 16)}, Path("/dev/full"))
 
 
 def make_whole(root, step):

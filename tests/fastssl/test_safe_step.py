@@ -132,7 +132,29 @@ def test_an_overflow_halves_the_scale_and_the_state_goes_on():
     assert safe.loss_scale.cur_scale == 2.0**39
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(safe, objective), strict=True))
     other, _ = build(0, "fp16")
+    assert other.is_searching
     other.load_state_dict(safe.state_dict())
     assert other.state_dict() == safe.state_dict()
     assert other.loss_scale.cur_scale == 2.0**39
     assert other.loss_scale.last_overflow_iter == 0
+
+
+def test_the_search_for_a_scale_ends_with_the_first_step_and_goes_no_further_than_the_least():
+    """Steps that are skipped in it are nobody's fault; later ones are counted against train.max_skipped_steps."""
+    safe, _ = build(0, "fp16")
+    assert safe.is_searching
+    while take(safe, 0) is None:
+        assert safe.is_searching
+    assert not safe.is_searching
+    safe.loss_scale.cur_scale = 2.0**40
+    assert take(safe, 0) is None
+    assert not safe.is_searching
+
+    hopeless, _ = build(0, "fp16")
+    num_skipped = 0
+    while hopeless.is_searching:
+        assert take(hopeless, 0, bad=True) is None
+        num_skipped += 1
+    assert hopeless.loss_scale.cur_scale == 1
+    assert num_skipped == 16  # from 2^16
+    assert not build(0)[0].is_searching

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +14,15 @@ from tests.processes import ROOT, environment
 from tests.runs import assert_same_end
 
 
-def start_until_step(command, run, *, step):
-    """A training that has logged `step`."""
-    process = subprocess.Popen(
+def start(command):
+    return subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def start_until_step(command, run, *, step):
+    """A training that has logged `step`."""
+    process = start(command)
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_rows(run / "metrics.jsonl")):
         assert process.poll() is None, "the run ended before it was asked to"
@@ -47,6 +52,36 @@ def test_a_signal_ends_the_run_at_a_checkpoint_and_it_goes_on_bit_for_bit(number
     assert not (run / "preempted").exists()
     assert command(*TRAIN, tiny_config, *settings, f"run.dir={whole}").returncode == 0
     assert_same_end(whole, run)
+
+
+@pytest.mark.slow
+def test_usr1_while_a_training_starts_ends_it_after_its_first_step(tiny_config):
+    run = run_of(tiny_config)
+    process = subprocess.Popen(
+        [*TRAIN, str(tiny_config)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not listens(process.pid, signal.SIGUSR1):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "goes on after step 1 of 20" in out
+    assert last_checkpoint(run / "checkpoints") == run / "checkpoints/step_00000001"
+    assert (run / "preempted").exists()
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process handles a signal itself, as the kernel says."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,52 @@
+"""A run's folder is one training's at a time."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastssl.errors import ConfigError
+from fastssl.run_folder import RunFolder, replace_text
+
+OTHER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("process 7 on elsewhere", end="", file=file, flush=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_against_others_until_its_training_is_killed(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert folder.read_mark() is None
+    folder.path.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", OTHER, folder.lock], stdout=subprocess.PIPE, text=True)
+    assert other.stdout
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="run is in use by process 7 on elsewhere: wait"):
+        folder.hold()
+    other.kill()
+    other.wait()
+    mark = folder.hold()
+    assert folder.read_mark() == mark
+
+
+def test_a_training_after_another_in_one_process_has_a_mark_of_its_own(tmp_path):
+    first, second = RunFolder(tmp_path).hold(), RunFolder(tmp_path).hold()
+    assert first != second
+    assert RunFolder(tmp_path).read_mark() == second
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file/run cannot be written"):
+        RunFolder(tmp_path / "file/run").hold()
+
+
+def test_text_is_replaced_as_a_whole(tmp_path):
+    replace_text(tmp_path / "a", "old")
+    replace_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
