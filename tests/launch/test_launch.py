@@ -43,7 +43,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>"$REQUEUED"; fi
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Run the sbatch script as a job of two tasks; .requeued has what was asked of scontrol."""
+    """Run the sbatch script as a job of two tasks; .requeued has what was asked of scontrol, .srun is its srun."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -52,14 +52,15 @@ def slurm(tmp_path):
 
     class Slurm:
         requeued = tmp_path / "requeued"
+        srun = programs / "srun"
 
-        def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        def run(self, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
             # The job's number gives the port: a free one is wanted.
             job_id = str(int(free_port()) % 10000)
             found = environment()
             found |= {"PATH": f"{programs}{os.pathsep}{found['PATH']}", "REQUEUED": str(self.requeued)}
             found |= {"SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node-a", "SLURM_NTASKS": "2"}
-            found |= {"SLURM_NTASKS_PER_NODE": "2"}
+            found |= {"SLURM_NTASKS_PER_NODE": "2"} | variables
             script = [str(LAUNCH / "slurm.sbatch"), *map(str, arguments)]
             return subprocess.run(script, cwd=ROOT, env=found, capture_output=True, text=True, timeout=280)
 
@@ -153,13 +154,34 @@ def test_the_sbatch_script_trains(slurm, tiny_config):
     assert not slurm.requeued.exists()
 
 
-@pytest.mark.slow
-def test_the_sbatch_script_asks_for_another_start(slurm, tmp_path):
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, True), (2, False)], ids=["preempted", "failed"])
+def test_only_a_run_that_has_saved_is_started_again(slurm, tmp_path, code, is_requeued):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "preempted").write_text("")
-    slurm.run("/no/such.yaml", run)  # the training itself has nothing to do with it
-    assert slurm.requeued.read_text().startswith("requeue ")
+    (run / "preempted").write_text("")  # of this start, or, where the training failed, of an earlier one
+    slurm.srun.write_text(f"#!/usr/bin/env bash\nexit {code}\n")
+    done = slurm.run("tiny.yaml", run)
+    assert done.returncode == code, done.stderr
+    assert slurm.requeued.exists() == is_requeued
+    if is_requeued:
+        assert slurm.requeued.read_text().startswith("requeue ")
+
+
+def test_a_run_that_is_complete_is_not_started_again(slurm, tmp_path):
+    slurm.srun.write_text("#!/usr/bin/env bash\n")
+    assert slurm.run("tiny.yaml", tmp_path).returncode == 0
+    assert not slurm.requeued.exists()
+
+
+def test_srun_is_told_of_the_cores(slurm, tmp_path):
+    slurm.srun.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    options, _, command = slurm.run("tiny.yaml", tmp_path, SLURM_CPUS_PER_TASK="12").stdout.partition(
+        " launch/rank.sh "
+    )
+    assert options.split() == ["--kill-on-bad-exit=1", "--cpus-per-task=12"]
+    assert command.split()[:2] == ["python", "-u"]
+    without = slurm.run("tiny.yaml", tmp_path, SLURM_CPUS_PER_TASK="").stdout
+    assert without.startswith("--kill-on-bad-exit=1 launch/rank.sh ")
 
 
 @pytest.mark.slow
