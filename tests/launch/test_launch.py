@@ -1,6 +1,7 @@
 """The launch examples, as far as a machine without a cluster can try them."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,11 @@ exit "$worst"
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>"$REQUEUED"; fi
 """
+
+
+def expanded(words: list[str], variables: dict[str, str]) -> list[str]:
+    """Put variables in the place of $(NAME), as Kubernetes does."""
+    return [re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], word) for word in words]
 
 
 @pytest.fixture
@@ -138,9 +144,57 @@ def test_pytorchjob():
         assert str(container["resources"]["limits"]["nvidia.com/gpu"]) == spec["nprocPerNode"]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
-        _, _, config, _, *overrides = container["args"]
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        _, _, config, _, *overrides = expanded(container["args"], variables)
         cfg = load_config(ROOT / config, overrides)
         assert cfg.run.resume == "auto"
+        assert cfg.run.dir == variables["RUN"]
+        assert int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """Start a pod's command with a stand-in for torchrun, as the container's process."""
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    (tmp_path / "programs").mkdir()
+
+    def start(torchrun: str) -> subprocess.Popen[str]:
+        program = tmp_path / "programs" / "torchrun"
+        program.write_text(f"#!/usr/bin/env bash\n{torchrun}\n")
+        program.chmod(0o755)
+        found = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "RUN": str(tmp_path / "run")}
+        command = expanded([*container["command"], *container["args"]], found)
+        return subprocess.Popen(command, env=found, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    (tmp_path / "run").mkdir()
+    return start
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "code"),
+    [
+        ("exit 0", 0),
+        ('touch "$RUN/preempted"', 75),
+        ('touch "$RUN/preempted"; exit 3', 3),  # of an earlier start
+    ],
+    ids=["complete", "preempted", "failed"],
+)
+def test_a_pod_is_started_again_until_the_run_is_complete(pod, tmp_path, torchrun, code):
+    process = pod(f'echo "$@"; {torchrun}')
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert out.startswith("fastssl/train.py --cfg ")
+    assert f"run.dir={tmp_path / 'run'} " in out
+    assert ("not complete" in err) == (code == 75)
+
+
+def test_a_pod_passes_sigterm_on_and_waits(pod):
+    process = pod("trap 'sleep 0.5; echo saved; exit 1' TERM; echo up; while :; do sleep 0.1; done")
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    out, _ = process.communicate(timeout=20)
+    assert (out, process.returncode) == ("saved\n", 1)
 
 
 @pytest.mark.dist
