@@ -1,10 +1,14 @@
-"""One rank of the all-reduce that the doctor times: python -m fastssl.doctor.all_reduce BACKEND NUM_RANKS STORE RANK"""
+"""One rank of the all-reduce that the doctor times: python -m fastssl.doctor.all_reduce BACKEND NUM_RANKS FOLDER RANK
+
+The ranks meet in FOLDER, and rank 0 leaves its times in FOLDER/found.json: stdout is NCCL's.
+"""
 
 import json
 import statistics
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
@@ -14,13 +18,19 @@ _NUM_FLOATS = 4 << 20  # 16 MB
 _TIMEOUT = timedelta(seconds=120)
 
 
-def time_all_reduce(backend: str, num_ranks: int, store_path: str, rank: int) -> dict[str, float]:
+def time_all_reduce(backend: str, num_ranks: int, folder: Path, rank: int) -> dict[str, float]:
     """Medians of 20 times.
+
+    Args:
+        backend: gloo or nccl.
+        num_ranks: Processes that make this call, each on a GPU of its own with nccl.
+        folder: Where they meet; empty before.
+        rank: Of this process.
 
     Returns:
         latency_ms of one float, bytes_per_s of 16 MB.
     """
-    store = torch_dist.FileStore(store_path, num_ranks)  # pyright: ignore[reportPrivateImportUsage]
+    store = torch_dist.FileStore(str(folder / "store"), num_ranks)  # pyright: ignore[reportPrivateImportUsage]
     if backend == "nccl":
         torch.cuda.set_device(rank)
     torch_dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=_TIMEOUT)
@@ -42,5 +52,7 @@ def _median_s(x: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    found = time_all_reduce(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
-    print(json.dumps(found))
+    _, backend, num_ranks, folder, rank = sys.argv
+    found = time_all_reduce(backend, int(num_ranks), Path(folder), int(rank))
+    if rank == "0":
+        Path(folder, "found.json").write_text(json.dumps(found))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import psutil
 from fastssl.doctor.finding import Finding, Node
 
 _TIMEOUT_S = 180  # two processes import torch, on a busy machine too
+_POLL_S = 0.02
 _MAX_RANKS = 8
 
 
@@ -72,32 +74,56 @@ def _finding(backend: str, num_ranks: int) -> Finding:
 def _all_reduce(backend: str, num_ranks: int) -> tuple[float, float]:
     """(ms of one number, bytes a second of 16 MB) as rank 0 measures them, in processes of their own.
 
+    Their stdout is NCCL's, which prints its version and its log there.
+
     Raises:
         RuntimeError: they fail, or do not end in time.
     """
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    ranks: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fastssl.doctor.all_reduce", backend, str(num_ranks), f"{folder}/store"]
-        root = str(Path(__file__).resolve().parents[2])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for rank in range(num_ranks)
-        ]
+        said = [Path(folder, f"rank{rank}.txt") for rank in range(num_ranks)]
         try:
-            said = [rank.communicate(timeout=_TIMEOUT_S) for rank in ranks]
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"no end within {_TIMEOUT_S} s") from None
+            for rank, file in enumerate(said):
+                command = [
+                    sys.executable,
+                    "-m",
+                    "fastssl.doctor.all_reduce",
+                    backend,
+                    str(num_ranks),
+                    folder,
+                    str(rank),
+                ]
+                with file.open("wb") as err:
+                    ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=err))
+            failed = _first_failure(ranks)
         finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    for rank, (_, err) in zip(ranks, said, strict=True):
-        if rank.returncode:
-            raise RuntimeError((err.strip().splitlines() or [f"exit code {rank.returncode}"])[-1][:200])
-    found = json.loads(said[0][0])
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if failed is not None:
+            lines = said[failed].read_text(errors="replace").strip().splitlines()
+            reason = lines[-1][:200] if lines else f"exit code {ranks[failed].returncode}"
+            raise RuntimeError(f"rank {failed}: {reason}")
+        found = json.loads(Path(folder, "found.json").read_text())
     return found["latency_ms"], found["bytes_per_s"]
+
+
+def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Which rank failed first, the others being left to wait for it; None: all have ended well.
+
+    Raises:
+        RuntimeError: they do not end in time.
+    """
+    end_s = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < end_s:
+        codes = [process.poll() for process in ranks]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None or None not in codes:
+            return failed
+        time.sleep(_POLL_S)
+    raise RuntimeError(f"no end within {_TIMEOUT_S} s")
 
 
 def _some_match(wanted: str, names: dict[str, list[str]]) -> bool:

@@ -13,7 +13,7 @@ from fastssl.doctor import CHECKS, _examined, doctor, examine
 from fastssl.doctor.finding import Finding, Node
 from fastssl.doctor.gpu import check_gpu, check_triton
 from fastssl.doctor.machine import check_memory, cpu_quota
-from fastssl.doctor.network import check_interfaces
+from fastssl.doctor.network import check_gloo, check_interfaces
 from fastssl.doctor.software import check_apex, check_packages
 from fastssl.doctor.storage import check_data, check_run_dir
 from tests.processes import ROOT, environment
@@ -155,6 +155,26 @@ def test_an_interface_that_is_not_there(monkeypatch):
     for harmless in ("lo", "^docker0"):
         monkeypatch.setenv("NCCL_SOCKET_IFNAME", harmless)
         assert check_interfaces(Node()).status in ("ok", "warn")
+
+
+@pytest.mark.slow
+def test_what_nccl_prints_is_not_taken_for_the_answer(tmp_path, monkeypatch):
+    shout = "os.write(1, b'NCCL version 2.28.9+cuda13.0\\n')"
+    (tmp_path / "sitecustomize.py").write_text(f"import atexit, os\n{shout}\natexit.register(lambda: {shout})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = check_gloo(Node())
+    assert found.status == "ok", found
+    assert "over 2 processes of this host" in found.detail
+
+
+def test_the_rank_that_failed_is_named_without_waiting_for_the_other(tmp_path, monkeypatch):
+    dies = "if sys.orig_argv[-1] == '1':\n    os.write(2, b'no such device\\n')\n    os._exit(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys\n{dies}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("fastssl.doctor.network._TIMEOUT_S", 20)
+    found = check_gloo(Node())
+    assert found.status == "fail"
+    assert "(rank 1: no such device)" in found.detail
 
 
 def test_the_other_apex(tmp_path, monkeypatch):
