@@ -31,15 +31,20 @@ def check_apex(cfg: "Config") -> None:
     Raises:
         ConfigError: apex is not there, is another project, lacks its CUDA extensions, or there is no GPU.
     """
+    if refusal := why_refused(cfg):
+        raise ConfigError(f"{refusal}; or leave the key out for torch's own")
+
+
+def why_refused(cfg: "Config") -> str | None:
+    """Why this machine cannot serve a configuration that asks for apex, in one line; None: it can, or none is asked."""
     asked = {"optim.impl": cfg.optim.impl, "model.layer_norm": cfg.model.layer_norm}
     keys = [f"{key}=apex" for key, impl in asked.items() if impl == "apex"]
     if not keys:
-        return
+        return None
     reason = why_no_apex()
     if reason is None and (cfg.run.device == "cpu" or not torch.cuda.is_available()):
         reason = "its kernels need a GPU"
-    if reason:
-        raise ConfigError(f"{' and '.join(keys)}: {reason}; or leave the key out for torch's own")
+    return reason and f"{' and '.join(keys)}: {reason}"
 
 
 def why_no_apex() -> str | None:

@@ -76,16 +76,19 @@ def check_dali(node: Node) -> Finding:
     return Finding("ok", detail)
 
 
-def check_apex(_: Node) -> Finding:
-    """NVIDIA's apex (optional, used by nothing here), or the public index's project of that name."""
-    found = next((each for each in distributions() if (each.metadata["Name"] or "").lower() == "apex"), None)
-    if found is None:
-        return Finding("not here", "apex is not installed; nothing here needs it")
-    files = {str(file).split("/")[0] for file in found.files or ()}
-    is_nvidia = importlib.util.find_spec("apex.optimizers") is not None or "apex_C" in " ".join(files)
-    if not is_nvidia:
-        return Finding("warn", f"apex {found.version} is another project's, not NVIDIA's", "pip uninstall apex")
-    return Finding("ok", f"NVIDIA's apex {found.version}; nothing here needs it")
+def check_apex(node: Node) -> Finding:
+    """NVIDIA's apex, which a run needs that asks for it; a foreign package of that name is not imported."""
+    from fastssl.nvidia_apex import why_no_apex, why_refused
+
+    refusal = why_refused(node.cfg) if node.cfg else None
+    if refusal:
+        return Finding("fail", refusal, "mend that, or leave the key out for torch's own")
+    reason = why_no_apex()
+    if reason is None:
+        return Finding("ok", f"NVIDIA's apex {package_version('apex') or 'of unknown version'} imports")
+    if importlib.util.find_spec("apex") is None:
+        return Finding("not here", f"{reason}; optim.impl=apex and model.layer_norm=apex alone need it")
+    return Finding("warn", reason, "pip uninstall apex, where nothing else needs it")
 
 
 def _pins() -> dict[str, str]:

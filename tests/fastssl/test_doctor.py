@@ -1,5 +1,6 @@
 """The doctor on this machine as it is, and on one that lacks something."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -177,18 +178,31 @@ def test_the_rank_that_failed_is_named_without_waiting_for_the_other(tmp_path, m
     assert "(rank 1: no such device)" in found.detail
 
 
-def test_the_other_apex(tmp_path, monkeypatch):
-    package = tmp_path / "apex-0.9.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: apex\nVersion: 0.9\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_the_other_apex_is_named_and_not_imported(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
+    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "apex" / "optimizers.py").write_text("")  # NVIDIA's is a folder
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
     found = check_apex(Node())
     assert found.status == "warn"
-    assert "not NVIDIA's" in found.detail
-    (tmp_path / "apex" / "optimizers.py").write_text("")
-    assert check_apex(Node()).status == "ok"
+    assert "is not NVIDIA apex but another project" in found.detail
+    assert "pip uninstall apex" in found.advice
+    wanted = check_apex(Node(cfg=build_config({"run": {"device": "cuda"}, "optim": {"impl": "apex"}})))
+    assert wanted.status == "fail"
+    assert "optim.impl=apex: " in wanted.detail
+    assert "another project" in wanted.detail
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="there is an apex")
+def test_a_missing_apex_fails_a_run_that_asks_for_it():
+    for asks in ({"optim": {"impl": "apex"}}, {"model": {"layer_norm": "apex"}}):
+        found = check_apex(Node(cfg=build_config({"run": {"device": "cuda"}} | asks)))
+        assert found.status == "fail"
+        assert "=apex: NVIDIA apex is not installed" in found.detail
+        assert "leave the key out" in found.advice
+    for node in (Node(), Node(cfg=build_config({}))):
+        assert check_apex(node).status == "not here"
 
 
 def test_packages_are_compared_with_what_was_tried():
