@@ -15,7 +15,8 @@ Gradients of gamma and beta are each rank's own sums: the engine averages them, 
 W dL/dy from each rank (docs/adr/0003-pair-sums-and-gradients-across-ranks.md); dL/dx is linear in gy, so with sums over
 ranks, not means, each rank has its W dL/dx.
 
-torch.nn.SyncBatchNorm refuses CPU tensors.
+torch.nn.SyncBatchNorm refuses CPU tensors. torch's plain batch norm takes E[x^2] - E[x]^2 of channels-last fp32 tensors
+on the CPU, so one process alone normalises here too: as many of them do. On a GPU it takes cuDNN's, which is as exact.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ from fastssl import dist
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose statistics are those of all ranks together; with one rank, or in eval mode, plain batch norm.
+    """Batch norm whose statistics are those of all ranks together; in eval mode, or alone on a GPU, torch's own.
 
     Ranks may hold unequal numbers of images. Children, such as the activation of a timm layer, are applied after it.
     """
@@ -38,9 +39,10 @@ class SyncBatchNorm(_BatchNorm):
         """y [B, C, ...] of x, in its dtype and memory format; all ranks must call it, in the same order.
 
         Raises:
-            ValueError: x has fewer than two dimensions.
+            ValueError: x has fewer than two dimensions, or one value of a channel while training.
         """
-        y = self._normalize(x) if self.training and dist.world_size() > 1 else super().forward(x)
+        is_own = self.training and (dist.world_size() > 1 or x.device.type == "cpu")
+        y = self._normalize(x) if is_own else super().forward(x)
         for after in self.children():
             y = after(y)
         return y
@@ -48,6 +50,8 @@ class SyncBatchNorm(_BatchNorm):
     @torch.compiler.disable()  # a compiler would have to trace the collectives
     def _normalize(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
+        if dist.world_size() == 1 and x.numel() <= x.shape[1]:
+            raise ValueError(f"batch norm wants more than one value of a channel while training, got {list(x.shape)}")
         y, mean, variance, num_values = _Normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
         self._track(mean, variance * (num_values / (num_values - 1)))
         return y
