@@ -29,15 +29,16 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]
 
     Returns:
         What all ranks share: "parameters" (fp32, by name; ZeRO's master weights where there are such), "buffers" (by
-        name; the mean over ranks of those that differ), "optimizer" (by name, then by key) and "counters"; of
-        parameters and optimizer a rank other than the first gets a part only. And this rank's buffers that differ.
+        name; the mean over ranks of those that differ), "optimizer" (by name, then by key), "counters" and, where the
+        optimizer's groups count their steps as NVIDIA apex's do, "group_steps"; of parameters and optimizer a rank
+        other than the first gets a part only. And this rank's buffers that differ.
     """
     parameters = {name: _on_cpu(value) for name, value in engine.module.named_parameters()}
     optimizer: OptimizerState = {}
     if _is_partitioned(engine):
         for group in _flat_groups(engine):
             parameters |= _gather(group, group.piece)
-            _collect_group(group, engine.optimizer.optimizer.state.get(group.piece, {}), optimizer)
+            _collect_group(group, _client_optimizer(engine).state.get(group.piece, {}), optimizer)
     else:
         for name, parameter in _optimized(engine):
             state = engine.optimizer.state.get(parameter, {})
@@ -49,6 +50,9 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]
         "optimizer": optimizer,
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
     }
+    group_steps = [group.get("step") for group in _client_optimizer(engine).param_groups]
+    if any(step is not None for step in group_steps):
+        shared["group_steps"] = group_steps
     return shared, own_buffers
 
 
@@ -90,6 +94,11 @@ class _FlatGroup:
 
 def _is_partitioned(engine: Any) -> bool:
     return engine.zero_optimization_stage() > 0
+
+
+def _client_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The one that was given to DeepSpeed; its groups are the same at every stage, their parameters are not."""
+    return engine.optimizer.optimizer if _is_partitioned(engine) else engine.optimizer
 
 
 def _names(engine: Any) -> dict[int, str]:
@@ -145,15 +154,14 @@ def _cut(group: _FlatGroup, values: Mapping[str, Tensor]) -> Tensor:
 
 def _restore_optimizer(engine: Any, shared: Mapping[str, Any]) -> None:
     saved: OptimizerState = shared["optimizer"]
-    if not _is_partitioned(engine):
-        states = [saved.get(name, {}) for name, _ in _optimized(engine)]
-        _load_states(engine.optimizer, states)
-        return
     states = []
-    for group in _flat_groups(engine):
-        group.piece.data.copy_(_cut(group, shared["parameters"]))
-        states.append(_piece_state(group, saved))
-    _load_states(engine.optimizer.optimizer, states)
+    if _is_partitioned(engine):
+        for group in _flat_groups(engine):
+            group.piece.data.copy_(_cut(group, shared["parameters"]))
+            states.append(_piece_state(group, saved))
+    else:
+        states = [saved.get(name, {}) for name, _ in _optimized(engine)]
+    _load_states(_client_optimizer(engine), states, shared.get("group_steps", ()))
 
 
 def _piece_state(group: _FlatGroup, saved: OptimizerState) -> dict[str, Any]:
@@ -169,9 +177,14 @@ def _piece_state(group: _FlatGroup, saved: OptimizerState) -> dict[str, Any]:
     return state
 
 
-def _load_states(optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]]) -> None:
+def _load_states(
+    optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]], group_steps: Sequence[int | None]
+) -> None:
     """Give each parameter of the optimizer its state; torch creates what is not there and moves it to the device."""
     groups = optimizer.state_dict()["param_groups"]
+    for index, step in enumerate(group_steps):  # none at all, where the optimizer counts by parameter
+        if step is not None:
+            groups[index]["step"] = step
     optimizer.load_state_dict({"state": {i: s for i, s in enumerate(states) if s}, "param_groups": groups})
 
 

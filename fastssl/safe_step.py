@@ -91,16 +91,26 @@ class SafeStep:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         scale = 1.0 if self.loss_scale is None else self.loss_scale.cur_scale
         norm = torch.nn.utils.get_total_norm(gradients).item() / scale
-        if math.isfinite(norm):
-            # As DeepSpeed's ZeRO optimizers clip; here it would clip the gradients of the scaled loss.
-            clip = max(1.0, (norm + 1e-6) / self._max_norm) if self._max_norm else 1.0
-            if scale * clip != 1:
-                torch._foreach_mul_(gradients, 1 / (scale * clip))  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            for parameter in self._parameters:
-                parameter.grad = None  # then the engine counts a step, and its optimizer takes none
+        if not math.isfinite(norm):
+            self._step_without_gradients()
+            return None
+        # As DeepSpeed's ZeRO optimizers clip; here it would clip the gradients of the scaled loss.
+        clip = max(1.0, (norm + 1e-6) / self._max_norm) if self._max_norm else 1.0
+        if scale * clip != 1:
+            torch._foreach_mul_(gradients, 1 / (scale * clip))  # pyright: ignore[reportPrivateImportUsage]
         self.engine.step()
-        return norm if math.isfinite(norm) else None
+        return norm
+
+    def _step_without_gradients(self) -> None:
+        """The engine counts a step, and its optimizer takes none; NVIDIA apex's would count it in their groups."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        groups = self.engine.optimizer.param_groups
+        kept = [dict(group) for group in groups]
+        self.engine.step()
+        for group, before in zip(groups, kept, strict=True):
+            group.clear()
+            group.update(before)
 
     def _partitioned_step(self) -> float | None:
         self.engine.step()

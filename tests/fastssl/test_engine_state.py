@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.engine_state import collect_engine_state, restore_engine_state
+from tests.group_counts import AdamByGroup
 from tests.processes import ROOT, environment, free_port
 
 STAGES = {
@@ -27,6 +28,7 @@ STAGES = {
 OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01),
+    "adam by group": lambda groups: AdamByGroup(groups, lr=0.01),
 }
 GLOBAL_BATCH_SIZE = 12
 
@@ -93,6 +95,8 @@ def save(rank: int, world_size: int, folder: Path) -> None:
         assert "derived" not in shared["buffers"]
         if rank == 0:
             assert not any(start["optimizer"].values())
+            assert "group_steps" not in start
+            assert shared.get("group_steps") == ([3, 3] if optimizer == "adam by group" else None)
             assert shared["optimizer"].keys() == {n for n, p in engine.module.named_parameters() if p.requires_grad}
             assert not torch.equal(start["parameters"]["scale"], shared["parameters"]["scale"])
             torch.save(shared, folder / f"{optimizer}_{stage}.pt")

@@ -13,6 +13,7 @@ from fastssl.losses import build_loss
 from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.safe_step import INITIAL_LOSS_SCALE, SafeStep
+from tests.group_counts import AdamByGroup
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -36,7 +37,11 @@ def one_process_alone():
 TINY = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 
 
-def build(zero_stage=0, precision="fp32", loss="minc", **train):
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def build(zero_stage=0, precision="fp32", loss="minc", build_optimizer=sgd, **train):
     """A small objective with batch norm, a target and a moment, its engine and its steps."""
     import deepspeed
 
@@ -52,7 +57,7 @@ def build(zero_stage=0, precision="fp32", loss="minc", **train):
     start_process(cfg.run)
     torch.manual_seed(0)
     objective = Objective(TwoViewModel(cfg.model, 16), build_loss(cfg.loss, 8))
-    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1, momentum=0.9)
+    optimizer = build_optimizer(objective.parameters())
     config = build_ds_config(cfg, world_size=1)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)
     return SafeStep(engine, objective, cfg.train), objective
@@ -93,6 +98,19 @@ def test_a_step_that_is_not_finite_changes_nothing(zero_stage):
     later = zip(state_of(safe, objective), state_of(undisturbed, other), strict=True)
     assert all(torch.equal(a, b) for a, b in later)
     assert all(a.isfinite().all() for a in state_of(safe, objective))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_step_that_is_not_finite_is_not_counted_by_an_optimizers_groups(zero_stage):
+    safe, _ = build(zero_stage, build_optimizer=lambda parameters: AdamByGroup(parameters, lr=0.01))
+    (group,) = safe.engine.optimizer.param_groups
+    assert take(safe, 0, bad=True) is None
+    assert "step" not in group
+    assert take(safe, 1) > 0
+    assert take(safe, 2, bad=True) is None
+    assert group["step"] == 1
+    assert take(safe, 3) > 0
+    assert group["step"] == 2
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
