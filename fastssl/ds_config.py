@@ -32,6 +32,15 @@ _OURS = {
     "train_micro_batch_size_per_gpu": "data.global_batch_size",
     "gradient_clipping": "train.grad_clip_norm",
 }
+_REFUSED_IN_ZERO = {
+    "offload_optimizer": "set train.offload_optimizer instead",
+    "cpu_offload": "set train.offload_optimizer instead",
+    "offload_param": "ZeRO 3 alone moves parameters, which train.zero_stage does not allow; leave it out",
+    "cpu_offload_param": "ZeRO 3 alone moves parameters, which train.zero_stage does not allow; leave it out",
+    "compute_grad_norm": "fastssl needs the norm, to know a step that is not finite and to log it; leave it out",
+    "zenflow": "it takes some steps late, from older gradients: another training; use train.offload_optimizer alone",
+    "legacy_stage1": "DeepSpeed no longer has it; set train.zero_stage=1 instead",
+}
 
 
 def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
@@ -48,7 +57,8 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
         The dictionary for `deepspeed.initialize(config=...)`.
 
     Raises:
-        ConfigError: `ds` says what another key of the configuration says, or what DeepSpeed would not read.
+        ConfigError: `ds` says what another key of the configuration says, what DeepSpeed would not read or cannot do
+            at this stage, or what would make another training of it.
     """
     zero: dict[str, Any] = {"stage": cfg.train.zero_stage}
     if cfg.train.offload_optimizer:
@@ -75,7 +85,10 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
             raise ConfigError(f"ds.{section}: set {_OURS[section]} instead, DeepSpeed's is written from it")
         if section not in PASSED:
             raise ConfigError(f"ds.{section}: not passed on to DeepSpeed; what can be: {', '.join(PASSED)}")
-    return _merged(own, cfg.ds, "ds")
+    merged = _merged(own, cfg.ds, "ds")
+    _check_zero(cfg)
+    _check_averaging(cfg)
+    return merged
 
 
 def _merged(own: dict[str, Any], raw: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -89,3 +102,27 @@ def _merged(own: dict[str, Any], raw: Mapping[str, Any], key: str) -> dict[str, 
         else:
             raise ConfigError(f"{key}.{name}: fastssl writes it from its own keys (see fastssl/ds_config.py)")
     return merged
+
+
+def _check_zero(cfg: Config) -> None:
+    section = cfg.ds.get("zero_optimization", {})
+    for name, reason in _REFUSED_IN_ZERO.items():
+        if name in section and not (name == "offload_optimizer" and cfg.train.offload_optimizer):
+            raise ConfigError(f"ds.zero_optimization.{name}: {reason}")
+    bucket_size = section.get("allgather_bucket_size", 0)
+    if isinstance(bucket_size, int | float) and bucket_size % 2:
+        raise ConfigError(f"ds.zero_optimization.allgather_bucket_size: must be even, not {bucket_size}")
+
+
+def _check_averaging(cfg: Config) -> None:
+    """What DeepSpeed would end with a traceback at."""
+    data_type = cfg.ds.get("communication_data_type", "fp32")
+    if str(data_type).lower() not in ("fp16", "bf16", "fp32"):
+        raise ConfigError(f"ds.communication_data_type: must be fp16, bf16 or fp32, not {data_type!r}")
+    factor = cfg.ds.get("gradient_predivide_factor", 1.0)
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise ConfigError(f"ds.gradient_predivide_factor: must be a number > 0, not {factor!r}")
+    scatters = cfg.train.zero_stage == 2 and cfg.ds.get("zero_optimization", {}).get("reduce_scatter", True)
+    if scatters and (factor != 1 or cfg.ds.get("prescale_gradients")):
+        name = "prescale_gradients" if factor == 1 else "gradient_predivide_factor"
+        raise ConfigError(f"ds.{name}: with train.zero_stage=2 set ds.zero_optimization.reduce_scatter=false too")

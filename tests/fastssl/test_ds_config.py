@@ -41,6 +41,69 @@ def test_what_fastssl_writes_is_not_written_twice(ds, parts):
     assert all(part in str(error.value) for part in parts)
 
 
+ZERO = "ds.zero_optimization"
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("offload_optimizer", {"device": "cpu"}, ["train.offload_optimizer"]),
+        ("cpu_offload", True, ["train.offload_optimizer"]),
+        ("offload_param", {"device": "cpu"}, ["ZeRO 3"]),
+        ("cpu_offload_param", True, ["ZeRO 3"]),
+        ("compute_grad_norm", False, ["the norm", "leave it out"]),
+        ("zenflow", {"topk_ratio": 0.1}, ["another training"]),
+        ("legacy_stage1", True, ["train.zero_stage=1"]),
+        ("allgather_bucket_size", 11, ["even", "11"]),
+    ],
+)
+def test_what_would_be_another_training_or_a_traceback_is_refused(key, value, parts, zero_stage):
+    with pytest.raises(ConfigError) as error:
+        build_ds_config(config(ds={"zero_optimization": {key: value}}, train={"zero_stage": zero_stage}), world_size=1)
+    assert all(part in str(error.value) for part in (f"{ZERO}.{key}", *parts))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ds", "parts"),
+    [
+        ({"communication_data_type": "int8"}, ["ds.communication_data_type", "bf16", "'int8'"]),
+        ({"gradient_predivide_factor": 0}, ["ds.gradient_predivide_factor", "> 0", "0"]),
+        ({"gradient_predivide_factor": 2}, ["ds.gradient_predivide_factor", f"{ZERO}.reduce_scatter=false"]),
+        ({"prescale_gradients": True}, ["ds.prescale_gradients", f"{ZERO}.reduce_scatter=false"]),
+    ],
+)
+def test_averages_that_deepspeed_cannot_take_at_stage_2(ds, parts):
+    with pytest.raises(ConfigError) as error:
+        build_ds_config(config(ds=ds, train={"zero_stage": 2}), world_size=1)
+    assert all(part in str(error.value) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("ds", "train"),
+    [
+        ({"prescale_gradients": True, "gradient_predivide_factor": 2.0}, {"zero_stage": 1}),
+        ({"prescale_gradients": True, "zero_optimization": {"reduce_scatter": False}}, {"zero_stage": 2}),
+        ({"communication_data_type": "BF16"}, {"zero_stage": 2}),
+        ({"zero_optimization": {"overlap_comm": True, "round_robin_gradients": True}}, {"zero_stage": 2}),
+        (
+            {"zero_optimization": {"offload_optimizer": {"buffer_count": 8}}},
+            {"zero_stage": 2, "offload_optimizer": True},
+        ),
+    ],
+)
+def test_what_only_tunes_is_passed_on(ds, train):
+    found = build_ds_config(config(ds=ds, train=train), world_size=1)
+    assert holds(found, ds)
+
+
+def holds(found, wanted):
+    if isinstance(wanted, dict):
+        return all(holds(found[key], value) for key, value in wanted.items())
+    return found == wanted
+
+
 @pytest.mark.parametrize(
     ("train", "parts"),
     [
