@@ -19,8 +19,9 @@ import yaml
 from fastssl.config import Config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 
-# A resumed run may differ in these: they change no event of the training (num_threads, device, zero_stage and
-# compile its last bits only, but for random numbers that the model itself draws, such as dropout's, on another device).
+# A resumed run may differ in these: they change no event of the training (num_threads, device, zero_stage,
+# offload_optimizer and compile its last bits only, but for random numbers that the model itself draws, such as
+# dropout's, on another device).
 FREE_KEYS = (
     "run.dir",
     "run.resume",
@@ -38,6 +39,7 @@ FREE_KEYS = (
     "data.prefetch_batches",
     "data.cache",
     "train.zero_stage",
+    "train.offload_optimizer",
     "model.activation_checkpointing",
     "train.compile",
     "train.on_collapse",

@@ -1,10 +1,12 @@
-"""A run's folder is one training's at a time."""
+"""A run's folder is one training's at a time, and a resumed run the same but for what is free."""
 
 import subprocess
 import sys
 
 import pytest
+from torch import nn
 
+from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.run_folder import RunFolder, replace_text
 
@@ -50,3 +52,34 @@ def test_text_is_replaced_as_a_whole(tmp_path):
     replace_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def config(**train):
+    return build_config({"run": {"resume": "auto"}, "train": train})
+
+
+def test_a_run_goes_on_with_its_optimizer_on_the_cpu_and_back(tmp_path):
+    folder, here, offloaded = RunFolder(tmp_path / "run"), config(), config(zero_stage=1, offload_optimizer=True)
+    folder.create(here, world_size=1)
+    assert folder.check_claim(offloaded)
+    folder.create(offloaded, world_size=1)
+    assert folder.check_claim(here)
+
+
+def test_what_changes_the_training_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config(), world_size=1)
+    with pytest.raises(ConfigError, match=r"it differs in train.precision: fp32 -> bf16"):
+        folder.check_claim(config(precision="bf16"))
+
+
+def test_a_batch_is_cut_into_other_parts_only_without_batch_norm(tmp_path):
+    folder, parts = RunFolder(tmp_path / "run"), config(num_micro_batches=4)
+    folder.create(config(), world_size=1)
+    assert folder.check_claim(parts)
+    folder.check_micro_batches(parts, nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
+    with_batch_norm = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    folder.check_micro_batches(config(), with_batch_norm)
+    with pytest.raises(ConfigError, match=r"train.num_micro_batches: .* was made with 1, not 4") as error:
+        folder.check_micro_batches(parts, with_batch_norm)
+    assert "\n" not in str(error.value)
