@@ -12,16 +12,20 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
 from fastssl.config import Config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 
+if TYPE_CHECKING:  # torch is imported when a run starts
+    from torch import nn
+
 # A resumed run may differ in these: they change no event of the training (num_threads, device, zero_stage,
-# offload_optimizer and compile its last bits only, but for random numbers that the model itself draws, such as
-# dropout's, on another device).
+# offload_optimizer, num_micro_batches and compile its last bits only, but for random numbers that the model itself
+# draws, such as dropout's, on another device or in other parts of a batch). `RunFolder.check_micro_batches` keeps
+# num_micro_batches as it was where the model has batch norm.
 FREE_KEYS = (
     "run.dir",
     "run.resume",
@@ -40,6 +44,7 @@ FREE_KEYS = (
     "data.cache",
     "train.zero_stage",
     "train.offload_optimizer",
+    "train.num_micro_batches",
     "model.activation_checkpointing",
     "train.compile",
     "train.on_collapse",
@@ -130,6 +135,25 @@ class RunFolder:
         except OSError:
             return None
 
+    def check_micro_batches(self, cfg: Config, model: "nn.Module") -> None:
+        """Refuse to go on with other parts of a batch than the run was made with, where batch norm sees the parts.
+
+        Args:
+            cfg: Of the run that is resumed here.
+            model: What is encoded in parts: backbone and projector.
+
+        Raises:
+            ConfigError: the number of parts is another one, and the model has batch norm.
+        """
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        saved, wanted = self.load_config().train.num_micro_batches, cfg.train.num_micro_batches
+        if saved != wanted and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            raise ConfigError(
+                f"train.num_micro_batches: {self.path} was made with {saved}, not {wanted}, and its batch norm takes "
+                "statistics from each part: go on with as many, or start another run.dir"
+            )
+
     def create(self, cfg: Config, world_size: int) -> None:
         """Write the resolved configuration and the environment (rank 0).
 
@@ -137,6 +161,7 @@ class RunFolder:
             ConfigError: the folder cannot be written.
         """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
             replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: it marks a run
         except OSError as error:

@@ -88,6 +88,8 @@ class Trainer:
 
         check_test_data(cfg, reader)
         self.model = build_model(cfg, self.image_px)
+        if resuming:
+            self.folder.check_micro_batches(cfg, self.model)
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
             take_weights(self.model, cfg.run.init_from)
         self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
