@@ -102,8 +102,8 @@ def test_micro_batches_train_as_the_whole_batch_under_every_zero_stage(num_ranks
 @pytest.mark.dist
 def test_two_processes_with_sync_batch_norm_begin_as_one(tiny_config: Path) -> None:
     keys = ["optim.warmup_epochs=0", "loss={name: byol, predictor_hidden: 8, target_momentum: 0.9}"]
-    run(tiny_config, 1, {"alone": keys})
     sync = ["model.batch_norm=sync"]
+    run(tiny_config, 1, {"alone": [*keys, *sync]})
     run(
         tiny_config,
         2,
@@ -116,9 +116,9 @@ def test_two_processes_with_sync_batch_norm_begin_as_one(tiny_config: Path) -> N
     expected = first_row(tiny_config, "1_ranks/alone")
     for name in ("zero0", "zero2"):
         found = first_row(tiny_config, f"2_ranks/{name}")
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         # fp32 through batch norms and ReLUs; tests/fastssl/models/test_sync_batch_norm.py holds fp64 to 1e-9.
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-5)
     assert first_row(tiny_config, "2_ranks/per_rank")["loss"] != pytest.approx(expected["loss"], rel=1e-4)
 
 
