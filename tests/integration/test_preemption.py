@@ -13,6 +13,8 @@ from tests.integration.test_training import TRAIN, run_of, torchrun
 from tests.processes import ROOT, environment
 from tests.runs import assert_same_end
 
+pytestmark = pytest.mark.slow
+
 
 def start(command):
     return subprocess.Popen(
@@ -31,7 +33,7 @@ def start_until_step(command, run, *, step):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_run_at_a_checkpoint_and_it_goes_on_bit_for_bit(number, tiny_config, command):
     run, whole = run_of(tiny_config), tiny_config.parent / "whole"
     settings = ["--set", "train.num_epochs=6"]
@@ -54,7 +56,6 @@ def test_a_signal_ends_the_run_at_a_checkpoint_and_it_goes_on_bit_for_bit(number
     assert_same_end(whole, run)
 
 
-@pytest.mark.slow
 def test_usr1_while_a_training_starts_ends_it_after_its_first_step(tiny_config):
     run = run_of(tiny_config)
     process = subprocess.Popen(
@@ -84,7 +85,6 @@ def listens(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_one_rank_that_is_asked_takes_the_other_along(tiny_config, command):
     """The signal reaches one process only; both leave after the same step."""

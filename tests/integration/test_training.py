@@ -123,11 +123,12 @@ def test_another_data_set_is_no_continuation(tiny_config, digits, command):
     assert "1297" in other.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("launcher", "settings"),
     [
-        pytest.param(deepspeed, ["train.zero_stage=2"], marks=pytest.mark.slow),
+        (deepspeed, ["train.zero_stage=2"]),
         (torchrun, ["train.precision=bf16", "train.zero_stage=1"]),
     ],
     ids=["deepspeed-zero2", "torchrun-bf16-zero1"],
