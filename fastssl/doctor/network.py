@@ -13,6 +13,7 @@ import psutil
 
 from fastssl.doctor.finding import Finding, Node
 
+_ALL_REDUCE = "fastssl.doctor.all_reduce"
 _TIMEOUT_S = 180  # two processes import torch, on a busy machine too
 _POLL_S = 0.02
 _MAX_RANKS = 8
@@ -86,15 +87,7 @@ def _all_reduce(backend: str, num_ranks: int) -> tuple[float, float]:
         said = [Path(folder, f"rank{rank}.txt") for rank in range(num_ranks)]
         try:
             for rank, file in enumerate(said):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "fastssl.doctor.all_reduce",
-                    backend,
-                    str(num_ranks),
-                    folder,
-                    str(rank),
-                ]
+                command = [sys.executable, "-m", _ALL_REDUCE, backend, str(num_ranks), folder, str(rank)]
                 with file.open("wb") as err:
                     ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=err))
             failed = _first_failure(ranks)
