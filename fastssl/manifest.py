@@ -35,7 +35,7 @@ def save_file(value: Any, path: Path) -> dict[str, Any]:
             sync_file(file)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError where a write fails in its hands
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or str(error)
-        raise ConfigError(f"{path} cannot be written ({reason}): the checkpoint before it is whole") from None
+        raise ConfigError(f"{path} cannot be written ({reason}): make room, then go on with run.resume=auto") from None
     return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
 
 

@@ -12,15 +12,12 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import yaml
 
 from fastssl.config import Config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
-
-if TYPE_CHECKING:  # torch is imported when a run starts
-    from torch import nn
 
 # A resumed run may differ in these: they change no event of the training (num_threads, device, zero_stage,
 # offload_optimizer, num_micro_batches and compile its last bits only, but for random numbers that the model itself
@@ -135,20 +132,14 @@ class RunFolder:
         except OSError:
             return None
 
-    def check_micro_batches(self, cfg: Config, model: "nn.Module") -> None:
-        """Refuse to go on with other parts of a batch than the run was made with, where batch norm sees the parts.
-
-        Args:
-            cfg: Of the run that is resumed here.
-            model: What is encoded in parts: backbone and projector.
+    def check_micro_batches(self, cfg: Config) -> None:
+        """Refuse to go on with other parts of a batch than the run was made with; for a model with batch norm.
 
         Raises:
-            ConfigError: the number of parts is another one, and the model has batch norm.
+            ConfigError: the number of parts is another one.
         """
-        from torch.nn.modules.batchnorm import _BatchNorm
-
         saved, wanted = self.load_config().train.num_micro_batches, cfg.train.num_micro_batches
-        if saved != wanted and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        if saved != wanted:
             raise ConfigError(
                 f"train.num_micro_batches: {self.path} was made with {saved}, not {wanted}, and its batch norm takes "
                 "statistics from each part: go on with as many, or start another run.dir"

@@ -83,9 +83,11 @@ class SafeStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a saved scale."""
-        for name in _SCALE_STATE if state else ():
+        if self.loss_scale is None:
+            return
+        for name in _SCALE_STATE:
             setattr(self.loss_scale, name, state[name])
-        self.is_searching = bool(state.get("is_searching", False))
+        self.is_searching = state.get("is_searching", False)  # older checkpoints do not say
 
     def _plain_step(self) -> float | None:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]

@@ -31,6 +31,7 @@ from fastssl.journal import Journal
 from fastssl.launch import num_threads_of, start_process
 from fastssl.losses import build_loss
 from fastssl.models.objective import build_objective, during_backward
+from fastssl.models.sync_batch_norm import has_batch_norm
 from fastssl.models.two_view import TwoViewModel
 from fastssl.nvidia_apex import apex_layer_norm, check_apex, put_layer_norms
 from fastssl.optim import build_optimizer
@@ -88,8 +89,8 @@ class Trainer:
 
         check_test_data(cfg, reader)
         self.model = build_model(cfg, self.image_px)
-        if resuming:
-            self.folder.check_micro_batches(cfg, self.model)
+        if resuming and has_batch_norm(self.model):
+            self.folder.check_micro_batches(cfg)
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
             take_weights(self.model, cfg.run.init_from)
         self.loss = build_loss(cfg.loss, cfg.model.projector_dim)

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import dist
 from fastssl.config import Config
@@ -19,7 +18,7 @@ from fastssl.losses import Loss
 from fastssl.models.activation_checkpointing import checkpoint_activations
 from fastssl.models.ema import Ema
 from fastssl.models.grad_cache import encode_in_micro_batches, unchanged_buffers
-from fastssl.models.sync_batch_norm import synchronize_batch_norms
+from fastssl.models.sync_batch_norm import has_batch_norm, synchronize_batch_norms
 from fastssl.models.two_view import TwoViewModel
 from fastssl.schedules import ema_momentum
 
@@ -121,7 +120,7 @@ def _check_micro_batches(cfg: Config, objective: Objective) -> None:
             f"train.num_micro_batches is {num_parts}, which does not divide the local batch of {local_batch_size} "
             f"images (data.global_batch_size {cfg.data.global_batch_size} on {dist.world_size()} processes)"
         )
-    if num_parts == 1 or not any(isinstance(module, _BatchNorm) for module in objective.model.modules()):
+    if num_parts == 1 or not has_batch_norm(objective.model):
         return
     if local_batch_size == num_parts:
         raise ConfigError(

@@ -16,7 +16,7 @@ W dL/dy from each rank (docs/adr/0003-pair-sums-and-gradients-across-ranks.md); 
 ranks, not means, each rank has its W dL/dx.
 
 torch.nn.SyncBatchNorm refuses CPU tensors. torch's plain batch norm takes E[x^2] - E[x]^2 of channels-last fp32 tensors
-on the CPU, so one process alone normalises here too: as many of them do. On a GPU it takes cuDNN's, which is as exact.
+on the CPU, so one process alone normalises here too: as many of them do. On a GPU it takes cuDNN's.
 """
 
 from typing import Any
@@ -68,6 +68,11 @@ class SyncBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"batch norm wants [B, C, ...], got {list(input.shape)}")
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer takes statistics from the batch that it sees."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:
