@@ -22,8 +22,11 @@ from pipelines.sampler import global_batches, local_rows, quasi_random_windows
 from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
 
 if TYPE_CHECKING:
+    import subprocess
+
     import torch
 
+    from kernels.augment.cpu import OutputPool
     from pipelines.batch import Batch, RawBatch
 
 _DRAWN_TOGETHER = 2048  # samples
@@ -336,11 +339,14 @@ class _Finish:
     def __init__(
         self, groups: Sequence[tuple[int, list[int]]], views: ViewsConfig, device: torch.device, num_threads: int
     ) -> None:
-        from kernels.augment.cpu import OutputPool, compile_ahead
-
         self._groups, self._device = groups, device
-        self._compilation = compile_ahead() if device.type == "cpu" else None
-        self._pools = [OutputPool() for _ in groups]
+        self._compilation: subprocess.Popen | None = None
+        self._pools: list[OutputPool | None] = [None for _ in groups]
+        if device.type == "cpu":  # a GPU's batches need no numba
+            from kernels.augment.cpu import OutputPool, compile_ahead
+
+            self._compilation = compile_ahead()
+            self._pools = [OutputPool() for _ in groups]
         self._options: dict[str, Any] = {"mean": views.mean, "std": views.std, "num_threads": num_threads}
 
     def __call__(self, raw: RawBatch) -> Batch:
