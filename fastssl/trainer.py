@@ -111,6 +111,7 @@ class Trainer:
             warmup_steps=round(cfg.optim.warmup_epochs * self.steps_per_epoch),
             total_steps=self.total_steps,
             final_fraction=cfg.optim.final_lr_fraction,
+            steps_per_change=self.steps_per_epoch if cfg.optim.schedule == "epoch" else 1,
         )
         self.journal = Journal(
             cfg,

@@ -18,10 +18,12 @@ class OptimConfig:
             default everywhere; "apex": NVIDIA apex's kernels (GPU; no lars, and lamb without ZeRO only). lars and lamb
             are this package's own under "auto" and "torch".
         base_lr: Peak learning rate for a global batch of 256; scaled by global_batch_size / 256.
-        momentum: Of SGD and LARS.
-        weight_decay: Not applied to biases and norm parameters.
+        momentum: Of SGD and LARS; 0: none.
+        weight_decay: Of every weight with more than one dimension.
+        decay_all: Apply weight_decay to biases, norm parameters and a loss's learned scalars too.
         betas: Of AdamW and LAMB.
         lars_trust_coefficient: Eta of You et al. 2017, arXiv:1708.03888.
+        schedule: When the cosine moves on: at every step, or once an epoch. A warm-up rises at every step.
         warmup_epochs: Epochs of linear warm-up.
         final_lr_fraction: Where the cosine ends, as a fraction of the peak.
     """
@@ -31,8 +33,10 @@ class OptimConfig:
     base_lr: float = 0.06
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    decay_all: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     lars_trust_coefficient: float = 0.001
+    schedule: Literal["step", "epoch"] = "step"
     warmup_epochs: float = 10.0
     final_lr_fraction: float = 0.0
 
@@ -41,6 +45,8 @@ class OptimConfig:
             raise ValueError(f"name must be sgd, adamw, lars or lamb, not {self.name!r}")
         if self.impl not in ("auto", "torch", "apex"):
             raise ValueError(f"impl must be auto, torch or apex, not {self.impl!r}")
+        if self.schedule not in ("step", "epoch"):
+            raise ValueError(f"schedule must be step or epoch, not {self.schedule!r}")
         if self.impl == "apex" and self.name == "lars":
             raise ValueError("impl must be auto or torch with optim.name=lars: apex has no LARS")
         if self.impl == "apex" and self.name == "lamb" and self.weight_decay == 0:
@@ -64,9 +70,9 @@ class OptimConfig:
 def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
     """Build the optimizer with two groups: weights, then biases and norm parameters.
 
-    Tensors of at most one dimension have no weight decay and, under LARS and LAMB, no adaptation. The groups' "lr" is
-    base_lr until the schedule sets it. Under ZeRO LARS and LAMB need `fastssl.optim.layerwise.bind_partitions` once
-    DeepSpeed has wrapped them.
+    Tensors of at most one dimension have no weight decay unless `decay_all` is set, and under LARS and LAMB no
+    adaptation. The groups' "lr" is base_lr until the schedule sets it. Under ZeRO LARS and LAMB need
+    `fastssl.optim.layerwise.bind_partitions` once DeepSpeed has wrapped them.
 
     Args:
         model: On the device that it will be trained on.
@@ -77,7 +83,7 @@ def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
     from fastssl.optim.lamb import Lamb
     from fastssl.optim.lars import Lars
 
-    weights, vectors = _parameter_groups(model, cfg.weight_decay)
+    weights, vectors = _parameter_groups(model, cfg)
     if cfg.impl == "apex":
         from fastssl.nvidia_apex import build_apex_optimizer
 
@@ -95,9 +101,9 @@ def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
     return torch.optim.SGD([weights, vectors], lr=cfg.base_lr, momentum=cfg.momentum, fused=fused)
 
 
-def _parameter_groups(model: "nn.Module", weight_decay: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parameter_groups(model: "nn.Module", cfg: OptimConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return (
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": cfg.weight_decay if cfg.decay_all else 0.0},
     )

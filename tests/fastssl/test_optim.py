@@ -32,6 +32,27 @@ def test_groups_hold_every_parameter_once(name):
     assert {p.ndim for p in vectors["params"]} == {1}
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_decay_all_decays_every_parameter_and_adapts_no_more_of_them(name):
+    optimizer = build_optimizer(_model(), OptimConfig(name=name, weight_decay=0.1, decay_all=True))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert [group.get("adapt", True) for group in optimizer.param_groups] == [True, name not in ("lars", "lamb")]
+
+
+def test_sgd_without_momentum_and_with_decay_everywhere_is_the_plain_step():
+    model = _model()
+    expected = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(model, OptimConfig(base_lr=0.5, momentum=0, weight_decay=0.1, decay_all=True))
+    for _ in range(3):
+        _set_gradients(model)
+        optimizer.step()
+        for w, parameter in zip(expected, model.parameters(), strict=True):
+            w.sub_(0.5 * (parameter.grad + 0.1 * w))
+    for w, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), w)
+    assert not any("momentum_buffer" in state for state in optimizer.state.values())
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_lars_adapts_weights_only(weight_decay):
     model = _model()
@@ -72,6 +93,7 @@ def test_optimizers_take_their_settings():
         ("weight_decay", -1e-4),
         ("momentum", 1.0),
         ("betas", (0.9, 1.0)),
+        ("schedule", "batch"),
         ("warmup_epochs", -1.0),
         ("final_lr_fraction", 1.5),
         ("name", "adam"),

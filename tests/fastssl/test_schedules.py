@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import torch
 
 from fastssl.schedules import ema_momentum, learning_rate
 
@@ -39,7 +40,30 @@ def test_no_warm_up_starts_at_the_peak_and_only_warm_up_never_falls():
     assert learning_rate(109, **only_warm_up) == pytest.approx(PEAK * 110 / 201)
 
 
-@pytest.mark.parametrize("bad", [{"step": -1}, {"warmup_steps": -1}, {"total_steps": 0}])
+@pytest.mark.parametrize("warmup_epochs", [0, 2])
+def test_a_cosine_by_epochs_is_torchs_stepped_once_an_epoch(warmup_epochs):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=PEAK)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=11, eta_min=PEAK * 0.1)
+    warmup = {"warmup_steps": warmup_epochs * 10, "total_steps": (11 + warmup_epochs) * 10}
+    for epoch in range(11):
+        first = (epoch + warmup_epochs) * 10
+        rates = [learning_rate(step, **RUN | warmup, steps_per_change=10) for step in range(first, first + 10)]
+        assert rates == [pytest.approx(optimizer.param_groups[0]["lr"])] * 10
+        optimizer.step()
+        scheduler.step()
+    assert learning_rate(5, **RUN | {"warmup_steps": 20}, steps_per_change=10) == learning_rate(
+        5, **RUN | {"warmup_steps": 20}
+    ), "a warm-up rises at every step"
+
+
+def test_a_warm_up_that_ends_in_mid_epoch_goes_on_at_the_peak():
+    settings = RUN | {"warmup_steps": 13}
+    assert [learning_rate(step, **settings, steps_per_change=10) for step in range(13, 20)] == [PEAK] * 7
+    assert learning_rate(20, **settings, steps_per_change=10) < PEAK
+
+
+@pytest.mark.parametrize("bad", [{"step": -1}, {"warmup_steps": -1}, {"total_steps": 0}, {"steps_per_change": 0}])
 def test_learning_rate_refuses_negative_steps(bad):
     with pytest.raises(ValueError, match="negative"):
         learning_rate(**({"step": 0} | RUN | bad))
