@@ -19,7 +19,8 @@ __all__ = [
     "size_groups",
 ]
 
-_MIO_SMALL = ViewSpec()
+_MIO_SMALL = ViewSpec(crop_scale=(0.08, 1.0))
+_SIMSIAM_SMALL = ViewSpec(crop_scale=(0.2, 1.0))
 _MIO_V1 = ViewSpec(crop_scale=(0.8, 1.0))
 _SIMCLR_CIFAR = ViewSpec(crop_scale=(0.08, 1.0))
 _MOCO_V2 = ViewSpec(size_px=224, blur_p=0.5)
@@ -48,7 +49,8 @@ RECIPES: dict[str, tuple[ViewSpec, ...]] = {
     "byol": (_BYOL_A, replace(_BYOL_A, blur_p=0.1, solarize_p=0.2)),  # Grill et al. 2020, arXiv:2006.07733, Table 6
     "mocov2": (_MOCO_V2, _MOCO_V2),  # Chen et al. 2020, arXiv:2003.04297, the authors' main_moco.py --aug-plus
     "multicrop": (_SWAV_LARGE,) * 2 + (_SWAV_SMALL,) * 6,  # Caron et al. 2020, arXiv:2006.09882, App. A.1, A.3
-    "mio_small": (_MIO_SMALL, _MIO_SMALL),  # small-data recipe of MIO's first author, arXiv:2111.12664
+    "mio_small": (_MIO_SMALL, _MIO_SMALL),  # small images, MIO's first author [second-hand: his code of DySTreSS]
+    "simsiam_small": (_SIMSIAM_SMALL, _SIMSIAM_SMALL),  # Chen and He 2021, arXiv:2011.10566, App. D: no blur on CIFAR
     "mio_v1": (_MIO_V1, _MIO_V1),  # the code of arXiv:2111.12664v1
     "weak": (_WEAK, _WEAK),  # supervised ImageNet training: RandomResizedCrop's defaults and the flip
     "digits": (_DIGITS, _DIGITS),

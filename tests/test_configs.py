@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastssl.config import load_config
+from fastssl.models.two_view import build_projector
+from pipelines.views import ViewSpec, build_view_specs
 from tests.processes import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -29,6 +32,38 @@ def test_a_config_is_whole_and_says_how_it_is_run(path: Path):
     assert "ot run yet" in header or "Result: benchmarks/results/" in header
     if path.stem != "demo":
         assert path.stem.startswith(cfg.loss.name)
+
+
+@pytest.mark.parametrize(("suffix", "learning_rate"), [("", 0.2), ("_b512", 0.8)])
+@pytest.mark.parametrize("loss", ["mio", "simclr"])
+def test_the_first_authors_small_data_recipe(loss, suffix, learning_rate):
+    cfg = load_config(ROOT / f"configs/{loss}_resnet18_cifar10_200ep{suffix}.yaml")
+    optim, model = cfg.optim, cfg.model
+    assert cfg.data.global_batch_size == {"": 128, "_b512": 512}[suffix]
+    assert optim.base_lr * cfg.data.global_batch_size / 256 == pytest.approx(learning_rate)
+    assert (optim.name, optim.momentum, optim.weight_decay, optim.decay_all) == ("sgd", 0, 5e-4, True)
+    assert (optim.schedule, optim.warmup_epochs, optim.final_lr_fraction) == ("epoch", 0, 0)
+    assert (model.backbone, model.stem, model.projector_hidden, model.projector_dim) == (
+        "resnet18",
+        "cifar",
+        (512,),
+        128,
+    )
+    assert cfg.train.precision == "bf16"
+    assert (cfg.views.mean, cfg.views.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    expected = ViewSpec(crop_scale=(0.08, 1.0), flip_p=0.5, jitter_p=0.8, grayscale_p=0.2)
+    assert (expected.brightness, expected.contrast, expected.saturation, expected.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert build_view_specs(cfg.views) == (expected, expected)
+    linears = [layer for layer in build_projector(512, model) if isinstance(layer, torch.nn.Linear)]
+    assert [(layer.out_features, layer.bias) for layer in linears] == [(512, None), (128, None)]
+
+
+@pytest.mark.parametrize("name", ["mio_resnet10_cifar10_20ep", "study/mio_exp", "study/byol"])
+def test_configs_with_published_rows_keep_the_views_of_these_rows(name):
+    cfg = load_config(ROOT / f"configs/{name}.yaml")
+    assert {view.crop_scale for view in build_view_specs(cfg.views)} == {(0.2, 1.0)}
+    assert cfg.views.std == (0.2470, 0.2435, 0.2616)
+    assert (cfg.optim.momentum, cfg.optim.decay_all, cfg.optim.schedule) == (0.9, False, "step")
 
 
 @pytest.mark.parametrize("method", ["mio", "minc", "simclr", "spectral", "byol", "barlow_twins"])
