@@ -109,7 +109,7 @@ def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> Stored
     """
     try:
         return _store(file if isinstance(file, bytes) else Path(file).read_bytes(), max_px, quality)
-    except CorruptImageError:
+    except (CorruptImageError, ImportError):  # without its decoder no JPEG can be converted
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"

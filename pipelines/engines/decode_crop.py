@@ -9,6 +9,7 @@ numba's workqueue layer cannot be entered by two threads at once (the pixel op r
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +22,7 @@ from pipelines import resample, simd
 from pipelines.bad_samples import BadSamples, move_boxes
 from pipelines.beton import JPG
 from pipelines.engines import turbojpeg
-from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg
+from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg, load_library
 from pipelines.errors import DataError
 from pipelines.resample import Weights, is_small, resized_crop, small_crop, small_weights
 
@@ -35,11 +36,12 @@ _MIN_TASK_BYTES = 256 * 1024
 _MAX_TASKS_PER_THREAD = 16
 
 
-def _build_kernel(source_hash: str) -> Callable[..., Any]:
-    """The jitted kernel, cached on disk under its own file's date and `source_hash`.
+def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
+    """The jitted kernel, cached on disk under its own file's date, `source_hash` and `has_jpegs`.
 
     numba compiles what the kernel calls into it, but watches the kernel's file alone: without their hash, which
-    the closure makes part of the cache's key, a change of the resampler would leave the old one in use.
+    the closure makes part of the cache's key, a change of the resampler would leave the old one in use. Without
+    `has_jpegs` numba leaves the decoder out, whose library LLVM would ask for.
     """
 
     @njit(nogil=True, cache=True)
@@ -72,7 +74,7 @@ def _build_kernel(source_hash: str) -> Callable[..., Any]:
             start = np.int64(data_ptr[sample])
             data = file_bytes[start : start + np.int64(data_bytes[sample])]
             height_px, width_px = np.int64(sizes[sample, 0]), np.int64(sizes[sample, 1])
-            if modes[sample] == JPG:
+            if has_jpegs and modes[sample] == JPG:
                 status = decode_jpeg(handle, data, height_px, width_px, pixels)  # pyright: ignore (numpy's integers)
                 if status == WRONG_SIZE or (status != OK and position != forgiven):
                     return position, status
@@ -99,11 +101,11 @@ def _build_kernel(source_hash: str) -> Callable[..., Any]:
     return decode_samples
 
 
-_decode_samples = _build_kernel(
-    "".join(
-        hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (resample, simd, turbojpeg)
-    )
-)
+@cache
+def _kernel(has_jpegs: bool) -> Callable[..., Any]:
+    """The kernel for files with JPEGs, or for raw pixels alone."""
+    sources = [Path(str(module.__file__)).read_bytes() for module in (resample, simd, turbojpeg)]
+    return _build_kernel("".join(hashlib.sha256(source).hexdigest() for source in sources), has_jpegs)
 
 
 class SampleTable(Protocol):
@@ -148,12 +150,15 @@ class BatchDecoder:
     def __init__(self, reader: SampleTable, num_threads: int, bad_samples: BadSamples) -> None:
         self._reader = reader
         self._bad_samples = bad_samples
-        self._has_jpegs = bool((reader.modes == JPG).any())  # what is stored raw needs no buffer
+        self._has_jpegs = bool((reader.modes == JPG).any())  # what is stored raw needs no decompressor and no buffer
+        self._decode_samples = _kernel(self._has_jpegs)
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-decode")
         self._decoders: SimpleQueue[JpegDecoder] = SimpleQueue()
         for _ in range(num_threads):
             self._decoders.put(JpegDecoder())
+        if self._has_jpegs:
+            load_library()  # or say here, and not in a thread, that it is missing
 
     def start(
         self,
@@ -209,8 +214,8 @@ class BatchDecoder:
             forgiven = -1
             asked: dict[int, tuple[int, np.ndarray]] = {}  # by position: what stood there before anything was bad
             while first < stop:
-                first, status = _decode_samples(
-                    first, stop, forgiven, decoder.handle, decoder.pixels, *work,
+                first, status = self._decode_samples(
+                    first, stop, forgiven, decoder.handle if self._has_jpegs else 0, decoder.pixels, *work,
                     reader.data_ptr, reader.data_bytes, reader.modes, reader.sizes,
                 )  # fmt: skip
                 if status == UNREADABLE and decoder.is_harmless():

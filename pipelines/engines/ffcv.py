@@ -9,6 +9,7 @@ is left uncompiled: it runs once a batch, and numba would compile it anew, for 1
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from queue import Empty, Full
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from pipelines.beton import BetonReader
 from pipelines.beton.format import FIELD, HEADER, IMAGE_TYPE
 from pipelines.engines import DrawBatch, Groups
 from pipelines.engines.decode_crop import BatchDecoder, Decoding
+from pipelines.errors import DataError
 
 
 @contextmanager
@@ -45,6 +47,9 @@ def _numba_off() -> Iterator[None]:
     finally:
         numba_config.DISABLE_JIT = was_disabled  # pyright: ignore[reportAttributeAccessIssue]
 
+
+if find_spec("ffcv") is None:
+    raise DataError("engine ffcv needs FFCV: pip install --no-deps ffcv==1.0.2; resident reads raw pixels without it")
 
 with _thread_counts_kept(), _numba_off():
     from ffcv.loader import Loader

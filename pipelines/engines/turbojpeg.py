@@ -1,11 +1,13 @@
 """JPEG decoding for jitted code without the GIL: libjpeg-turbo's TurboJPEG, which FFCV's extension links.
 
 numba cannot cache code that calls through ctypes; it can cache calls of symbols that LLVM resolves when the code
-is loaded. Importing this module makes the symbols known; it does not import ffcv (and with it torch).
+is loaded. The library is loaded with the first decompressor, and each function here takes one: LLVM knows the symbols
+before numba compiles or loads the code. Raw pixels need no library. ffcv (and with it torch) is not imported.
 """
 
 import ctypes
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -28,21 +30,26 @@ _HARMLESS_WARNINGS = (
 )
 
 
-def _load_library() -> ctypes.CDLL:
+@cache
+def load_library() -> ctypes.CDLL:
+    """TurboJPEG, for ctypes and for LLVM.
+
+    Raises:
+        ImportError: FFCV is not installed.
+    """
     spec = importlib.util.find_spec("ffcv")
     folders = spec.submodule_search_locations if spec else None
     paths = [path for folder in folders or () for path in Path(folder).glob("_libffcv*.so")]
     if not paths:
-        raise ImportError("the ffcv engine needs FFCV: pip install --no-deps ffcv==1.0.2")
+        raise ImportError("decoding JPEGs needs FFCV: pip install --no-deps ffcv==1.0.2")
     llvm.load_library_permanently(str(paths[0]))
-    return ctypes.CDLL(str(paths[0]))
+    library = ctypes.CDLL(str(paths[0]))
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjDestroy.argtypes = [ctypes.c_void_p]
+    library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+    library.tjGetErrorStr2.restype = ctypes.c_char_p
+    return library
 
-
-_library = _load_library()
-_library.tjInitDecompress.restype = ctypes.c_void_p
-_library.tjDestroy.argtypes = [ctypes.c_void_p]
-_library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
-_library.tjGetErrorStr2.restype = ctypes.c_char_p
 
 # (handle, bytes, number of bytes, addresses of width, height, subsampling, colour space)
 _decompress_header = types.ExternalFunction(
@@ -58,13 +65,25 @@ class JpegDecoder:
     """One decompressor and the buffer for one image, for one thread at a time.
 
     Attributes:
-        handle: TurboJPEG's handle, as an integer.
         pixels: uint8 buffer, at least as long as asked for by `reserve`.
     """
 
     def __init__(self) -> None:
-        self.handle = _new_handle()
         self.pixels = np.empty(0, np.uint8)
+        self._handle = 0
+
+    @property
+    def handle(self) -> int:
+        """TurboJPEG's handle; made when it is first asked for.
+
+        Raises:
+            ImportError: FFCV is not installed.
+        """
+        if not self._handle:
+            self._handle = load_library().tjInitDecompress()
+            if not self._handle:
+                raise MemoryError("TurboJPEG: no decompressor")
+        return self._handle
 
     def reserve(self, num_bytes: int) -> None:
         """Make room for an image of so many bytes, keeping what is larger already."""
@@ -73,29 +92,21 @@ class JpegDecoder:
 
     def last_message(self) -> str:
         """Why the last call failed."""
-        return _library.tjGetErrorStr2(self.handle).decode(errors="replace")
+        return load_library().tjGetErrorStr2(self.handle).decode(errors="replace")
 
     def is_harmless(self) -> bool:
         """Whether the last failure was a warning that leaves the image whole; a worse message replaces its own."""
         return any(warning in self.last_message() for warning in _HARMLESS_WARNINGS)
 
     def renew(self) -> None:
-        """Take another decompressor: an error leaves it in the middle of a bad header, where the next image fails."""
+        """Drop the decompressor: an error leaves it in the middle of a bad header, where the next image fails."""
         self.close()
-        self.handle = _new_handle()
 
     def close(self) -> None:
-        """Free the decompressor."""
-        if self.handle:
-            _library.tjDestroy(self.handle)
-            self.handle = 0
-
-
-def _new_handle() -> int:
-    handle = _library.tjInitDecompress()
-    if not handle:
-        raise MemoryError("TurboJPEG: no decompressor")
-    return handle
+        """Free the decompressor; asking for the handle again makes another."""
+        if self._handle:
+            load_library().tjDestroy(self._handle)
+            self._handle = 0
 
 
 @njit(nogil=True, cache=True)
