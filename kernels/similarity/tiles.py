@@ -51,7 +51,12 @@ def choose_config(width: int, weighted: bool, groups: bool, only_pulls: bool) ->
 
 
 def accumulate_tiles(
-    rows: Side, columns: Side, term: Term, own_rows: tuple[int, int], own_columns: tuple[int, int]
+    rows: Side,
+    columns: Side,
+    term: Term,
+    own_rows: tuple[int, int],
+    own_columns: tuple[int, int],
+    config: TileConfig | None = None,
 ) -> None:
     """Fill the accumulators of `rows` from its pairs with `columns`.
 
@@ -61,6 +66,7 @@ def accumulate_tiles(
         term: f.
         own_rows: First block of rows and number of blocks of samples that stand on both sides.
         own_columns: The same of the columns; 0 blocks where the sides share none.
+        config: The tiles; None: those of `choose_config`.
     """
     if rows.sums is None and rows.slopes is None and rows.pulls is None:
         return
@@ -70,7 +76,8 @@ def accumulate_tiles(
     weights = [_dense(side.weights) for side in (rows, columns)]
     has_groups, has_weights = all(x is not None for x in groups), all(x is not None for x in weights)
     has_sums = rows.sums is not None or rows.slopes is not None
-    config = INTERPRETED_CONFIG if INTERPRETED else choose_config(width, has_weights, has_groups, not has_sums)
+    if config is None:
+        config = INTERPRETED_CONFIG if INTERPRETED else choose_config(width, has_weights, has_groups, not has_sums)
     num_programs = num_views * _ceil_div(num_samples, config.rows)
     num_splits = choose_splits(
         num_programs,
