@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fastssl.environment import package_version
 from fastssl.errors import ConfigError
-from fastssl.run_folder import package_version, sync_file
+from fastssl.run_folder import sync_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # 1 was DeepSpeed's files, without a manifest

@@ -24,7 +24,7 @@ def environment_columns(packages: Sequence[str]) -> dict[str, Value]:
         command, cpu, num_cpus, gpus (names; empty without), python, one column a package (None where it is not
         installed), commit (with "-dirty" after changes to tracked files) and time_utc.
     """
-    from fastssl.run_folder import describe_environment, package_version  # imports torch: seconds
+    from fastssl.environment import describe_environment, package_version
 
     found = describe_environment(world_size=1)
     versions = {name.replace("-", "_"): package_version(name) for name in packages}

@@ -16,6 +16,7 @@ from fastssl.analysis.curvature import rebuild_loss, with_impl
 from fastssl.analysis.pair_flow import PairFlow, pair_flow
 from fastssl.analysis.source import BatchSettings, Source, load_source, make_folder, open_run, write_table
 from fastssl.checkpoint import checkpoint_of
+from fastssl.environment import describe_environment
 from fastssl.errors import ConfigError
 from fastssl.losses import (
     DclConfig,
@@ -30,7 +31,7 @@ from fastssl.losses import (
 )
 from fastssl.losses.mio import Negative
 from fastssl.record import format_table
-from fastssl.run_folder import describe_environment, replace_text
+from fastssl.run_folder import replace_text
 
 GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart
 SHOWN = ("gradient", "max_relative_difference", "mean_relative_difference")

@@ -8,7 +8,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from fastssl.doctor.finding import Finding, Node
-from fastssl.run_folder import package_version
+from fastssl.environment import package_version
 
 _REQUIRED = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "timm")
 _OPTIONAL = ("triton", "nvidia-dali-cuda130")

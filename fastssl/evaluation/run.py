@@ -14,6 +14,7 @@ from torch import nn
 from fastssl import report
 from fastssl.checkpoint import checkpoint_of, load_weights, step_of
 from fastssl.config import Config
+from fastssl.environment import describe_environment
 from fastssl.errors import ConfigError
 from fastssl.evaluation.feature_cache import cached_features, data_identity
 from fastssl.evaluation.features import encode_batches
@@ -25,7 +26,7 @@ from fastssl.evaluation.task import Task
 from fastssl.launch import choose_device, num_threads_of
 from fastssl.manifest import sha256_of
 from fastssl.models.backbones import build_backbone
-from fastssl.run_folder import RunFolder, describe_environment
+from fastssl.run_folder import RunFolder
 from pipelines.beton import BetonReader
 from pipelines.views import build_eval_spec
 
