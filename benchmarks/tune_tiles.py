@@ -44,10 +44,11 @@ MAX_COMPILERS = 8  # processes
 Tiles = tuple[int, int, int, int, int]
 CONFIGS: list[Tiles] = [
     (64, 64, 4, 3, 3),
+    (64, 64, 4, 4, 3),
     (64, 128, 4, 2, 2),
     (64, 128, 4, 3, 2),
-    (64, 128, 8, 3, 2),
     (128, 128, 8, 2, 1),
+    (128, 128, 8, 3, 1),
 ]
 SMOKE_CONFIGS: list[Tiles] = [(16, 16, 4, 1, 1), (16, 32, 4, 2, 1)]
 TILE_COLUMNS = ("tile_rows", "tile_columns", "num_warps", "stages", "programs")
