@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastssl.record import append_rows, environment_columns, format_table, spread
 from kernels.augment import StoredImages, augment
-from kernels.augment.cpu import OutputPool
 from pipelines.views import RECIPES, ViewsConfig, ViewSpec, draw
 
 PACKAGES = ("torch", "triton", "numba", "kornia")
@@ -105,10 +104,16 @@ def _on_views(
     side_px = specs[0].size_px
     shape = (num, len(specs), side_px, side_px, 3)
     levels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    params, pool = _draw(specs, num, seed, side_px), OutputPool()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    views = levels if device.type == "cpu" else torch.from_numpy(levels).to(device)
-    settings: dict[str, Any] = {"mean": VIEWS.mean, "std": VIEWS.std, "dtype": dtype, "outputs": pool}
+    params = _draw(specs, num, seed, side_px)
+    settings: dict[str, Any] = {"mean": VIEWS.mean, "std": VIEWS.std}
+    if device.type == "cpu":
+        from kernels.augment.cpu import OutputPool
+
+        views, dtype = levels, torch.float32
+        settings["outputs"] = OutputPool()
+    else:
+        views, dtype = torch.from_numpy(levels).to(device), torch.bfloat16
+    settings["dtype"] = dtype
     num_bytes = levels.size * (1 + dtype.itemsize)
     return lambda: augment(views, params, **settings), num * len(specs), side_px, num_bytes
 

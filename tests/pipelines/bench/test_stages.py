@@ -11,6 +11,7 @@ from pipelines.bench.streams import Job
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.views import ViewsConfig
 from tests.pipelines.test_engines import make_jpegs, write_jpegs
+from tests.pipelines.test_engines_gpu import skip_without_ffcv
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def test_raw_images_have_no_decoding(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_copy_is_a_stage(jpegs):
+    skip_without_ffcv()
     stages_s = measure_stages(job_on(jpegs, "cuda:0"), num_repetitions=1, share=0.05)
     assert list(stages_s) == ["draw", "decode", "crop and resize", "pixel op", COPY, "loader"]
     assert 0 < stages_s[COPY] < 1
