@@ -1,0 +1,425 @@
+"""One row of a table, from images to accuracies: convert, train, choose a checkpoint, judge it on the test images.
+
+    python benchmarks/reproduce.py --row cifar10-mio-exp --data data --out runs/reproduce
+
+Of the checkpoints that are kept, the one with the best weighted kNN on held-out training images is chosen. Then the
+last one and the chosen one are judged on the test images, once each, by kNN and a linear classifier. After a kill the
+same command goes on: what is finished is not done again.
+
+What OUT holds: results.csv, a row for every accuracy; data/, the converted images; ROW_EPOCHSep_seedSEED/, the run, and
+in it curve.csv, a row for every epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from math import gcd
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from fastssl.config import Config, load_config
+from fastssl.errors import ConfigError, UserError
+from fastssl.metrics import read_rows
+from fastssl.record import Row, append_rows, environment_columns, format_table
+from fastssl.run_folder import RunFolder
+from pipelines.beton import BetonReader
+from pipelines.convert import convert
+from pipelines.errors import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+# Name of a row: its configuration, and what is changed in it.
+ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cifar10-mio-exp": ("mio_resnet18_cifar10_200ep.yaml", ()),
+    "cifar10-mio-exp-b512": ("mio_resnet18_cifar10_200ep_b512.yaml", ()),
+    "cifar10-mio-jensen": ("mio_resnet18_cifar10_200ep.yaml", ("loss.negative=jensen",)),
+    "cifar10-mio-jensen-b512": ("mio_resnet18_cifar10_200ep_b512.yaml", ("loss.negative=jensen",)),
+    "cifar10-simclr": ("simclr_resnet18_cifar10_200ep.yaml", ()),
+    "cifar10-simclr-b512": ("simclr_resnet18_cifar10_200ep_b512.yaml", ()),
+    "cifar10-minc": ("minc_resnet18_cifar10_200ep.yaml", ()),
+    "cifar10-spectral": ("spectral_resnet18_cifar10_200ep.yaml", ()),
+}
+# Keys that an option of this program sets.
+TAKEN = {
+    "run.dir": "--out",
+    "run.seed": "--seed",
+    "run.device": "--device",
+    "run.resume": "the same command",
+    "run.keep_every_epochs": "--keep-every",
+    "train.num_epochs": "--epochs",
+    "data.train": "--data",
+    "data.test": "--data",
+}
+PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "ffcv", "numpy")
+HELD_OUT, TEST = "held-out training images", "test images"
+CHECKPOINT_EVERY_EPOCHS = 5  # at most: what a kill costs
+MIN_IMAGES = 300  # of which 30 are held out, and 200 can be neighbours
+SHOWN = ("row", "seed", "epochs", "metric", "percent", "scored_on", "checkpoint", "checkpoint_step")
+
+Split = Literal["train", "test"]
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be reproduced.
+
+    Attributes:
+        row: Its name in ROWS.
+        config: The configuration's file.
+        cfg: The configuration of the run, with all overrides.
+        overrides: Those that the training is started with.
+        data: Where the images are found.
+        out: Folder of the results.
+        keep_every: A checkpoint of every so many epochs is kept and judged.
+        limit: Images of each file, the first ones; 0: all.
+        device: Where the run and its evaluation take place.
+    """
+
+    row: str
+    config: Path
+    cfg: Config
+    overrides: list[str]
+    data: Path
+    out: Path
+    keep_every: int
+    limit: int
+    device: str
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.cfg.run.dir)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return BetonReader(self.cfg.data.train).num_samples // self.cfg.data.global_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.cfg.train.num_epochs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reproduce one row and print its table; 2 after one line on stderr for bad input."""
+    try:
+        print(reproduce(_job(_parse(argv))), flush=True)
+    except (UserError, DataError) as error:
+        print(f"reproduce: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def reproduce(job: Job) -> str:
+    """Do what is left to do, and return the table of the row's accuracies."""
+    with _alone(job.out):
+        prepare(job.data, "train", Path(job.cfg.data.train), job.limit)
+        prepare(job.data, "test", Path(str(job.cfg.data.test)), job.limit)
+    train(job)
+    steps = kept_steps(job)
+    started = time.perf_counter()
+    for number, step in enumerate(steps):
+        left_s = (time.perf_counter() - started) / max(1, number) * (len(steps) - number)
+        left = f", {timedelta(seconds=round(left_s))} left" if number else ""
+        _say(f"checkpoint {number + 1} of {len(steps)}, step {step}: kNN on {HELD_OUT}{left}")
+        judge(job, step, HELD_OUT, ["knn"], "kept")
+    write_curve(job)
+    best = best_step(job, steps)
+    for name, step in (("last", steps[-1]), ("best", best)):
+        _say(f"{name} checkpoint, step {step}: kNN and linear on {TEST}")
+        judge(job, step, TEST, ["knn", "linear"], name)
+    return f"{format_table(_rows_of(job), SHOWN)}\n{job.out / 'results.csv'}, {job.folder.path}"
+
+
+def prepare(data: Path, split: Split, out: Path, limit: int) -> None:
+    """Make the .beton file of a split where it is missing, of the first `limit` images (0: all).
+
+    Raises:
+        DataError: no images of it are found.
+    """
+    if out.exists():
+        return
+    _say(f"converting the {split} images in {data} -> {out}")
+    x, y = load_cifar10(data, split, limit)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    arrays = out.with_suffix(".npz")
+    np.savez(arrays, x=x, y=y)
+    convert("npz", str(arrays), out, overwrite=True)
+    arrays.unlink()
+
+
+def load_cifar10(data: Path, split: Split, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The first `limit` images (0: all) uint8 [N, 32, 32, 3] and labels int64 [N], from what is there of:
+
+    cifar10_SPLIT.beton; cifar10_SPLIT.npz with arrays x and y; WebP strips SPLIT_*.webp of images one above the other
+    with labels.npz (arrays y_train and y_test), here or in cifar10/; cifar-10-batches-py, which torchvision reads.
+
+    Raises:
+        DataError: none of them is there, or it cannot be read.
+    """
+    wanted = slice(limit or None)
+    if (beton := data / f"cifar10_{split}.beton").exists():
+        reader = BetonReader(beton)
+        ids = range(reader.num_samples)[wanted]
+        return np.stack([reader.decode(i) for i in ids]), reader.labels[wanted]
+    if (arrays := data / f"cifar10_{split}.npz").exists():
+        with np.load(arrays) as found:
+            return found["x"][wanted], found["y"][wanted]
+    for folder in (data, data / "cifar10"):
+        if (folder / "labels.npz").exists() and (strips := sorted(folder.glob(f"{split}_*.webp"))):
+            return _read_strips(strips, limit), np.load(folder / "labels.npz")[f"y_{split}"][wanted].astype(np.int64)
+    if (data / "cifar-10-batches-py").exists():
+        from kernels.torchvision_cpu import import_torchvision
+
+        found = import_torchvision().datasets.CIFAR10(str(data), train=split == "train")
+        return found.data[wanted], np.asarray(found.targets[wanted])
+    raise DataError(
+        f"--data {data} holds no CIFAR-10 {split} images: cifar10_{split}.beton, cifar10_{split}.npz (x, y), "
+        f"{split}_*.webp with labels.npz, or torchvision's cifar-10-batches-py"
+    )
+
+
+def train(job: Job) -> None:
+    """Train to the last epoch in a process of its own, which ends with this one.
+
+    Raises:
+        UserError: it did not come to its end; its own message is above.
+    """
+    from fastssl.checkpoint import last_checkpoint, step_of
+
+    last = last_checkpoint(job.folder.checkpoints)
+    if last and step_of(last) == job.total_steps:
+        return
+    start = [sys.executable, str(ROOT / "fastssl/train.py"), "--cfg", str(job.config), "--set", *job.overrides]
+    # A kill of this process takes the training along: it would hold the run's folder.
+    child = subprocess.Popen(start, preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves a checkpoint
+    code = child.wait()
+    signal.signal(signal.SIGTERM, before)
+    if code:
+        raise UserError(f"{job.folder.path}: the training ended with exit code {code}; its message is above")
+    if job.folder.preempted.exists():
+        raise UserError(f"{job.folder.path}: a signal ended the training; the same command goes on with it")
+
+
+def kept_steps(job: Job) -> list[int]:
+    """Steps of the checkpoints to choose from: every `keep_every` epochs, and the last."""
+    every = job.keep_every * job.steps_per_epoch
+    return [*range(every, job.total_steps, every), job.total_steps]
+
+
+def best_step(job: Job, steps: Sequence[int]) -> int:
+    """The step with the best kNN on held-out training images; of equally good ones the later."""
+    accuracy = {step: _judged(job, step, HELD_OUT)["knn"]["top1"] for step in steps}
+    return max(steps, key=lambda step: (accuracy[step], step))
+
+
+def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpoint: str) -> None:
+    """Judge a checkpoint where it was not yet, and add its rows to results.csv where they are not in it."""
+    from fastssl.evaluation.run import evaluate_run
+
+    if missing := [name for name in protocols if name not in _judged(job, step, scored_on)]:
+        overrides = ["eval.baselines=false", f"run.device={job.device}"]
+        if scored_on == HELD_OUT:
+            overrides.append("data.test=null")
+        if job.device == "cuda":
+            overrides.append("eval.local_batch_size=1000")
+        evaluate_run(job.folder.path, overrides, what=missing, step=step)
+    lines = _judged(job, step, scored_on)
+    with _alone(job.out):
+        known = [(row["scored_on"], row["checkpoint"], row["metric"]) for row in _rows_of(job, step)]
+        rows = [_row(job, lines[name], scored_on, checkpoint) for name in protocols]
+        rows = [row for row in rows if (row["scored_on"], row["checkpoint"], row["metric"]) not in known]
+        append_rows(job.out / "results.csv", [{**row, **environment_columns(PACKAGES)} for row in rows])
+
+
+def write_curve(job: Job) -> None:
+    """RUN/curve.csv: a row for every epoch."""
+    knn = {step: _judged(job, step, HELD_OUT)["knn"]["top1"] for step in kept_steps(job)}
+    path = job.folder.path / "curve.csv"
+    path.unlink(missing_ok=True)
+    rows = [
+        {"epoch": row["epoch"] + 1, "step": row["step"]}
+        | {name: row.get(name) for name in ("loss", "online_top1", "img_per_s", "memory_bytes")}
+        | {"held_out_knn_top1": knn.get(row["step"])}
+        for row in _epoch_rows(job)
+    ]
+    append_rows(path, rows)
+
+
+def _row(job: Job, line: Line, scored_on: str, checkpoint: str) -> Row:
+    """A line of eval.jsonl with what the training cost.
+
+    The seconds are those of the epochs, from the first batch to the last: no start, nothing that a kill undid.
+    """
+    epochs = _epoch_rows(job)
+    rates = [row["img_per_s"] for row in epochs]
+    num_images = job.steps_per_epoch * job.cfg.data.global_batch_size
+    name = f"knn_k{line['chosen']['k']}" if line["name"] == "knn" else line["name"]
+    return {
+        "row": job.row,
+        "seed": job.cfg.run.seed,
+        "epochs": job.cfg.train.num_epochs,
+        "metric": f"{name}_top1",
+        "percent": f"{100 * line['top1']:.2f}",
+        "scored_on": scored_on,
+        "num_scored": line["num_test_images"],
+        "checkpoint": checkpoint,
+        "checkpoint_step": line["checkpoint_step"],
+        "chosen": json.dumps(line["chosen"]),
+        "train_seconds": round(sum(num_images / rate for rate in rates), 1),
+        "img_per_s_p50": round(float(np.median(rates)), 1),
+        "peak_memory_bytes": max(row["memory_bytes"] for row in epochs),
+        "precision": job.cfg.train.precision,
+        "device": job.device,
+        "run": job.folder.path.name,
+    }
+
+
+def _rows_of(job: Job, step: int | None = None) -> list[Row]:
+    """The run's rows in results.csv, of one checkpoint or of all."""
+    import csv
+
+    path = job.out / "results.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == job.folder.path.name]
+    return [row for row in rows if step is None or row["checkpoint_step"] == str(step)]
+
+
+def _judged(job: Job, step: int, scored_on: str) -> dict[str, Line]:
+    """Lines of eval.jsonl, by protocol."""
+    return {
+        line["name"]: line
+        for line in read_rows(job.folder.evaluations)
+        if line["checkpoint_step"] == step
+        and line["on"] is None
+        and (line["test"]["path"] == line["train"]["path"]) == (scored_on == HELD_OUT)
+    }
+
+
+def _epoch_rows(job: Job) -> list[dict[str, Any]]:
+    return [row for row in read_rows(job.folder.metrics) if row.get("kind") == "epoch"]
+
+
+def _read_strips(strips: Sequence[Path], limit: int) -> np.ndarray:
+    from PIL import Image
+
+    images: list[np.ndarray] = []
+    for strip in strips:
+        if limit and sum(map(len, images)) >= limit:
+            break
+        with Image.open(strip) as image:
+            images.append(np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3))
+    return np.concatenate(images)[: limit or None]
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One at a time of the processes that share the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _job(args: argparse.Namespace) -> Job:
+    import torch
+
+    if args.row not in ROWS:
+        raise UserError(f"--row must be one of {', '.join(ROWS)}, not {args.row}")
+    if args.epochs < 1 or args.keep_every < 1:
+        raise UserError("--epochs and --keep-every must be >= 1")
+    if args.seed < 0:
+        raise UserError("--seed must be >= 0")
+    if args.limit and args.limit < MIN_IMAGES:
+        raise UserError(f"--limit must be at least {MIN_IMAGES}")
+    if not args.data.is_dir():
+        raise UserError(f"--data {args.data} is no folder")
+    for key in (override.partition("=")[0] for override in args.set):
+        if key in TAKEN:
+            raise UserError(f"--set {key}: {TAKEN[key]} sets it")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch finds no GPU")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    config, changes = ROOT / "configs" / ROWS[args.row][0], ROWS[args.row][1]
+    fast = ["train.precision=bf16", "train.compile=true"] if device == "cuda" else ["train.precision=fp32"]
+    limited = f"_first{args.limit}" if args.limit else ""
+    overrides = [
+        *changes,
+        "data.engine=resident",
+        *fast,
+        f"run.checkpoint_every_epochs={gcd(args.keep_every, CHECKPOINT_EVERY_EPOCHS)}",
+        *args.set,
+        f"run.dir={args.out / f'{args.row}_{args.epochs}ep_seed{args.seed}{limited}'}",
+        "run.resume=auto",
+        f"run.seed={args.seed}",
+        f"run.device={device}",
+        f"run.keep_every_epochs={args.keep_every}",
+        f"train.num_epochs={args.epochs}",
+        *(f"data.{split}={_beton(args, split)}" for split in ("train", "test")),
+    ]
+    cfg = load_config(config, overrides)
+    if args.limit and args.limit < cfg.data.global_batch_size:
+        raise UserError(f"--limit must be at least {cfg.data.global_batch_size}, a batch")
+    return Job(
+        row=args.row,
+        config=config,
+        cfg=cfg,
+        overrides=overrides,
+        data=args.data,
+        out=args.out,
+        keep_every=args.keep_every,
+        limit=args.limit,
+        device=device,
+    )
+
+
+def _beton(args: argparse.Namespace, split: str) -> Path:
+    """The file in --data where there is a whole one, else one of our own in --out."""
+    found = args.data / f"cifar10_{split}.beton"
+    if found.exists() and not args.limit:
+        return found
+    return args.out / "data" / f"cifar10_{split}{f'_first{args.limit}' if args.limit else ''}.beton"
+
+
+def _say(line: str) -> None:
+    print(f"reproduce: {line}", flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", required=True, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--epochs", type=int, default=200, help="the cosine is over these (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
+    parser.add_argument("--keep-every", type=int, default=20, metavar="K", help="epochs (default: 20)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N images of each file only")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
