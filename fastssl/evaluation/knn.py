@@ -3,6 +3,7 @@
 # N training images, M test images, F features, k neighbours, C classes
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +34,15 @@ def knn(task: Task) -> dict[str, Outcome]:
     Of equally good pairs the first in the configuration's order counts.
     """
     cfg, chosen = task.cfg, {}
+    settings: dict[str, Any] = {"num_classes": task.num_classes, "device": task.device}
     pairs = list(itertools.product(values_of(cfg.knn_k), values_of(cfg.knn_temperature)))
     if _is_chosen(cfg):
         fit, validation = split_validation(task.train_y)
-        votes = knn_votes(
-            task.train_x[fit], task.train_y[fit], task.train_x[validation], pairs, num_classes=task.num_classes
-        )
+        votes = knn_votes(task.train_x[fit], task.train_y[fit], task.train_x[validation], pairs, **settings)
         top1 = [float((vote.argmax(1) == task.train_y[validation]).mean()) for vote in votes]
         chosen["validation_top1"] = max(top1)
         pairs = [pairs[top1.index(max(top1))]]
-    votes = knn_votes(task.train_x, task.train_y, task.test_x, pairs, num_classes=task.num_classes)
+    votes = knn_votes(task.train_x, task.train_y, task.test_x, pairs, **settings)
     chosen = {"k": pairs[0][0], "temperature": pairs[0][1]} | chosen
     return {"knn": Outcome(ranked=[rank_classes(votes[0])], chosen=chosen)}
 
@@ -54,6 +54,7 @@ def knn_votes(
     pairs: list[tuple[int, float]],
     *,
     num_classes: int,
+    device: torch.device | None = None,
 ) -> list[np.ndarray]:
     """Votes of the k most similar training images, each weighing exp((cosine - 1) / temperature).
 
@@ -66,6 +67,7 @@ def knn_votes(
         test_x: Features [M, F].
         pairs: (k in [1, N], temperature > 0, dimensionless), for each of which there is an answer.
         num_classes: C.
+        device: Where similarities and votes are computed, in fp32; None: the CPU.
 
     Returns:
         For each pair float32 [M, C].
@@ -78,20 +80,20 @@ def knn_votes(
             raise ValueError(f"eval.knn_k must be in [1, {len(train_x)}], the number of training images, not {k}")
         if temperature <= 0:
             raise ValueError(f"eval.knn_temperature must be > 0, not {temperature}")
-    train, labels = _unit_rows(train_x), torch.as_tensor(train_y)
+    train, labels = _unit_rows(train_x, device), torch.as_tensor(train_y, device=device)
     most = max(k for k, _ in pairs)
     votes: list[list[Tensor]] = [[] for _ in pairs]
-    for chunk in _unit_rows(test_x).split(_CHUNK_ROWS):
+    for chunk in _unit_rows(test_x, device).split(_CHUNK_ROWS):
         similarity, neighbours = (chunk @ train.T).topk(most)
         for found, (k, temperature) in zip(votes, pairs, strict=True):
             weights = ((similarity[:, :k] - 1) / temperature).exp()
-            found.append(torch.zeros(len(chunk), num_classes).scatter_add_(1, labels[neighbours[:, :k]], weights))
-    return [torch.cat(found).numpy() for found in votes]
+            found.append(weights.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[neighbours[:, :k]], weights))
+    return [torch.cat(found).cpu().numpy() for found in votes]
 
 
 def _is_chosen(cfg: EvalConfig) -> bool:
     return len(values_of(cfg.knn_k)) * len(values_of(cfg.knn_temperature)) > 1
 
 
-def _unit_rows(x: np.ndarray) -> Tensor:
-    return normalize(torch.as_tensor(x, dtype=torch.float32))
+def _unit_rows(x: np.ndarray, device: torch.device | None) -> Tensor:
+    return normalize(torch.as_tensor(x, dtype=torch.float32, device=device))

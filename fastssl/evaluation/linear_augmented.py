@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastssl.evaluation.features import eval_mode
 from fastssl.evaluation.linear_heads import sweep
@@ -19,13 +20,13 @@ def linear_augmented(task: Task) -> dict[str, Outcome]:
     images = task.images
     assert images is not None
 
-    def batches(positions: np.ndarray, seed: int, epoch: int) -> tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]:
+    def batches(positions: np.ndarray, seed: int, epoch: int) -> tuple[int, Iterator[tuple[Tensor, np.ndarray]]]:
         num_batches, found = images.augmented(positions, seed, epoch)
         return num_batches, ((encode(view), rows) for view, rows in found if len(rows))
 
-    def encode(view: torch.Tensor) -> np.ndarray:
+    def encode(view: Tensor) -> Tensor:
         with torch.inference_mode():
-            return images.encoder(view).float().cpu().numpy()
+            return images.encoder(view).float()
 
     with eval_mode(images.encoder):
         return {"linear_augmented": sweep(task, batches, task.cfg.augmented_epochs)}

@@ -27,7 +27,7 @@ class Candidate:
 
 
 # (positions to learn from, seed, epoch) -> how many batches, and the batches: features [B, F], positions [B]
-Batches = Callable[[np.ndarray, int, int], tuple[int, Iterable[tuple[np.ndarray, np.ndarray]]]]
+Batches = Callable[[np.ndarray, int, int], tuple[int, Iterable[tuple[Tensor, np.ndarray]]]]
 
 
 class LinearHeads:
@@ -77,18 +77,18 @@ class LinearHeads:
 class Standardiser:
     """Centres columns and divides them by their standard deviation; constant ones are only centred."""
 
-    def __init__(self, x: np.ndarray, positions: np.ndarray) -> None:
-        """Take the statistics of some rows of x [N, F], in double precision and in pieces."""
+    def __init__(self, x: np.ndarray, positions: np.ndarray, device: torch.device) -> None:
+        """Take the statistics of some rows of x [N, F], in double precision and in pieces; kept on `device`."""
         pieces = np.array_split(positions, -(-len(positions) // _CHUNK_ROWS))
         mean = np.sum([x[piece].sum(0, dtype=np.float64) for piece in pieces], axis=0) / len(positions)
         squares = np.sum([((x[piece] - mean) ** 2).sum(0) for piece in pieces], axis=0)
         scale = np.sqrt(squares / len(positions))
         scale[scale <= 1e-6 * scale.max()] = 1.0
-        self._mean, self._scale = mean.astype(np.float32), scale.astype(np.float32)
+        self._mean, self._scale = (torch.tensor(column, dtype=torch.float32, device=device) for column in (mean, scale))
 
-    def __call__(self, x: np.ndarray) -> Tensor:
-        """fp32 [B, F], on the CPU."""
-        return torch.from_numpy((x.astype(np.float32, copy=False) - self._mean) / self._scale)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of x [B, F] anywhere, fp32 [B, F] on the device."""
+        return (x.to(self._mean) - self._mean) / self._scale
 
 
 def sweep(task: Task, batches: Batches, num_epochs: int) -> Outcome:
@@ -125,19 +125,19 @@ def _learn(
     task: Task, batches: Batches, positions: np.ndarray, candidates: Sequence[Candidate], *, seed: int, num_epochs: int
 ) -> Iterator[Scores]:
     """Yields after each epoch what scores features."""
-    standardise = Standardiser(task.train_x, positions)
+    standardise = Standardiser(task.train_x, positions, task.device)
     heads = LinearHeads(task.train_x.shape[1], task.num_classes, candidates, task.device)
     labels = torch.from_numpy(task.train_y).to(task.device)
 
     def scores_of(x: np.ndarray) -> Iterator[Tensor]:
         for first in range(0, len(x), _CHUNK_ROWS):
-            yield heads.scores(standardise(x[first : first + _CHUNK_ROWS]).to(task.device))
+            yield heads.scores(standardise(torch.from_numpy(x[first : first + _CHUNK_ROWS])))
 
     for epoch in range(num_epochs):
         num_batches, found = batches(positions, seed, epoch)
         for number, (x, rows) in enumerate(found):
             factor = cosine(epoch * num_batches + number, num_epochs * num_batches)
-            heads.step(standardise(x).to(task.device), labels[torch.from_numpy(rows).to(task.device)], factor)
+            heads.step(standardise(x), labels[torch.from_numpy(rows).to(task.device)], factor)
         yield scores_of
 
 

@@ -56,7 +56,7 @@ def test_standardiser_reads_the_given_rows_only_and_leaves_constant_columns():
     rows = np.arange(0, 40)
     poisoned = x.copy()
     poisoned[40:] = 1e6
-    found = Standardiser(poisoned, rows)(x[rows]).numpy()
+    found = Standardiser(poisoned, rows, CPU)(torch.from_numpy(x[rows])).numpy()
     np.testing.assert_allclose(found.mean(0), 0.0, atol=1e-5)
     np.testing.assert_allclose(found.std(0), [1, 1, 0, 1], atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_settings_are_chosen_without_the_validation_part_and_all_is_learnt_from_
     def batches(positions, seed, epoch):
         key = (seed, len(positions))
         seen.setdefault(key, []).extend(positions.tolist())
-        return 1, [(task.train_x[positions], positions)]
+        return 1, [(torch.from_numpy(task.train_x[positions]), positions)]
 
     outcome = sweep(task, batches, 3)
     assert set(seen) == {(0, len(fit)), (0, 300), (1, 300)}
