@@ -1,4 +1,4 @@
-"""What must work where torch, Triton, numpy and pytest are installed, but nothing of `ABSENT`: as on many a GPU machine."""
+"""What must work where torch, Triton, numpy and pytest are installed, but nothing of `ABSENT`: many a GPU machine."""
 
 import os
 import subprocess

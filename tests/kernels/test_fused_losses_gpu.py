@@ -125,8 +125,8 @@ def test_nothing_waits_for_the_device(case: LossCase, device: str) -> None:
     run, _ = step(case, device)
     expected = run()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         value = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")

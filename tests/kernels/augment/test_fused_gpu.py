@@ -38,6 +38,7 @@ class TestAsInProduction:
         limit = AFFINE_LEVELS if recipe == "digits" else BLUR_LEVELS
         assert max_difference_levels(views, params, device) <= limit
 
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
     def test_nothing_waits_for_the_device(self, device: str) -> None:
         images = torch.randint(0, 256, (100, 32, 32, 3), dtype=torch.uint8, device=device)
         ids = np.arange(64)
@@ -45,8 +46,8 @@ class TestAsInProduction:
         params = draw(RECIPES["simclr"], 0, 0, ids, np.full((64, 2), 32))
         augment(stored, params, **IMAGENET)  # compiled
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             views = augment(stored, params, **IMAGENET)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 import torch
@@ -136,8 +137,11 @@ def test_only_what_is_asked_for(kind: str, wanted: tuple[str, ...], device: str)
 def test_tiles_with_more_columns_than_rows(
     kind: str, num_samples: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "INTERPRETED_CONFIG", tiles.TileConfig(16, 32, 4, 1, 1))
-    assert_three_way(Case(device=device, kind=kind, num_samples=num_samples, num_blocks=3, own=1, width=16))
+    scale = 4 if device == "cuda" else 1  # the tensor cores take 64 rows
+    config = tiles.TileConfig(16 * scale, 32 * scale, 4, 1, 1)
+    monkeypatch.setattr(tiles, "INTERPRETED_CONFIG", config)
+    monkeypatch.setattr(tiles, "choose_config", lambda *_, **__: config)
+    assert_three_way(Case(device=device, kind=kind, num_samples=scale * num_samples, num_blocks=3, own=1, width=16))
 
 
 @pytest.mark.parametrize(
@@ -150,16 +154,17 @@ def test_shares_of_the_columns(kind: str, groups: bool, device: str, monkeypatch
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_shares_are_added_to_accumulators(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_are_added_to_accumulators(apart: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also to those whose blocks and rows lie apart; each share but the first has memory of its own."""
-    case = Case(kind="softplus", num_samples=33, num_blocks=3, own=1, width=16)
-    u = fused.normalize(make_inputs(case).column_z, torch.tensor(case.t)).u
+    case = Case(device=device, kind="softplus", num_samples=33, num_blocks=3, own=1, width=16)
+    u = fused.normalize(make_inputs(case).column_z, torch.tensor(case.t, device=device)).u
+    full = partial(torch.full, device=device)
     found = []
     for num_splits in (1, 3):
         monkeypatch.setattr(tiles, "choose_splits", lambda *_, n=num_splits: n)
-        memory = torch.full((2, 2, 33, 2, 16), 2.0), torch.full((2, 2, 33), 3.0), torch.full((2, 2, 33), 4.0)
+        memory = full((2, 2, 33, 2, 16), 2.0), full((2, 2, 33), 3.0), full((2, 2, 33), 4.0)
         pulls, sums, slopes = (memory[0][:, 1, :, 0], *(x[:, 1] for x in memory[1:])) if apart else (
-            torch.full((2, 33, 16), 2.0), torch.full((2, 33), 3.0), torch.full((2, 33), 4.0)
+            full((2, 33, 16), 2.0), full((2, 33), 3.0), full((2, 33), 4.0)
         )  # fmt: skip
         fused.accumulate(Side(u=u[1:], sums=sums, slopes=slopes, pulls=pulls), Side(u=u), case.term(torch.float32), 1)
         found.append((pulls, sums, slopes))
@@ -208,13 +213,15 @@ def test_blocks_that_lie_apart(width: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", [("sums",), ("slopes",), ("pulls",)])
-def test_strips_make_what_a_side_asks_for(wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_make_what_a_side_asks_for(
+    wanted: tuple[str, ...], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No slopes in memory without pulls, no sums along the rows where the columns have no accumulators."""
     made = []
     run_strip, scratch = strips._run, strips._Scratch
     monkeypatch.setattr(strips, "_run", lambda *args: made.append(run_strip(*args)) or made[-1])
     monkeypatch.setattr(strips, "_Scratch", lambda *args: made.append("scratch") or scratch(*args))
-    case = Case(kind="exp", width=300, num_blocks=3, own=1, wanted=wanted)
+    case = Case(device=device, kind="exp", width=300, num_blocks=3, own=1, wanted=wanted)
     inputs = make_inputs(case)
     rows, columns = run("fused", case, inputs)
     alone = Side(u=rows.u, **{name: torch.zeros_like(getattr(rows, name)) for name in wanted})
@@ -338,15 +345,16 @@ def test_finish_gives_the_dtype_of_z(dtype: torch.dtype, device: str) -> None:
     torch.testing.assert_close(dz, expected)
 
 
-def test_refusals() -> None:
+def test_refusals(device: str) -> None:
+    t = torch.tensor(1.0, device=device)
     with pytest.raises(ValueError, match="at most 2048 wide"):
-        fused.normalize(torch.zeros(1, 1, 2056), torch.tensor(1.0))
+        fused.normalize(torch.zeros(1, 1, 2056, device=device), t)
     with pytest.raises(ValueError, match="fp32, fp16 or bf16"):
-        fused.normalize(torch.zeros(1, 1, 8, dtype=torch.float64), torch.tensor(1.0))
-    case = Case(kind="exp")
-    u = torch.zeros(2, 4, 8, dtype=torch.float16)
+        fused.normalize(torch.zeros(1, 1, 8, dtype=torch.float64, device=device), t)
+    case = Case(device=device, kind="exp")
+    u = torch.zeros(2, 4, 8, dtype=torch.float16, device=device)
     with pytest.raises(ValueError, match="blocks of both sides must be alike"):
         fused.accumulate(Side(u=u), Side(u=u[:, :3]), case.term(torch.float32), None)
-    side = Side(u=u, sums=torch.zeros(4, 2).T)
+    side = Side(u=u, sums=torch.zeros(4, 2, device=device).T)
     with pytest.raises(ValueError, match="dense rows"):
         fused.accumulate(side, side, case.term(torch.float32), 0)
