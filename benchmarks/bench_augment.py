@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import CallTime, time_call
 from fastssl.record import append_rows, environment_columns, format_table, spread
 from kernels.augment import StoredImages, augment
 from pipelines.views import RECIPES, ViewsConfig, ViewSpec, draw
@@ -30,7 +30,7 @@ from pipelines.views import RECIPES, ViewsConfig, ViewSpec, draw
 PACKAGES = ("torch", "triton", "numba", "kornia")
 BATCHES = {"cpu": (16, 256), "cuda": (256, 2048)}  # samples of 224 px, of 32 px
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-SHOWN = ("op", "size_px", "num_views", "ms_p50", "views_per_s", "gb_per_s", "share_of_copy", "note")
+SHOWN = ("op", "size_px", "num_views", "ms_p50", "host_ms_p50", "views_per_s", "gb_per_s", "share_of_copy", "note")
 VIEWS = ViewsConfig()
 
 
@@ -68,20 +68,21 @@ def measure(device: torch.device, samples: tuple[int, int], repetitions: int, se
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls["copy"] = (lambda: target.copy_(source), 0, 0, 2 * source.nbytes)
-    times_ms: dict[str, list[float]] = {name: [] for name in calls}
+    times_ms: dict[str, list[CallTime]] = {name: [] for name in calls}
     for repetition in range(-2, repetitions):  # the first two compile, and warm up
         for name, (call, *_) in calls.items():
-            found = _time_ms(call, device)
+            found = time_call(call, device)
             if repetition >= 0:
                 times_ms[name].append(found)
-    copy_bytes_per_ms = calls["copy"][3] / spread(times_ms["copy"])["p50"]
+    copy_bytes_per_ms = calls["copy"][3] / spread([each.ms for each in times_ms["copy"]])["p50"]
     rows = []
     for name, (_, num_views, size_px, num_bytes) in calls.items():
-        ms = spread(times_ms[name])
+        ms = spread([each.ms for each in times_ms[name]])
         rows.append(
             {"op": name, "device": device.type, "num_views": num_views, "size_px": size_px}
             | {f"ms_{key}": round(value, 4) for key, value in ms.items()}
             | {
+                "host_ms_p50": round(spread([each.host_ms for each in times_ms[name]])["p50"], 4),
                 "views_per_s": round(1000 * num_views / ms["p50"]),
                 "gb_per_s": round(num_bytes / ms["p50"] / 1e6, 2),
                 "share_of_copy": round(num_bytes / ms["p50"] / copy_bytes_per_ms, 3),
@@ -146,17 +147,6 @@ def _kornia(
         K.Normalize(torch.tensor(VIEWS.mean), torch.tensor(VIEWS.std)),
     )
     return lambda: op(views), num * len(specs), side_px, 2 * views.nbytes
-
-
-def _time_ms(call: Callable[[], object], device: torch.device) -> float:
-    """One call, begun on an idle device; what the host does for it counts."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start_s = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start_s)
 
 
 if __name__ == "__main__":

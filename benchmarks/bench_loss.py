@@ -1,10 +1,12 @@
 """Losses over all pairs of a large batch: time, memory and gradient error of ours beside their usual forms.
 
-    python benchmarks/bench_loss.py                      # on the device that is there
+    python benchmarks/bench_loss.py                      # a short table on the device that is there: minutes
+    python benchmarks/bench_loss.py --all                # more rows and widths: an hour
     python benchmarks/bench_loss.py --device cpu --rows 8192 --widths 128 --out benchmarks/results/loss_cpu.csv
 
 Forward and backward of one loss on random z; every provider of a cell is measured in turns in the same run. A cell that
-cannot be run gives a row that says why. Rows are written as cells are finished.
+cannot be run gives a row that says why. Rows are written as cells are finished. On a GPU `ms` is the device's time by
+its own events; `host_ms`, what the launches take, is the limit of small n.
 """
 
 # n rows, D width; n^2 D pairs: 4 n^2 D operations are the fewest that value and gradient of a one-pass loss take (two
@@ -12,12 +14,15 @@ cannot be run gives a row that says why. Rows are written as cells are finished.
 
 import argparse
 import gc
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +35,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from loss_providers import LOSSES, PRODUCTS, PROVIDERS, LossOf, NotInstalledError, build  # noqa: E402
 
+from benchmarks.timing import CallTime, time_call  # noqa: E402
 from fastssl.record import append_rows, environment_columns, format_table  # noqa: E402
 
 PACKAGES = ("torch", "triton", "numpy", "lightly", "siglip_kernel")
-ROWS = {"cpu": [8192], "cuda": [4096, 16384, 65536, 262144]}
-WIDTHS = {"cpu": [128], "cuda": [64, 128, 256, 768]}
+ROWS = {"cpu": [8192], "cuda": [65536, 8192]}
+WIDTHS = {"cpu": [128], "cuda": [128]}
+ALL_ROWS = {"cpu": [1024, 8192], "cuda": [4096, 16384, 65536, 262144]}
+ALL_WIDTHS = {"cpu": [64, 128, 256], "cuda": [64, 128, 256, 768]}
+TABLE_SECONDS = 160.0  # of the short table on a GPU, where each compilation takes seconds
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 MAX_EXACT_ROWS = {"cpu": 8192, "cuda": 65536}  # the fp64 gradient of more would take longer than all else
 SECONDS = {"cpu": 4.0, "cuda": 0.3}  # of the repetitions of one provider in one cell
-COLUMNS = ("loss", "provider", "products", "rows", "width", "ms_p20", "ms_p50", "ms_p80", "num_repetitions", "peak_mb")
+COLUMNS = ("loss", "provider", "products", "rows", "width", "ms_p20", "ms_p50", "ms_p80", "host_ms_p50")
+COLUMNS += ("num_repetitions", "peak_mb")
 COLUMNS += ("tflop_per_s", "gb_per_s", "gradient_error", "note")
-SHOWN = ("loss", "rows", "width", "provider", "products", "ms_p50", "peak_mb", "tflop_per_s", "gradient_error", "note")
+SHOWN = ("loss", "rows", "width", "provider", "products", "ms_p50", "host_ms_p50", "peak_mb", "tflop_per_s")
+SHOWN += ("gradient_error", "note")
 AXIS_LABELS = ("ms, forward + backward", "peak MB above inputs")
 OPERATIONS = {"softplus": 4, "exp": 4, "nt_xent": 6, "siglip": 6 / 4}  # times n^2 D
 
@@ -52,13 +63,13 @@ def main() -> None:
     constant = {"device": device, "dtype": str(DTYPES[device]).removeprefix("torch."), "seed": 0}
     rows = [row | constant for row in ceilings(device)]
     write(args.out, rows, environment)
-    for loss in args.losses:
-        for width in args.widths or WIDTHS[device]:
-            for num_rows in args.rows or ROWS[device]:
-                cell = [row | constant for row in measure_cell(args, loss, num_rows, width, device)]
-                print(format_table(cell, SHOWN), flush=True)
-                write(args.out, cell, environment)
-                rows += cell
+    all_rows, all_widths = (ALL_ROWS, ALL_WIDTHS) if args.all else (ROWS, WIDTHS)
+    for num_rows, width in product(args.rows or all_rows[device], args.widths or all_widths[device]):
+        for loss in args.losses:
+            cell = [row | constant for row in measure_cell(args, loss, num_rows, width, device)]
+            print(format_table(cell, SHOWN), flush=True)
+            write(args.out, cell, environment)
+            rows += cell
     if args.out:
         plot(rows, args.out.with_suffix(".png"))
 
@@ -88,6 +99,8 @@ def measure_cell(args: argparse.Namespace, loss: str, num_rows: int, width: int,
     for provider in args.providers:
         rows[provider] = cell | {"provider": provider, "products": PRODUCTS[provider]}
         try:
+            if time.perf_counter() > args.deadline_s:
+                raise NotInTimeError("the table's time is over; --minutes gives it more")
             loss_of = build(provider, loss, device=device)
             error, peak_bytes = gradient_error(loss_of, z, exact), peak_memory(provider, loss, z)
             rows[provider] |= {"gradient_error": error, "peak_mb": peak_bytes / 1e6}
@@ -99,11 +112,16 @@ def measure_cell(args: argparse.Namespace, loss: str, num_rows: int, width: int,
     for provider, note in notes.items():
         rows[provider] |= {"note": note}
     for provider, times_ms in times.items():
-        p20, p50, p80 = quantiles(times_ms)
+        p20, p50, p80 = quantiles([each.ms for each in times_ms])
         tflop = OPERATIONS[loss] * num_rows**2 * width / 1e12
         rows[provider] |= {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "num_repetitions": len(times_ms)}
+        rows[provider] |= {"host_ms_p50": statistics.median(each.host_ms for each in times_ms)}
         rows[provider] |= {"tflop_per_s": tflop / p50 * 1e3}
     return [_row(row) for row in rows.values()]
+
+
+class NotInTimeError(Exception):
+    """The time of a table is over."""
 
 
 def not_measured(error: Exception) -> str:
@@ -111,7 +129,8 @@ def not_measured(error: Exception) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "not measured: out of memory"
     first_line = next(iter(str(error).splitlines()), "")
-    named = first_line if isinstance(error, NotInstalledError) else f"{type(error).__name__}: {first_line}"
+    says_all = isinstance(error, (NotInstalledError, NotInTimeError))
+    named = first_line if says_all else f"{type(error).__name__}: {first_line}"
     return f"not measured: {named[:200]}"
 
 
@@ -140,34 +159,26 @@ def gradient_error(loss_of: LossOf, z: Tensor, exact: Tensor | None) -> float | 
 # -- time
 
 
-def measure_times(ready: dict[str, LossOf], z: Tensor, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds of each repetition; the providers take turns. And a note for each provider that failed meanwhile."""
-    times: dict[str, list[float]] = {provider: [] for provider in ready}
+def measure_times(
+    ready: dict[str, LossOf], z: Tensor, seconds: float
+) -> tuple[dict[str, list[CallTime]], dict[str, str]]:
+    """The times of each repetition; the providers take turns. And a note for each provider that failed meanwhile."""
+    times: dict[str, list[CallTime]] = {provider: [] for provider in ready}
     notes: dict[str, str] = {}
     for _ in range(1000):
-        waiting = [name for name, spent in times.items() if sum(spent) < seconds * 1e3 or len(spent) < 3]
+        waiting = [
+            name for name, found in times.items() if sum(max(each) for each in found) < seconds * 1e3 or len(found) < 3
+        ]
         if not waiting:
             break
         for provider in waiting:
             try:
-                times[provider].append(_time_ms(lambda provider=provider: forward_backward(ready[provider], z), z))
+                call = partial(forward_backward, ready[provider], z)
+                times[provider].append(time_call(call, z.device))
             except Exception as error:  # as in measure_cell
                 notes[provider] = not_measured(error)
                 del times[provider]
     return times, notes
-
-
-def _time_ms(call: Callable[[], object], z: Tensor) -> float:
-    _synchronize(z)
-    started = time.perf_counter()
-    call()
-    _synchronize(z)
-    return (time.perf_counter() - started) * 1e3
-
-
-def _synchronize(z: Tensor) -> None:
-    if z.is_cuda:
-        torch.cuda.synchronize()
 
 
 def quantiles(times_ms: Sequence[float]) -> tuple[float, float, float]:
@@ -236,8 +247,8 @@ def ceilings(device: str) -> list[dict[str, Any]]:
     n, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.float16)
     x = torch.randn(n, n, device=device).to(dtype)
     y = torch.empty_like(x)
-    product_ms = min(_time_ms(lambda: torch.mm(x, x, out=y), x) for _ in range(5))
-    copy_ms = min(_time_ms(lambda: y.copy_(x), x) for _ in range(5))
+    product_ms = min(time_call(lambda: torch.mm(x, x, out=y), x.device).ms for _ in range(5))
+    copy_ms = min(time_call(lambda: y.copy_(x), x.device).ms for _ in range(5))
     rows = [
         {"loss": "ceiling", "provider": f"product {n} x {n}, {str(dtype).removeprefix('torch.')}", "ms_p50": product_ms}
         | {"tflop_per_s": 2 * n**3 / product_ms / 1e9},
@@ -281,6 +292,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA where there is one")
+    parser.add_argument("--all", action="store_true", help="more numbers of rows and widths, and no limit of time")
+    parser.add_argument("--minutes", type=float, help="what is not begun by then is left out")
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows n, even")
     parser.add_argument("--widths", type=int, nargs="+", help="widths D")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
@@ -293,6 +306,9 @@ def _parse() -> argparse.Namespace:
         provider, loss, num_rows, width = args.measure_peak
         _print_peak(provider, loss, int(num_rows), int(width))
         sys.exit()
+    seconds = TABLE_SECONDS if args.minutes is None else 60 * args.minutes
+    limited = args.minutes is not None or not (args.all or args.rows or args.widths)
+    args.deadline_s = time.perf_counter() + seconds if limited else math.inf
     return args
 
 

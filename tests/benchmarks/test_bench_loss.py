@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import math
 import subprocess
 import sys
 from functools import partial
@@ -83,7 +84,7 @@ def test_a_provider_that_fails_leaves_the_cell_to_the_others(monkeypatch: pytest
     eager = build("eager", "exp", device="cpu")
     monkeypatch.setitem(bench_loss.PROVIDERS, "Lightly", lambda loss, device: broken)
     monkeypatch.setattr(bench_loss, "peak_memory", lambda *_: 1)
-    arguments = argparse.Namespace(providers=["Lightly", "eager"], seconds=0.01)
+    arguments = argparse.Namespace(providers=["Lightly", "eager"], seconds=0.01, deadline_s=math.inf)
     failed, measured = measure_cell(arguments, "exp", 64, 8, "cpu")
     assert failed["note"] == "not measured: ZeroDivisionError: no rows"
     assert failed["ms_p50"] is None
@@ -91,6 +92,13 @@ def test_a_provider_that_fails_leaves_the_cell_to_the_others(monkeypatch: pytest
     times, notes = measure_times({"Lightly": broken, "eager": eager}, torch.zeros(2, 8, 4).requires_grad_(), 0.01)
     assert list(times) == ["eager"]
     assert notes == {"Lightly": "not measured: ZeroDivisionError: no rows"}
+
+
+def test_what_is_not_begun_in_time_is_left_out() -> None:
+    arguments = argparse.Namespace(providers=["eager"], seconds=0.01, deadline_s=0.0)
+    (row,) = measure_cell(arguments, "exp", 64, 8, "cpu")
+    assert row["note"] == "not measured: the table's time is over; --minutes gives it more"
+    assert row["ms_p50"] is None
 
 
 def test_a_process_that_fails_is_not_taken_for_one_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
