@@ -2,7 +2,8 @@
 
 The .beton file is the same as for the other engines, and so are the boxes: our reader hands DALI the JPEG bytes, and
 the draw its crops. DALI cannot go on after an image that it does not decode, and what nvJPEG makes of a damaged one is
-nobody's warrant: every JPEG is read once by the decoder of the other engines, when it comes up first. https://docs.nvidia.com/deeplearning/dali/user-guide/docs/
+not documented: every JPEG is read once by the decoder of the other engines, in threads that are some batches ahead.
+https://docs.nvidia.com/deeplearning/dali/user-guide/docs/
 """
 
 # DALI makes its names at run time:
@@ -12,9 +13,11 @@ nobody's warrant: every JPEG is read once by the decoder of the other engines, w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from pipelines.batch import RawBatch
 from pipelines.beton import JPG, RAW, BetonReader
 from pipelines.engines import DrawBatch, Groups
 from pipelines.engines.decode_crop import why_bad
-from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, check_jpeg
+from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, check_jpeg, load_library
 from pipelines.errors import DataError
 
 try:
@@ -34,6 +37,11 @@ except ImportError as error:
     raise DataError("engine dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (requirements/gpu.txt)") from error
 
 _NO_JPEG, _NO_PIXELS = np.empty(0, np.uint8), np.empty((0, 0, 3), np.uint8)
+_BATCHES_CHECKED_AHEAD = 16
+_SAMPLES_OF_A_CHECK = 32
+
+# Sample ids of a part of a batch, and what will be known of them: why which of them are bad.
+_Check = tuple[np.ndarray, Future[dict[int, str]]]
 
 
 class DaliEngine:
@@ -62,6 +70,9 @@ class DaliEngine:
         self._pipeline: Pipeline | None = None
         self._pipeline_is_for: tuple[int, Groups] | None = None
         self._num_iterations = 0
+        # Copies out of DALI's memory have a stream of their own: to wait for one is not to wait for the training.
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None  # of the last batch
 
     def batches(
         self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
@@ -75,13 +86,13 @@ class DaliEngine:
         try:
             while True:
                 try:
-                    outputs = pipeline.run()
+                    outputs = self._run(pipeline)
                 except StopIteration:
                     break
                 except RuntimeError as error:
                     raise self._explain(error) from error
                 ids, params = self._feed.under_way.popleft()
-                views = [self._take(output) for output in outputs]
+                views = self._take(outputs)
                 yield RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
                 if this_iteration != self._num_iterations:
                     raise RuntimeError("this iteration was ended by another one, or by close()")
@@ -109,16 +120,33 @@ class DaliEngine:
             self._pipeline_is_for = (local_batch_size, groups)
         return self._pipeline
 
-    def _take(self, output: Any) -> np.ndarray | torch.Tensor:
-        if self._device.type != "cuda":
-            return np.asarray(output.as_tensor())
-        # A copy on torch's stream: DALI uses its memory again for the next batch but one.
+    def _run(self, pipeline: Pipeline) -> Any:
+        """The next batch, which is complete; DALI may overwrite the one before, which has been copied."""
+        self._wait_for_copies()
+        return pipeline.run()
+
+    def _take(self, outputs: Any) -> list[np.ndarray | torch.Tensor]:
+        """Views as arrays in DALI's memory; on a GPU copies, which torch's current stream waits for."""
+        if self._copy_stream is None:
+            return [np.asarray(output.as_tensor()) for output in outputs]
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        tensor = output.as_tensor()
-        out = torch.empty(tensor.shape(), dtype=torch.uint8, device=self._device)
-        feed_ndarray(tensor, out, cuda_stream=torch.cuda.current_stream(self._device))
-        return out
+        consumer, views = torch.cuda.current_stream(self._device), []
+        with torch.cuda.stream(self._copy_stream):
+            for output in outputs:
+                tensor = output.as_tensor()
+                out = torch.empty(tensor.shape(), dtype=torch.uint8, device=self._device)
+                feed_ndarray(tensor, out, cuda_stream=self._copy_stream)  # returns before the copy is done
+                out.record_stream(consumer)
+                views.append(out)
+            copied = self._copied = self._copy_stream.record_event()
+        consumer.wait_event(copied)
+        return views
+
+    def _wait_for_copies(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
 
     def _drain(self) -> None:
         """End what an iteration left under way: it comes out and is thrown away."""
@@ -126,7 +154,7 @@ class DaliEngine:
         if self._pipeline is not None:
             with suppress(StopIteration):
                 while True:
-                    self._pipeline.run()
+                    self._run(self._pipeline)
             self._pipeline.reset()
         self._feed.under_way.clear()
 
@@ -134,6 +162,7 @@ class DaliEngine:
         self._feed.stop()
         self._feed.under_way.clear()
         self._feed.error = None
+        self._wait_for_copies()
         self._pipeline = self._pipeline_is_for = None
 
     def _explain(self, error: RuntimeError) -> Exception:
@@ -167,53 +196,82 @@ class _Feed:
         self.error: Exception | None = None
         self.num_views = 0
         self._reader = reader
-        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+        self._batches = self._no_batches()
         self._substitutes = Substitutes(bad_samples, reader.sizes)
         self._is_checked = reader.modes == RAW  # the reader knows their length
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-check")
-        self._decoders = [JpegDecoder() for _ in range(num_threads)]
+        self._decoders: SimpleQueue[JpegDecoder] = SimpleQueue()
+        for _ in range(num_threads):
+            self._decoders.put(JpegDecoder())
+        if not self._is_checked.all():
+            load_library()  # or say here, and not in a thread, that it is missing
 
     def start(self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch) -> None:
         """Begin with these samples."""
-
-        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for first in range(0, len(sample_ids), local_batch_size):
-                ids = sample_ids[first : first + local_batch_size]
-                params = draw_batch(ids, self._reader.sizes[ids])
-                self._check(ids)
-                yield self._substitutes.put_in(ids, params)
-
-        self._batches = batches()
+        self.stop()
+        self._batches = self._make_batches(sample_ids, local_batch_size, draw_batch)
 
     def stop(self) -> None:
         """Have no more."""
-        self._batches = iter(())
+        self._batches.close()
+        self._batches = self._no_batches()
 
     def close(self) -> None:
         """Stop the threads and free their decompressors; a second call does nothing."""
-        self._pool.shutdown(wait=True)
-        for decoder in self._decoders:
-            decoder.close()
+        self.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        while not self._decoders.empty():
+            self._decoders.get().close()
 
-    def _check(self, ids: np.ndarray) -> None:
-        """Find the bad ones among samples that have not come up before, and among those that take their places."""
-        while len(new := np.unique(ids[~self._is_checked[ids]])):
-            parts = np.array_split(new, len(self._decoders))
+    def _no_batches(self) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+        yield from ()
+
+    def _make_batches(
+        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch
+    ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+        starts = range(0, len(sample_ids), local_batch_size)
+        to_check = (sample_ids[first : first + local_batch_size] for first in starts)
+        checked: deque[tuple[np.ndarray, list[_Check]]] = deque()
+        try:
+            for _ in starts:
+                for ids in islice(to_check, 1 + _BATCHES_CHECKED_AHEAD - len(checked)):
+                    checked.append((ids, self._begin_checks(ids)))
+                ids, checks = checked.popleft()
+                params = draw_batch(ids, self._reader.sizes[ids])
+                self._end_checks(checks)
+                yield self._substitutes.put_in(ids, params)
+        finally:  # perhaps left early
+            for _, checks in checked:
+                for _, check in checks:
+                    check.cancel()
+
+    def _begin_checks(self, ids: np.ndarray) -> list[_Check]:
+        """Look for bad ones among samples that have not come up before, in the pool's threads."""
+        new = ids[~self._is_checked[ids]]
+        parts = [new[first : first + _SAMPLES_OF_A_CHECK] for first in range(0, len(new), _SAMPLES_OF_A_CHECK)]
+        return [(part, self._pool.submit(self._find_bad, part)) for part in parts]
+
+    def _end_checks(self, checks: list[_Check]) -> None:
+        """Wait for these checks; others take the places of bad samples, and are checked as well."""
+        while checks:
             reasons: dict[int, str] = {}
-            for found in self._pool.map(self._find_bad, parts, self._decoders):
-                reasons |= found
-            self._is_checked[new] = True
-            ids = np.array(self._substitutes.add(reasons), np.int64)
+            for ids, check in checks:
+                reasons |= check.result()
+                self._is_checked[ids] = True
+            checks = self._begin_checks(np.array(self._substitutes.add(reasons), np.int64))
 
-    def _find_bad(self, ids: np.ndarray, decoder: JpegDecoder) -> dict[int, str]:
-        reader, found = self._reader, {}
-        for i in ids.tolist():
-            height_px, width_px = reader.sizes[i].tolist()
-            decoder.reserve(-(-height_px // 8) * -(-width_px // 8) * 3)
-            status = check_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
-            if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
-                found[i] = why_bad(reader, i, status, decoder)
-                decoder.renew()
+    def _find_bad(self, ids: np.ndarray) -> dict[int, str]:
+        reader, decoder, found = self._reader, self._decoders.get(), {}
+        try:
+            for i in ids.tolist():
+                height_px, width_px = reader.sizes[i].tolist()
+                decoder.reserve(-(-height_px // 8) * -(-width_px // 8) * 3)
+                status = check_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
+                if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
+                    found[i] = why_bad(reader, i, status, decoder)
+                    decoder.renew()
+        finally:
+            self._decoders.put(decoder)
         return found
 
     def __call__(self) -> list[Any]:

@@ -417,6 +417,31 @@ def test_dali_that_is_left_early_starts_anew(jpegs):
     engine.close()
 
 
+def test_dali_looks_for_damage_ahead_of_use(jpegs, monkeypatch):
+    from pipelines.engines import dali
+
+    checked, drawn = [], []
+    check_jpeg = dali.check_jpeg
+    monkeypatch.setattr(dali, "check_jpeg", lambda *arguments: checked.append(0) or check_jpeg(*arguments))
+    engine = build_engine("dali", jpegs, num_workers=2, prefetch_batches=2)
+
+    def draw_batch(ids, sizes):
+        drawn.append(ids)
+        return draw(SPECS, 7, 3, ids, sizes)
+
+    batches = iterate(engine, np.arange(30), local_batch_size=2, draw_batch=draw_batch)
+    next(batches)
+    deadline_s = time.monotonic() + 20
+    while len(checked) < 30 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert len(checked) == 30
+    assert len(drawn) < 15
+    assert len(list(batches)) == 14
+    assert len(list(iterate(engine, np.arange(30)))) == 4
+    assert len(checked) == 30  # once
+    engine.close()
+
+
 def test_without_dali_its_engine_says_what_to_install(jpegs, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "pipelines.engines.dali", raising=False)

@@ -1,14 +1,17 @@
 """Batches that are made on a GPU are those of the CPU: same order, same draws, nearly the same pixels."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from pipelines.beton import BetonReader, BetonWriter
+from pipelines.engines import build_engine
 from pipelines.engines.turbojpeg import load_library
 from pipelines.errors import DataError
 from pipelines.loader import DataConfig, build_loader
-from pipelines.views import ViewsConfig
+from pipelines.views import ViewsConfig, build_view_specs, draw, size_groups
 from tests.pipelines.test_engines import encode, make_photograph, write_jpegs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -76,6 +79,25 @@ def test_raw_images(raw, engine):
 def test_jpegs(jpegs, engine, mean_levels):
     skip_without_ffcv()
     assert_nearly_equal(jpegs, engine, mean_levels)
+
+
+def test_views_of_dali_are_copied_before_it_takes_their_memory_again(raw):
+    """With so much to do on the consumer's stream that a copy behind it comes long after the next batches are made."""
+    pytest.importorskip("nvidia.dali")
+    specs, device = build_view_specs(VIEWS), torch.device("cuda")
+
+    def views(busy_cycles: int) -> list[torch.Tensor]:
+        engine = build_engine("dali", raw, num_workers=2, prefetch_batches=2, device=device)
+        kept = []
+        for batch in engine.batches(np.arange(64), 4, partial(draw, specs, 7, 3), size_groups(specs)):
+            kept += [view.clone() for view in batch.views]
+            torch.cuda._sleep(busy_cycles)
+        engine.close()
+        torch.cuda.synchronize()
+        return kept
+
+    idle, busy = views(0), views(20_000_000)
+    assert all(torch.equal(a, b) for a, b in zip(idle, busy, strict=True))
 
 
 def test_resident_images_must_be_of_one_size(jpegs):
