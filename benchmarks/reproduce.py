@@ -67,7 +67,7 @@ TAKEN = {
 }
 PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "ffcv", "numpy")
 HELD_OUT, TEST = "held-out training images", "test images"
-CHECKPOINT_EVERY_EPOCHS = 5  # at most: what a kill costs
+CHECKPOINT_EVERY_EPOCHS = 10  # at most: what a kill costs
 MIN_IMAGES = 300  # of which 30 are held out, and 200 can be neighbours
 SHOWN = ("row", "seed", "epochs", "metric", "percent", "scored_on", "checkpoint", "checkpoint_step")
 
@@ -131,16 +131,12 @@ def reproduce(job: Job) -> str:
         prepare(job.data, "test", Path(str(job.cfg.data.test)), job.limit)
     train(job)
     steps = kept_steps(job)
-    started = time.perf_counter()
-    for number, step in enumerate(steps):
-        left_s = (time.perf_counter() - started) / max(1, number) * (len(steps) - number)
-        left = f", {timedelta(seconds=round(left_s))} left" if number else ""
-        _say(f"checkpoint {number + 1} of {len(steps)}, step {step}: kNN on {HELD_OUT}{left}")
-        judge(job, step, HELD_OUT, ["knn"], "kept")
+    for num_left, step in zip(reversed(range(len(steps))), steps, strict=True):
+        if (seconds := judge(job, step, HELD_OUT, ["knn"], "kept")) and num_left:
+            _say(f"checkpoints to judge: {num_left}, left {timedelta(seconds=round(num_left * seconds))}")
     write_curve(job)
     best = best_step(job, steps)
     for name, step in (("last", steps[-1]), ("best", best)):
-        _say(f"{name} checkpoint, step {step}: kNN and linear on {TEST}")
         judge(job, step, TEST, ["knn", "linear"], name)
     return f"{format_table(_rows_of(job), SHOWN)}\n{job.out / 'results.csv'}, {job.folder.path}"
 
@@ -228,10 +224,15 @@ def best_step(job: Job, steps: Sequence[int]) -> int:
     return max(steps, key=lambda step: (accuracy[step], step))
 
 
-def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpoint: str) -> None:
-    """Judge a checkpoint where it was not yet, and add its rows to results.csv where they are not in it."""
+def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpoint: str) -> float:
+    """Judge a checkpoint where it was not yet, and add its rows to results.csv where they are not in it.
+
+    Returns:
+        Seconds that judging took; 0 where it was judged before.
+    """
     from fastssl.evaluation.run import evaluate_run
 
+    started = time.perf_counter()
     if missing := [name for name in protocols if name not in _judged(job, step, scored_on)]:
         overrides = ["eval.baselines=false", f"run.device={job.device}"]
         if scored_on == HELD_OUT:
@@ -239,12 +240,19 @@ def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpo
         if job.device == "cuda":
             overrides.append("eval.local_batch_size=1000")
         evaluate_run(job.folder.path, overrides, what=missing, step=step)
+    seconds = time.perf_counter() - started if missing else 0.0
     lines = _judged(job, step, scored_on)
+    if missing:
+        found = ", ".join(f"{name} {100 * lines[name]['top1']:.2f}%" for name in protocols)
+        _say(f"{checkpoint} checkpoint, step {step}: {found} on {scored_on} ({seconds:.1f} s)")
     with _alone(job.out):
         known = [(row["scored_on"], row["checkpoint"], row["metric"]) for row in _rows_of(job, step)]
         rows = [_row(job, lines[name], scored_on, checkpoint) for name in protocols]
         rows = [row for row in rows if (row["scored_on"], row["checkpoint"], row["metric"]) not in known]
-        append_rows(job.out / "results.csv", [{**row, **environment_columns(PACKAGES)} for row in rows])
+        if rows:
+            environment = environment_columns(PACKAGES)
+            append_rows(job.out / "results.csv", [{**row, **environment} for row in rows])
+    return seconds
 
 
 def write_curve(job: Job) -> None:
