@@ -37,6 +37,7 @@ CONFIG = "configs/mio_resnet18_cifar10_200ep.yaml"
 FASTSSL = "import sys; from fastssl.cli import main; sys.exit(main())"  # the command, installed or not
 TRAIN_FILE, TEST_FILE = "cifar10_train.beton", "cifar10_test.beton"
 NUM_IMAGES = {False: 50_000, True: 2_000}  # of the synthetic set, by --smoke
+MINUTES = "{minutes}"  # in a command: what it has, less the time to finish what is begun
 END_S = 15.0  # kept for tables and plot
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 5.0  # from SIGTERM to SIGKILL
@@ -133,7 +134,7 @@ def tests(suite: Suite) -> list[Command]:
 def loss(suite: Suite) -> list[Command]:
     tiny = ["--rows", "512", "--widths", "16", "--losses", "exp", "--seconds", "0.05"]
     tiny += ["--providers", "fastssl chunked", "eager"]
-    options = ["--device", suite.device, *(tiny if suite.smoke else []), *suite.csv("loss")]
+    options = ["--device", suite.device, *(tiny if suite.smoke else ["--minutes", MINUTES]), *suite.csv("loss")]
     return [Command(name="loss", argv=suite.python("benchmarks/bench_loss.py", *options))]
 
 
@@ -207,7 +208,7 @@ STAGES: dict[str, Callable[[Suite], list[Command]]] = {
 }
 NEED_DATA = ("loader", "step", "train")
 # Of the time: what they took relative to each other, on a guess before the first GPU.
-SHARES = {"data": 1, "env": 2, "tests": 5, "loss": 4, "tiles": 3, "augment": 2, "loader": 3, "step": 12, "train": 3}
+SHARES = {"data": 1, "env": 2, "tests": 6, "loss": 6, "tiles": 3, "augment": 2, "loader": 3, "step": 12, "train": 3}
 
 
 def _has(package: str) -> bool:
@@ -277,14 +278,15 @@ def run_command(command: Command, log: Path, limit_s: float) -> str | None:
     It leads a session of its own, so that everything it starts ends with it: at its end, at the limit, or when this
     process is interrupted.
     """
+    argv = [part.replace(MINUTES, f"{0.75 * limit_s / 60:.2f}") for part in command.argv]
     environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as file:
-        file.write(f"\n$ {shlex.join(command.argv)}\n".encode())
+        file.write(f"\n$ {shlex.join(argv)}\n".encode())
         file.flush()
         begin = file.tell()
         try:
             process = subprocess.Popen(
-                command.argv,
+                argv,
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -291,7 +291,7 @@ def main() -> None:
     print(*fastest(rows), sep="\n")
     print(f"{time.perf_counter() - started:.1f} s")
     if not any(row["ms_p50"] for row in rows):
-        sys.exit("tune_tiles: error: no configuration could be measured")
+        sys.exit(f"tune_tiles: error: no configuration could be measured: {rows[0]['note']}")
 
 
 def _tiles(text: str) -> Tiles:

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,21 @@ def test_reads_of_values_are_found_at_their_line(monkeypatch: pytest.MonkeyPatch
             x.sum().item()
     assert list(found.values()) == [2]
     assert next(iter(found)).startswith("tests/benchmarks/test_profile_step.py:")
+
+
+def test_waits_of_a_gpu_are_found_at_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(profile_step, "OWN_FOLDERS", (str(Path(__file__).parent),))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    found: Counter[str] = Counter()
+    with profile_step._cuda_syncs(found):
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert list(found.values()) == [3]
+    assert next(iter(found)).startswith("tests/benchmarks/test_profile_step.py:")
+    assert modes == ["warn", 0]
 
 
 @pytest.mark.slow
