@@ -156,7 +156,7 @@ class Bench:
 
     def fit_trainer(self, batches: Iterable[Batch], *, probe: bool) -> None:
         """The product's own loop over batches, with or without its probe."""
-        self.trainer.probe = self.probe if probe else None
+        self.trainer.update_step.probe = self.probe if probe else None
         self.trainer.journal.timer.start()
         self.trainer.fit_batches(batches)
 
@@ -326,11 +326,11 @@ def _parts(bench: Bench) -> dict[str, dict[str, tuple[Any, str]]]:
         "optimizer": (bare, "update"),
     }
     of_trainer = {
-        "forward": (trainer.engine, "forward"),
+        "forward": (trainer.update_step, "forward"),
         "loss": (trainer.loss, "forward"),
-        "backward": (trainer.engine, "backward"),
+        "backward": (trainer.update_step.update, "backward"),
         "averaging of gradients": (trainer.engine, "allreduce_gradients"),
-        "optimizer": (trainer.engine, "step"),
+        "optimizer": (trainer.update_step.update, "step"),
         "metrics row": (trainer.journal.metrics, "step_row"),
         "progress bar": (trainer.journal.metrics, "advance"),
     }

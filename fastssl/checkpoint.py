@@ -175,7 +175,8 @@ def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: i
 
     Each rank's batch norm saw its own images: running statistics are averaged over the ranks.
     """
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    contiguous = torch.contiguous_format
+    state = {name: value.detach().clone(memory_format=contiguous) for name, value in model.state_dict().items()}
     for name, _ in model.named_buffers():
         if name in state and state[name].is_floating_point():
             dist.all_mean_(state[name])

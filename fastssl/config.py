@@ -99,6 +99,8 @@ class TrainConfig:
         num_micro_batches: Parts of the local batch whose activations are held at a time; the loss is that of the whole
             batch, each part is encoded twice (`fastssl.models.grad_cache`). 1: all at once.
         compile: Compile encoder and projector with torch.compile.
+        cuda_graph: Capture the whole step as a CUDA graph (`fastssl.step.cuda_graph`): where small batches leave the
+            GPU waiting for the host. "auto": wherever it can be; true: refuse a run that cannot be captured.
     """
 
     num_epochs: int = 200
@@ -110,6 +112,7 @@ class TrainConfig:
     on_collapse: Literal["warn", "stop"] = "warn"
     num_micro_batches: int = 1
     compile: bool = False
+    cuda_graph: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "num_micro_batches"):

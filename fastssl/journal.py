@@ -18,6 +18,8 @@ from fastssl.diagnostics import WINDOW_IMAGES, add_sums, figures, update_alarm, 
 from fastssl.errors import DivergedError
 from fastssl.metrics import Metrics, StepTimer
 from fastssl.run_folder import RunFolder
+from fastssl.step.late_reports import StepReport
+from fastssl.step.train_step import StepResult
 from fastssl.throughput import CommunicationClock, peak_tflops
 
 # Every rank's sum of these stands for the whole batch's; of counts of images each rank has its part.
@@ -30,6 +32,7 @@ class Journal:
     Attributes:
         timer: Of the steps and of the waiting for data.
         metrics: The writer of rows; None on all ranks but the first, and before `open`.
+        sums: fp64, 0-dim, on the device: what the steps of the epoch add up to; `TrainStep` adds, always to these.
         collapsed_since: Epoch since which each signal of a collapse has been given.
     """
 
@@ -63,7 +66,7 @@ class Journal:
         self._flops_per_image, self._bound_nats = flops_per_image, bound_nats
         self._communication = CommunicationClock(device)
         self._names = (*_MEANS, *counts)
-        self._sums = self._zeros()
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._names}
         self._window: dict[str, Tensor] = {}
         self._window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
 
@@ -86,37 +89,36 @@ class Journal:
         """Measures the communication of step `step` (0-based) if it is an epoch's last but one: the first warm up."""
         return self._communication.measured((step + 2) % self._steps_per_epoch == 0)
 
-    def look_at(self, h: list[Tensor], z: list[Tensor], step: int) -> None:
-        """Add a step that was taken, the `step`-th of the run, to the window, if it is one of an epoch's last.
+    def add_to_window(self, result: StepResult, step: int) -> None:
+        """Add a step to the window, if it is one of an epoch's last.
 
         Args:
-            h: Features of each view [B, F].
-            z: Projections of each view [B, D].
+            result: Of the step just launched; one that was not taken adds nothing.
             step: 1-based.
         """
         if -step % self._steps_per_epoch < self._window_steps:
-            self._window = add_sums(self._window, window_sums(h, z))
+            sums = window_sums(result.h, result.z)
+            masked = {name: torch.where(result.taken, value, 0) for name, value in sums.items()}
+            self._window = add_sums(self._window, masked)
 
-    def add_step(self, step: int, values: dict[str, Tensor], settings: dict[str, float]) -> None:
-        """Add a step, and write its row where one is due (all ranks).
-
-        Args:
-            step: 1-based: the number of steps taken or skipped.
-            values: Scalars of this rank: "loss", "grad_norm", "num_steps" and the counts; none of a skipped step.
-            settings: What the row says besides: the learning rate, the loss scale.
-        """
-        for name, value in values.items():
-            self._sums[name] += value
+    def advance(self) -> None:
+        """Move the progress bar by a step."""
         if self.metrics:
             self.metrics.advance()
-        if step % self._cfg.run.log_every_steps:
+
+    def speed_of_steps(self, step: int) -> dict[str, float]:
+        """Throughput since the last row, where one is due for this step (1-based); else nothing."""
+        return {} if step % self._cfg.run.log_every_steps else self.timer.read("step")
+
+    def write_step(self, report: StepReport) -> None:
+        """Write the row of a step where one is due."""
+        if self.metrics is None or report.step % self._cfg.run.log_every_steps:
             return
         row: dict[str, Any] = {"loss": None, "grad_norm": None}
-        if values:
-            row = {"loss": dist.all_mean_(values["loss"].clone()), "grad_norm": values["grad_norm"]}
-        if self.metrics:
-            row |= settings | self.timer.read("step") | {"memory_bytes": self._memory_bytes()}
-            self.metrics.step_row(step, row)
+        if report.taken:
+            row = {"loss": report.loss, "grad_norm": report.grad_norm}
+        row |= report.settings | {"memory_bytes": self._memory_bytes()}
+        self.metrics.step_row(report.step, row)
 
     def end_epoch(self, step: int, num_bad_samples: int) -> None:
         """Write the row of the epoch that ends with this step, and look for a collapse (all ranks).
@@ -127,7 +129,9 @@ class Journal:
         Raises:
             DivergedError: The representation has collapsed, and train.on_collapse is stop.
         """
-        sums, self._sums = {name: dist.all_mean_(value) for name, value in self._sums.items()}, self._zeros()
+        sums = {name: dist.all_mean_(value.clone()) for name, value in self.sums.items()}
+        for value in self.sums.values():
+            value.zero_()
         window, self._window = dist.sum_all(self._window), {}
         num_bad = dist.EXCHANGE.sum_(torch.tensor(float(num_bad_samples), device=self._device))
         epoch = step // self._steps_per_epoch - 1
@@ -136,7 +140,7 @@ class Journal:
             row = self._figures_of_steps(sums) | self._throughput()
             if num_bad > 0:
                 row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
-            if window:  # or no step of it was taken
+            if window and window["num_rows"] > 0:  # or no step of it was taken
                 found = figures(window, num_views=self._num_views)
                 signals = update_alarm(self.collapsed_since, found, epoch)
                 row |= {name: value for name, value in found.items() if math.isfinite(value)}
@@ -149,9 +153,9 @@ class Journal:
         if self.metrics:
             self.metrics.sync()
 
-    def sums(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps of this rank's."""
-        return {"epoch": self._sums, "window": self._window}
+        return {"epoch": self.sums, "window": self._window}
 
     def restore(self, sums: dict[str, dict[str, Tensor]], collapsed_since: dict[str, int], world_size: int) -> None:
         """Go on from a checkpoint.
@@ -161,11 +165,11 @@ class Journal:
             collapsed_since: As it was.
             world_size: Of the run that saved them.
         """
-        self._sums, self._window = (
-            {name: value.to(self._device) for name, value in sums[group].items()} for group in ("epoch", "window")
-        )
+        for name, value in self.sums.items():
+            value.copy_(sums["epoch"][name])
         for name in _MEANS:
-            self._sums[name] *= dist.world_size() / world_size
+            self.sums[name] *= dist.world_size() / world_size
+        self._window = {name: value.to(self._device) for name, value in sums["window"].items()}
         self.collapsed_since = collapsed_since
 
     def _figures_of_steps(self, sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -198,9 +202,6 @@ class Journal:
         num_signals = dist.EXCHANGE.sum_(torch.tensor(float(len(signals)), device=self._device))
         if self._cfg.train.on_collapse == "stop" and num_signals > 0:
             raise DivergedError(f"the representation has collapsed at step {step}: train.on_collapse=stop")
-
-    def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros((), dtype=torch.float64, device=self._device) for name in self._names}
 
     def _memory_bytes(self) -> int:
         if self._device.type == "cuda":

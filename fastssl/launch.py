@@ -28,6 +28,7 @@ def start_process(cfg: RunConfig) -> torch.device:
     torch.set_num_threads(num_threads_of(cfg))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
     _init_deepspeed(device, cfg)
     return device
 

@@ -40,6 +40,7 @@ FREE_KEYS = (
     "train.num_micro_batches",
     "model.activation_checkpointing",
     "train.compile",
+    "train.cuda_graph",
     "train.on_collapse",
     "train.max_skipped_steps",
 )

@@ -2,6 +2,7 @@
 
 # B local batch, F backbone features, D projection
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from fastssl import dist, report
 from fastssl.checkpoint import (
@@ -30,7 +30,7 @@ from fastssl.evaluation.probe import OnlineProbe
 from fastssl.journal import Journal
 from fastssl.launch import num_threads_of, start_process
 from fastssl.losses import build_loss
-from fastssl.models.objective import build_objective, during_backward
+from fastssl.models.objective import build_objective
 from fastssl.models.sync_batch_norm import has_batch_norm
 from fastssl.models.two_view import TwoViewModel
 from fastssl.nvidia_apex import apex_layer_norm, check_apex, put_layer_norms
@@ -39,10 +39,12 @@ from fastssl.optim.layerwise import bind_partitions
 from fastssl.peers import Peers
 from fastssl.preemption import StopRequest
 from fastssl.run_folder import RunFolder, replace_text
-from fastssl.safe_step import SafeStep
 from fastssl.same_run import check_alike, check_shared
 from fastssl.schedules import learning_rate
-from fastssl.skipped_steps import SkippedSteps
+from fastssl.step.cuda_graph import choose_step
+from fastssl.step.late_reports import LateReports
+from fastssl.step.skipped_steps import SkippedSteps
+from fastssl.step.train_step import TrainStep
 from fastssl.throughput import flops_per_image
 from pipelines.batch import Batch
 from pipelines.beton import BetonReader
@@ -98,7 +100,7 @@ class Trainer:
         self.probe = self._build_probe(reader)
         num_flops = flops_per_image(self.objective, view_shapes)
         self.engine, self.optimizer = self._build_engine()
-        self.safe_step = SafeStep(self.engine, self.objective, cfg.train)
+        self.reports = LateReports(self.device)
         self.skipped = SkippedSteps(self.folder.nonfinite, cfg.train.max_skipped_steps)
         self.stop_request = stop_request or StopRequest()
         self.must_stop = False  # what all ranks agreed on
@@ -122,6 +124,15 @@ class Trainer:
             bound_nats=self.loss.bound_nats,
             counts=OnlineProbe.COUNTS if self.probe else (),
         )
+        self.update_step = TrainStep(
+            cfg,
+            self.engine,
+            self.objective,
+            probe=self.probe,
+            is_holdout=self.is_holdout if self.probe else None,
+            sums=self.journal.sums,
+        )
+        self.train_step = choose_step(cfg, self.update_step, self.device)
         self._claim_folder(resuming)
         self.stop_request.listen_to_sigterm()
 
@@ -145,12 +156,15 @@ class Trainer:
             if self.step == 0 and dist.rank() == 0:
                 report.draw_views(batch, self.cfg.views, self.folder.views)
             with self.journal.communication_measured(self.step):
-                values = self.train_step(batch)
-            settings = {"learning_rate": self.learning_rate(self.step - 1), **self.safe_step.figures()}
-            self.journal.add_step(self.step, values, settings)
-            if self.step % self.steps_per_epoch == 0:
-                self.journal.end_epoch(self.step, len(self.loader.bad_samples.reasons))
+                self.take_step(batch)
+            is_epoch_end = self.step % self.steps_per_epoch == 0
             self.checkpoint_due |= self._is_checkpoint_due()
+            self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
+            if is_epoch_end:
+                self.journal.end_epoch(self.step, len(self.loader.bad_samples.reasons))
+            if self.must_stop:
+                self.checkpoint_due = True
+                self.read_reports(keep=0)
             # While steps are skipped the run may be diverging: the last good checkpoint stays the last.
             is_sound = not self.skipped.in_a_row or self.step == self.total_steps
             if self.checkpoint_due and is_sound:
@@ -159,44 +173,54 @@ class Trainer:
                 if self.must_stop and self.step < self.total_steps:
                     self._leave()
 
-    def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimizer step.
+    def take_step(self, batch: Batch) -> None:
+        """Launch one optimizer step; what it reports is read later.
 
         Args:
             batch: The local batch, on the device.
-        Returns:
-            Detached scalars of this rank: "loss", "grad_norm", "num_steps" (1), and "online_correct" and "online_total"
-            of the probe. Nothing, if a gradient was not finite and the step was not taken.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        self.safe_step.begin()
-        h, z, loss = self.engine(batch.views)
-        with during_backward(self.cfg, self.objective):
-            self.safe_step.backward(loss)
-        is_searching = self.safe_step.is_searching
-        wants_stop = torch.full((), float(self.stop_request.name is not None), device=self.device)  # waits for nothing
-        dist.EXCHANGE.sum_(wants_stop)
-        grad_norm = self.safe_step.step()
-        self.must_stop = bool(wants_stop > 0)
+        learning_rate = self.learning_rate(self.step)
+        target_momentum = self.objective.target_momentum(self.step, self.total_steps)
+        is_searching = self.update_step.update.is_searching
+        result = self.train_step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
         self.step += 1
-        if grad_norm is None:
-            mean_loss = dist.all_mean_(loss.detach().double().clone())
-            if not (is_searching and torch.isfinite(mean_loss)):
-                self.skipped.note(self.step, mean_loss.item(), batch.sample_ids)
-            return {}
-        self.skipped.in_a_row = 0
-        self.objective.after_step(self.step - 1, self.total_steps)
-        self.journal.look_at(h, z, self.step)
-        values = {"loss": loss.detach().float(), "grad_norm": torch.tensor(grad_norm), "num_steps": torch.ones(())}
-        return values | self._probe_step(h, batch)
+        self.reports.add(
+            result,
+            step=self.step,
+            wants_stop=self.stop_request.name is not None,
+            is_searching=is_searching and self.update_step.update.is_searching,
+            sample_ids=batch.sample_ids,
+            settings={
+                "learning_rate": learning_rate,
+                **self.update_step.update.metrics(),
+                **self.journal.speed_of_steps(self.step),
+            },
+        )
+        self.journal.add_to_window(result, self.step)
+        self.journal.advance()
+        if dist.world_size() == 1:
+            self.must_stop |= self.stop_request.name is not None
+
+    def read_reports(self, *, keep: int) -> None:
+        """Act on what all steps but the last `keep` have reported.
+
+        Raises:
+            DivergedError: too many steps in a row were skipped.
+        """
+        for done in self.reports.read(keep=keep):
+            self.must_stop |= done.must_stop
+            if done.taken:
+                self.skipped.in_a_row = 0
+            elif not (done.is_searching and math.isfinite(done.loss)):
+                self.skipped.note(done.step, done.loss, done.sample_ids)
+            self.journal.write_step(done)
 
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
         self.journal.sync()
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
         state: dict[str, Any] = {"data_identity": self.data_identity, "collapsed_since": self.journal.collapsed_since}
-        state["loss_scale"] = self.safe_step.state_dict()
+        state["loss_scale"] = self.update_step.update.state_dict()
         if self.probe:
             state["probe"] = self.probe.state_dict()
         save_checkpoint(
@@ -204,7 +228,7 @@ class Trainer:
             self.engine,
             step=self.step,
             state=state,
-            sums=self.journal.sums(),
+            sums=self.journal.state(),
             weights=weights,
         )
         if dist.rank() == 0:
@@ -221,7 +245,8 @@ class Trainer:
             )
         self.step = state["step"]
         self.journal.restore(state["sums"], state["collapsed_since"], state["world_size"])
-        self.safe_step.load_state_dict(state["loss_scale"])
+        self.update_step.update.load_state_dict(state["loss_scale"])
+        self.update_step.update.bind()
         if self.probe:
             self.probe.load_state_dict(state["probe"])
 
@@ -240,6 +265,10 @@ class Trainer:
         bind_partitions(optimizer)
         if dist.world_size() == 1 and self.cfg.train.zero_stage == 0:
             engine.enable_backward_allreduce = False  # it copies every gradient twice to average it with no other
+        if self.device.type == "cuda" and self.cfg.train.zero_stage == 0:
+            # As the images are: or each convolution turns its weights around, forward and backward. ZeRO's flat buffers
+            # and DeepSpeed's broadcast at the start want them contiguous.
+            self.objective.to(memory_format=torch.channels_last)
         return engine, optimizer
 
     def _build_probe(self, reader: BetonReader) -> OnlineProbe | None:
@@ -252,11 +281,6 @@ class Trainer:
         is_holdout[holdout_ids] = True
         self.is_holdout = torch.from_numpy(is_holdout).to(self.device)
         return OnlineProbe(self.model.num_features, num_classes, self.cfg.eval).to(self.device)
-
-    def _probe_step(self, h: list[Tensor], batch: Batch) -> dict[str, Tensor]:
-        if self.probe is None:
-            return {}
-        return self.probe.step(h, batch.labels, self.is_holdout[batch.sample_ids])
 
     def _claim_folder(self, resuming: bool) -> None:
         check_shared(self.folder, dist.decided_by_first_rank(self.folder.hold))
@@ -290,8 +314,7 @@ class Trainer:
         epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
         at_epoch_end = in_epoch == 0 and epoch % self.cfg.run.checkpoint_every_epochs == 0
         every = self.cfg.run.checkpoint_every_steps
-        is_due = self.step == self.total_steps or at_epoch_end or bool(every and self.step % every == 0)
-        return is_due or self.must_stop
+        return self.step == self.total_steps or at_epoch_end or bool(every and self.step % every == 0)
 
     def _headline(self) -> str:
         num_parameters = sum(parameter.numel() for parameter in self.model.backbone.parameters())

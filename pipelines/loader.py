@@ -144,8 +144,7 @@ class Loader:
 
             raw_batches = self._engine.batches(rows.reshape(-1), rows.shape[1], begin_batch, self._groups)
             with closing(raw_batches):
-                for num_done, raw in enumerate(raw_batches, 1):
-                    batch = self._finish(raw)
+                for num_done, batch in enumerate(self._finish.each(raw_batches), 1):
                     read_ahead.end(num_done * rows.shape[1])
                     yield batch
 
@@ -203,8 +202,7 @@ class EvalLoader:
 
         raw_batches = self._engine.batches(self._sample_ids, self._local_batch_size, draw_batch, self._groups)
         with closing(raw_batches):
-            for raw in raw_batches:
-                yield self._finish(raw)
+            yield from self._finish.each(raw_batches)
 
     def close(self) -> None:
         """Stop the engine's threads."""
@@ -340,6 +338,7 @@ class _Finish:
         self, groups: Sequence[tuple[int, list[int]]], views: ViewsConfig, device: torch.device, num_threads: int
     ) -> None:
         self._groups, self._device = groups, device
+        self._side_stream: torch.cuda.Stream | None = None
         self._compilation: subprocess.Popen | None = None
         self._pools: list[OutputPool | None] = [None for _ in groups]
         if device.type == "cpu":  # a GPU's batches need no numba
@@ -349,8 +348,32 @@ class _Finish:
             self._pools = [OutputPool() for _ in groups]
         self._options: dict[str, Any] = {"mean": views.mean, "std": views.std, "num_threads": num_threads}
 
-    def __call__(self, raw: RawBatch) -> Batch:
+    def each(self, raw_batches: Iterator[RawBatch]) -> Iterator[Batch]:
+        """Finish one batch after the other; on a GPU one ahead of the consumer, on a stream beside its own.
 
+        The host only launches the work, so that copies and pixel op run while the GPU takes the step before.
+        """
+        if self._device.type != "cuda":
+            yield from map(self, raw_batches)
+            return
+        import torch
+
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(self._device)
+            self._side_stream.wait_stream(torch.cuda.current_stream(self._device))  # an engine's images lie there
+        side = self._side_stream
+        waiting: tuple[Batch, torch.cuda.Event] | None = None
+        while True:
+            with torch.cuda.stream(side):
+                raw = next(raw_batches, None)
+                ready = None if raw is None else (self(raw), side.record_event())
+            if waiting is not None:
+                yield _hand_over(*waiting)
+            if ready is None:
+                return
+            waiting = ready
+
+    def __call__(self, raw: RawBatch) -> Batch:
         from kernels.augment import augment
         from pipelines.batch import Batch
 
@@ -376,3 +399,14 @@ class _Finish:
         tensor = torch.from_numpy(array)
         # torch keeps what it pinned until the copy is done; the engine may overwrite the array at once.
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+
+def _hand_over(batch: Batch, is_ready: torch.cuda.Event) -> Batch:
+    """Let the consumer's stream wait for the batch, and keep its memory until that stream is done with it."""
+    import torch
+
+    stream = torch.cuda.current_stream(batch.labels.device)
+    stream.wait_event(is_ready)
+    for tensor in (*batch.views, batch.labels, batch.sample_ids):
+        tensor.record_stream(stream)
+    return batch

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fastssl import dist
 from fastssl.evaluation.config import EvalConfig
+from fastssl.optim.skipping import prepare_state, skipped_unless
 
 
 class OnlineProbe(nn.Module):
@@ -24,15 +25,16 @@ class OnlineProbe(nn.Module):
     def __init__(self, num_features: int, num_classes: int, cfg: EvalConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(num_features, num_classes)
-        self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=cfg.probe_lr, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=cfg.probe_lr, momentum=0.9, fused=True)
 
-    def step(self, h: list[Tensor], labels: Tensor, is_holdout: Tensor) -> dict[str, Tensor]:
+    def step(self, h: list[Tensor], labels: Tensor, is_holdout: Tensor, taken: Tensor) -> dict[str, Tensor]:
         """Score one batch, then learn from it. Copies nothing to the host.
 
         Args:
             h: V features [B, F], of any precision; detached inside.
             labels: int64 [B]; -1 (no label) is left out of everything.
             is_holdout: bool [B].
+            taken: bool, 0-dim: False leaves the classifier as it is.
 
         Returns:
             Scalars of this rank by the names of COUNTS, over the views of the hold-out samples.
@@ -43,12 +45,12 @@ class OnlineProbe(nn.Module):
         with torch.autocast(features.device.type, enabled=False):  # the backward, too, would run in low precision
             logits = self.linear(features)
             losses = cross_entropy(logits, labels, reduction="none", ignore_index=-1)
-            self._learn(losses, is_labelled & ~is_holdout)
+            self._learn(losses, is_labelled & ~is_holdout, taken)
         is_scored = is_labelled & is_holdout
         is_correct = (logits.detach().argmax(1) == labels) & is_scored
         return dict(zip(self.COUNTS, (is_correct.sum(), is_scored.sum()), strict=True))
 
-    def _learn(self, losses: Tensor, learns: Tensor) -> None:
+    def _learn(self, losses: Tensor, learns: Tensor, taken: Tensor) -> None:
         # Sums and their number are averaged over the ranks together, and divided only then: the exact gradient
         # of the mean over the global batch, however unevenly the hold-out fell on the ranks.
         parameters = list(self.linear.parameters())
@@ -58,7 +60,12 @@ class OnlineProbe(nn.Module):
         mean = flat[:-1] / flat[-1].clamp(min=1e-6)  # no sample at all: the sum is zero as well
         for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
-        self.optimizer.step()
+        if not self.optimizer.state:
+            prepare_state(self.optimizer)
+        with skipped_unless(taken, self.optimizer, None):
+            self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
 
     def get_extra_state(self) -> dict[str, Any]:
         """The optimizer's state, for `state_dict`."""
@@ -67,3 +74,5 @@ class OnlineProbe(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the optimizer's state, for `load_state_dict`."""
         self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["fused"] = True

@@ -21,11 +21,8 @@ class Ema:
     def __init__(self, module: nn.Module) -> None:
         self.module = copy.deepcopy(module).float().requires_grad_(False)
 
-    @torch.no_grad()
     def update(self, module: nn.Module, momentum: float) -> None:
         """Move to momentum * average + (1 - momentum) * module.
-
-        Floating-point parameters and buffers are averaged; counters are copied.
 
         Args:
             module: The followed module, of the same structure, in any precision.
@@ -36,10 +33,27 @@ class Ema:
         """
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], not {momentum}")
-        for average, value in zip(_tensors(self.module), _tensors(module), strict=True):
-            if average.is_floating_point():
-                average.lerp_(value.to(average), 1.0 - momentum)
-            else:
+        device = next(_tensors(self.module)).device
+        self.follow(module, torch.full((), 1.0 - momentum, device=device))
+
+    @torch.no_grad()
+    def follow(self, module: nn.Module, weight: Tensor) -> None:
+        """Move to (1 - weight) * average + weight * module; reads nothing on the host.
+
+        Floating-point parameters and buffers are averaged; counters are copied.
+
+        Args:
+            module: As in `update`; finite, also where the weight is 0.
+            weight: In [0, 1], fp32, 0-dim.
+        """
+        pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
+        averages = [average for average, _ in pairs if average.is_floating_point()]
+        values = [value.to(average) for average, value in pairs if average.is_floating_point()]
+        # A list of weights: `_foreach_lerp_` reads a single 0-dim one on the host.
+        weights = [weight.to(average.dtype).expand_as(average) for average in averages]
+        torch._foreach_lerp_(averages, values, weights)  # pyright: ignore[reportPrivateImportUsage]
+        for average, value in pairs:
+            if not average.is_floating_point():
                 average.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:

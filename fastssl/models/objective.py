@@ -27,7 +27,7 @@ class Objective(nn.Module):
     """The one module that the engine trains: all of it is moved, saved and restored together.
 
     What the loss learns (a temperature, a predictor) is trained, averaged over ranks and clipped with the model. The
-    target has no gradients; its weights are fp32 whatever the precision, `after_step` moves them. It takes batch
+    target has no gradients; its weights are fp32 whatever the precision, `follow` moves them. It takes batch
     norm's statistics from the batch, as the online network does.
 
     Attributes:
@@ -60,15 +60,30 @@ class Objective(nn.Module):
         h, z = self._encode(self.model, views)
         return h, z, self.loss(*z, targets=targets)
 
-    def after_step(self, step: int, total_steps: int) -> None:
-        """Let the target follow the model; the engine calls nothing of itself.
+    def target_momentum(self, step: int, total_steps: int) -> float | None:
+        """Momentum of the target after a step; None: there is no target.
 
         Args:
-            step: Of the optimizer step that was just taken, from 0.
+            step: Of the optimizer step, from 0.
             total_steps: Of the run: the momentum rises to 1 there.
         """
-        if self._ema is not None and self._momentum is not None:
-            self._ema.update(self.model, ema_momentum(step, total_steps, self._momentum))
+        return None if self._momentum is None else ema_momentum(step, total_steps, self._momentum)
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Let the target follow the model after an optimizer step that was taken, see `target_momentum`."""
+        momentum = self.target_momentum(step, total_steps)
+        if momentum is not None:
+            device = next(self.parameters()).device
+            self.follow(torch.full((), 1.0 - momentum, device=device))
+
+    def follow(self, weight: Tensor) -> None:
+        """Let the target follow the model after a step; the engine calls nothing of itself.
+
+        Args:
+            weight: 1 - `target_momentum`, fp32, 0-dim on the device; 0 after a step that was not taken.
+        """
+        if self._ema is not None:
+            self._ema.follow(self.model, weight)
 
     def _encode(self, model: nn.Module, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if self.num_micro_batches == 1:

@@ -14,8 +14,8 @@ class OptimConfig:
 
     Attributes:
         name: "sgd", "adamw", "lars" or "lamb"; all of them under ZeRO 0 to 2.
-        impl: "auto": torch's fused kernels for sgd and adamw on a GPU, torch's default elsewhere; "torch": torch's
-            default everywhere; "apex": NVIDIA apex's kernels (GPU; no lars, and lamb without ZeRO only). lars and lamb
+        impl: "auto": torch's fused kernels for sgd and adamw; "torch": torch's default, which costs a wait for the
+            device in each step; "apex": NVIDIA apex's kernels (GPU; no lars, and lamb without ZeRO only). lars and lamb
             are this package's own under "auto" and "torch".
         base_lr: Peak learning rate for a global batch of 256; scaled by global_batch_size / 256.
         momentum: Of SGD and LARS; 0: none.
@@ -94,8 +94,7 @@ def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
         return Lars(layerwise, lr=cfg.base_lr, momentum=cfg.momentum, trust_coefficient=eta)
     if cfg.name == "lamb":
         return Lamb(layerwise, lr=cfg.base_lr, betas=cfg.betas)
-    on_gpu = all(p.is_cuda for p in model.parameters())
-    fused = True if cfg.impl == "auto" and on_gpu else None  # None: torch's default
+    fused = True if cfg.impl == "auto" else None  # None: torch's default
     if cfg.name == "adamw":
         return torch.optim.AdamW([weights, vectors], lr=cfg.base_lr, betas=cfg.betas, fused=fused)
     return torch.optim.SGD([weights, vectors], lr=cfg.base_lr, momentum=cfg.momentum, fused=fused)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers
+from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers, move
 
 
 class Lamb(LayerwiseOptimizer):
@@ -26,7 +26,7 @@ class Lamb(LayerwiseOptimizer):
     "adapt" False take w <- w - lr u: biases and norm parameters.
 
     State of a parameter: "exp_avg", m, and "exp_avg_sq", v, of its shape (under ZeRO: of the flat partition's), and
-    "step", t, a 0-dim fp32 tensor on the CPU, as torch's Adam keeps it.
+    "step", t, a 0-dim fp32 tensor on the parameter's device.
     """
 
     def __init__(
@@ -53,16 +53,19 @@ class Lamb(LayerwiseOptimizer):
             w, u = layers.norms(weights, updates).unbind(1)
             ratios = torch.where((w > 0) & (u > 0), w / u, 1.0)
             torch._foreach_mul_(updates, list(ratios.unbind()))
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        move(weights, updates, group["lr"])
 
-    def _count_step(self, param: Tensor) -> float:
-        step = self.state[param].setdefault("step", torch.zeros(()))
+    def _count_step(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        step = state.get("step")
+        if step is None or step.device != param.device:  # checkpoints keep it on the CPU
+            step = state["step"] = torch.zeros((), device=param.device) if step is None else step.to(param.device)
         step += 1
-        return step.item()  # on the CPU: no device is waited for
+        return step
 
 
 def _adam_updates(
-    group: dict[str, Any], grads: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[float]
+    group: dict[str, Any], grads: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[Tensor]
 ) -> list[Tensor]:
     """Move both averages on; return m_hat / (sqrt(v_hat) + eps) of each."""
     beta1, beta2 = group["betas"]
@@ -70,8 +73,9 @@ def _adam_updates(
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(squares)
-    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+    step = torch.stack(steps).double()  # 1 - .999 has no digits to spare in fp32
+    torch._foreach_div_(denominators, list((1 - beta2**step).sqrt().float().unbind()))
     torch._foreach_add_(denominators, group["eps"])
-    updates = torch._foreach_div(averages, [1 - beta1**step for step in steps])
+    updates = torch._foreach_div(averages, list((1 - beta1**step).float().unbind()))
     torch._foreach_div_(updates, denominators)
     return list(updates)

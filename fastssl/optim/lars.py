@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers
+from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers, move
 
 
 class Lars(LayerwiseOptimizer):
@@ -53,7 +53,7 @@ class Lars(LayerwiseOptimizer):
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, updates)
             updates = velocities
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        move(weights, updates, group["lr"])
 
 
 def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> Tensor:

@@ -152,5 +152,13 @@ def bind_partitions(engine_optimizer: Any) -> None:
         optimizer.bind(flat, partition)
 
 
+def move(weights: list[Tensor], updates: list[Tensor], learning_rate: float | Tensor) -> None:
+    """w <- w - lr u; the rate is a number, or a 0-dim tensor on the device that is not read on the host."""
+    if isinstance(learning_rate, Tensor):
+        torch._foreach_sub_(weights, torch._foreach_mul(updates, learning_rate))
+    else:
+        torch._foreach_add_(weights, updates, alpha=-learning_rate)
+
+
 def _norms(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
     return torch.stack([torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, updates)], dim=1)

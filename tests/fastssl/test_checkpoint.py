@@ -41,9 +41,7 @@ def test_a_users_copy_is_left_alone(tmp_path):
 
 
 def test_a_full_disk_is_one_line():
-    with pytest.raises(
-        ConfigError, match=r"^/dev/full cannot be written \(No space left on device\): make room"
-    ):
+    with pytest.raises(ConfigError, match=r"^/dev/full cannot be written \(No space left on device\): make room"):
         save_file({"x": torch.zeros(1 << 16)}, Path("/dev/full"))
 
 

@@ -1,5 +1,7 @@
 """What a run writes of its steps, where some or all of them were not taken."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from fastssl.errors import DivergedError
 from fastssl.journal import Journal
 from fastssl.metrics import read_rows
 from fastssl.run_folder import RunFolder
+from fastssl.step.late_reports import StepReport
+from fastssl.step.train_step import StepResult
 from pipelines.loader import DataConfig
 
 STEPS_PER_EPOCH = 3
@@ -40,12 +44,29 @@ def take_epoch(journal: Journal, epoch: int, *, losses: list[float | None], spre
     """An epoch of steps with these losses; None: a skipped one."""
     generator = torch.Generator().manual_seed(epoch)
     for step, loss in enumerate(losses, epoch * STEPS_PER_EPOCH + 1):
-        values = {}
-        if loss is not None:
-            z = 1 + spread * torch.randn(16, 8, generator=generator)
-            journal.look_at([z, z], [z, z], step)
-            values = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(2.0), "num_steps": torch.ones(())}
-        journal.add_step(step, values, {"learning_rate": 0.1})
+        taken = loss is not None
+        z = 1 + spread * torch.randn(16, 8, generator=generator) if taken else torch.full((16, 8), torch.nan)
+        value = torch.tensor(math.nan if loss is None else loss)
+        grad_norm = torch.tensor(2.0)
+        if taken:  # what `TrainStep` adds
+            for name, x in {"loss": value, "grad_norm": grad_norm, "num_steps": 1.0}.items():
+                journal.sums[name] += x
+        report = torch.stack((torch.tensor(float(taken)), value, grad_norm))
+        journal.add_to_window(StepResult(torch.tensor(taken), value, grad_norm, report, [z, z], [z, z]), step)
+        journal.advance()
+        settings = {"learning_rate": 0.1, **journal.speed_of_steps(step)}
+        journal.write_step(
+            StepReport(
+                step=step,
+                taken=taken,
+                loss=float(value),
+                grad_norm=2.0,
+                must_stop=False,
+                is_searching=False,
+                sample_ids=torch.arange(16),
+                settings=settings,
+            )
+        )
     journal.end_epoch(step, num_bad_samples=0)
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from fastssl.evaluation.config import EvalConfig
 from fastssl.evaluation.probe import OnlineProbe
 
+TAKEN = torch.tensor(True)
+
 
 def _probe() -> OnlineProbe:
     torch.manual_seed(0)
@@ -34,7 +36,7 @@ def _probe_batch() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
 def test_probe_gives_no_gradient_to_the_features():
     h, labels, is_holdout = _probe_batch()
     h = [view.requires_grad_() for view in h]
-    values = _probe().step(h, labels, is_holdout)
+    values = _probe().step(h, labels, is_holdout, TAKEN)
     assert all(view.grad is None for view in h)
     assert not any(value.requires_grad for value in values.values())
 
@@ -44,8 +46,8 @@ def test_probe_ignores_the_labels_of_the_hold_out():
     poisoned = torch.where(is_holdout, (labels + 1) % 4, labels)
     clean_probe, poisoned_probe = _probe(), _probe()
     for _ in range(20):
-        clean = clean_probe.step(h, labels, is_holdout)
-        poison = poisoned_probe.step(h, poisoned, is_holdout)
+        clean = clean_probe.step(h, labels, is_holdout, TAKEN)
+        poison = poisoned_probe.step(h, poisoned, is_holdout, TAKEN)
     assert torch.equal(clean_probe.linear.weight, poisoned_probe.linear.weight)
     assert torch.equal(clean_probe.linear.bias, poisoned_probe.linear.bias)
     assert clean["online_correct"] > poison["online_correct"]
@@ -55,7 +57,7 @@ def test_probe_counts_hold_out_views_and_learns():
     h, labels, is_holdout = _probe_batch()
     probe = _probe()
     for _ in range(50):
-        values = probe.step(h, labels, is_holdout)
+        values = probe.step(h, labels, is_holdout, TAKEN)
     assert values["online_total"] == 2 * is_holdout.sum()
     assert values["online_correct"] >= 0.9 * values["online_total"]
 
@@ -69,7 +71,7 @@ def test_probe_step_is_sgd_on_the_mean_over_what_it_may_learn():
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     learns = ~is_holdout & (labels >= 0)
     for _ in range(3):
-        probe.step(h, labels, is_holdout)
+        probe.step(h, labels, is_holdout, TAKEN)
         optimizer.zero_grad()
         nn.functional.cross_entropy(twin(torch.cat([v[learns] for v in h])), labels[learns].repeat(2)).backward()
         optimizer.step()
@@ -80,8 +82,8 @@ def test_probe_stands_still_where_there_is_nothing_to_learn():
     h, labels, _ = _probe_batch()
     probe = _probe()
     before = probe.linear.weight.detach().clone()
-    probe.step(h, labels, torch.ones(32, dtype=torch.bool))
-    probe.step(h, torch.full_like(labels, -1), torch.zeros(32, dtype=torch.bool))
+    probe.step(h, labels, torch.ones(32, dtype=torch.bool), TAKEN)
+    probe.step(h, torch.full_like(labels, -1), torch.zeros(32, dtype=torch.bool), TAKEN)
     assert torch.equal(probe.linear.weight, before)
 
 
@@ -89,9 +91,9 @@ def test_probe_takes_low_precision_features_in_fp32():
     h, labels, is_holdout = _probe_batch()
     probe = _probe()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        probe.step([view.bfloat16() for view in h], labels, is_holdout)
+        probe.step([view.bfloat16() for view in h], labels, is_holdout, TAKEN)
     twin = _probe()
-    twin.step([view.bfloat16().float() for view in h], labels, is_holdout)
+    twin.step([view.bfloat16().float() for view in h], labels, is_holdout, TAKEN)
     assert torch.equal(probe.linear.weight, twin.linear.weight)
 
 
@@ -99,13 +101,13 @@ def test_probe_goes_on_from_its_saved_state_bitwise(tmp_path):
     h, labels, is_holdout = _probe_batch()
     probe = _probe()
     for _ in range(3):
-        probe.step(h, labels, is_holdout)
+        probe.step(h, labels, is_holdout, TAKEN)
     torch.save(probe.state_dict(), tmp_path / "probe.pt")
     resumed = OnlineProbe(12, 4, EvalConfig())
     resumed.load_state_dict(torch.load(tmp_path / "probe.pt", weights_only=True))
     for _ in range(3):
-        probe.step(h, labels, is_holdout)
-        resumed.step(h, labels, is_holdout)
+        probe.step(h, labels, is_holdout, TAKEN)
+        resumed.step(h, labels, is_holdout, TAKEN)
     assert torch.equal(probe.linear.weight, resumed.linear.weight)
 
 
@@ -115,7 +117,7 @@ def _run_rank(rank: int, world_size: int, folder: Path) -> None:
     rows = torch.arange(32).chunk(world_size)[rank]
     probe = _probe()
     for _ in range(3):
-        probe.step([view[rows] for view in h], labels[rows], is_holdout[rows])
+        probe.step([view[rows] for view in h], labels[rows], is_holdout[rows], TAKEN)
     torch.save(probe.linear.weight.detach(), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -134,7 +136,7 @@ def test_probe_on_two_ranks_is_the_probe_on_one(tmp_path):
     assert is_holdout[:16].sum() != is_holdout[16:].sum(), "the hold-out must fall unevenly"
     probe = _probe()
     for _ in range(3):
-        probe.step(h, labels, is_holdout)
+        probe.step(h, labels, is_holdout, TAKEN)
     weights = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert torch.equal(*weights)
     torch.testing.assert_close(weights[0], probe.linear.weight.detach())

@@ -28,10 +28,10 @@ def train_with_bad_steps(
 def _train(arguments: list[str], bad_steps: list[int], signals: dict[int, int], log: Path) -> None:
     import torch
 
-    from fastssl.safe_step import SafeStep
+    from fastssl.step.device_update import DeviceUpdate
     from fastssl.trainer import Trainer
 
-    take, backward = Trainer.train_step, SafeStep.backward
+    take, backward = Trainer.take_step, DeviceUpdate.backward
     step = 0
 
     def noted_step(trainer, batch):
@@ -41,10 +41,10 @@ def _train(arguments: list[str], bad_steps: list[int], signals: dict[int, int], 
             os.kill(os.getpid(), signals[step])
         return take(trainer, batch)
 
-    def bad_backward(safe_step, loss):
-        backward(safe_step, loss * (torch.nan if step in bad_steps else 1))
+    def bad_backward(update, loss):
+        backward(update, loss * (torch.nan if step in bad_steps else 1))
 
-    Trainer.train_step, SafeStep.backward = noted_step, bad_backward
+    Trainer.take_step, DeviceUpdate.backward = noted_step, bad_backward
     train_in_this_process(arguments, log)
 
 

@@ -12,7 +12,9 @@ from fastssl.launch import start_process
 from fastssl.losses import build_loss
 from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
-from fastssl.safe_step import INITIAL_LOSS_SCALE, SafeStep
+from fastssl.step.host_update import INITIAL_LOSS_SCALE
+from fastssl.step.train_step import TrainStep
+from pipelines.batch import Batch
 from tests.group_counts import AdamByGroup
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -34,11 +36,12 @@ def one_process_alone():
             os.environ[name] = value
 
 
+LEARNING_RATE = 0.1
 TINY = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 
 
 def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)
 
 
 def build(zero_stage=0, precision="fp32", loss="minc", build_optimizer=sgd, **train):
@@ -60,56 +63,58 @@ def build(zero_stage=0, precision="fp32", loss="minc", build_optimizer=sgd, **tr
     optimizer = build_optimizer(objective.parameters())
     config = build_ds_config(cfg, world_size=1)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)
-    return SafeStep(engine, objective, cfg.train), objective
+    engine.enable_backward_allreduce = zero_stage > 0
+    names = ("loss", "grad_norm", "num_steps")
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
+    return TrainStep(cfg, engine, objective, probe=None, is_holdout=None, sums=sums), objective
 
 
-def take(safe, step, bad=False):
+def take(steps, step, bad=False):
     torch.manual_seed(step)
     views = [torch.randn(8, 3, 16, 16) for _ in range(2)]
     if bad:
         views[0][3, 0, 0, 0] = torch.inf
-    safe.begin()
-    _, _, loss = safe.engine(views)
-    safe.backward(loss)
-    return safe.step()
+    batch = Batch(views=views, labels=torch.zeros(8, dtype=torch.long), sample_ids=torch.arange(8))
+    result = steps.run(batch, learning_rate=LEARNING_RATE, target_momentum=0.9)
+    return result.grad_norm.item() if result.taken else None
 
 
-def state_of(safe, objective):
-    base = safe.engine.optimizer if not safe.engine.zero_optimization() else safe.engine.optimizer.optimizer
+def state_of(steps, objective):
+    base = steps._engine.optimizer if not steps._engine.zero_optimization() else steps._engine.optimizer.optimizer
     momenta = [state["momentum_buffer"] for state in base.state.values() if "momentum_buffer" in state]
     return copy.deepcopy([*objective.state_dict().values(), *momenta])
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_a_step_that_is_not_finite_changes_nothing(zero_stage):
-    safe, objective = build(zero_stage)
+    steps, objective = build(zero_stage)
     for step in range(2):
-        assert take(safe, step) > 0
-    before = state_of(safe, objective)
-    assert take(safe, 2, bad=True) is None
-    after = state_of(safe, objective)
+        assert take(steps, step) > 0
+    before = state_of(steps, objective)
+    assert take(steps, 2, bad=True) is None
+    after = state_of(steps, objective)
     assert len(before) == len(after)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     undisturbed, other = build(zero_stage)
     for step in range(2):
         take(undisturbed, step)
-    assert take(safe, 3) == take(undisturbed, 3)
-    later = zip(state_of(safe, objective), state_of(undisturbed, other), strict=True)
+    assert take(steps, 3) == take(undisturbed, 3)
+    later = zip(state_of(steps, objective), state_of(undisturbed, other), strict=True)
     assert all(torch.equal(a, b) for a, b in later)
-    assert all(a.isfinite().all() for a in state_of(safe, objective))
+    assert all(a.isfinite().all() for a in state_of(steps, objective))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_a_step_that_is_not_finite_is_not_counted_by_an_optimizers_groups(zero_stage):
-    safe, _ = build(zero_stage, build_optimizer=lambda parameters: AdamByGroup(parameters, lr=0.01))
-    (group,) = safe.engine.optimizer.param_groups
-    assert take(safe, 0, bad=True) is None
+    steps, _ = build(zero_stage, build_optimizer=lambda parameters: AdamByGroup(parameters, lr=0.01))
+    (group,) = steps._engine.optimizer.param_groups
+    assert take(steps, 0, bad=True) is None
     assert "step" not in group
-    assert take(safe, 1) > 0
-    assert take(safe, 2, bad=True) is None
+    assert take(steps, 1) > 0
+    assert take(steps, 2, bad=True) is None
     assert group["step"] == 1
-    assert take(safe, 3) > 0
+    assert take(steps, 3) > 0
     assert group["step"] == 2
 
 
@@ -117,9 +122,9 @@ def test_a_step_that_is_not_finite_is_not_counted_by_an_optimizers_groups(zero_s
 def test_the_gradient_is_clipped_to_its_norm(zero_stage):
     """One step of SGD without momentum's past is lr times the gradient."""
     for clip, wanted in ((0.0, None), (1e-3, 1e-3)):
-        safe, objective = build(zero_stage, grad_clip_norm=clip)
+        steps, objective = build(zero_stage, grad_clip_norm=clip)
         before = torch.cat([p.detach().flatten().clone() for p in objective.parameters() if p.requires_grad])
-        norm = take(safe, 0)
+        norm = take(steps, 0)
         after = torch.cat([p.detach().flatten() for p in objective.parameters() if p.requires_grad])
         moved = (before.double() - after.double()).norm().item() / 0.1
         assert moved == pytest.approx(
@@ -131,10 +136,10 @@ def test_the_gradient_is_clipped_to_its_norm(zero_stage):
 def test_fp16_finds_a_scale_and_the_gradient_does_not_depend_on_it(zero_stage):
     norms = {}
     for scale in (INITIAL_LOSS_SCALE, 2.0**10):
-        safe, _ = build(zero_stage, "fp16", grad_clip_norm=0.5)
-        safe.loss_scale.cur_scale = scale
-        while (norm := take(safe, 0)) is None:
-            assert safe.loss_scale.cur_scale >= 1
+        steps, _ = build(zero_stage, "fp16", grad_clip_norm=0.5)
+        steps.update.loss_scale.cur_scale = scale
+        while (norm := take(steps, 0)) is None:
+            assert steps.update.loss_scale.cur_scale >= 1
         norms[scale] = norm
     full = take(build(zero_stage, grad_clip_norm=0.5)[0], 0)
     # 2^-11 each rounding; through the tiny network's layers a few per mille. A wrong scale is off by 2 at the least.
@@ -143,36 +148,36 @@ def test_fp16_finds_a_scale_and_the_gradient_does_not_depend_on_it(zero_stage):
 
 
 def test_an_overflow_halves_the_scale_and_the_state_goes_on():
-    safe, objective = build(0, "fp16")
-    safe.loss_scale.cur_scale = 2.0**40
-    before = state_of(safe, objective)
-    assert take(safe, 0) is None
-    assert safe.loss_scale.cur_scale == 2.0**39
-    assert all(torch.equal(a, b) for a, b in zip(before, state_of(safe, objective), strict=True))
+    steps, objective = build(0, "fp16")
+    steps.update.loss_scale.cur_scale = 2.0**40
+    before = state_of(steps, objective)
+    assert take(steps, 0) is None
+    assert steps.update.loss_scale.cur_scale == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(steps, objective), strict=True))
     other, _ = build(0, "fp16")
-    assert other.is_searching
-    other.load_state_dict(safe.state_dict())
-    assert other.state_dict() == safe.state_dict()
-    assert other.loss_scale.cur_scale == 2.0**39
-    assert other.loss_scale.last_overflow_iter == 0
+    assert other.update.is_searching
+    other.update.load_state_dict(steps.update.state_dict())
+    assert other.update.state_dict() == steps.update.state_dict()
+    assert other.update.loss_scale.cur_scale == 2.0**39
+    assert other.update.loss_scale.last_overflow_iter == 0
 
 
 def test_the_search_for_a_scale_ends_with_the_first_step_and_goes_no_further_than_the_least():
     """Steps that are skipped in it are nobody's fault; later ones are counted against train.max_skipped_steps."""
-    safe, _ = build(0, "fp16")
-    assert safe.is_searching
-    while take(safe, 0) is None:
-        assert safe.is_searching
-    assert not safe.is_searching
-    safe.loss_scale.cur_scale = 2.0**40
-    assert take(safe, 0) is None
-    assert not safe.is_searching
+    steps, _ = build(0, "fp16")
+    assert steps.update.is_searching
+    while take(steps, 0) is None:
+        assert steps.update.is_searching
+    assert not steps.update.is_searching
+    steps.update.loss_scale.cur_scale = 2.0**40
+    assert take(steps, 0) is None
+    assert not steps.update.is_searching
 
     hopeless, _ = build(0, "fp16")
     num_skipped = 0
-    while hopeless.is_searching:
+    while hopeless.update.is_searching:
         assert take(hopeless, 0, bad=True) is None
         num_skipped += 1
-    assert hopeless.loss_scale.cur_scale == 1
+    assert hopeless.update.loss_scale.cur_scale == 1
     assert num_skipped == 16  # from 2^16
-    assert not build(0)[0].is_searching
+    assert not build(0)[0].update.is_searching

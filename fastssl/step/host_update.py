@@ -1,4 +1,4 @@
-"""One optimizer step that leaves no trace where a gradient is not finite, and fp16's loss scale.
+"""The update under ZeRO 1 and 2, in fp16, and by optimizers that cannot skip on the device: the host reads the norm.
 
 fp16 is torch's autocast under DeepSpeed, with the scale kept here: DeepSpeed 0.19.8 gives ZeRO's ranks a scaler each,
 which see other overflows and then average gradients of different scales.
@@ -18,11 +18,10 @@ INITIAL_LOSS_SCALE = 2.0**16
 LOSS_SCALE_WINDOW = 2000
 
 
-class SafeStep:
-    """Backward and step of an engine at any of ZeRO's stages 0 to 2; all ranks take or skip a step alike.
+class HostUpdate:
+    """Backward and optimizer step of an engine at any of ZeRO's stages 0 to 2; all ranks take or skip it alike.
 
-    A skipped step changes nothing: neither weights nor the optimizer's state, nor the objective's buffers (batch norm's
-    statistics, moments), which a forward pass has written by then.
+    A skipped update changes neither weights nor the optimizer's state.
 
     Attributes:
         loss_scale: DeepSpeed's dynamic scaler for fp16, else None.
@@ -30,48 +29,51 @@ class SafeStep:
     """
 
     def __init__(self, engine: Any, objective: Objective, cfg: TrainConfig) -> None:
-        self.engine = engine
+        self._engine = engine
         self._max_norm = cfg.grad_clip_norm
         self._is_partitioned = engine.zero_optimization()
         self._parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        self._buffers = list(objective.buffers())
-        self._kept = [buffer.clone() for buffer in self._buffers]
         self.loss_scale = _build_loss_scale() if cfg.precision == "fp16" else None
         self.is_searching = self.loss_scale is not None
         engine.torch_autocast_z0_gradscaler = None
         if self._is_partitioned:
             engine.optimizer.torch_autocast_gradscaler = None
 
-    def begin(self) -> None:
-        """Before the forward pass: remember the buffers that it writes."""
-        _copy(self._buffers, self._kept)
+    def bind(self) -> None:
+        """Nothing is held of the optimizer's state."""
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of the next step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss times the scale, averaged over ranks by the engine."""
         if self.loss_scale is None:
-            self.engine.backward(loss)
+            self._engine.backward(loss)
         elif self._is_partitioned:
-            self.engine.optimizer.override_loss_scale(self.loss_scale.cur_scale)  # it divides before it clips
-            self.engine.backward(loss)
+            self._engine.optimizer.override_loss_scale(self.loss_scale.cur_scale)  # it divides before it clips
+            self._engine.backward(loss)
         else:
-            self.engine.backward(loss * self.loss_scale.cur_scale)
+            self._engine.backward(loss * self.loss_scale.cur_scale)
 
-    def step(self) -> float | None:
+    def step(self) -> tuple[Tensor, Tensor]:
         """Take the optimizer's step.
 
         Returns:
-            The norm of the gradient over all parameters, before clipping; None: it was not finite, nothing was changed.
+            Whether it was taken (bool), and the norm of the gradient over all parameters before clipping (fp32; not
+            finite where it was not), 0-dim on the device.
         """
         norm = self._partitioned_step() if self._is_partitioned else self._plain_step()
-        if norm is None:
-            _copy(self._kept, self._buffers)
         if self.loss_scale is not None:
             self.loss_scale.update_scale(norm is None)
             is_least = self.loss_scale.cur_scale <= self.loss_scale.min_scale
             self.is_searching = self.is_searching and norm is None and not is_least
-        return norm
+        device = self._parameters[0].device
+        taken = torch.full((), norm is not None, device=device)  # fills: nothing is copied from the host
+        return taken, torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=device)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What a row of metrics says of it: the loss scale of fp16."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cur_scale}
 
@@ -100,31 +102,25 @@ class SafeStep:
         clip = max(1.0, (norm + 1e-6) / self._max_norm) if self._max_norm else 1.0
         if scale * clip != 1:
             torch._foreach_mul_(gradients, 1 / (scale * clip))  # pyright: ignore[reportPrivateImportUsage]
-        self.engine.step()
+        self._engine.step()
         return norm
 
     def _step_without_gradients(self) -> None:
         """The engine counts a step, and its optimizer takes none; NVIDIA apex's would count it in their groups."""
         for parameter in self._parameters:
             parameter.grad = None
-        groups = self.engine.optimizer.param_groups
+        groups = self._engine.optimizer.param_groups
         kept = [dict(group) for group in groups]
-        self.engine.step()
+        self._engine.step()
         for group, before in zip(groups, kept, strict=True):
             group.clear()
             group.update(before)
 
     def _partitioned_step(self) -> float | None:
-        self.engine.step()
-        if self.engine.optimizer.overflow:
+        self._engine.step()
+        if self._engine.optimizer.overflow:
             return None
-        return float(self.engine.get_global_grad_norm())
-
-
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    """All of them in one call."""
-    if sources:
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+        return float(self._engine.get_global_grad_norm())
 
 
 _SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -1,0 +1,94 @@
+"""What steps report to the host, read a step later, so that nothing waits for the device."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.step.train_step import StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step, on the host.
+
+    Attributes:
+        step: 1-based.
+        taken: Whether it was taken; the same on all ranks.
+        loss: Mean over ranks.
+        grad_norm: Before clipping.
+        must_stop: Whether a rank was asked to leave; the same on all ranks.
+        is_searching: Whether fp16's loss scale was still searched for.
+        sample_ids: Of the local batch, int64 [B], on the device.
+        settings: What a row of metrics says besides: learning rate, loss scale.
+    """
+
+    step: int
+    taken: bool
+    loss: float
+    grad_norm: float
+    must_stop: bool
+    is_searching: bool
+    sample_ids: Tensor
+    settings: dict[str, float] = field(default_factory=dict)
+
+
+class LateReports:
+    """Copies each step's report to pinned memory, and gives it out once a later step has been launched."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, StepReport]] = deque()
+        self._free: list[Tensor] = []
+
+    def add(
+        self,
+        result: StepResult,
+        *,
+        step: int,
+        wants_stop: bool,
+        is_searching: bool,
+        sample_ids: Tensor,
+        settings: dict[str, float],
+    ) -> None:
+        """Begin to copy the report of the step just launched (all ranks)."""
+        values = result.report
+        if dist.world_size() > 1:
+            shared = torch.stack((result.loss, torch.full_like(result.loss, float(wants_stop))))
+            dist.EXCHANGE.sum_(shared)
+            values = torch.stack((values[0], shared[0] / dist.world_size(), values[2], shared[1]))
+        event = None
+        host = values.detach().clone()
+        if self._device.type == "cuda":
+            host = self._free.pop() if self._free else torch.empty(4, pin_memory=True)
+            host[: len(values)].copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        report = StepReport(
+            step=step,
+            taken=True,
+            loss=0.0,
+            grad_norm=0.0,
+            must_stop=wants_stop,
+            is_searching=is_searching,
+            sample_ids=sample_ids,
+            settings=settings,
+        )
+        self._waiting.append((host, event, report))
+
+    def read(self, *, keep: int) -> Iterator[StepReport]:
+        """The reports in order, but for those of the last `keep` steps."""
+        while len(self._waiting) > keep:
+            host, event, report = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            taken, loss, grad_norm, *stop = host.tolist()
+            if event is not None:
+                self._free.append(host)
+            must_stop = stop[0] > 0 if dist.world_size() > 1 else report.must_stop
+            yield StepReport(
+                **vars(report) | {"taken": taken > 0, "loss": loss, "grad_norm": grad_norm, "must_stop": must_stop}
+            )

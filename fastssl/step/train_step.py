@@ -1,0 +1,195 @@
+"""One step of the training, from a batch to moved weights, as one function that a CUDA graph can hold.
+
+Whether the step was taken is a tensor on the device, and everything that a step changes is written by it: where a
+gradient is not finite, weights, optimizer, buffers, target, probe and sums keep their values. With `DeviceUpdate`
+nothing here waits for the device, and numbers that change from step to step lie in tensors.
+"""
+
+# B local batch, F features, D projection
+
+# pyright: reportPrivateImportUsage=false
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.config import Config
+from fastssl.evaluation.probe import OnlineProbe
+from fastssl.models.objective import Objective, during_backward
+from fastssl.optim.skipping import can_skip
+from fastssl.step.device_update import DeviceUpdate
+from fastssl.step.host_update import HostUpdate
+from pipelines.batch import Batch
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, on the device; of a captured step until the next one.
+
+    Attributes:
+        taken: bool, 0-dim: whether the step was taken.
+        loss: Of this rank, fp32, 0-dim.
+        grad_norm: Before clipping, fp32, 0-dim; the same on all ranks.
+        report: The three above, fp32 [3]: what the host reads of the step.
+        h: Features of each view [B, F], without gradient.
+        z: Projections of each view [B, D], without gradient.
+    """
+
+    taken: Tensor
+    loss: Tensor
+    grad_norm: Tensor
+    report: Tensor
+    h: list[Tensor]
+    z: list[Tensor]
+
+
+class TrainStep:
+    """Takes a step on each batch.
+
+    Attributes:
+        update: How gradients become a step: `HostUpdate` or `DeviceUpdate`.
+        sums: fp64, 0-dim: "loss", "grad_norm", "num_steps" and the probe's counts over the steps that were taken.
+        probe: Learns beside the training; None: nothing does.
+        is_direct: Whether DeepSpeed's engine is passed by: it would do nothing that is not done here.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        engine: Any,
+        objective: Objective,
+        *,
+        probe: OnlineProbe | None,
+        is_holdout: Tensor | None,
+        sums: dict[str, Tensor],
+    ) -> None:
+        """Choose the update.
+
+        Args:
+            cfg: The run's.
+            engine: DeepSpeed's around the objective.
+            objective: On its device.
+            probe: On the same device.
+            is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
+            sums: What the steps add to.
+        """
+        self._cfg, self._engine, self._objective = cfg, engine, objective
+        self.probe, self._is_holdout, self.sums = probe, is_holdout, sums
+        self._buffers = FlatBuffers(objective)
+        is_host = bool(engine.zero_optimization()) or cfg.train.precision == "fp16" or not can_skip(engine.optimizer)
+        self.update: HostUpdate | DeviceUpdate = (
+            HostUpdate(engine, objective, cfg.train)
+            if is_host
+            else DeviceUpdate(
+                engine,
+                engine.optimizer,
+                objective,
+                max_norm=cfg.train.grad_clip_norm,
+                alone=dist.world_size() == 1 and not cfg.ds,
+            )
+        )
+        self._target_weight = torch.zeros((), device=engine.device)  # 1 - momentum of the target
+        self.is_direct = isinstance(self.update, DeviceUpdate) and self.update.is_alone
+
+    def run(self, batch: Batch, *, learning_rate: float, target_momentum: float | None) -> StepResult:
+        """One step.
+
+        Args:
+            batch: The local batch, on the device.
+            learning_rate: Of this step.
+            target_momentum: Of the target's moving average; None: there is no target.
+        """
+        self.prepare(learning_rate, target_momentum)
+        result = self.body(batch.views, batch.labels, batch.sample_ids)
+        self.count()
+        return result
+
+    def prepare(self, learning_rate: float, target_momentum: float | None) -> None:
+        """Write what changes from step to step into tensors."""
+        self.update.set_learning_rate(learning_rate)
+        if target_momentum is not None:
+            self._target_weight.fill_(1.0 - target_momentum)
+
+    def forget_gradients(self) -> None:
+        """Let go of what a step that was not finished may have left."""
+        for parameter in self._objective.parameters():
+            parameter.grad = None
+
+    def count(self) -> None:
+        """Move the counters of the host after a step."""
+        if isinstance(self.update, DeviceUpdate):
+            self.update.count()
+
+    def body(self, views: list[Tensor], labels: Tensor, sample_ids: Tensor) -> StepResult:
+        """The step itself: what a CUDA graph holds.
+
+        Args:
+            views: V tensors [B, 3, H, W], channels-last in memory.
+            labels: int64 [B].
+            sample_ids: int64 [B].
+        """
+        self._buffers.keep()
+        h, z, loss = self.forward(views)
+        with during_backward(self._cfg, self._objective):
+            self.update.backward(loss)
+        taken, grad_norm = self.update.step()
+        self._buffers.put_back_unless(taken)
+        # A weight of 0 leaves the target as it is: all of the model is finite again by now.
+        self._objective.follow(torch.where(taken, self._target_weight, 0.0))
+        loss, h, z = loss.detach().float(), [x.detach() for x in h], [x.detach() for x in z]
+        values = {"loss": loss, "grad_norm": grad_norm, "num_steps": torch.ones_like(grad_norm)}
+        if self.probe is not None and self._is_holdout is not None:
+            values |= self.probe.step(h, labels, self._is_holdout[sample_ids], taken)
+        for name, value in values.items():
+            self.sums[name].add_(torch.where(taken, value, 0))
+        return StepResult(taken, loss, grad_norm, torch.stack((taken.float(), loss, grad_norm)), h, z)
+
+    def forward(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """See `Objective.forward`, in the run's precision."""
+        if not self.is_direct:
+            return self._engine(views)
+        with self._autocast():
+            return self._objective(views)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = _DTYPES.get(self._cfg.train.precision)
+        return nullcontext() if dtype is None else torch.autocast(self._engine.device.type, dtype)
+
+
+class FlatBuffers:
+    """All buffers of a module as parts of one tensor a dtype, so that a copy of all of them is one launch.
+
+    A skipped step must not leave its batch in batch norm's statistics or in a moment, which a forward pass writes.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in module.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._flat: list[Tensor] = []
+        part_of: dict[Tensor, Tensor] = {}
+        for buffers in by_dtype.values():
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            pieces = flat.split([buffer.numel() for buffer in buffers])
+            # `data`, so that each has a version of its own: autograd may hold one while another is written.
+            part_of |= {buffer: piece.view(buffer.shape).data for buffer, piece in zip(buffers, pieces, strict=True)}
+            self._flat.append(flat)
+        for owner in module.modules():
+            owner._buffers.update({name: part_of[x] for name, x in owner._buffers.items() if x is not None})
+        self._kept = [flat.clone() for flat in self._flat]
+
+    def keep(self) -> None:
+        """Remember their values."""
+        for flat, kept in zip(self._flat, self._kept, strict=True):
+            kept.copy_(flat)
+
+    def put_back_unless(self, taken: Tensor) -> None:
+        """Restore what was kept where `taken` (bool, 0-dim) is False."""
+        for flat, kept in zip(self._flat, self._kept, strict=True):
+            torch.where(taken, flat, kept, out=flat)
