@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,7 @@ def reproduce(job: Job) -> str:
     best = best_step(job, steps)
     for name, step in (("last", steps[-1]), ("best", best)):
         judge(job, step, TEST, ["knn", "linear"], name)
+    shutil.rmtree(job.folder.features, ignore_errors=True)  # 120 MB a checkpoint
     return f"{format_table(_rows_of(job), SHOWN)}\n{job.out / 'results.csv'}, {job.folder.path}"
 
 
@@ -193,8 +195,10 @@ def train(job: Job) -> None:
     """Train to the last epoch in a process of its own, which ends with this one.
 
     Raises:
+        ConfigError: the folder holds a run of another configuration.
         UserError: it did not come to its end; its own message is above.
     """
+    job.folder.check_claim(job.cfg)
     from fastssl.checkpoint import last_checkpoint, step_of
 
     last = last_checkpoint(job.folder.checkpoints)

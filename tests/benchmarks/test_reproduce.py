@@ -96,6 +96,11 @@ def test_a_killed_row_goes_on_and_ends_as_one_that_was_not(data, tmp_path):
     assert before == ((killed / "results.csv").read_bytes(), (run / "eval.jsonl").read_bytes())
     assert third.stdout.splitlines()[-len(rows) - 2 :] == second.stdout.splitlines()[-len(rows) - 2 :]
 
+    other = [*_command(data, killed), "loss.temperature_positive=0.3"]
+    refused = subprocess.run(other, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 2
+    assert "differs in loss.temperature_positive" in refused.stderr
+
     _run(data, whole)
     accuracies = ("metric", "percent", "scored_on", "checkpoint", "checkpoint_step", "chosen")
     assert [[row[name] for name in accuracies] for row in _read(whole / "results.csv")] == [
