@@ -12,7 +12,7 @@ import pytest
 from kernels.gram_loss import fused as gram
 from kernels.similarity import row_kernels, strip_kernels, strips, tile_kernels, tiles
 from kernels.similarity.epilogues import KINDS
-from tests.kernels.machine_code import MachineCode, compile_kernel, disassemble
+from tests.kernels.machine_code import MachineCode, compile_kernel, disassemble, triton
 
 
 class TileCase(NamedTuple):
@@ -26,15 +26,27 @@ class TileCase(NamedTuple):
     weighted: bool = False
     groups: bool = False
     shares: bool = False
+    in_3_6: float | None = None  # the budget with Triton 3.6, where it is another
 
     def __str__(self) -> str:
         flags = [name for name in ("wide", "weighted", "groups") if getattr(self, name)]
         return "-".join([self.kind, str(self.width), *flags, *self.wanted.split(), *(["share"] if self.shares else [])])
 
 
+def choose_config(case: TileCase) -> tiles.TileConfig:
+    return tiles.choose_config(
+        case.width,
+        case.weighted,
+        case.groups,
+        only_pulls=case.wanted == "pulls",
+        narrow_exp=case.kind == "exp" and not case.wide and not case.weighted,
+        only_sums=case.wanted == "sums",
+    )
+
+
 def compile_tiles(case: TileCase, folder: Path) -> tuple[MachineCode, float]:
     """The code, and the instructions of its main loop for each pair."""
-    config = tiles.choose_config(case.width, case.weighted, case.groups, case.wanted == "pulls")
+    config = choose_config(case)
     wants = {name: name in case.wanted.split() for name in ("sums", "slopes", "pulls")}
     constants: dict[str, Any] = {name.upper(): value for name, value in wants.items()}
     constants |= {
@@ -76,35 +88,44 @@ def check_tiles(case: TileCase, folder: Path) -> None:
     assert code.count("HGMMA") > 0
     # One wait for each of the two products: more, and ptxas runs every instruction of them by itself.
     assert code.count(r"WARPGROUP\.ARRIVE", loop=True) <= 2, "the products are not asynchronous"
-    assert instructions_per_pair <= case.budget, f"{instructions_per_pair:.2f} instructions a pair"
+    budget = case.in_3_6 if case.in_3_6 and triton.__version__.startswith("3.6.") else case.budget
+    assert instructions_per_pair <= budget, f"{instructions_per_pair:.2f} instructions a pair"
     programs = min(65536 // (-(-code.num_registers // 8) * 8 * 128), (227 * 1024) // (code.shared_bytes + 1024))
-    config = tiles.choose_config(case.width, case.weighted, case.groups, case.wanted == "pulls")
-    assert programs >= config.programs
+    assert programs >= choose_config(case).programs
 
 
-# Measured with Triton 3.7.1, plus 3 %. Least possible at 64 columns a tile: 2 to 3 instructions a pair are the loop's.
+# The larger of what Triton 3.7.1 and 3.6.0 make, plus 3 %. 3.6 makes more of weights and groups: a budget of its own.
+# Least possible at 64 columns a tile: 2 to 3 instructions a pair are the loop's.
 QUICK = [
     TileCase("softplus", 128, 13.9),
-    TileCase("exp", 128, 6.6),
+    TileCase("exp", 128, 5.3),
     TileCase("exp", 128, 10.8, wide=True),
+    TileCase("exp", 128, 6.1, wide=True, wanted="sums"),
     TileCase("exp", 128, 10.7, weighted=True, wanted="pulls"),
     TileCase("softplus", 256, 15.0),
 ]
 SLOW = [
-    TileCase("square", 128, 8.2),
+    TileCase("square", 128, 7.2),
+    TileCase("exp", 128, 5.3, wanted="sums slopes pulls"),
+    TileCase("exp", 128, 5.3, shares=True),
     TileCase("softplus", 128, 14.9, wanted="sums slopes pulls"),
     TileCase("softplus", 128, 13.9, shares=True),
-    TileCase("softplus", 128, 13.2, wanted="sums"),
-    TileCase("exp", 128, 8.0, wide=True, wanted="sums"),
-    TileCase("softplus", 128, 23.0, groups=True),
-    TileCase("exp", 128, 26.0, weighted=True, groups=True, wanted="pulls"),
-    TileCase("exp", 128, 16.0, weighted=True, wanted="slopes pulls"),
+    TileCase("exp", 128, 4.5, wanted="sums"),
+    TileCase("softplus", 128, 7.6, wanted="sums"),
+    TileCase("square", 128, 5.0, wanted="sums"),
+    TileCase("softplus", 128, 22.6, groups=True, in_3_6=29.3),
+    TileCase("exp", 128, 22.3, weighted=True, groups=True, wanted="pulls", in_3_6=25.8),
+    TileCase("exp", 128, 15.5, weighted=True, wanted="slopes pulls", in_3_6=18.4),
+    *(TileCase("exp", width, 5.1) for width in (16, 32, 64)),
     *(TileCase("softplus", width, 14.6, wanted="sums slopes pulls") for width in (16, 32, 64)),
+    TileCase("softplus", 64, 7.5, wanted="sums"),
     *(TileCase("exp", width, 9.5, wide=True) for width in (16, 32, 64)),
-    *(TileCase("exp", width, 13.1, weighted=True, wanted="pulls") for width in (16, 32, 64)),
+    TileCase("exp", 16, 5.8, wide=True, wanted="sums"),
+    *(TileCase("exp", width, 13.1, weighted=True, wanted="pulls", in_3_6=15.9) for width in (16, 32, 64)),
+    TileCase("exp", 256, 7.7),
     TileCase("softplus", 256, 15.9, wanted="sums slopes pulls"),
     TileCase("exp", 256, 13.9, wide=True),
-    TileCase("exp", 256, 17.3, weighted=True, wanted="pulls"),
+    TileCase("exp", 256, 17.3, weighted=True, wanted="pulls", in_3_6=20.5),
 ]
 
 
