@@ -63,8 +63,8 @@ class BarlowTwins(nn.Module):
             x = center(rows)
             deviation = (variances(x) + EPSILON).sqrt()  # [V, D]
             first, second = zip(*itertools.combinations(range(len(x)), 2), strict=True)
-            correlation = covariances(x[list(first)], x[list(second)])  # [pairs, D, D]
-            correlation = correlation / (deviation[list(first), :, None] * deviation[list(second), None, :])
+            correlation = covariances(_views(x, first), _views(x, second))  # [pairs, D, D]
+            correlation = correlation / (_views(deviation, first)[:, :, None] * _views(deviation, second)[:, None, :])
             diagonal = correlation.diagonal(dim1=1, dim2=2)
             on = (1 - diagonal).square().sum(1)
             off = correlation.square().sum((1, 2)) - diagonal.square().sum(1)
@@ -73,3 +73,8 @@ class BarlowTwins(nn.Module):
     def bound_nats(self, value: float) -> float | None:
         """None: it bounds no divergence."""
         return None
+
+
+def _views(x: Tensor, views: tuple[int, ...]) -> Tensor:
+    """These views of x [V, ...]; an index that is a list would be copied from the host."""
+    return torch.stack([x[view] for view in views])

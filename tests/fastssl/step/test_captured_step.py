@@ -1,0 +1,236 @@
+"""The step as a CUDA graph would run it, on the CPU: recorded operators, replayed without Python, bit for bit.
+
+Every case takes the same steps twice: plainly, and with its last steps replayed from a recording of one of them.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from fastssl.config import build_config
+from fastssl.errors import ConfigError
+from fastssl.evaluation.config import EvalConfig
+from fastssl.evaluation.probe import OnlineProbe
+from fastssl.losses import LOSSES, build_loss
+from fastssl.models.objective import Objective, build_objective
+from fastssl.models.two_view import TwoViewModel
+from fastssl.optim import build_optimizer
+from fastssl.step.cuda_graph import choose_step
+from fastssl.step.device_update import DeviceUpdate
+from fastssl.step.train_step import TrainStep
+from pipelines.batch import Batch
+from tests.helpers.host_reads import HostReadError, no_host_reads
+from tests.helpers.tape import Tape
+
+BACKBONE = {"backbone": "timm/resnet18", "stem": "cifar", "projector_hidden": [8], "projector_dim": 8}
+BACKBONE |= {"backbone_kwargs": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}}
+NUM_STEPS = 7
+RECORDED = 2  # the step (from 0) that is recorded; those after it are replayed
+OPTIMIZERS = {"sgd": 0.1, "adamw": 1e-3, "lars": 1.0, "lamb": 1e-2}
+
+
+class FakeEngine:
+    """What a `TrainStep` that passes DeepSpeed by asks of its engine."""
+
+    enable_backward_allreduce = False
+    global_steps = micro_steps = global_samples = 0
+
+    def __init__(self, optimizer):
+        self.optimizer, self.device = optimizer, torch.device("cpu")
+
+    def zero_optimization(self):
+        return False
+
+    def train_batch_size(self):
+        return 8
+
+
+def build(loss="mio", optimizer="sgd", precision="fp32", clip=0.0, momentum=0.9):
+    cfg = build_config(
+        {
+            "model": BACKBONE,
+            "loss": {"name": loss},
+            "optim": {"name": optimizer, "momentum": momentum},
+            "train": {"precision": precision, "grad_clip_norm": clip},
+            "data": {"global_batch_size": 8},
+        }
+    )
+    torch.manual_seed(0)
+    model = TwoViewModel(cfg.model, 16)
+    objective = build_objective(cfg, model, build_loss(cfg.loss, 8))
+    assert isinstance(objective, Objective)
+    engine = FakeEngine(build_optimizer(objective, cfg.optim))
+    probe = OnlineProbe(model.num_features, 4, EvalConfig())
+    is_holdout = torch.arange(32) % 4 == 0
+    sums = {
+        name: torch.zeros((), dtype=torch.float64) for name in ("loss", "grad_norm", "num_steps", *OnlineProbe.COUNTS)
+    }
+    return TrainStep(cfg, engine, objective, probe=probe, is_holdout=is_holdout, sums=sums), objective, engine, probe
+
+
+def batch_of(step, bad=False):
+    generator = torch.Generator().manual_seed(step)
+    views = [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)]
+    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+    if bad:
+        views[0][3, 0, 0, 0] = torch.inf
+    ids = torch.randint(0, 32, (8,), generator=generator)
+    return Batch(views=views, labels=ids % 4, sample_ids=ids)
+
+
+def rates_of(step, optimizer):
+    return {"learning_rate": OPTIMIZERS[optimizer] * (step + 1) / NUM_STEPS, "target_momentum": 0.9 + 0.01 * step}
+
+
+def state_of(steps, objective, engine, probe):
+    optimizers = [
+        value
+        for optimizer in (engine.optimizer, probe.optimizer)
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    tensors = [*objective.state_dict().values(), *optimizers, *probe.parameters(), *steps.sums.values()]
+    return copy.deepcopy([tensor.detach() for tensor in tensors])
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    differing = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not torch.equal(x, y)]
+    assert not differing
+
+
+def run_plain(built, bad, optimizer):
+    steps = built[0]
+    reports = [
+        steps.run(batch_of(step, step in bad), **rates_of(step, optimizer)).report.clone() for step in range(NUM_STEPS)
+    ]
+    return reports, state_of(*built)
+
+
+def run_replayed(built, bad, optimizer):
+    steps, reports = built[0], []
+    static, tape, result = batch_of(0), Tape(), None
+    for step in range(NUM_STEPS):
+        batch = batch_of(step, step in bad)
+        if step < RECORDED:
+            reports.append(steps.run(batch, **rates_of(step, optimizer)).report.clone())
+            continue
+        for target, source in zip((*static.views, static.labels), (*batch.views, batch.labels), strict=True):
+            target.copy_(source)
+        static.sample_ids.copy_(batch.sample_ids)
+        steps.prepare(**rates_of(step, optimizer))
+        if step == RECORDED:
+            with tape:
+                result = steps.body(static.views, static.labels, static.sample_ids)
+        else:
+            tape.replay()
+        assert result is not None
+        reports.append(result.report.clone())
+    return reports, state_of(*built)
+
+
+CASES = [
+    ("mio", "sgd", "fp32", 0.0, ()),
+    ("mio", "sgd", "bf16", 0.5, (0, 4)),
+    ("minc", "lars", "fp32", 0.0, (1, 5)),
+    ("byol", "adamw", "bf16", 0.0, (0, 3)),
+    ("barlow_twins", "lamb", "fp32", 0.5, (0, 4)),
+]
+
+
+@pytest.mark.parametrize(("loss", "optimizer", "precision", "clip", "bad"), CASES)
+def test_replayed_operators_equal_the_plain_step(loss, optimizer, precision, clip, bad):
+    settings = {"loss": loss, "optimizer": optimizer, "precision": precision, "clip": clip}
+    plain, plain_state = run_plain(build(**settings), bad, optimizer)
+    replayed, replayed_state = run_replayed(build(**settings), bad, optimizer)
+    taken = [bool(report[0]) for report in plain]
+    assert taken == [step not in bad for step in range(NUM_STEPS)]
+    for a, b in zip(plain, replayed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert_same(plain_state, replayed_state)
+    assert all(x.isfinite().all() for x in plain_state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "optimizer"), itertools.product(LOSSES, OPTIMIZERS))
+def test_every_loss_and_optimizer(loss, optimizer):
+    for precision in ("fp32", "bf16"):
+        settings = {"loss": loss, "optimizer": optimizer, "precision": precision}
+        plain, plain_state = run_plain(build(**settings), (0, 4), optimizer)
+        replayed, replayed_state = run_replayed(build(**settings), (0, 4), optimizer)
+        assert [bool(report[0]) for report in plain] == [step not in (0, 4) for step in range(NUM_STEPS)]
+        assert_same(plain_state, replayed_state)
+        torch.testing.assert_close(plain, replayed, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_tape_would_see_a_number_that_python_chose():
+    """Or the tests above would pass whatever the step does."""
+    number, out, tape = 1.0, torch.zeros(()), Tape()
+    with tape:
+        out.fill_(number)
+    number = 2.0
+    tape.replay()
+    assert out == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_loss_reads_a_value_on_the_host(loss):
+    steps, *_ = build(loss)
+    steps.run(batch_of(0), **rates_of(0, "sgd"))
+    batch = batch_of(1, bad=True)
+    with no_host_reads():
+        steps.run(batch, **rates_of(1, "sgd"))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_optimizer_reads_a_value_on_the_host(optimizer):
+    steps, *_ = build("minc", optimizer, clip=0.1)
+    batch = batch_of(1, bad=True)
+    with no_host_reads():
+        steps.run(batch, **rates_of(1, optimizer))
+
+
+def test_host_reads_are_found():
+    x, rows = torch.ones(3), torch.eye(3)
+    for read in (
+        lambda: x[0].item(),
+        lambda: bool(x[0] > 0),
+        lambda: x.tolist(),
+        lambda: x.numpy(),
+        lambda: x.cpu(),
+        lambda: torch.tensor(1.0),
+        lambda: rows[[0, 1]],
+        lambda: rows[x > 0],
+        lambda: x.nonzero(),
+    ):
+        with pytest.raises(HostReadError), no_host_reads():
+            read()
+
+
+def test_a_run_that_cannot_be_captured_says_why():
+    for tree, words in (
+        ({"train": {"zero_stage": 1}}, "zero_stage is 1"),
+        ({"train": {"precision": "fp16"}}, "fp16"),
+        ({"train": {"num_micro_batches": 2}}, "encoded again"),
+        ({"model": {"activation_checkpointing": True}}, "encoded again"),
+        ({"optim": {"impl": "torch"}}, "optim.impl"),
+        ({"ds": {"comms_logger": {"enabled": False}}}, "ds is set"),
+    ):
+        train = {"cuda_graph": True, **tree.get("train", {})}
+        cfg = build_config({**tree, "train": train})
+        steps, *_ = build()
+        steps.is_direct = "optim" not in tree
+        with pytest.raises(ConfigError, match=words):
+            choose_step(cfg, steps, torch.device("cuda"))
+    with pytest.raises(ConfigError, match="not on a GPU"):
+        choose_step(build_config({"train": {"cuda_graph": True}}), steps, torch.device("cpu"))
+
+
+def test_where_it_is_chosen_automatically_a_cpu_takes_the_plain_step(capfd):
+    steps, *_ = build()
+    assert isinstance(steps.update, DeviceUpdate)
+    assert choose_step(build_config({}), steps, torch.device("cpu")) is steps
+    assert not capfd.readouterr().err
