@@ -34,7 +34,6 @@ from fastssl.record import append_rows, format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/mio_resnet18_cifar10_200ep.yaml"
-FASTSSL = "import sys; from fastssl.cli import main; sys.exit(main())"  # the command, installed or not
 TRAIN_FILE, TEST_FILE = "cifar10_train.beton", "cifar10_test.beton"
 NUM_IMAGES = {False: 50_000, True: 2_000}  # of the synthetic set, by --smoke
 MINUTES = "{minutes}"  # in a command: what it has, less the time to finish what is begun
@@ -152,12 +151,10 @@ def augment(suite: Suite) -> list[Command]:
 
 def loader(suite: Suite) -> list[Command]:
     """Every engine in turns, and what the synthetic one allows; an engine that is not installed gives a row."""
-    engines = ["resident"] if suite.smoke else ["resident", "ffcv", "dali"]
-    batch, seconds = ("64", "0.2") if suite.smoke else ("512", "1")
-    options = ["--recipe", "mio_small", "--size-px", "32", "--batch-size", batch, "--seconds", seconds]
-    options += ["--engines", *engines, "--device", suite.device, *suite.csv("loader")]
-    file = str(suite.data / TRAIN_FILE)
-    return [Command(name="loader", argv=[sys.executable, "-c", FASTSSL, "bench", "loader", file, *options])]
+    engines = ["resident", "ffcv", "synthetic"] if suite.smoke else ["resident", "ffcv", "dali", "synthetic"]
+    tiny = ["--batch-size", "64", "--seconds", "0.2"] if suite.smoke else []
+    options = [suite.data / TRAIN_FILE, "--engines", *engines, "--device", suite.device, *tiny, *suite.csv("loader")]
+    return [Command(name="loader", argv=suite.python("benchmarks/bench_engines.py", *options))]
 
 
 def step(suite: Suite) -> list[Command]:
@@ -355,7 +352,7 @@ FIGURES = {
         "ms_p50",
     ),
     "augment": (("op", "size_px"), "views_per_s"),
-    "loader": (("measured",), "img_per_s_p50"),
+    "loader": (("engine", "batch_size"), "img_per_s_p50"),
     "step": (("label", "wall_ms", "host_ms", "device_ms", "launches", "host_syncs", "peak_mb"), "img_per_s"),
     "train": (("epoch", "loss", "online_top1", "data_wait_fraction"), "img_per_s"),
 }
