@@ -2,14 +2,15 @@
 
     python benchmarks/profile_step.py --cfg configs/X.yaml --set data.train=X.beton --trace step.json --out step.csv
 
-The trainer is built as training builds it, and the same run of steps is looked at three times: timed alone, under
-torch.profiler, and with every operation reported that makes the host wait for the device. Without a GPU operators stand
+The trainer is built as training builds it, and the same run of steps is looked at three times: timed alone, with
+every operation reported that makes the host wait for the device, and under torch.profiler. Without a GPU operators stand
 for kernels, and reads of a tensor's value for synchronisations: a rehearsal, whose figures say nothing about a GPU.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -124,6 +125,7 @@ def time_steps(steps: Steps, num: int) -> Timing:
 
 def profile_steps(steps: Steps, num: int, trace: Path, num_top: int) -> Counts:
     """Take steps under torch.profiler; its chrome trace is written to `trace`."""
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # replaying a CUDA graph after its teardown has crashed
     activities = [torch.profiler.ProfilerActivity.CPU]
     if steps.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -259,8 +261,8 @@ def run(args: argparse.Namespace) -> None:
             steps.synchronize()
             start_s = time.perf_counter() - started
             timing = time_steps(steps, args.num_steps)
-            counts = profile_steps(steps, args.num_steps, args.trace or Path(folder) / "trace.json", args.top)
             syncs = find_syncs(steps, args.num_steps)
+            counts = profile_steps(steps, args.num_steps, args.trace or Path(folder) / "trace.json", args.top)
         finally:
             steps.close()
     row = build_row(args, cfg, steps.device, timing, counts, syncs) | {"start_s": round(start_s, 1)}

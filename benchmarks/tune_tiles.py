@@ -12,13 +12,14 @@ passes of NT-Xent (`exp sums`, `exp weighted pulls`). The error is measured agai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -235,7 +236,8 @@ def compile_ahead(cells: Sequence[tuple[str, int, int, Tiles]], seed: int) -> No
     num = min(MAX_COMPILERS, len(os.sched_getaffinity(0)), len(cells))
     if num < 2:
         return
-    with ProcessPoolExecutor(num, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.suppress(BrokenExecutor), ProcessPoolExecutor(num, mp_context=spawn) as pool:
         wait([pool.submit(_compile, cell, seed) for cell in cells])
 
 
