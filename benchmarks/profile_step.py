@@ -3,8 +3,8 @@
     python benchmarks/profile_step.py --cfg configs/X.yaml --set data.train=X.beton --trace step.json --out step.csv
 
 The trainer is built as training builds it, and the same run of steps is looked at three times: timed alone, with
-every operation reported that makes the host wait for the device, and under torch.profiler. Without a GPU operators stand
-for kernels, and reads of a tensor's value for synchronisations: a rehearsal, whose figures say nothing about a GPU.
+every operation reported that makes the host wait for the device, and under torch.profiler. Without a GPU operators
+stand for kernels, and reads of a tensor's value for synchronisations: a rehearsal, whose figures say nothing of a GPU.
 """
 
 import argparse
