@@ -58,7 +58,7 @@ OPERATIONS = {"softplus": 4, "exp": 4, "nt_xent": 6, "siglip": 6 / 4}  # times n
 
 def main() -> None:
     args = _parse()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device
     environment = environment_columns(PACKAGES)
     constant = {"device": device, "dtype": str(DTYPES[device]).removeprefix("torch."), "seed": 0}
     rows = [row | constant for row in ceilings(device)]
@@ -306,9 +306,11 @@ def _parse() -> argparse.Namespace:
         provider, loss, num_rows, width = args.measure_peak
         _print_peak(provider, loss, int(num_rows), int(width))
         sys.exit()
-    seconds = TABLE_SECONDS if args.minutes is None else 60 * args.minutes
-    limited = args.minutes is not None or not (args.all or args.rows or args.widths)
-    args.deadline_s = time.perf_counter() + seconds if limited else math.inf
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = math.inf if args.minutes is None else 60 * args.minutes
+    if args.device == "cuda" and not (args.minutes or args.all or args.rows or args.widths):
+        seconds = TABLE_SECONDS
+    args.deadline_s = time.perf_counter() + seconds
     return args
 
 
