@@ -127,8 +127,8 @@ class Problem:
         shapes = {"sums": self.z.shape[:2], "slopes": self.z.shape[:2], "pulls": self.z.shape}
         return Side(u=self.u, weights=self.weights, **{name: new(shapes[name]) for name in self.case.outputs})
 
-    def run(self, side: Any, config: TileConfig) -> None:
-        """Add all pairs to the accumulators."""
+    def run(self, side: Any, config: TileConfig | None) -> None:
+        """Add all pairs to the accumulators; None: with the tiles in use."""
         from kernels.similarity.tiles import accumulate_tiles
 
         accumulate_tiles(side, side, self.term, (0, NUM_VIEWS), (0, NUM_VIEWS), config)
@@ -173,15 +173,27 @@ class _Recorder:
         return launch
 
 
+def tiles_in_use(case: Case, width: int) -> Tiles:
+    """What the kernels take for a case on a GPU, without groups."""
+    from kernels.similarity.tiles import choose_config
+
+    return choose_config(
+        max(16, 1 << (width - 1).bit_length()),
+        case.weighted,
+        False,
+        only_pulls=case.outputs == ("pulls",),
+        narrow_exp=case.kind == "exp" and not case.wide_range,
+        only_sums=case.outputs == ("sums",),
+    )
+
+
 def measure(problem: Problem, tiles: Tiles, exact: dict[str, Tensor], seconds: float) -> dict[str, Any]:
     """One configuration: its columns, with the reason under "note" where it cannot run."""
     from kernels.similarity import tiles as module
 
     config, case = module.TileConfig(*tiles), problem.case
     row: dict[str, Any] = dict(zip(TILE_COLUMNS, tiles, strict=True))
-    width = max(16, 1 << (problem.width - 1).bit_length())
-    in_use = module.choose_config(width, case.weighted, False, "sums" not in case.outputs)
-    row["in_use"] = "yes" if config == in_use else ""
+    row["in_use"] = "yes" if tiles == tiles_in_use(case, problem.width) else ""
     recorder = _Recorder(module.one_pass_rows)
     try:
         side = problem.side()

@@ -4,9 +4,12 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from benchmarks.tune_tiles import CASES, CONFIGS, Problem, tiles_in_use
 from tests.processes import ROOT, environment
 
 COMMAND = [sys.executable, "benchmarks/tune_tiles.py", "--device", "cpu", "--smoke"]
@@ -30,6 +33,26 @@ def test_rows_of_every_case(tmp_path: Path) -> None:
         assert float(row["ms_p50"]) > 0
     assert {row["case"] for row in rows} == {"exp", "exp wide", "softplus", "exp sums", "exp weighted pulls"}
     assert "exp sums, n = 40, D = 16: (16, " in done.stdout
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_sweep_has_the_tiles_in_use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kernels.similarity import tiles
+
+    chosen: list[Any] = []
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "_num_slots", lambda _, config: chosen.append(config) or exit_now())
+    monkeypatch.setattr("kernels.similarity.fused.normalize", lambda z, t: SimpleNamespace(u=z.half()))
+    problem = Problem(CASES[name], 64, 128, "cpu", 0)
+    with pytest.raises(StopIteration):
+        problem.run(problem.side(), None)
+    assert chosen == [tiles_in_use(CASES[name], 128)]
+    assert tuple(chosen[0]) in CONFIGS
+
+
+def exit_now() -> None:
+    raise StopIteration
 
 
 @pytest.mark.parametrize(
