@@ -16,6 +16,7 @@ setup(
         "fastssl.losses",
         "fastssl.models",
         "fastssl.optim",
+        "fastssl.step",
         "pipelines",
         "pipelines.bench",
         "pipelines.beton",
