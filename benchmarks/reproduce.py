@@ -377,6 +377,7 @@ def _job(args: argparse.Namespace) -> Job:
         "data.engine=resident",
         *fast,
         f"run.checkpoint_every_epochs={gcd(args.keep_every, CHECKPOINT_EVERY_EPOCHS)}",
+        "run.diagnose_every_epochs=10",
         *args.set,
         f"run.dir={args.out / f'{args.row}_{args.epochs}ep_seed{args.seed}{limited}'}",
         "run.resume=auto",

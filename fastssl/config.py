@@ -41,6 +41,8 @@ class RunConfig:
         checkpoint_every_epochs: Save at every so many epochs, and at the last.
         keep_every_epochs: Keep the checkpoint of every so many epochs for good; 0: the last two only.
         log_every_steps: One row of metrics.jsonl for so many steps.
+        diagnose_every_epochs: Epochs from one look at the representation, and for its collapse, to the next
+            (`fastssl.diagnostics`): some tenths of a second on a GPU, as long as a tenth of an epoch of CIFAR-10.
         num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
         peak_tflops: Of a device at train.precision in TFLOP/s, for the utilisation in metrics.jsonl; None: known GPUs'
             own (`fastssl.throughput`).
@@ -58,6 +60,7 @@ class RunConfig:
     checkpoint_every_epochs: int = 1
     keep_every_epochs: int = 0
     log_every_steps: int = 10
+    diagnose_every_epochs: int = 1
     num_threads: int = 0
     peak_tflops: float | None = None
     rendezvous_timeout_s: int = 300
@@ -74,7 +77,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be >= 0")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError("peak_tflops must be > 0")
-        for name in ("checkpoint_every_epochs", "log_every_steps"):
+        for name in ("checkpoint_every_epochs", "log_every_steps", "diagnose_every_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1")
         for name in ("rendezvous_timeout_s", "peer_timeout_s", "collective_timeout_s"):

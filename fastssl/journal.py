@@ -90,13 +90,15 @@ class Journal:
         return self._communication.measured((step + 2) % self._steps_per_epoch == 0)
 
     def add_to_window(self, result: StepResult, step: int) -> None:
-        """Add a step to the window, if it is one of an epoch's last.
+        """Add a step to the window, if it is one of the last of an epoch that is diagnosed.
 
         Args:
             result: Of the step just launched; one that was not taken adds nothing.
             step: 1-based.
         """
-        if -step % self._steps_per_epoch < self._window_steps:
+        num_done = -(-step // self._steps_per_epoch)  # epochs at the end of this one
+        is_due = num_done % self._cfg.run.diagnose_every_epochs == 0
+        if is_due and -step % self._steps_per_epoch < self._window_steps:
             sums = window_sums(result.h, result.z)
             masked = {name: torch.where(result.taken, value, 0) for name, value in sums.items()}
             self._window = add_sums(self._window, masked)

@@ -26,6 +26,7 @@ FREE_KEYS = (
     "run.checkpoint_every_epochs",
     "run.keep_every_epochs",
     "run.log_every_steps",
+    "run.diagnose_every_epochs",
     "run.num_threads",
     "run.device",
     "run.peak_tflops",
