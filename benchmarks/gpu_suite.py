@@ -116,7 +116,19 @@ def tests(suite: Suite) -> list[Command]:
     num_workers = 1 if suite.smoke else min(12, len(os.sched_getaffinity(0)))
     parallel = ["-n", str(num_workers), "--dist", "worksteal"] if num_workers > 1 and _has("xdist") else []
     # pytest-benchmark warns where there are workers, and warnings are errors.
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "-q", "-rfE", "--tb=short", *parallel]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-q",
+        "-rfE",
+        "--tb=short",
+        *parallel,
+    ]
     if not _has("pytest_timeout"):  # pyproject.toml sets its option, and strictly
         pytest += ["-o", "addopts=--import-mode=importlib", "-W", "ignore::pytest.PytestConfigWarning"]
     passed = r"\b[1-9]\d* passed"
