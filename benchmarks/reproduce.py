@@ -7,7 +7,7 @@ last one and the chosen one are judged on the test images, once each, by kNN and
 same command goes on: what is finished is not done again.
 
 What OUT holds: results.csv, a row for every accuracy; data/, the converted images; ROW_EPOCHSep_seedSEED/, the run, and
-in it curve.csv, a row for every epoch.
+in it curve.csv, a row for every epoch, and curve.png.
 """
 
 from __future__ import annotations
@@ -271,6 +271,30 @@ def write_curve(job: Job) -> None:
         for row in _epoch_rows(job)
     ]
     append_rows(path, rows)
+    draw_curve(path, f"{job.row}, seed {job.cfg.run.seed}")
+
+
+def draw_curve(path: Path, title: str) -> None:
+    """Draw a curve.csv as a .png of its name: accuracies over epochs."""
+    import csv
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axis = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    epochs = [int(row["epoch"]) for row in rows]
+    axis.plot(epochs, [100 * float(row["online_top1"]) for row in rows], label="online linear probe, held-out images")
+    judged = [(int(row["epoch"]), 100 * float(row["held_out_knn_top1"])) for row in rows if row["held_out_knn_top1"]]
+    axis.plot(*zip(*judged, strict=True), "o", label="weighted kNN, held-out images")
+    axis.set(xlabel="epoch", ylabel="top-1 in %", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    pyplot.close(figure)
 
 
 def _row(job: Job, line: Line, scored_on: str, checkpoint: str) -> Row:

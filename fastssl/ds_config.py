@@ -67,7 +67,7 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
         "train_batch_size": cfg.data.global_batch_size,
         "train_micro_batch_size_per_gpu": cfg.data.global_batch_size // world_size,
         "gradient_accumulation_steps": 1,
-        # Without ZeRO `fastssl.safe_step` clips: the engine would clip gradients of the loss times fp16's scale.
+        # Without ZeRO `fastssl.step` clips: the engine would clip gradients of the loss times fp16's scale.
         "gradient_clipping": cfg.train.grad_clip_norm if cfg.train.zero_stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # SGD: tested here with every stage that the config allows
