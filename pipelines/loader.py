@@ -366,7 +366,9 @@ class _Finish:
         while True:
             with torch.cuda.stream(side):
                 raw = next(raw_batches, None)
-                ready = None if raw is None else (self(raw), side.record_event())
+                is_ready = torch.cuda.Event()
+                ready = None if raw is None else (self(raw), is_ready)
+                is_ready.record(side)
             if waiting is not None:
                 yield _hand_over(*waiting)
             if ready is None:

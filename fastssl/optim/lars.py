@@ -53,7 +53,7 @@ class Lars(LayerwiseOptimizer):
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, updates)
             updates = velocities
-        move(weights, updates, group["lr"])
+        move(weights, list(updates), group["lr"])
 
 
 def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> Tensor:

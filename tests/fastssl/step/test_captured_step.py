@@ -110,10 +110,11 @@ def run_plain(built, bad, optimizer):
     return reports, state_of(*built)
 
 
-def run_replayed(built, bad, optimizer):
+def run_replayed(built, bad, optimizer, first=0):
+    """Steps from `first` on; with the state that those before it left."""
     steps, reports = built[0], []
     static, tape, result = batch_of(0), Tape(), None
-    for step in range(NUM_STEPS):
+    for step in range(first, NUM_STEPS):
         batch = batch_of(step, step in bad)
         if step < RECORDED:
             reports.append(steps.run(batch, **rates_of(step, optimizer)).report.clone())
@@ -164,6 +165,26 @@ def test_every_loss_and_optimizer(loss, optimizer):
         assert [bool(report[0]) for report in plain] == [step not in (0, 4) for step in range(NUM_STEPS)]
         assert_same(plain_state, replayed_state)
         torch.testing.assert_close(plain, replayed, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_replays_go_on_from_a_loaded_state(optimizer):
+    """Loading replaces the optimizer's state and learning rate: what is replayed must hold the new ones."""
+    plain, plain_state = run_plain(build("minc", optimizer), (3,), optimizer)
+    interrupted = build("minc", optimizer)
+    for step in range(RECORDED):
+        interrupted[0].run(batch_of(step), **rates_of(step, optimizer))
+    resumed = build("minc", optimizer)
+    steps, objective, engine, probe = resumed
+    saved = copy.deepcopy([x.state_dict() for x in (interrupted[1], interrupted[2].optimizer, interrupted[3])])
+    for part, state in zip((objective, engine.optimizer, probe), saved, strict=True):
+        part.load_state_dict(state)
+    for name, value in steps.sums.items():
+        value.copy_(interrupted[0].sums[name])
+    steps.update.bind()
+    replayed, replayed_state = run_replayed(resumed, (3,), optimizer, first=RECORDED)
+    torch.testing.assert_close(plain[RECORDED:], replayed, rtol=0, atol=0, equal_nan=True)
+    assert_same(plain_state, replayed_state)
 
 
 def test_a_tape_would_see_a_number_that_python_chose():
