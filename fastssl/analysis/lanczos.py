@@ -20,6 +20,8 @@ from torch import Tensor
 
 WIDTH = 1e-5**0.5  # of a Ritz value in a density, as a share of the spectrum's range: PyHessian's 1e-5 of a variance
 NUM_POINTS = 2048  # of a density: six a width
+# Of the dtype's epsilon times the largest number so far: 1 to 16 are left of an exhausted space, depending on the CPU.
+_EXHAUSTED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def lanczos(
             w = w - (basis[: i + 1] @ w) @ basis[: i + 1]
         betas.append(float(w.norm()))
         largest = max(map(abs, [*alphas, *betas]))
-        if i + 1 == num_iterations or betas[-1] <= 10 * torch.finfo(start.dtype).eps * largest:
+        if i + 1 == num_iterations or betas[-1] <= _EXHAUSTED * torch.finfo(start.dtype).eps * largest:
             break
         basis[i + 1] = w / w.norm()
     *inner, last = betas
