@@ -23,37 +23,62 @@ NUM_PLAIN_STEPS = 3
 class CapturedStep:
     """Takes plain steps first, and replays a graph of the step from then on.
 
-    Its results are overwritten by the next step. Batches keep one shape.
+    Its results are overwritten by the next step. A batch of another shape than the captured one takes a plain step.
     """
 
-    def __init__(self, step: TrainStep, device: torch.device) -> None:
+    def __init__(self, step: TrainStep, device: torch.device, *, required: bool) -> None:
         """Give this thread a stream of its own: a capture cannot be on the default one.
 
         Args:
             step: With a `DeviceUpdate` that is alone.
             device: CUDA.
+            required: Whether a step that cannot be captured is an error; else plain steps are taken.
         """
-        self._step = step
+        self._step, self._required = step, required
         self._num_plain = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._has_said = self._has_failed = False
         torch.cuda.synchronize(device)
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
     def run(self, batch: Batch, *, learning_rate: float, target_momentum: float | None) -> StepResult:
-        """One step; see `TrainStep.run`."""
+        """One step; see `TrainStep.run`.
+
+        Raises:
+            ConfigError: the step cannot be captured, and must be.
+        """
         if self._num_plain < NUM_PLAIN_STEPS:
             self._num_plain += 1
-            return self._step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
+        elif self._graph is None and not self._has_failed:
+            self._try_to_capture(batch)
         if self._graph is None:
-            self._capture(batch)
+            return self._step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
+        if [view.shape for view in batch.views] != [view.shape for view in self._views]:
+            self._say_once("a batch of another shape is taken by a plain step, not by the CUDA graph")
+            return self._step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
         torch._foreach_copy_(self._views, batch.views)
         self._labels.copy_(batch.labels)
         self._sample_ids.copy_(batch.sample_ids)
         self._step.prepare(learning_rate, target_momentum)
-        assert self._graph is not None
         self._graph.replay()
         self._step.count()
         return self._result
+
+    def _say_once(self, line: str) -> None:
+        if not self._has_said:
+            print(f"fastssl: {line}", file=sys.stderr, flush=True)
+        self._has_said = True
+
+    def _try_to_capture(self, batch: Batch) -> None:
+        try:
+            self._capture(batch)
+        except RuntimeError as error:  # an operator that a graph cannot hold, such as one of the model's own
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if self._required:
+                raise ConfigError(f"train.cuda_graph is true, but the step cannot be captured: {reason}") from None
+            self._has_failed = True
+            self._step.forget_gradients()
+            print(f"fastssl: the step is not captured as a CUDA graph: {reason}", file=sys.stderr, flush=True)
 
     def _capture(self, batch: Batch) -> None:
         """Record the step; it is not run by this."""
@@ -78,7 +103,7 @@ def choose_step(cfg: Config, step: TrainStep, device: torch.device) -> TrainStep
         return step
     reason = why_not_captured(cfg, step, device)
     if reason is None:
-        return CapturedStep(step, device)
+        return CapturedStep(step, device, required=cfg.train.cuda_graph is True)
     if cfg.train.cuda_graph is True:
         raise ConfigError(f"train.cuda_graph is true, but {reason}: set it to auto")
     if device.type == "cuda":
