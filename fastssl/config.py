@@ -37,9 +37,14 @@ class RunConfig:
         device: "auto" takes the GPU where there is one.
         resume: "never" refuses a folder that holds a run; "auto" goes on from its last whole checkpoint.
         init_from: A run's folder or a weights.pt: start from its weights (nothing else is taken).
-        checkpoint_every_steps: Also save every so many steps; 0: at the ends of epochs only.
-        checkpoint_every_epochs: Save at every so many epochs, and at the last.
-        keep_every_epochs: Keep the checkpoint of every so many epochs for good; 0: the last two only.
+        checkpoint_every_minutes: Save at the first end of an epoch after this time since the last save, and in mid
+            epoch where none has ended in 1.25 times as long. 0: 100 times what the last save took, so that saves cost
+            at most 1% of the time, but at most 30 minutes; the first save is at the end of the first epoch, or after 10
+            minutes. `fastssl.checkpoint_rule`.
+        checkpoint_every_steps: Save at exactly every so many steps instead; 0: not by steps.
+        checkpoint_every_epochs: Save at exactly every so many epochs instead; None: not by epochs. Every run also saves
+            at its end.
+        keep_every_epochs: Save every so many epochs and keep that checkpoint for good; 0: the last two only.
         log_every_steps: One row of metrics.jsonl for so many steps.
         diagnose_every_epochs: Epochs from one look at the representation, and for its collapse, to the next
             (`fastssl.diagnostics`): some tenths of a second on a GPU, as long as a tenth of an epoch of CIFAR-10.
@@ -56,8 +61,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Literal["never", "auto"] = "never"
     init_from: str | None = None
+    checkpoint_every_minutes: float = 0.0
     checkpoint_every_steps: int = 0
-    checkpoint_every_epochs: int = 1
+    checkpoint_every_epochs: int | None = None
     keep_every_epochs: int = 0
     log_every_steps: int = 10
     diagnose_every_epochs: int = 1
@@ -72,12 +78,19 @@ class RunConfig:
             raise ValueError("dir must name a folder")
         if not 0 <= self.seed < 2**63:
             raise ValueError("seed must be in [0, 2**63)")
-        for name in ("checkpoint_every_steps", "keep_every_epochs", "num_threads"):
+        for name in ("checkpoint_every_minutes", "checkpoint_every_steps", "keep_every_epochs", "num_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0")
+        if self.checkpoint_every_epochs is not None and self.checkpoint_every_epochs < 1:
+            raise ValueError("checkpoint_every_epochs must be >= 1, or null")
+        if self.checkpoint_every_minutes and (self.checkpoint_every_steps or self.checkpoint_every_epochs):
+            raise ValueError(
+                "checkpoint_every_minutes cannot be set together with checkpoint_every_steps or "
+                "checkpoint_every_epochs: set these to 0 and null, or leave it out"
+            )
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError("peak_tflops must be > 0")
-        for name in ("checkpoint_every_epochs", "log_every_steps", "diagnose_every_epochs"):
+        for name in ("log_every_steps", "diagnose_every_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1")
         for name in ("rendezvous_timeout_s", "peer_timeout_s", "collective_timeout_s"):

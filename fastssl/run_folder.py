@@ -22,6 +22,7 @@ from fastssl.errors import ConfigError
 FREE_KEYS = (
     "run.dir",
     "run.resume",
+    "run.checkpoint_every_minutes",
     "run.checkpoint_every_steps",
     "run.checkpoint_every_epochs",
     "run.keep_every_epochs",

@@ -22,6 +22,7 @@ from fastssl.checkpoint import (
     prune,
     save_checkpoint,
 )
+from fastssl.checkpoint_rule import CheckpointRule
 from fastssl.config import Config
 from fastssl.ds_config import build_ds_config
 from fastssl.errors import ConfigError, Preempted
@@ -104,6 +105,9 @@ class Trainer:
         self.skipped = SkippedSteps(self.folder.nonfinite, cfg.train.max_skipped_steps)
         self.stop_request = stop_request or StopRequest()
         self.must_stop = False  # what all ranks agreed on
+        self.checkpoint_rule = CheckpointRule(
+            cfg.run, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
+        )
         self.checkpoint_due = False
         torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
         self.learning_rate = partial(
@@ -158,20 +162,22 @@ class Trainer:
             with self.journal.communication_measured(self.step):
                 self.take_step(batch)
             is_epoch_end = self.step % self.steps_per_epoch == 0
-            self.checkpoint_due |= self._is_checkpoint_due()
+            self.checkpoint_due |= self.checkpoint_rule.is_due_at(self.step)
             self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
             if is_epoch_end:
                 self.journal.end_epoch(self.step, len(self.loader.bad_samples.reasons))
-            if self.must_stop:
-                self.checkpoint_due = True
+            self.checkpoint_due |= self.must_stop
+            if self.checkpoint_due:
                 self.read_reports(keep=0)
             # While steps are skipped the run may be diverging: the last good checkpoint stays the last.
             is_sound = not self.skipped.in_a_row or self.step == self.total_steps
             if self.checkpoint_due and is_sound:
-                self.save()
+                with self.checkpoint_rule.measured_save():
+                    self.save()
                 self.checkpoint_due = False
                 if self.must_stop and self.step < self.total_steps:
                     self._leave()
+        self.read_reports(keep=0)
 
     def take_step(self, batch: Batch) -> None:
         """Launch one optimizer step; what it reports is read later.
@@ -188,6 +194,7 @@ class Trainer:
             result,
             step=self.step,
             wants_stop=self.stop_request.name is not None,
+            wants_save=dist.rank() == 0 and self.checkpoint_rule.is_due_by_clock(self.step),
             is_searching=is_searching and self.update_step.update.is_searching,
             sample_ids=batch.sample_ids,
             settings={
@@ -209,6 +216,7 @@ class Trainer:
         """
         for done in self.reports.read(keep=keep):
             self.must_stop |= done.must_stop
+            self.checkpoint_due |= done.must_save
             if done.taken:
                 self.skipped.in_a_row = 0
             elif not (done.is_searching and math.isfinite(done.loss)):
@@ -217,6 +225,7 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
+        self.read_reports(keep=0)
         self.journal.sync()
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
         state: dict[str, Any] = {"data_identity": self.data_identity, "collapsed_since": self.journal.collapsed_since}
@@ -268,7 +277,7 @@ class Trainer:
         if self.device.type == "cuda" and self.cfg.train.zero_stage == 0:
             # As the images are: or each convolution turns its weights around, forward and backward. ZeRO's flat buffers
             # and DeepSpeed's broadcast at the start want them contiguous.
-            self.objective.to(memory_format=torch.channels_last)
+            self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return engine, optimizer
 
     def _build_probe(self, reader: BetonReader) -> OnlineProbe | None:
@@ -309,12 +318,6 @@ class Trainer:
             replace_text(self.folder.preempted, f"{how}\n")
         dist.barrier()
         raise Preempted(f"asked to stop ({self.stop_request.name or 'another rank was'}): {how}")
-
-    def _is_checkpoint_due(self) -> bool:
-        epoch, in_epoch = divmod(self.step, self.steps_per_epoch)
-        at_epoch_end = in_epoch == 0 and epoch % self.cfg.run.checkpoint_every_epochs == 0
-        every = self.cfg.run.checkpoint_every_steps
-        return self.step == self.total_steps or at_epoch_end or bool(every and self.step % every == 0)
 
     def _headline(self) -> str:
         num_parameters = sum(parameter.numel() for parameter in self.model.backbone.parameters())

@@ -12,7 +12,7 @@ from tests.processes import ROOT, environment
 
 # Enough of everything, small enough for seconds: digits at 16 px, a tiny ResNet with batch norm.
 TINY = """
-run: {dir: RUN, log_every_steps: 1, num_threads: 1}
+run: {dir: RUN, log_every_steps: 1, num_threads: 1, checkpoint_every_epochs: 1}
 data: {train: TRAIN, test: TEST, global_batch_size: 128}
 views: {recipe: digits, size_px: 16}
 model: {backbone: timm/resnet18, stem: cifar, pool_px: 1, projector_hidden: [32], projector_dim: 16,

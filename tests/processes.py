@@ -33,7 +33,7 @@ def start_training(arguments: Sequence[str], *, num_ranks: int, log: Path) -> li
     """
     port = free_port()
     ranks = [
-        forkserver().Process(target=_train, args=(list(arguments), rank, num_ranks, port, log))
+        forkserver().Process(target=train_as_rank, args=(list(arguments), rank, num_ranks, port, log))
         for rank in range(num_ranks)
     ]
     for rank in ranks:
@@ -49,7 +49,8 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _train(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path) -> None:
+def train_as_rank(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path) -> None:
+    """`train_in_this_process` as one of the ranks that meet at a port of this machine."""
     if num_ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))

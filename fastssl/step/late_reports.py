@@ -21,6 +21,7 @@ class StepReport:
         loss: Mean over ranks.
         grad_norm: Before clipping.
         must_stop: Whether a rank was asked to leave; the same on all ranks.
+        must_save: Whether a checkpoint falls due by the first rank's clock; the same on all ranks.
         is_searching: Whether fp16's loss scale was still searched for.
         sample_ids: Of the local batch, int64 [B], on the device.
         settings: What a row of metrics says besides: learning rate, loss scale.
@@ -31,6 +32,7 @@ class StepReport:
     loss: float
     grad_norm: float
     must_stop: bool
+    must_save: bool
     is_searching: bool
     sample_ids: Tensor
     settings: dict[str, float] = field(default_factory=dict)
@@ -50,20 +52,22 @@ class LateReports:
         *,
         step: int,
         wants_stop: bool,
+        wants_save: bool,
         is_searching: bool,
         sample_ids: Tensor,
         settings: dict[str, float],
     ) -> None:
-        """Begin to copy the report of the step just launched (all ranks)."""
+        """Begin to copy the report of the step just launched (all ranks; a wish of one is a wish of all)."""
         values = result.report
         if dist.world_size() > 1:
-            shared = torch.stack((result.loss, torch.full_like(result.loss, float(wants_stop))))
+            wishes = (torch.full_like(result.loss, float(wish)) for wish in (wants_stop, wants_save))
+            shared = torch.stack((result.loss, *wishes))
             dist.EXCHANGE.sum_(shared)
-            values = torch.stack((values[0], shared[0] / dist.world_size(), values[2], shared[1]))
+            values = torch.stack((values[0], shared[0] / dist.world_size(), values[2], shared[1], shared[2]))
         event = None
         host = values.detach().clone()
         if self._device.type == "cuda":
-            host = self._free.pop() if self._free else torch.empty(4, pin_memory=True)
+            host = self._free.pop() if self._free else torch.empty(5, pin_memory=True)
             host[: len(values)].copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -73,6 +77,7 @@ class LateReports:
             loss=0.0,
             grad_norm=0.0,
             must_stop=wants_stop,
+            must_save=wants_save,
             is_searching=is_searching,
             sample_ids=sample_ids,
             settings=settings,
@@ -85,10 +90,11 @@ class LateReports:
             host, event, report = self._waiting.popleft()
             if event is not None:
                 event.synchronize()
-            taken, loss, grad_norm, *stop = host.tolist()
+            taken, loss, grad_norm, *wishes = host.tolist()
             if event is not None:
                 self._free.append(host)
-            must_stop = stop[0] > 0 if dist.world_size() > 1 else report.must_stop
-            yield StepReport(
-                **vars(report) | {"taken": taken > 0, "loss": loss, "grad_norm": grad_norm, "must_stop": must_stop}
-            )
+            values = {"taken": taken > 0, "loss": loss, "grad_norm": grad_norm}
+            if dist.world_size() > 1:
+                must_stop, must_save = (wish > 0 for wish in wishes)
+                values |= {"must_stop": must_stop, "must_save": must_save}
+            yield StepReport(**vars(report) | values)

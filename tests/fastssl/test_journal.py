@@ -62,6 +62,7 @@ def take_epoch(journal: Journal, epoch: int, *, losses: list[float | None], spre
                 loss=float(value),
                 grad_norm=2.0,
                 must_stop=False,
+                must_save=False,
                 is_searching=False,
                 sample_ids=torch.arange(16),
                 settings=settings,
