@@ -17,7 +17,7 @@ from fastssl.losses import LOSSES, build_loss
 from fastssl.models.objective import Objective, build_objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
-from fastssl.step.cuda_graph import choose_step
+from fastssl.step.cuda_graph import NUM_PLAIN_STEPS, CapturedStep, choose_step
 from fastssl.step.device_update import DeviceUpdate
 from fastssl.step.train_step import TrainStep
 from pipelines.batch import Batch
@@ -255,3 +255,33 @@ def test_where_it_is_chosen_automatically_a_cpu_takes_the_plain_step(capfd):
     assert isinstance(steps.update, DeviceUpdate)
     assert choose_step(build_config({}), steps, torch.device("cpu")) is steps
     assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_capture_that_fails_costs_a_line_or_the_run_that_wanted_it(required, monkeypatch, capfd):
+    for name in ("synchronize", "set_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    plain = run_plain(build(), (), "sgd")
+    built = build()
+    captured = CapturedStep(built[0], torch.device("cpu"), required=required)
+
+    def fail(_):
+        built[1].model.projector[0].weight.grad = torch.ones(8, 8)  # what a capture may leave
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(captured, "_capture", fail)
+    reports = [captured.run(batch_of(step), **rates_of(step, "sgd")).report.clone() for step in range(NUM_PLAIN_STEPS)]
+    if required:
+        with pytest.raises(ConfigError, match="operation not permitted when stream is capturing"):
+            captured.run(batch_of(3), **rates_of(3, "sgd"))
+        return
+    reports += [
+        captured.run(batch_of(step), **rates_of(step, "sgd")).report.clone()
+        for step in range(NUM_PLAIN_STEPS, NUM_STEPS)
+    ]
+    torch.testing.assert_close(plain[0], reports, rtol=0, atol=0)
+    assert_same(plain[1], state_of(*built))
+    said = capfd.readouterr().err
+    assert said == (
+        "fastssl: the step is not captured as a CUDA graph: operation not permitted when stream is capturing\n"
+    )
