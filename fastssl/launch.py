@@ -33,6 +33,15 @@ def start_process(cfg: RunConfig) -> torch.device:
     return device
 
 
+def end_process() -> None:
+    """Leave NCCL's process group at the end of a training; it warns where that is left to the process's end."""
+    if torch_dist.is_initialized() and torch_dist.get_backend() == "nccl":
+        import deepspeed.comm.comm
+
+        torch_dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = None  # or it takes the next group for the one that is gone
+
+
 def num_threads_of(cfg: RunConfig) -> int:
     """CPU threads that this process may use."""
     return cfg.num_threads or cores_per_process()

@@ -29,7 +29,7 @@ from fastssl.errors import ConfigError, Preempted
 from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.journal import Journal
-from fastssl.launch import num_threads_of, start_process
+from fastssl.launch import end_process, num_threads_of, start_process
 from fastssl.losses import build_loss
 from fastssl.models.objective import build_objective
 from fastssl.models.sync_batch_norm import has_batch_norm
@@ -376,3 +376,4 @@ def train(cfg: Config, stop_request: StopRequest | None = None) -> None:
     """
     with Peers() as peers:
         Trainer(cfg, peers, stop_request).fit()
+    end_process()

@@ -65,8 +65,9 @@ class LateReports:
             dist.EXCHANGE.sum_(shared)
             values = torch.stack((values[0], shared[0] / dist.world_size(), values[2], shared[1], shared[2]))
         event = None
-        host = values.detach().clone()
-        if self._device.type == "cuda":
+        if self._device.type != "cuda":
+            host = values.clone()
+        else:
             host = self._free.pop() if self._free else torch.empty(5, pin_memory=True)
             host[: len(values)].copy_(values, non_blocking=True)
             event = torch.cuda.Event()

@@ -28,7 +28,7 @@ BACKBONE = {"backbone": "timm/resnet18", "stem": "cifar", "projector_hidden": [8
 BACKBONE |= {"backbone_kwargs": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}}
 NUM_STEPS = 7
 RECORDED = 2  # the step (from 0) that is recorded; those after it are replayed
-OPTIMIZERS = {"sgd": 0.1, "adamw": 1e-3, "lars": 1.0, "lamb": 1e-2}
+OPTIMIZERS = {"sgd": 0.1, "adamw": 1e-3, "lars": 0.1, "lamb": 1e-2}
 
 
 class FakeEngine:
