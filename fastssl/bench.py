@@ -71,10 +71,9 @@ def bench_loader_on(
 def _choose_device(wanted: str) -> str:
     try:
         return str(choose_device(wanted))
-    except ConfigError:
-        raise ConfigError(
-            f"--device is {wanted}, but torch finds no GPU: give --device cpu, or mend the driver"
-        ) from None
+    except ConfigError as error:
+        message = str(error).replace("--set run.device=", "--device ")
+        raise ConfigError(message.replace("run.device", "--device")) from None
 
 
 def _say(message: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as torch_dist
 
 from fastssl.config import RunConfig
 from fastssl.errors import ConfigError
+from fastssl.nvidia_gpu import driver_version, why_no_gpu, why_too_old
 from fastssl.rendezvous import join
 from pipelines.loader import cores_per_process
 
@@ -21,7 +23,7 @@ def start_process(cfg: RunConfig) -> torch.device:
     Returns:
         The device of this process.
     Raises:
-        ConfigError: the config demands a GPU and there is none.
+        ConfigError: see `choose_device`.
         PeerLostError: the other processes do not come.
     """
     device = choose_device(cfg.device)
@@ -48,12 +50,33 @@ def num_threads_of(cfg: RunConfig) -> int:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that `run.device` names; ConfigError where it demands a GPU and there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda, but torch finds no GPU: use --set run.device=cpu, or mend the driver")
-    if wanted == "cpu" or not torch.cuda.is_available():
+    """The device that `run.device` names.
+
+    "auto" without a GPU is the CPU; where NVIDIA's driver is installed, with a line that says why no GPU is used.
+
+    Raises:
+        ConfigError: a GPU is demanded and there is none, the GPU is too old, or there are more processes than GPUs.
+    """
+    if wanted == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    reason = why_no_gpu()
+    if reason and wanted == "cuda":
+        raise ConfigError(f"run.device is cuda, but {reason}; or use --set run.device=cpu")
+    if reason:
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if local_rank == 0 and not is_hidden and driver_version():
+            print(f"fastssl: warning: running on the CPU: {reason}", file=sys.stderr, flush=True)
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"process {local_rank + 1} of this machine has no GPU of its own, torch finds {num_gpus}: start {num_gpus} "
+            "processes, or use --set run.device=cpu"
+        )
+    if reason := why_too_old(local_rank):
+        raise ConfigError(f"{reason}: use --set run.device=cpu")
+    return torch.device("cuda", local_rank)
 
 
 def _init_deepspeed(device: torch.device, cfg: RunConfig) -> None:

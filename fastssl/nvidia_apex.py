@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastssl.errors import ConfigError
+from fastssl.nvidia_gpu import has_gpu
 
 if TYPE_CHECKING:
     from fastssl.config import Config
@@ -42,7 +43,7 @@ def why_refused(cfg: "Config") -> str | None:
     if not keys:
         return None
     reason = why_no_apex()
-    if reason is None and (cfg.run.device == "cpu" or not torch.cuda.is_available()):
+    if reason is None and (cfg.run.device == "cpu" or not has_gpu()):
         reason = "its kernels need a GPU"
     return reason and f"{' and '.join(keys)}: {reason}"
 

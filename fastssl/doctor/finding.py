@@ -50,7 +50,9 @@ class Node:
         """Those that torch can use."""
         import torch
 
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+        from fastssl.nvidia_gpu import has_gpu
+
+        return torch.cuda.device_count() if has_gpu() else 0
 
     def without_gpu(self, what: str) -> Finding:
         """The finding of a check that needs a GPU where there is none."""

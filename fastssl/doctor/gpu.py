@@ -12,8 +12,13 @@ def check_gpu(node: Node) -> Finding:
     """What the driver shows, and what of it torch can use."""
     import torch
 
+    from fastssl.nvidia_gpu import why_no_gpu, why_too_old
+
     shown = _nvidia_smi()
     if node.num_gpus:
+        for i in range(node.num_gpus):
+            if reason := why_too_old(i):
+                return Finding("fail", reason, "use --set run.device=cpu, or another GPU")
         names = [torch.cuda.get_device_name(i) for i in range(node.num_gpus)]
         return Finding(
             "ok", f"{len(names)} x {names[0]}; {shown or 'no nvidia-smi'}; torch's CUDA {torch.version.cuda}"
@@ -22,14 +27,8 @@ def check_gpu(node: Node) -> Finding:
         status = "fail" if node.wants_gpu else "not here"
         advice = "run.device is cuda: install NVIDIA's driver; in a container, docker run --gpus all"
         return Finding(status, "nvidia-smi finds no GPU", advice if node.wants_gpu else "")
-    if torch.version.cuda is None:
-        advice = "install a CUDA build: FASTSSL_BUILD=gpu make install"
-        return Finding("fail", f"{shown}, but torch {torch.__version__} is built for the CPU", advice)
-    return Finding(
-        "fail",
-        f"{shown}, but torch cannot use it (built for CUDA {torch.version.cuda})",
-        "take a driver for that CUDA or later; in a container, docker run --gpus all; see CUDA_VISIBLE_DEVICES",
-    )
+    reason, _, advice = (why_no_gpu() or "").partition(": ")
+    return Finding("fail", f"{shown}, but {reason}", advice)
 
 
 def check_triton(node: Node) -> Finding:

@@ -469,6 +469,17 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(
         build_engine("resident", jpegs, num_workers=1, prefetch_batches=1)
 
 
+def test_images_that_do_not_fit_on_the_gpu_are_refused_before_they_are_decoded(jpegs, monkeypatch):
+    num_bytes = int(jpegs.sizes.prod(1, dtype=np.int64).sum()) * 3
+    free_bytes = num_bytes - 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 80_000_000_000))
+    monkeypatch.setattr("pipelines.engines.resident._decode_all", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(
+        DataError, match=r"jpegs.*: engine resident needs .* GB of memory of the GPU .* take another en"
+    ):
+        build_engine("resident", jpegs, num_workers=1, prefetch_batches=1, device=torch.device("cuda"))
+
+
 def test_a_jpeg_of_another_size_is_named(tmp_path):
     reader = write_jpegs(tmp_path / "resized.beton", make_jpegs(6), sizes={2: (64, 64)})
     with pytest.raises(DataError, match=r"resized\.beton: image 2 is not 64x64 as recorded"):
