@@ -11,77 +11,14 @@ import torch
 
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
-from fastssl.evaluation.config import EvalConfig
-from fastssl.evaluation.probe import OnlineProbe
-from fastssl.losses import LOSSES, build_loss
-from fastssl.models.objective import Objective, build_objective
-from fastssl.models.two_view import TwoViewModel
-from fastssl.optim import build_optimizer
+from fastssl.losses import LOSSES
 from fastssl.step.cuda_graph import NUM_PLAIN_STEPS, CapturedStep, choose_step
 from fastssl.step.device_update import DeviceUpdate
-from fastssl.step.train_step import TrainStep
-from pipelines.batch import Batch
 from tests.helpers.host_reads import HostReadError, no_host_reads
 from tests.helpers.tape import Tape
+from tests.helpers.tiny_step import NUM_STEPS, OPTIMIZERS, batch_of, build, rates_of
 
-BACKBONE = {"backbone": "timm/resnet18", "stem": "cifar", "projector_hidden": [8], "projector_dim": 8}
-BACKBONE |= {"backbone_kwargs": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}}
-NUM_STEPS = 7
 RECORDED = 2  # the step (from 0) that is recorded; those after it are replayed
-OPTIMIZERS = {"sgd": 0.1, "adamw": 1e-3, "lars": 0.1, "lamb": 1e-2}
-
-
-class FakeEngine:
-    """What a `TrainStep` that passes DeepSpeed by asks of its engine."""
-
-    enable_backward_allreduce = False
-    global_steps = micro_steps = global_samples = 0
-
-    def __init__(self, optimizer):
-        self.optimizer, self.device = optimizer, torch.device("cpu")
-
-    def zero_optimization(self):
-        return False
-
-    def train_batch_size(self):
-        return 8
-
-
-def build(loss="mio", optimizer="sgd", precision="fp32", clip=0.0, momentum=0.9):
-    cfg = build_config(
-        {
-            "model": BACKBONE,
-            "loss": {"name": loss},
-            "optim": {"name": optimizer, "momentum": momentum},
-            "train": {"precision": precision, "grad_clip_norm": clip},
-            "data": {"global_batch_size": 8},
-        }
-    )
-    torch.manual_seed(0)
-    model = TwoViewModel(cfg.model, 16)
-    objective = build_objective(cfg, model, build_loss(cfg.loss, 8))
-    assert isinstance(objective, Objective)
-    engine = FakeEngine(build_optimizer(objective, cfg.optim))
-    probe = OnlineProbe(model.num_features, 4, EvalConfig())
-    is_holdout = torch.arange(32) % 4 == 0
-    sums = {
-        name: torch.zeros((), dtype=torch.float64) for name in ("loss", "grad_norm", "num_steps", *OnlineProbe.COUNTS)
-    }
-    return TrainStep(cfg, engine, objective, probe=probe, is_holdout=is_holdout, sums=sums), objective, engine, probe
-
-
-def batch_of(step, bad=False):
-    generator = torch.Generator().manual_seed(step)
-    views = [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)]
-    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-    if bad:
-        views[0][3, 0, 0, 0] = torch.inf
-    ids = torch.randint(0, 32, (8,), generator=generator)
-    return Batch(views=views, labels=ids % 4, sample_ids=ids)
-
-
-def rates_of(step, optimizer):
-    return {"learning_rate": OPTIMIZERS[optimizer] * (step + 1) / NUM_STEPS, "target_momentum": 0.9 + 0.01 * step}
 
 
 def state_of(steps, objective, engine, probe):
