@@ -90,8 +90,10 @@ def test_engines_see_the_same_views_and_so_the_same_loss(tiny_config, command):
 def test_a_terminal_shows_a_progress_bar(tiny_config):
     import os
     import pty
+    import termios
 
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))  # of none at all some versions of tqdm make no bar
     arguments = [*TRAIN, str(tiny_config), "--set", "train.num_epochs=1"]
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=follower, stderr=follower)
     os.close(follower)
