@@ -116,10 +116,16 @@ def softplus(x, INTERP: tl.constexpr):
 
 @triton.jit
 def softplus_each(x, INTERP: tl.constexpr):
-    """As `softplus`, with the values of each pair, [R, C]."""
+    """As `softplus`, with the values of each pair, [R, C]; their relative error is at most 1.5e-5.
+
+    Below e = 1/64 log(1 + e) is its series, right to e^3 / 4 < 1e-6: the errors of 1 + e, 2^-24, and of its logarithm,
+    2^-22, are absolute, and with a bias of -10 they would be a thousandth of the value.
+    """
     e = ex2_of_minus_abs(x, INTERP)
     inverse = rcp(1.0 + e, INTERP) * 32768.0
-    return tl.maximum(x, 0.0) + lg2(1.0 + e, INTERP), tl.where(x >= 0, inverse, e * inverse)
+    series = e * LOG2_E * (1.0 - e * (0.5 - e * (1.0 / 3)))
+    logs = tl.where(e < 1.0 / 64, series, lg2(1.0 + e, INTERP))
+    return tl.maximum(x, 0.0) + logs, tl.where(x >= 0, inverse, e * inverse)
 
 
 @triton.jit
