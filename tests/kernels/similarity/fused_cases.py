@@ -2,14 +2,19 @@
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from kernels.similarity import Side, fused, reference, strips, tiles
+from kernels.similarity import Side, Term, epilogues, fused, reference, strips, tiles
 from kernels.similarity import rows as torch_rows
+from tests.kernels.similarity import rounded, three_way
 from tests.kernels.similarity.three_way import (
     Case,
     assert_three_way,
@@ -53,6 +58,46 @@ EXPONENTS = [
 )
 def test_three_way(kind: str, t: float, log2_exp_b: int, clustered: bool, device: str) -> None:
     assert_three_way(Case(device=device, kind=kind, t=t, log2_exp_b=log2_exp_b, clustered=clustered, symmetric=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mistake", ["columns left out", "bf16 operands"])
+def test_the_criterion_sees_a_mistake(mistake: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch's own computation, which meets the criterion otherwise. The columns are one tile of the interpreter."""
+
+    def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
+        if mistake == "bf16 operands":
+            columns.u = columns.u.bfloat16().half()  # of both sides, which are one
+            rounded.accumulate(rows, columns, term, own)
+            return
+        counted = reference._is_counted(rows, columns, own)
+        counted[:, 16:32] = False
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "_is_counted", lambda *_: counted)
+            rounded.accumulate(rows, columns, term, own)
+
+    case = Case(device=device, kind=kind, log2_exp_b=-1, num_samples=64, symmetric=True, clustered=True)
+    module = SimpleNamespace(normalize=rounded.normalize, accumulate=rounded.accumulate)
+    monkeypatch.setitem(three_way.FORMS, "fused", (module, torch.float32))
+    assert_three_way(case)
+    module.accumulate = accumulate
+    for name in case.wanted:
+        with pytest.raises(AssertionError, match=f"{name} of rows"):
+            assert_three_way(replace(case, wanted=(name,)))
+
+
+@pytest.mark.parametrize("log2_exp_b", [-20, -14, -6, 0])
+def test_values_of_strips_have_all_their_digits(log2_exp_b: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """log(1 + e^l) of l down to -14, though the logarithm's error is absolute, which the interpreter's is not."""
+    if device == "cpu":
+        monkeypatch.setattr(epilogues, "lg2", lg2_with_the_largest_error)
+    case = Case(kind="softplus", t=2.0, log2_exp_b=log2_exp_b, width=300, symmetric=True, wanted=("sums",))
+    assert_three_way(replace(case, device=device))
+
+
+@triton.jit
+def lg2_with_the_largest_error(x, INTERP: tl.constexpr):
+    return tl.math.log2(x) + 2.384185791015625e-07  # 2^-22
 
 
 @pytest.mark.parametrize(
