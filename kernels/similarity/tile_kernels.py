@@ -46,10 +46,15 @@ def _visit(
         u_k = u_k.to(tl.float32)
     x = tl.dot(u_i, tl.trans(u_k), out_dtype=tl.float32)
     k = c * COLUMNS + tl.arange(0, COLUMNS)
-    if KIND == SQUARE:
-        x = (x + x_bias) * (l_scale * LN_2)
-    elif not WIDE:  # there the bias waits for the end
+    # Triton makes the bias of a sum the product's first summand, and the tensor cores cut each partial sum at its last
+    # place: that saves registers, and the exponent is then off by last places of a large bias. Of `exp` with weights,
+    # whose sums came from a pass without the bias, the difference would stay in the gradient: a difference is no sum.
+    if KIND == SOFTPLUS:
         x += x_bias
+    elif not WIDE:  # there the bias waits for the end
+        x -= -x_bias
+    if KIND == SQUARE:
+        x *= l_scale * LN_2
     if MASKED:
         excluded = (k >= num_samples)[None, :] | (is_own & (i[:, None] == k[None, :]))
         if GROUPS:

@@ -86,6 +86,8 @@ def check_tiles(case: TileCase, folder: Path) -> None:
     assert code.count(r"\b(STL|LDL)\b", loop=True) == 0
     assert code.count(r"\b(STL|LDL)\b") <= (12 if case.width == 256 else 0), "spilled"
     assert code.count("HGMMA") > 0
+    if case.kind != "softplus":
+        assert code.count(r"HGMMA.*!UPT", loop=True) > 0, "the bias is a summand of the product"
     # One wait for each of the two products: more, and ptxas runs every instruction of them by itself.
     assert code.count(r"WARPGROUP\.ARRIVE", loop=True) <= 2, "the products are not asynchronous"
     budget = case.in_3_6 if case.in_3_6 and triton.__version__.startswith("3.6.") else case.budget
