@@ -183,6 +183,7 @@ def tiles_in_use(case: Case, width: int) -> Tiles:
         False,
         only_pulls=case.outputs == ("pulls",),
         narrow_exp=case.kind == "exp" and not case.wide_range,
+        wide_exp=case.kind == "exp" and case.wide_range,
         only_sums=case.outputs == ("sums",),
     )
 

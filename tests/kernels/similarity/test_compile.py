@@ -27,6 +27,7 @@ class TileCase(NamedTuple):
     groups: bool = False
     shares: bool = False
     in_3_6: float | None = None  # the budget with Triton 3.6, where it is another
+    asynchronous: bool = True  # the products; False: ptxas serializes them, and it is measured to be faster
 
     def __str__(self) -> str:
         flags = [name for name in ("wide", "weighted", "groups") if getattr(self, name)]
@@ -40,6 +41,7 @@ def choose_config(case: TileCase) -> tiles.TileConfig:
         case.groups,
         only_pulls=case.wanted == "pulls",
         narrow_exp=case.kind == "exp" and not case.wide and not case.weighted,
+        wide_exp=case.wide,
         only_sums=case.wanted == "sums",
     )
 
@@ -89,7 +91,8 @@ def check_tiles(case: TileCase, folder: Path) -> None:
     if case.kind != "softplus":
         assert code.count(r"HGMMA.*!UPT", loop=True) > 0, "the bias is a summand of the product"
     # One wait for each of the two products: more, and ptxas runs every instruction of them by itself.
-    assert code.count(r"WARPGROUP\.ARRIVE", loop=True) <= 2, "the products are not asynchronous"
+    if case.asynchronous:
+        assert code.count(r"WARPGROUP\.ARRIVE", loop=True) <= 2, "the products are not asynchronous"
     budget = case.in_3_6 if case.in_3_6 and triton.__version__.startswith("3.6.") else case.budget
     assert instructions_per_pair <= budget, f"{instructions_per_pair:.2f} instructions a pair"
     programs = min(65536 // (-(-code.num_registers // 8) * 8 * 128), (227 * 1024) // (code.shared_bytes + 1024))
@@ -101,7 +104,7 @@ def check_tiles(case: TileCase, folder: Path) -> None:
 QUICK = [
     TileCase("softplus", 128, 13.9),
     TileCase("exp", 128, 5.3),
-    TileCase("exp", 128, 10.8, wide=True),
+    TileCase("exp", 128, 8.4, wide=True, asynchronous=False),
     TileCase("exp", 128, 6.1, wide=True, wanted="sums"),
     TileCase("exp", 128, 10.7, weighted=True, wanted="pulls"),
     TileCase("softplus", 256, 15.0),
@@ -110,6 +113,7 @@ SLOW = [
     TileCase("square", 128, 7.2),
     TileCase("exp", 128, 5.3, wanted="sums slopes pulls"),
     TileCase("exp", 128, 5.3, shares=True),
+    TileCase("exp", 128, 8.4, wide=True, asynchronous=False, wanted="sums slopes pulls", shares=True),
     TileCase("softplus", 128, 14.9, wanted="sums slopes pulls"),
     TileCase("softplus", 128, 13.9, shares=True),
     TileCase("exp", 128, 4.5, wanted="sums"),
