@@ -215,13 +215,13 @@ class Trainer:
             DivergedError: too many steps in a row were skipped.
         """
         for done in self.reports.read(keep=keep):
+            self.journal.write_step(done)
             self.must_stop |= done.must_stop
             self.checkpoint_due |= done.must_save
             if done.taken:
                 self.skipped.in_a_row = 0
             elif not (done.is_searching and math.isfinite(done.loss)):
                 self.skipped.note(done.step, done.loss, done.sample_ids)
-            self.journal.write_step(done)
 
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""

@@ -69,15 +69,26 @@ def prepare_state(optimizer: Optimizer) -> None:
     `empty_like`, and leaves it so where its first step is skipped: the next one takes that for a momentum. Zeros give
     the first step that is taken the same bits.
     """
+    match_layout(optimizer)
     for group in optimizer.param_groups:
         names = ["exp_avg", "exp_avg_sq"] if "betas" in group else ["momentum_buffer"] if group["momentum"] else []
         for p in group["params"]:
             state = optimizer.state[p]
             for name in names:
-                fresh = torch.zeros_like(p, memory_format=torch.preserve_format)
-                found = state.get(name)
-                if found is None or found.stride() != fresh.stride():
-                    state[name] = fresh if found is None else fresh.copy_(found)
+                if state.get(name) is None:
+                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
             if "betas" in group:
                 step = state.get("step")
                 state["step"] = torch.zeros((), device=p.device) if step is None else step.to(p.device, torch.float32)
+
+
+@torch.no_grad()
+def match_layout(optimizer: Optimizer) -> None:
+    """Give state of a parameter's shape the strides of the parameter: fused kernels pair them by place in memory.
+
+    Channels-last weights meet contiguous state in the checkpoint of a run under ZeRO, or on another device.
+    """
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=value.dtype, memory_format=torch.preserve_format).copy_(value)

@@ -26,18 +26,17 @@ class CapturedStep:
     Its results are overwritten by the next step. A batch of another shape than the captured one takes a plain step.
     """
 
-    def __init__(self, step: TrainStep, device: torch.device, *, required: bool) -> None:
+    def __init__(self, step: TrainStep, device: torch.device) -> None:
         """Give this thread a stream of its own: a capture cannot be on the default one.
 
         Args:
             step: With a `DeviceUpdate` that is alone.
             device: CUDA.
-            required: Whether a step that cannot be captured is an error; else plain steps are taken.
         """
-        self._step, self._required = step, required
+        self._step = step
         self._num_plain = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._has_said = self._has_failed = False
+        self._has_said = False
         torch.cuda.synchronize(device)
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
@@ -45,11 +44,11 @@ class CapturedStep:
         """One step; see `TrainStep.run`.
 
         Raises:
-            ConfigError: the step cannot be captured, and must be.
+            ConfigError: an operator of the step cannot be captured.
         """
         if self._num_plain < NUM_PLAIN_STEPS:
             self._num_plain += 1
-        elif self._graph is None and not self._has_failed:
+        elif self._graph is None:
             self._try_to_capture(batch)
         if self._graph is None:
             return self._step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
@@ -70,15 +69,15 @@ class CapturedStep:
         self._has_said = True
 
     def _try_to_capture(self, batch: Batch) -> None:
+        """Capture, or end the run: torch keeps what a capture that CUDA broke off has allocated, and much after it."""
         try:
             self._capture(batch)
         except RuntimeError as error:  # an operator that a graph cannot hold, such as one of the model's own
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            if self._required:
-                raise ConfigError(f"train.cuda_graph is true, but the step cannot be captured: {reason}") from None
-            self._has_failed = True
-            self._step.forget_gradients()
-            print(f"fastssl: the step is not captured as a CUDA graph: {reason}", file=sys.stderr, flush=True)
+            cause = error.__context__ or error  # the end of a broken capture raises another error
+            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+            raise ConfigError(
+                f"train.cuda_graph: the step cannot be captured as a CUDA graph ({reason}): set it to false"
+            ) from None
 
     def _capture(self, batch: Batch) -> None:
         """Record the step; it is not run by this."""
@@ -103,7 +102,7 @@ def choose_step(cfg: Config, step: TrainStep, device: torch.device) -> TrainStep
         return step
     reason = why_not_captured(cfg, step, device)
     if reason is None:
-        return CapturedStep(step, device, required=cfg.train.cuda_graph is True)
+        return CapturedStep(step, device)
     if cfg.train.cuda_graph is True:
         raise ConfigError(f"train.cuda_graph is true, but {reason}: set it to auto")
     if device.type == "cuda":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastssl.config import TrainConfig
 from fastssl.models.objective import Objective
+from fastssl.optim.skipping import match_layout
 
 INITIAL_LOSS_SCALE = 2.0**16
 # Steps without overflow until the scale doubles: torch.amp.GradScaler's default, as the initial scale is.
@@ -40,7 +41,9 @@ class HostUpdate:
             engine.optimizer.torch_autocast_gradscaler = None
 
     def bind(self) -> None:
-        """Nothing is held of the optimizer's state."""
+        """Lay out the optimizer's state as its parameters are; again after it was loaded."""
+        if not self._is_partitioned:
+            match_layout(self._engine.optimizer)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Of the next step."""

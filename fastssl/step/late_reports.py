@@ -80,7 +80,7 @@ class LateReports:
             must_stop=wants_stop,
             must_save=wants_save,
             is_searching=is_searching,
-            sample_ids=sample_ids,
+            sample_ids=sample_ids.clone(),  # on the CPU it may be an engine's array, used again for the next batch
             settings=settings,
         )
         self._waiting.append((host, event, report))
