@@ -59,7 +59,7 @@ class Suite:
     smoke: bool
     out: Path
     data: Path  # folder
-    started: str  # names the training's folder: a second suite in the same OUT trains anew
+    started: str  # names the training's folder: a second suite in the same OUT trains from the start
 
     def python(self, script: str, *arguments: str | Path) -> list[str]:
         return [sys.executable, script, *map(str, arguments)]

@@ -47,7 +47,8 @@ class RunConfig:
         keep_every_epochs: Save every so many epochs and keep that checkpoint for good; 0: the last two only.
         log_every_steps: One row of metrics.jsonl for so many steps.
         diagnose_every_epochs: Epochs from one look at the representation, and for its collapse, to the next
-            (`fastssl.diagnostics`): some tenths of a second on a GPU, as long as a tenth of an epoch of CIFAR-10.
+            (`fastssl.diagnostics`). On an H200 it takes, together with a checkpoint, .3 s for a ResNet-18 (the epochs
+            after one in benchmarks/results/cifar10_gpu_curve.csv).
         num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
         peak_tflops: Of a device at train.precision in TFLOP/s, for the utilisation in metrics.jsonl; None: known GPUs'
             own (`fastssl.throughput`).

@@ -55,7 +55,7 @@ def choose_device(wanted: str) -> torch.device:
     "auto" without a GPU is the CPU; where NVIDIA's driver is installed, with a line that says why no GPU is used.
 
     Raises:
-        ConfigError: a GPU is demanded and there is none, the GPU is too old, or there are more processes than GPUs.
+        ConfigError: a GPU is demanded and none is found, the GPU is too old, or there are more processes than GPUs.
     """
     if wanted == "cpu":
         return torch.device("cpu")

@@ -56,7 +56,7 @@ def why_too_old(device: int) -> str | None:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver, such as "535.104.05"; None: there is none."""
+    """Of NVIDIA's driver, such as "535.104.05"; None: no driver is installed."""
     try:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER_FILE.read_text())
     except OSError:

@@ -50,7 +50,7 @@ RECIPES: dict[str, tuple[ViewSpec, ...]] = {
     "mocov2": (_MOCO_V2, _MOCO_V2),  # Chen et al. 2020, arXiv:2003.04297, the authors' main_moco.py --aug-plus
     "multicrop": (_SWAV_LARGE,) * 2 + (_SWAV_SMALL,) * 6,  # Caron et al. 2020, arXiv:2006.09882, App. A.1, A.3
     "mio_small": (_MIO_SMALL, _MIO_SMALL),  # small images, MIO's first author [second-hand: his code of DySTreSS]
-    "simsiam_small": (_SIMSIAM_SMALL, _SIMSIAM_SMALL),  # Chen and He 2021, arXiv:2011.10566, App. D: no blur on CIFAR
+    "simsiam_small": (_SIMSIAM_SMALL, _SIMSIAM_SMALL),  # SimSiam on CIFAR-10, arXiv:2011.10566 [second-hand]
     "mio_v1": (_MIO_V1, _MIO_V1),  # the code of arXiv:2111.12664v1
     "weak": (_WEAK, _WEAK),  # supervised ImageNet training: RandomResizedCrop's defaults and the flip
     "digits": (_DIGITS, _DIGITS),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 WIDTH = 1e-5**0.5  # of a Ritz value in a density, as a share of the spectrum's range: PyHessian's 1e-5 of a variance
 NUM_POINTS = 2048  # of a density: six a width
-# Of the dtype's epsilon times the largest number so far: 1 to 16 are left of an exhausted space, depending on the CPU.
+# In the dtype's epsilons, times the largest number so far. In an exhausted space rounding leaves 1 to 16 (six random
+# matrices of rank 3, fp32 and fp64), more or less on another CPU.
 _EXHAUSTED = 100
 
 

@@ -7,6 +7,9 @@ their values. LARS and LAMB know no such thing: they are stepped, and put back w
 # torch's own optimizers use its foreach operators, whose names are private.
 # pyright: reportPrivateImportUsage=false
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,23 +17,24 @@ from torch.optim import Optimizer
 from fastssl.optim.layerwise import LayerwiseOptimizer
 
 
-class skipped_unless:
-    """Inside, a step of the optimizer leaves no trace where `taken` is False."""
+@contextmanager
+def skipped_unless(taken: Tensor, optimizer: Optimizer, undo: "Undo | None") -> Iterator[None]:
+    """Inside, a step of the optimizer leaves no trace where `taken` is False.
 
-    def __init__(self, taken: Tensor, optimizer: Optimizer, undo: "Undo | None") -> None:
-        self._taken, self._optimizer, self._undo = taken, optimizer, undo
-
-    def __enter__(self) -> None:
-        if self._undo is not None:
-            self._undo.keep()
-            return
-        # fp32 and exactly 1: the fused kernels compare with 1, and AdamW's subtract it from the step count.
-        self._optimizer.found_inf = (~self._taken).float()  # pyright: ignore[reportAttributeAccessIssue]
-        self._optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __exit__(self, *_: object) -> None:
-        if self._undo is not None:
-            self._undo.put_back_unless(self._taken)
+    Args:
+        taken: bool, 0-dim.
+        optimizer: One of which `can_skip` is true.
+        undo: Of this optimizer; None: it `is_fused`, and skips by itself.
+    """
+    if undo is not None:
+        undo.keep()
+        yield
+        undo.put_back_unless(taken)
+        return
+    # fp32 and exactly 1: the fused kernels compare with 1, and AdamW's subtract it from the step count.
+    optimizer.found_inf = (~taken).float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    yield
 
 
 class Undo:

@@ -50,10 +50,7 @@ class CapturedStep:
             self._num_plain += 1
         elif self._graph is None:
             self._try_to_capture(batch)
-        if self._graph is None:
-            return self._step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
-        if [view.shape for view in batch.views] != [view.shape for view in self._views]:
-            self._say_once("a batch of another shape is taken by a plain step, not by the CUDA graph")
+        if self._graph is None or self._has_other_shape(batch):
             return self._step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
         torch._foreach_copy_(self._views, batch.views)
         self._labels.copy_(batch.labels)
@@ -63,10 +60,15 @@ class CapturedStep:
         self._step.count()
         return self._result
 
-    def _say_once(self, line: str) -> None:
+    def _has_other_shape(self, batch: Batch) -> bool:
+        """Whether a batch does not fit the graph; says so once."""
+        if all(view.shape == captured.shape for view, captured in zip(batch.views, self._views, strict=True)):
+            return False
         if not self._has_said:
-            print(f"fastssl: {line}", file=sys.stderr, flush=True)
+            line = "fastssl: a batch of another shape is taken by a plain step, not by the CUDA graph"
+            print(line, file=sys.stderr, flush=True)
         self._has_said = True
+        return True
 
     def _try_to_capture(self, batch: Batch) -> None:
         """Capture, or end the run: torch keeps what a capture that CUDA broke off has allocated, and much after it."""

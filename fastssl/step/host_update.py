@@ -76,6 +76,9 @@ class HostUpdate:
         taken = torch.full((), norm is not None, device=device)  # fills: nothing is copied from the host
         return taken, torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=device)
 
+    def count(self) -> None:
+        """Nothing: the engine has counted its step."""
+
     def metrics(self) -> dict[str, float]:
         """What a row of metrics says of it: the loss scale of fp16."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cur_scale}

@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class StepReport:
     must_save: bool
     is_searching: bool
     sample_ids: Tensor
-    settings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, float]
 
 
 class LateReports:
@@ -43,7 +44,8 @@ class LateReports:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, StepReport]] = deque()
+        # Of each step: its values on their way to the host, the event that ends the way (CUDA), what is known already.
+        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = deque()
         self._free: list[Tensor] = []
 
     def add(
@@ -72,23 +74,20 @@ class LateReports:
             host[: len(values)].copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        report = StepReport(
-            step=step,
-            taken=True,
-            loss=0.0,
-            grad_norm=0.0,
-            must_stop=wants_stop,
-            must_save=wants_save,
-            is_searching=is_searching,
-            sample_ids=sample_ids.clone(),  # on the CPU it may be an engine's array, used again for the next batch
-            settings=settings,
-        )
-        self._waiting.append((host, event, report))
+        known = {
+            "step": step,
+            "must_stop": wants_stop,  # of one process; several agree below
+            "must_save": wants_save,
+            "is_searching": is_searching,
+            "sample_ids": sample_ids.clone(),  # on the CPU it may be an engine's array, used again for the next batch
+            "settings": settings,
+        }
+        self._waiting.append((host, event, known))
 
     def read(self, *, keep: int) -> Iterator[StepReport]:
         """The reports in order, but for those of the last `keep` steps."""
         while len(self._waiting) > keep:
-            host, event, report = self._waiting.popleft()
+            host, event, known = self._waiting.popleft()
             if event is not None:
                 event.synchronize()
             taken, loss, grad_norm, *wishes = host.tolist()
@@ -98,4 +97,4 @@ class LateReports:
             if dist.world_size() > 1:
                 must_stop, must_save = (wish > 0 for wish in wishes)
                 values |= {"must_stop": must_stop, "must_save": must_save}
-            yield StepReport(**vars(report) | values)
+            yield StepReport(**known | values)

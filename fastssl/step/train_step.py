@@ -123,8 +123,7 @@ class TrainStep:
 
     def count(self) -> None:
         """Move the counters of the host after a step."""
-        if isinstance(self.update, DeviceUpdate):
-            self.update.count()
+        self.update.count()
 
     def body(self, views: list[Tensor], labels: Tensor, sample_ids: Tensor) -> StepResult:
         """The step itself: what a CUDA graph holds.

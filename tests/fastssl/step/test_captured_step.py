@@ -226,3 +226,17 @@ def test_loaded_state_takes_the_layout_of_its_weights():
     before, weight.grad = weight.detach().clone(), torch.zeros_like(weight)
     optimizer.step()
     torch.testing.assert_close(weight.detach(), before - 0.1 * 0.9 * momentum)
+
+
+def test_a_batch_of_another_shape_takes_a_plain_step_and_one_line(monkeypatch, capfd):
+    for name in ("synchronize", "set_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    built, other = build(), build()
+    captured = CapturedStep(built[0], torch.device("cpu"))
+    captured._views, captured._graph = [torch.empty(16, 3, 16, 16)] * 2, object()  # it has no replay: never asked for
+    captured._num_plain = NUM_PLAIN_STEPS
+    for step in range(2):
+        captured.run(batch_of(step), **rates_of(step, "sgd"))
+        other[0].run(batch_of(step), **rates_of(step, "sgd"))
+    assert_same(state_of(*built), state_of(*other))
+    assert capfd.readouterr().err.count("\n") == 1
