@@ -11,6 +11,7 @@ nothing here waits for the device, and numbers that change from step to step lie
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -161,6 +162,16 @@ class TrainStep:
         return nullcontext() if dtype is None else torch.autocast(self._engine.device.type, dtype)
 
 
+# cuDNN reads batch norm's statistics in vectors, and takes it that they begin where an allocation could.
+_ALIGNMENT_BYTES = 256
+
+
+def _padded(buffer: Tensor) -> Tensor:
+    """Its elements in a row, and zeros up to a multiple of the alignment."""
+    elements = _ALIGNMENT_BYTES // buffer.element_size()
+    return torch.nn.functional.pad(buffer.reshape(-1), (0, -buffer.numel() % elements))
+
+
 class FlatBuffers:
     """All buffers of a module as parts of one tensor a dtype, so that a copy of all of them is one launch.
 
@@ -174,10 +185,11 @@ class FlatBuffers:
         self._flat: list[Tensor] = []
         part_of: dict[Tensor, Tensor] = {}
         for buffers in by_dtype.values():
-            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            pieces = flat.split([buffer.numel() for buffer in buffers])
-            # `data`, so that each has a version of its own: autograd may hold one while another is written.
-            part_of |= {buffer: piece.view(buffer.shape).data for buffer, piece in zip(buffers, pieces, strict=True)}
+            flat = torch.cat([_padded(buffer) for buffer in buffers])
+            starts = accumulate((len(_padded(buffer)) for buffer in buffers), initial=0)
+            for buffer, start in zip(buffers, starts, strict=False):
+                # `data`, so that each has a version of its own: autograd may hold one while another is written.
+                part_of[buffer] = flat[start : start + buffer.numel()].view(buffer.shape).data
             self._flat.append(flat)
         for owner in module.modules():
             owner._buffers.update({name: part_of[x] for name, x in owner._buffers.items() if x is not None})
