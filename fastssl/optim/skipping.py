@@ -71,10 +71,13 @@ def prepare_state(optimizer: Optimizer) -> None:
 
     State that the first step makes would lie in a CUDA graph's memory. And torch's fused SGD makes its momentum with
     `empty_like`, and leaves it so where its first step is skipped: the next one takes that for a momentum. Zeros give
-    the first step that is taken the same bits.
+    the first step that is taken the same bits. AdamW is captured only where its groups say that it can be; its fused
+    kernel is the same either way.
     """
     match_layout(optimizer)
     for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = group["params"][0].is_cuda
         names = ["exp_avg", "exp_avg_sq"] if "betas" in group else ["momentum_buffer"] if group["momentum"] else []
         for p in group["params"]:
             state = optimizer.state[p]

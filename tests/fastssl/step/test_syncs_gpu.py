@@ -40,7 +40,7 @@ def reports_of(*, captured, optimizer, **settings):
     batches = [batch_of(step, step == SKIPPED, DEVICE) for step in range(NUM_STEPS)]
     reports, found = LateReports(DEVICE), []
     with torch.cuda.stream(torch.cuda.current_stream()):  # gives back the stream that a captured step replaces
-        taker = CapturedStep(steps, DEVICE, required=True) if captured else steps
+        taker = CapturedStep(steps, DEVICE) if captured else steps
         for step, batch in enumerate(batches):
             with waits_are_errors() if step >= FIRST_CHECKED else nullcontext():
                 reports.add(
