@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.exchange import ALONE, Exchange
-from kernels.pair_loss.terms import PairTerms, Topology, check_views, counted_rows, sum_wide
+from kernels.pair_loss.terms import PairTerms, Topology, check_views, counted_rows, given_grads, sum_wide
 from kernels.similarity import Impl, choose_impl
 from kernels.similarity.rows import finish, normalize, view_pairs, widen
 
@@ -189,12 +189,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, _, _, unit, topology, _, _ = inputs
     _, _, inv_norm, pulls = output
     ctx.mark_non_differentiable(inv_norm, pulls)
+    ctx.set_materialize_grads(False)  # zeros of the size of the pulls, which nothing reads
     ctx.save_for_backward(z, inv_norm, pulls)
     ctx.choices = (unit, topology)
 
 
-def _backward_of_op(ctx: Any, positive_grads: Tensor, total_grad: Tensor, *_: Any) -> tuple:
-    return _gram_terms_backward(*ctx.saved_tensors, positive_grads, total_grad, *ctx.choices), *[None] * 6
+def _backward_of_op(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor | None, *_: Any) -> tuple:
+    z, inv_norm, pulls = ctx.saved_tensors
+    given = given_grads(positive_grads, total_grad, inv_norm)
+    return _gram_terms_backward(z, inv_norm, pulls, *given, *ctx.choices), *[None] * 6
 
 
 _gram_terms.register_autograd(_backward_of_op, setup_context=_setup_context)

@@ -250,13 +250,24 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, inv_temperature, _, _, _, topology, impl, _, _ = inputs
     _, _, inv_norm, pulls, slope = output
     ctx.mark_non_differentiable(inv_norm, pulls, slope)
+    ctx.set_materialize_grads(False)  # zeros of the size of the pulls, which nothing reads
     ctx.save_for_backward(z, inv_temperature, inv_norm, pulls, slope)
     ctx.choices = (topology, impl)
 
 
-def _backward_of_op(ctx: Any, positive_grads: Tensor, total_grad: Tensor, *_: Any) -> tuple:
-    grads = _pair_terms_backward(*ctx.saved_tensors, positive_grads, total_grad, *ctx.choices)
+def _backward_of_op(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor | None, *_: Any) -> tuple:
+    *saved, inv_norm, pulls, slope = ctx.saved_tensors
+    given = given_grads(positive_grads, total_grad, inv_norm)
+    grads = _pair_terms_backward(*saved, inv_norm, pulls, slope, *given, *ctx.choices)
     return (*grads, *[None] * 6)
+
+
+def given_grads(positive_grads: Tensor | None, total_grad: Tensor | None, inv_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `PairTerms`, zeros for what the loss does not use; inv_norm [V, B]."""
+    num_views, num_samples = inv_norm.shape
+    if positive_grads is None:
+        positive_grads = inv_norm.new_zeros(num_views * (num_views - 1) // 2, num_samples)
+    return positive_grads, inv_norm.new_zeros(()) if total_grad is None else total_grad
 
 
 _pair_terms.register_autograd(_backward_of_op, setup_context=_setup_context)
