@@ -24,6 +24,7 @@ __all__ = ["accumulate_strips"]
 STRIP_BYTES = 128 * 2**20  # slopes of a strip at most, all forms of them together
 # BLOCK_R, BLOCK_C, STEP, warps, stages. Without spills on sm_90; which is fastest is not measured yet.
 CONFIG = (16, 16, 256, 4, 1) if INTERPRETED else (128, 128, 64, 8, 3)
+PART = 512  # a multiple of STEP
 
 
 class _Strip(NamedTuple):
@@ -119,7 +120,8 @@ def _run(
         *sums, *slope_sums,
         num_rows, num_columns, padded, int(diagonal),
         KIND=KINDS[term.kind], WEIGHTED=weights[0] is not None, GROUPS=groups[0] is not None,
-        BLOCK_R=block_r, BLOCK_C=block_c, STEP=step, INTERP=INTERPRETED, num_warps=num_warps, num_stages=stages,
+        BLOCK_R=block_r, BLOCK_C=block_c, STEP=step, PART=PART, INTERP=INTERPRETED,
+        num_warps=num_warps, num_stages=stages,
     )  # fmt: skip
     return sums, slope_sums
 

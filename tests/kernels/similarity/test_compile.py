@@ -152,7 +152,7 @@ def test_more_tiles(case: TileCase, tmp_path: Path) -> None:
 def test_strips(kind: str, weighted: bool, dtype: str, tmp_path: Path) -> None:
     block_r, block_c, step, num_warps, num_stages = strips.CONFIG
     constants: dict[str, Any] = {"KIND": KINDS[kind], "WEIGHTED": weighted, "GROUPS": False, "INTERP": False}
-    constants |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "STEP": step}
+    constants |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "STEP": step, "PART": strips.PART}
     constants |= {"row_groups": None, "column_groups": None}
     if not weighted:
         constants |= {"row_weights": None, "column_weights": None}
