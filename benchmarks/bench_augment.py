@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import CallTime, time_call
-from fastssl.record import append_rows, environment_columns, format_table, spread
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table, spread
 from kernels.augment import StoredImages, augment
 from pipelines.views import RECIPES, ViewsConfig, ViewSpec, draw
 

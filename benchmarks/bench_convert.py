@@ -78,7 +78,7 @@ def measure(folder: str, *, num_workers: int, num_repetitions: int) -> list[dict
     Returns:
         One row a provider: COLUMNS, num_workers and repetitions.
     """
-    from fastssl.record import spread
+    from fastssl.tracking.result_rows import spread
     from pipelines.beton import BetonReader
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_workers])
@@ -113,7 +113,7 @@ def verdict(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    from fastssl.record import append_rows, environment_columns, format_table
+    from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
     from pipelines.errors import DataError
 
     args = _parse()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
-from fastssl.record import append_rows, environment_columns
+from fastssl.tracking.result_rows import append_rows, environment_columns
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "numba", "deepspeed", "pydantic", "ffcv")
 PACKAGES += ("nvidia-dali-cuda130", "nvidia-nccl-cu13", "pytest", "pytest-xdist")

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastssl.record import append_rows, environment_columns, format_table, spread
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table, spread
 from pipelines.bench.disk import drop_from_cache
 from pipelines.beton import BetonReader
 from pipelines.errors import DataError

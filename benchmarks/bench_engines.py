@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastssl.record import append_rows, environment_columns, format_table, spread
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table, spread
 from pipelines.bench.streams import Job, open_engine
 from pipelines.bench.windows import Measured, measure_in_turns
 from pipelines.beton import BetonReader

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.loader_providers import FULL_RECIPE, PLAIN_OPERATIONS, PROVIDERS
-from fastssl.record import Value, append_rows, environment_columns, format_table, spread
+from fastssl.tracking.result_rows import Value, append_rows, environment_columns, format_table, spread
 from pipelines.bench.stages import measure_stages
 from pipelines.bench.streams import Job
 from pipelines.bench.windows import Measured, measure_in_turns

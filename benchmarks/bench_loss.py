@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from loss_providers import LOSSES, PRODUCTS, PROVIDERS, LossOf, NotInstalledError, build  # noqa: E402
 
 from benchmarks.timing import CallTime, time_call  # noqa: E402
-from fastssl.record import append_rows, environment_columns, format_table  # noqa: E402
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table  # noqa: E402
 
 PACKAGES = ("torch", "triton", "numpy", "lightly", "siglip_kernel")
 ROWS = {"cpu": [8192], "cuda": [65536, 8192]}

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from fastssl.losses import LOSSES, build_loss  # noqa: E402
-from fastssl.record import append_rows, environment_columns, format_table  # noqa: E402
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table  # noqa: E402
 
 BATCHES = (1024, 2048, 4096, 8192)
 MIN_REPETITIONS = 5

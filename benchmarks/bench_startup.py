@@ -94,7 +94,7 @@ def compile_times(events: list[tuple[float, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    from fastssl.record import append_rows, environment_columns, format_table
+    from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
 
     args = _parse()
     rows = []

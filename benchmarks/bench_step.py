@@ -28,14 +28,15 @@ if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on 
 import torch
 from torch import Tensor
 
+from fastssl.build_run import build_model
 from fastssl.config import Config, load_config
-from fastssl.launch import num_threads_of
 from fastssl.losses import build_loss
-from fastssl.metrics import StepTimer
 from fastssl.models.objective import Objective
 from fastssl.optim import build_optimizer
-from fastssl.record import append_rows, environment_columns, format_table, spread
-from fastssl.trainer import Trainer, build_model
+from fastssl.processes.launch import num_threads_of
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table, spread
+from fastssl.tracking.writers import StepTimer
+from fastssl.trainer import Trainer
 from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, cores_per_process, open_train_reader
 
@@ -152,12 +153,12 @@ class Bench:
     def close(self) -> None:
         for loader in self.loaders.values():
             loader.close()
-        self.trainer.journal.close()
+        self.trainer.epoch_stats.close()
 
     def fit_trainer(self, batches: Iterable[Batch], *, probe: bool) -> None:
         """The product's own loop over batches, with or without its probe."""
         self.trainer.update_step.probe = self.probe if probe else None
-        self.trainer.journal.timer.start()
+        self.trainer.epoch_stats.timer.start()
         self.trainer.fit_batches(batches)
 
     def _contestant(self, loop: str, batches: str, *, probe: bool = False) -> Contestant:
@@ -331,8 +332,8 @@ def _parts(bench: Bench) -> dict[str, dict[str, tuple[Any, str]]]:
         "backward": (trainer.update_step.update, "backward"),
         "averaging of gradients": (trainer.engine, "allreduce_gradients"),
         "optimizer": (trainer.update_step.update, "step"),
-        "metrics row": (trainer.journal.metrics, "step_row"),
-        "progress bar": (trainer.journal.metrics, "advance"),
+        "metrics row": (trainer.epoch_stats.metrics, "step_row"),
+        "progress bar": (trainer.epoch_stats.metrics, "advance"),
     }
     return {"bare": of_bare, "trainer": of_trainer | ({"probe": (bench.probe, "step")} if bench.probe else {})}
 

@@ -16,9 +16,9 @@ if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from fastssl.evaluation.accuracy import over_seeds
-from fastssl.metrics import read_rows
-from fastssl.record import Row, append_rows, command_line, format_table
-from fastssl.run_folder import RunFolder
+from fastssl.tracking.result_rows import Row, append_rows, command_line, format_table
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.writers import read_rows
 
 SUMMARY = ("row", "metric", "mean_percent", "sd_over_seeds", "interval95_over_seeds", "num_seeds")
 PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "scikit-learn")

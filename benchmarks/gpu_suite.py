@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastssl.record import append_rows, format_table
+from fastssl.tracking.result_rows import append_rows, format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/mio_resnet18_cifar10_200ep.yaml"

@@ -1,4 +1,4 @@
-"""Run the losses of other projects on fixed inputs; tests/fastssl/test_stored_losses.py compares ours to the numbers.
+"""Run the losses of other projects on fixed inputs, for tests/fastssl/losses/test_stored_losses.py.
 
     python -m venv peers && peers/bin/pip install lightly open_clip_torch
     git clone https://github.com/miossl/miossl && git clone https://github.com/jhaochenz96/spectral_contrastive_learning
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from kernels.torchvision_cpu import import_torchvision
 
-OUT = Path(__file__).resolve().parent.parent / "tests/fastssl/stored_losses.json"
+OUT = Path(__file__).resolve().parent.parent / "tests/fastssl/losses/stored_losses.json"
 SHAPES = {0: (2, 6, 5), 1: (2, 9, 4)}  # seed -> [views, N, D]
 DTYPES = ("float64", "float32")
 WITH_TARGETS = ("byol", "tico")  # these losses take z_a, z_b, target_a, target_b

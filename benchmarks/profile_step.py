@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.config import Config, load_config
 from fastssl.errors import UserError
-from fastssl.record import append_rows, environment_columns, format_table
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
 from fastssl.trainer import Trainer
 from pipelines.batch import Batch
 from pipelines.errors import DataError
@@ -90,12 +90,12 @@ class Steps:
 
     def start(self) -> None:
         """Begin to count time, as `Trainer.fit` does."""
-        self.trainer.journal.timer.start()
+        self.trainer.epoch_stats.timer.start()
 
     def close(self) -> None:
         self._batches.close()
         self.trainer.loader.close()
-        self.trainer.journal.close()
+        self.trainer.epoch_stats.close()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -36,9 +36,9 @@ if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on 
 
 from fastssl.config import Config, load_config
 from fastssl.errors import ConfigError, UserError
-from fastssl.metrics import read_rows
-from fastssl.record import Row, append_rows, environment_columns, format_table
-from fastssl.run_folder import RunFolder
+from fastssl.tracking.result_rows import Row, append_rows, environment_columns, format_table
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.writers import read_rows
 from pipelines.beton import BetonReader
 from pipelines.convert import convert
 from pipelines.errors import DataError
@@ -199,7 +199,7 @@ def train(job: Job) -> None:
         UserError: it did not come to its end; its own message is above.
     """
     job.folder.check_claim(job.cfg)
-    from fastssl.checkpoint import last_checkpoint, step_of
+    from fastssl.checkpoint.save_load import last_checkpoint, step_of
 
     last = last_checkpoint(job.folder.checkpoints)
     if last and step_of(last) == job.total_steps:
@@ -234,7 +234,7 @@ def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpo
     Returns:
         Seconds that judging took; 0 where it was judged before.
     """
-    from fastssl.evaluation.run import evaluate_run
+    from fastssl.commands.evaluate import evaluate_run
 
     started = time.perf_counter()
     if missing := [name for name in protocols if name not in _judged(job, step, scored_on)]:

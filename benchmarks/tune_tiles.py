@@ -28,7 +28,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastssl.record import append_rows, environment_columns, format_table
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
 
 if TYPE_CHECKING:
     import torch

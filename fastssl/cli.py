@@ -40,9 +40,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"fastssl: {notice}", flush=True)
         return 0
     except PeerLostError as error:
-        from fastssl.peers import end_process
+        from fastssl.processes.watchdog import exit_now
 
-        return end_process(_fail(str(error), PeerLostError.exit_code))
+        return exit_now(_fail(str(error), PeerLostError.exit_code))
     except KeyboardInterrupt:
         return _fail("interrupted; a training goes on from its last checkpoint with --set run.resume=auto", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -63,7 +63,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastssl.preemption import StopRequest
+    from fastssl.processes.preemption import StopRequest
 
     stop_request = StopRequest()
     from fastssl.config import load_config
@@ -120,7 +120,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _views(args: argparse.Namespace) -> None:
     from fastssl.config import ConfigError, build_config, with_overrides
-    from fastssl.report import preview_views
+    from fastssl.tracking.plots import preview_views
     from pipelines.beton import BetonReader
 
     if args.num < 2:
@@ -135,13 +135,13 @@ def _views(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from fastssl.evaluation.run import evaluate_run
+    from fastssl.commands.evaluate import evaluate_run
 
     print(evaluate_run(args.run, args.set, what=args.what, on=args.on, test=args.test, step=args.step))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from fastssl.compare import compare
+    from fastssl.commands.compare import compare
 
     settings = {"overrides": args.set, "on_test": args.on_test, "launcher": args.launcher}
     print(compare(args.configs, args.out, num_seeds=args.seeds, **settings))
@@ -168,15 +168,15 @@ def _batch_settings(args: argparse.Namespace) -> "BatchSettings":
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from fastssl.commands.doctor import doctor
     from fastssl.config import load_config
-    from fastssl.doctor import doctor
 
     cfg = load_config(args.cfg, args.set) if args.cfg else None
     return doctor(cfg, args.data, as_json=args.json)
 
 
 def _bench_loader(args: argparse.Namespace) -> None:
-    from fastssl.bench import bench_loader_on
+    from fastssl.commands.bench import bench_loader_on
 
     names = ("recipe", "size_px", "engines", "batch_size", "num_threads", "seconds", "device", "out")
     bench_loader_on(args.beton, **{name: getattr(args, name) for name in names})

@@ -6,7 +6,6 @@ known ones; every message carries the dotted key.
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fastssl.errors import ConfigError
 from fastssl.evaluation.config import EvalConfig
-from fastssl.losses import LossConfig, MioConfig
+from fastssl.losses import AnyLossConfig, MioConfig
 from fastssl.losses.moments import check_moment_width
 from fastssl.models.config import ModelConfig
-from fastssl.optim import OptimConfig
+from fastssl.optim.config import OptimConfig
 from pipelines.loader import DataConfig
 from pipelines.views import ViewsConfig, build_view_specs
 
@@ -40,20 +39,21 @@ class RunConfig:
         checkpoint_every_minutes: Save at the first end of an epoch after this time since the last save, and in mid
             epoch where none has ended in 1.25 times as long. 0: 100 times what the last save took, so that saves cost
             at most 1% of the time, but at most 30 minutes; the first save is at the end of the first epoch, or after 10
-            minutes. `fastssl.checkpoint_rule`.
+            minutes. `fastssl.checkpoint.schedule`.
         checkpoint_every_steps: Save at exactly every so many steps instead; 0: not by steps.
         checkpoint_every_epochs: Save at exactly every so many epochs instead; None: not by epochs. Every run also saves
             at its end.
         keep_every_epochs: Save every so many epochs and keep that checkpoint for good; 0: the last two only.
         log_every_steps: One row of metrics.jsonl for so many steps.
-        diagnose_every_epochs: Epochs from one look at the representation, and for its collapse, to the next
-            (`fastssl.diagnostics`). On an H200 it takes, together with a checkpoint, .3 s for a ResNet-18 (the epochs
-            after one in benchmarks/results/cifar10_gpu_curve.csv).
+        diagnose_every_epochs: Epochs from one check of the representation, and for its collapse, to the next
+            (`fastssl.tracking.representation`). On an H200 it takes, together with a checkpoint, .3 s for a ResNet-18
+            (the epochs after one in benchmarks/results/cifar10_gpu_curve.csv).
         num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
         peak_tflops: Of a device at train.precision in TFLOP/s, for the utilisation in metrics.jsonl; None: known GPUs'
-            own (`fastssl.throughput`).
+            own (`fastssl.tracking.throughput`).
         rendezvous_timeout_s: How long to wait, at the start, until every process is here.
-        peer_timeout_s: A host that cannot be reached for so long is lost, and the run ends (`fastssl.peers`).
+        peer_timeout_s: A host that cannot be reached for this long is lost, and the run ends
+            (`fastssl.processes.watchdog`).
         collective_timeout_s: How long a process may keep the others waiting in mid-run, in a slow save or compiling.
     """
 
@@ -111,8 +111,9 @@ class TrainConfig:
         offload_optimizer: Keep the optimizer's state and its step on the CPU; with ZeRO 1 or 2.
         grad_clip_norm: Global gradient norm to clip to; 0: no clipping.
         max_skipped_steps: A step whose gradient is not finite is not taken, and its images are noted in
-            nonfinite.jsonl; more than so many in a row end the run.
-        on_collapse: What to do when the representation has collapsed for two epochs (`fastssl.diagnostics`).
+            nonfinite.jsonl; more than this many in a row end the run.
+        on_collapse: What to do when the representation has collapsed for two epochs
+            (`fastssl.tracking.representation`).
         num_micro_batches: Parts of the local batch whose activations are held at a time; the loss is that of the whole
             batch, each part is encoded twice (`fastssl.models.grad_cache`). 1: all at once.
         compile: Compile encoder and projector with torch.compile.
@@ -149,13 +150,13 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of a run; `ds` goes to DeepSpeed as it is (`fastssl.ds_config` says what can be in it)."""
+    """All of a run; `ds` goes to DeepSpeed as it is (`fastssl.step.deepspeed_config` says what can be in it)."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    loss: Annotated[LossConfig, Field(discriminator="name")] = field(default_factory=MioConfig)
+    loss: Annotated[AnyLossConfig, Field(discriminator="name")] = field(default_factory=MioConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -176,9 +177,9 @@ class Config:
             )
         if self.data.global_batch_size < 2:
             raise ValueError("data.global_batch_size must be >= 2: every loss needs other images beside one")
-        if getattr(self.loss, "has_moments", False):
+        if self.loss.has_moments:
             check_moment_width(self.model.projector_dim, self.loss.name)
-        num_views, most = len(build_view_specs(self.views)), getattr(self.loss, "max_views", math.inf)
+        num_views, most = len(build_view_specs(self.views)), self.loss.max_views
         if not 2 <= num_views <= most:
             wanted = "two views" if most == 2 else "at least two views"
             raise ValueError(
@@ -304,7 +305,7 @@ def _dataclasses_of(annotation: Any) -> Iterator[type]:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    tags = {tag for cls in typing.get_args(LossConfig) for tag in _names(cls)}
+    tags = {tag for cls in typing.get_args(AnyLossConfig) for tag in _names(cls)}
     loc = [str(part) for part in first["loc"] if part not in tags]
     key = ".".join(loc)
     if first["type"] == "unexpected_keyword_argument":

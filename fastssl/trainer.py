@@ -12,41 +12,40 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from fastssl import dist, report
-from fastssl.checkpoint import (
-    drop_half_written,
+from fastssl import collectives
+from fastssl.build_run import build_model, build_objective, check_apex, load_initial_weights
+from fastssl.checkpoint.save_load import (
+    drop_incomplete,
     last_checkpoint,
     load_checkpoint,
-    load_weights,
     plain_weights,
     prune,
     save_checkpoint,
 )
-from fastssl.checkpoint_rule import CheckpointRule
+from fastssl.checkpoint.schedule import CheckpointRule
 from fastssl.config import Config
-from fastssl.ds_config import build_ds_config
 from fastssl.errors import ConfigError, Preempted
 from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
-from fastssl.journal import Journal
-from fastssl.launch import end_process, num_threads_of, start_process
+from fastssl.files import replace_text
 from fastssl.losses import build_loss
-from fastssl.models.objective import build_objective
 from fastssl.models.sync_batch_norm import has_batch_norm
-from fastssl.models.two_view import TwoViewModel
-from fastssl.nvidia_apex import apex_layer_norm, check_apex, put_layer_norms
 from fastssl.optim import build_optimizer
 from fastssl.optim.layerwise import bind_partitions
-from fastssl.peers import Peers
-from fastssl.preemption import StopRequest
-from fastssl.run_folder import RunFolder, replace_text
-from fastssl.same_run import check_alike, check_shared
-from fastssl.schedules import learning_rate
+from fastssl.optim.schedules import learning_rate
+from fastssl.processes.consistency import check_same_config, check_shared_folder
+from fastssl.processes.launch import end_process, num_threads_of, start_process
+from fastssl.processes.preemption import StopRequest
+from fastssl.processes.watchdog import Watchdog
 from fastssl.step.cuda_graph import choose_step
+from fastssl.step.deepspeed_config import build_ds_config
 from fastssl.step.late_reports import LateReports
-from fastssl.step.skipped_steps import SkippedSteps
 from fastssl.step.train_step import TrainStep
-from fastssl.throughput import flops_per_image
+from fastssl.tracking import plots
+from fastssl.tracking.epoch_stats import EpochStats
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.skipped_steps import SkippedSteps
+from fastssl.tracking.throughput import flops_per_image
 from pipelines.batch import Batch
 from pipelines.beton import BetonReader
 from pipelines.loader import build_loader, open_train_reader
@@ -61,26 +60,26 @@ class Trainer:
         ConfigError, pipelines.errors.DataError: what the user must mend, in one line.
     """
 
-    def __init__(self, cfg: Config, peers: Peers | None = None, stop_request: StopRequest | None = None) -> None:
+    def __init__(self, cfg: Config, watchdog: Watchdog | None = None, stop_request: StopRequest | None = None) -> None:
         check_apex(cfg)
         self.cfg = cfg
         self.step = 0
         self.folder = RunFolder(cfg.run.dir)
         resuming = self.folder.check_claim(cfg)  # before the others are waited for, and below as the first rank sees it
         self.device = start_process(cfg.run)
-        if peers:
-            peers.watch(cfg.run, lambda: self.step)
+        if watchdog:
+            watchdog.watch(cfg.run, lambda: self.step)
         reader = open_train_reader(cfg.data)
         self.data_identity = [reader.num_samples, len(reader.mmap)]  # a resumed run must find the same file
-        check_alike(cfg, self.data_identity)
-        resuming = dist.from_first_rank(resuming)
+        check_same_config(cfg, self.data_identity)
+        resuming = collectives.broadcast_object(resuming)
         self.loader = build_loader(
             reader,
             cfg.data,
             cfg.views,
             seed=cfg.run.seed,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
             device=self.device,
             num_threads=num_threads_of(cfg.run),
         )
@@ -90,12 +89,12 @@ class Trainer:
         self.image_px = view_specs[0].size_px
         view_shapes = [(3, spec.size_px, spec.size_px) for spec in view_specs]
 
-        check_test_data(cfg, reader)
+        check_test_data(cfg.data.test, reader)
         self.model = build_model(cfg, self.image_px)
         if resuming and has_batch_norm(self.model):
             self.folder.check_micro_batches(cfg)
         if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
-            take_weights(self.model, cfg.run.init_from)
+            load_initial_weights(self.model, cfg.run.init_from)
         self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
         self.objective = build_objective(cfg, self.model, self.loss).to(self.device)
         self.probe = self._build_probe(reader)
@@ -109,7 +108,7 @@ class Trainer:
             cfg.run, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
         )
         self.checkpoint_due = False
-        torch.manual_seed(cfg.run.seed + dist.rank())  # all weights are made; dropout differs from rank to rank
+        torch.manual_seed(cfg.run.seed + collectives.rank())  # all weights are made; dropout differs from rank to rank
         self.learning_rate = partial(
             learning_rate,
             base_lr=cfg.optim.base_lr,
@@ -119,7 +118,7 @@ class Trainer:
             final_fraction=cfg.optim.final_lr_fraction,
             steps_per_change=self.steps_per_epoch if cfg.optim.schedule == "epoch" else 1,
         )
-        self.journal = Journal(
+        self.epoch_stats = EpochStats(
             cfg,
             self.device,
             steps_per_epoch=self.steps_per_epoch,
@@ -134,7 +133,7 @@ class Trainer:
             self.objective,
             probe=self.probe,
             is_holdout=self.is_holdout if self.probe else None,
-            sums=self.journal.sums,
+            sums=self.epoch_stats.sums,
         )
         self.train_step = choose_step(cfg, self.update_step, self.device)
         self._claim_folder(resuming)
@@ -144,28 +143,28 @@ class Trainer:
         """Train to the last epoch, from the checkpoint's position where the run was resumed."""
         if self.step == self.total_steps:
             self._say(f"{self.folder.path} is complete: {self.step} steps")
-        self.journal.timer.start()
+        self.epoch_stats.timer.start()
         for epoch in range(self.step // self.steps_per_epoch, self.cfg.train.num_epochs):
             self.fit_batches(self.loader.epoch(epoch, first_batch=self.step % self.steps_per_epoch))
         self.loader.close()
-        self.journal.close()
-        if dist.rank() == 0:
-            report.draw_curves(self.folder)
-        dist.barrier()
+        self.epoch_stats.close()
+        if collectives.rank() == 0:
+            plots.draw_curves(self.folder)
+        collectives.barrier()
 
     def fit_batches(self, batches: Iterable[Batch]) -> None:
         """Take one step on each batch, and write the rows and the checkpoints that fall due."""
         self.engine.train()
-        for batch in self.journal.timer.waiting(batches, self.cfg.data.global_batch_size):
-            if self.step == 0 and dist.rank() == 0:
-                report.draw_views(batch, self.cfg.views, self.folder.views)
-            with self.journal.communication_measured(self.step):
+        for batch in self.epoch_stats.timer.waiting(batches, self.cfg.data.global_batch_size):
+            if self.step == 0 and collectives.rank() == 0:
+                plots.draw_views(batch, self.cfg.views, self.folder.views)
+            with self.epoch_stats.communication_measured(self.step):
                 self.take_step(batch)
             is_epoch_end = self.step % self.steps_per_epoch == 0
             self.checkpoint_due |= self.checkpoint_rule.is_due_at(self.step)
             self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
             if is_epoch_end:
-                self.journal.end_epoch(self.step, len(self.loader.bad_samples.reasons))
+                self.epoch_stats.end_epoch(self.step, len(self.loader.bad_samples.reasons))
             self.checkpoint_due |= self.must_stop
             if self.checkpoint_due:
                 self.read_reports(keep=0)
@@ -194,18 +193,18 @@ class Trainer:
             result,
             step=self.step,
             wants_stop=self.stop_request.name is not None,
-            wants_save=dist.rank() == 0 and self.checkpoint_rule.is_due_by_clock(self.step),
+            wants_save=collectives.rank() == 0 and self.checkpoint_rule.is_due_by_clock(self.step),
             is_searching=is_searching and self.update_step.update.is_searching,
             sample_ids=batch.sample_ids,
             settings={
                 "learning_rate": learning_rate,
                 **self.update_step.update.metrics(),
-                **self.journal.speed_of_steps(self.step),
+                **self.epoch_stats.speed_of_steps(self.step),
             },
         )
-        self.journal.add_to_window(result, self.step)
-        self.journal.advance()
-        if dist.world_size() == 1:
+        self.epoch_stats.add_to_window(result, self.step)
+        self.epoch_stats.advance()
+        if collectives.world_size() == 1:
             self.must_stop |= self.stop_request.name is not None
 
     def read_reports(self, *, keep: int) -> None:
@@ -215,7 +214,7 @@ class Trainer:
             DivergedError: too many steps in a row were skipped.
         """
         for done in self.reports.read(keep=keep):
-            self.journal.write_step(done)
+            self.epoch_stats.write_step(done)
             self.must_stop |= done.must_stop
             self.checkpoint_due |= done.must_save
             if done.taken:
@@ -226,9 +225,12 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
         self.read_reports(keep=0)
-        self.journal.sync()
+        self.epoch_stats.sync()
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
-        state: dict[str, Any] = {"data_identity": self.data_identity, "collapsed_since": self.journal.collapsed_since}
+        state: dict[str, Any] = {
+            "data_identity": self.data_identity,
+            "collapsed_since": self.epoch_stats.collapsed_since,
+        }
         state["loss_scale"] = self.update_step.update.state_dict()
         if self.probe:
             state["probe"] = self.probe.state_dict()
@@ -237,10 +239,10 @@ class Trainer:
             self.engine,
             step=self.step,
             state=state,
-            sums=self.journal.state(),
+            sums=self.epoch_stats.state(),
             weights=weights,
         )
-        if dist.rank() == 0:
+        if collectives.rank() == 0:
             prune(self.folder.checkpoints, keep_every_steps=self.cfg.run.keep_every_epochs * self.steps_per_epoch)
 
     def _restore(self) -> None:
@@ -253,7 +255,7 @@ class Trainer:
                 f"on {state['data_identity']}: resume with the same file, or start another run"
             )
         self.step = state["step"]
-        self.journal.restore(state["sums"], state["collapsed_since"], state["world_size"])
+        self.epoch_stats.restore(state["sums"], state["collapsed_since"], state["world_size"])
         self.update_step.update.load_state_dict(state["loss_scale"])
         self.update_step.update.bind()
         if self.probe:
@@ -263,7 +265,7 @@ class Trainer:
         import deepspeed
 
         optimizer = build_optimizer(self.objective, self.cfg.optim)
-        config = build_ds_config(self.cfg, world_size=dist.world_size())
+        config = build_ds_config(self.cfg, world_size=collectives.world_size())
         try:
             engine, optimizer, _, _ = deepspeed.initialize(
                 model=self.objective, optimizer=optimizer, config=config, dist_init_required=False
@@ -272,7 +274,7 @@ class Trainer:
             first = error.errors(include_url=False)[0]
             raise ConfigError(f"ds: DeepSpeed's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         bind_partitions(optimizer)
-        if dist.world_size() == 1 and self.cfg.train.zero_stage == 0:
+        if collectives.world_size() == 1 and self.cfg.train.zero_stage == 0:
             engine.enable_backward_allreduce = False  # it copies every gradient twice to average it with no other
         if self.device.type == "cuda" and self.cfg.train.zero_stage == 0:
             # As the images are: or each convolution turns its weights around, forward and backward. ZeRO's flat buffers
@@ -292,19 +294,19 @@ class Trainer:
         return OnlineProbe(self.model.num_features, num_classes, self.cfg.eval).to(self.device)
 
     def _claim_folder(self, resuming: bool) -> None:
-        check_shared(self.folder, dist.decided_by_first_rank(self.folder.hold))
-        if dist.rank() == 0:
+        check_shared_folder(self.folder, collectives.run_on_first_rank(self.folder.lock))
+        if collectives.rank() == 0:
             if resuming:
-                drop_half_written(self.folder.checkpoints)
+                drop_incomplete(self.folder.checkpoints)
                 self.folder.preempted.unlink(missing_ok=True)
             else:
-                self.folder.create(self.cfg, dist.world_size())
-        dist.barrier()
+                self.folder.create(self.cfg, collectives.world_size())
+        collectives.barrier()
         if resuming:
             self._restore()
             self.skipped.resume(self.step)
         self._say(self._headline())
-        self.journal.open(self.folder, self.step)
+        self.epoch_stats.open(self.folder, self.step)
 
     def _leave(self) -> None:
         """End the training at a checkpoint, as a signal asked (all ranks).
@@ -313,10 +315,10 @@ class Trainer:
             Preempted: Always.
         """
         how = f"{self.folder.path} goes on after step {self.step} of {self.total_steps} with --set run.resume=auto"
-        self.journal.close()
-        if dist.rank() == 0:
+        self.epoch_stats.close()
+        if collectives.rank() == 0:
             replace_text(self.folder.preempted, f"{how}\n")
-        dist.barrier()
+        collectives.barrier()
         raise Preempted(f"asked to stop ({self.stop_request.name or 'another rank was'}): {how}")
 
     def _headline(self) -> str:
@@ -325,44 +327,13 @@ class Trainer:
         return (
             f"{self.cfg.loss.name} on {self.loader.num_samples:,} images, {self.cfg.model.backbone} "
             f"({num_parameters / 1e6:.2f} M parameters), global batch {self.cfg.data.global_batch_size} on "
-            f"{dist.world_size()} x {self.device.type}, {self.cfg.train.num_epochs} epochs of "
+            f"{collectives.world_size()} x {self.device.type}, {self.cfg.train.num_epochs} epochs of "
             f"{self.steps_per_epoch} steps{start} -> {self.folder.path}"
         )
 
     def _say(self, line: str) -> None:
-        if dist.rank() == 0:
+        if collectives.rank() == 0:
             print(line, flush=True)
-
-
-def build_model(cfg: Config, image_px: int) -> TwoViewModel:
-    """The model at its seeded start.
-
-    Raises:
-        ConfigError: there is no such model, or no layer norm in it for `model.layer_norm=apex`.
-    """
-    torch.manual_seed(cfg.run.seed)
-    try:
-        model = TwoViewModel(cfg.model, image_px)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if cfg.model.layer_norm == "apex" and not put_layer_norms(model, apex_layer_norm()):
-        raise ConfigError(f"model.layer_norm=apex: {cfg.model.backbone} has no layer norm that apex's could replace")
-    return model
-
-
-def take_weights(model: TwoViewModel, path: str) -> None:
-    """Start from the weights of run.init_from.
-
-    Raises:
-        ConfigError: they do not fit the model.
-    """
-    weights = load_weights(path)
-    try:
-        model.backbone.load_state_dict(weights["backbone"])
-        model.projector.load_state_dict(weights["projector"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"run.init_from: {path} is of another model, {weights['model']}: {reason}") from None
 
 
 def train(cfg: Config, stop_request: StopRequest | None = None) -> None:
@@ -374,6 +345,6 @@ def train(cfg: Config, stop_request: StopRequest | None = None) -> None:
     Raises:
         PeerLostError: another process of the run is lost.
     """
-    with Peers() as peers:
-        Trainer(cfg, peers, stop_request).fit()
+    with Watchdog() as watchdog:
+        Trainer(cfg, watchdog, stop_request).fit()
     end_process()

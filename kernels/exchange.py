@@ -1,4 +1,4 @@
-"""How a kernel sees other ranks: as more columns. Process groups are the caller's; `fastssl.dist` has the real one."""
+"""How a kernel sees other ranks: as more columns. Process groups are the caller's (`fastssl.collectives`)."""
 
 # W ranks; V blocks of B rows on each
 
@@ -16,7 +16,7 @@ class Exchange(Protocol):
         """W."""
         ...
 
-    def check_alike(self, z: Tensor) -> None:
+    def check_same_shape(self, z: Tensor) -> None:
         """Refuse a z whose shape is another one on another rank.
 
         Raises:
@@ -45,7 +45,7 @@ class _Alone:
 
     size = 1
 
-    def check_alike(self, z: Tensor) -> None:
+    def check_same_shape(self, z: Tensor) -> None:
         pass
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:

@@ -106,7 +106,7 @@ class Loader:
         self._specs = build_view_specs(views)
         self._groups = size_groups(self._specs)
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._finish = _Finish(self._groups, views, device, num_threads)
+        self._pixel_op = PixelOpAndTransfer(self._groups, views, device, num_threads)
 
     def __len__(self) -> int:
         """Batches of an epoch: N // G."""
@@ -144,7 +144,7 @@ class Loader:
 
             raw_batches = self._engine.batches(rows.reshape(-1), rows.shape[1], begin_batch, self._groups)
             with closing(raw_batches):
-                for num_done, batch in enumerate(self._finish.each(raw_batches), 1):
+                for num_done, batch in enumerate(self._pixel_op.each(raw_batches), 1):
                     read_ahead.end(num_done * rows.shape[1])
                     yield batch
 
@@ -190,7 +190,7 @@ class EvalLoader:
         self._local_batch_size = local_batch_size
         self._spec = build_eval_spec(views)
         self._groups = size_groups([self._spec])
-        self._finish = _Finish(self._groups, views, device, num_threads)
+        self._pixel_op = PixelOpAndTransfer(self._groups, views, device, num_threads)
 
     def __len__(self) -> int:
         """Batches, the short last one too."""
@@ -202,7 +202,7 @@ class EvalLoader:
 
         raw_batches = self._engine.batches(self._sample_ids, self._local_batch_size, draw_batch, self._groups)
         with closing(raw_batches):
-            yield from self._finish.each(raw_batches)
+            yield from self._pixel_op.each(raw_batches)
 
     def close(self) -> None:
         """Stop the engine's threads."""
@@ -331,7 +331,7 @@ def _local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
-class _Finish:
+class PixelOpAndTransfer:
     """Pixel op and transfer of one batch."""
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 # Enough of everything, small enough for seconds: digits at 16 px, a tiny ResNet with batch norm.
 TINY = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 ABSENT = ("pydantic", "deepspeed", "ffcv", "nvidia.dali")
 HIDE = f"""
@@ -46,7 +46,7 @@ import runpy
 sys.path.insert(0, "benchmarks")
 for name in ("bench_loss", "bench_augment"):
     runpy.run_path(f"benchmarks/{name}.py")
-from fastssl.record import environment_columns
+from fastssl.tracking.result_rows import environment_columns
 assert environment_columns(("torch",))["torch"]
 """
 COLLECT = """

@@ -8,7 +8,7 @@ import torch
 from fastssl.config import load_config
 from fastssl.models.two_view import build_projector
 from pipelines.views import ViewSpec, build_view_specs
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAPER_ROWS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 BASE_PACKAGES = runpy.run_path(str(ROOT / "docker/base_packages.py"))
 missing, read_pins = BASE_PACKAGES["missing"], BASE_PACKAGES["read_pins"]

@@ -17,17 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.checkpoint import load_weights
-from fastssl.compare import draw
+from fastssl.checkpoint.save_load import load_weights
+from fastssl.commands.compare import draw
 from fastssl.config import load_config
 from fastssl.errors import ConfigError
-from fastssl.metrics import read_rows
-from fastssl.report import draw_curves
-from fastssl.run_folder import RunFolder
+from fastssl.tracking.plots import draw_curves
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.writers import read_rows
 from pipelines.beton import BetonReader
 from pipelines.convert import convert
 from pipelines.errors import DataError
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 SOURCES = [path for package in ("fastssl", "pipelines", "kernels") for path in (ROOT / package).rglob("*.py")]
 # Calls that run what they read, or hand it to a shell.

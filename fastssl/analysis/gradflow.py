@@ -15,9 +15,9 @@ from torch import Tensor
 from fastssl.analysis.curvature import rebuild_loss, with_impl
 from fastssl.analysis.pair_flow import PairFlow, pair_flow
 from fastssl.analysis.source import BatchSettings, Source, load_source, make_folder, open_run, write_table
-from fastssl.checkpoint import checkpoint_of
-from fastssl.environment import describe_environment
+from fastssl.checkpoint.save_load import checkpoint_of
 from fastssl.errors import ConfigError
+from fastssl.files import replace_text
 from fastssl.losses import (
     DclConfig,
     DclwConfig,
@@ -30,8 +30,8 @@ from fastssl.losses import (
     build_loss,
 )
 from fastssl.losses.mio import Negative
-from fastssl.record import format_table
-from fastssl.run_folder import replace_text
+from fastssl.machine.environment import describe_environment
+from fastssl.tracking.result_rows import format_table
 
 GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart
 SHOWN = ("gradient", "max_relative_difference", "mean_relative_difference")

@@ -20,12 +20,12 @@ from fastssl.analysis.lanczos import (
     spectral_density,
 )
 from fastssl.analysis.source import BatchSettings, Source, hold_still, load_source, make_folder, open_run, write_table
-from fastssl.checkpoint import checkpoint_of
+from fastssl.checkpoint.save_load import checkpoint_of
 from fastssl.config import Config
-from fastssl.environment import describe_environment
 from fastssl.errors import ConfigError
-from fastssl.record import Value, format_table
-from fastssl.run_folder import replace_text
+from fastssl.files import replace_text
+from fastssl.machine.environment import describe_environment
+from fastssl.tracking.result_rows import Value, format_table
 
 TOLERANCE = 1e-3  # of a residual's norm, as a share of the largest eigenvalue's size: below it counts as converged
 SHOWN = (

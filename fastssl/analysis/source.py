@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.checkpoint import checkpoint_of, load_objective_state, load_weights, step_of
+from fastssl.build_run import build_model
+from fastssl.checkpoint.save_load import checkpoint_of, load_objective_state, load_weights, step_of
 from fastssl.config import Config
 from fastssl.errors import ConfigError
-from fastssl.launch import choose_device, num_threads_of
 from fastssl.losses import build_loss
 from fastssl.models.objective import Objective
-from fastssl.record import Row, append_rows
-from fastssl.run_folder import RunFolder
-from fastssl.trainer import build_model
+from fastssl.processes.launch import choose_device, num_threads_of
+from fastssl.tracking.result_rows import Row, append_rows
+from fastssl.tracking.run_folder import RunFolder
 from pipelines.loader import build_loader, open_train_reader
 
 MAX_DEFAULT_BATCHES = 4

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl.config import Config
-from fastssl.evaluation.config import with_pairs
+from fastssl.evaluation.config import EvalConfig, with_pairs
 from pipelines.beton import BetonReader
-from pipelines.loader import EvalLoader, Loader, build_eval_loader, build_loader
+from pipelines.loader import DataConfig, EvalLoader, Loader, build_eval_loader, build_loader
 from pipelines.view_spec import ViewSpec
 from pipelines.views import ViewsConfig, build_eval_spec
 
@@ -48,9 +47,19 @@ class Images:
         encoder: The encoder to judge; its user must leave it as it is.
     """
 
-    def __init__(self, cfg: Config, encoder: nn.Module, *, train: Part, test: Part, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: EvalConfig,
+        data: DataConfig,
+        views: ViewsConfig,
+        encoder: nn.Module,
+        *,
+        train: Part,
+        test: Part,
+        device: torch.device,
+    ) -> None:
         self.encoder = encoder
-        self._cfg, self._device = cfg, device
+        self._cfg, self._data, self._views, self._device = cfg, data, views, device
         self._train, self._test = train, test
         self._position = np.full(train.reader.num_samples, -1)
         self._position[train.ids] = np.arange(len(train.ids))
@@ -97,37 +106,43 @@ class Images:
                 yield batch.views[0][torch.from_numpy(rows).to(self._device)], found[rows]
 
     def _plain(self, part: Part) -> Iterator[Tensor]:
-        with closing(build_plain_loader(self._cfg, part.reader, self._device, part.ids)) as loader:
+        loader = build_plain_loader(self._cfg, self._data, self._views, part.reader, self._device, part.ids)
+        with closing(loader):
             for batch in loader:
                 yield batch.views[0]
 
     def _build_loader(self) -> Loader:
-        cfg, reader = self._cfg, self._train.reader
-        size = min(cfg.eval.sgd_batch_size, reader.num_samples)
+        reader = self._train.reader
+        size = min(self._cfg.sgd_batch_size, reader.num_samples)
         # A damaged image ends the evaluation: its substitute could be one that is held out.
-        data = replace(cfg.data, global_batch_size=size, max_bad_fraction=0.0)
+        data = replace(self._data, global_batch_size=size, max_bad_fraction=0.0)
         process = {"rank": 0, "world_size": 1, "device": self._device, "num_threads": torch.get_num_threads()}
-        return build_loader(reader, data, augmented_views(cfg), seed=0, **process)
+        return build_loader(reader, data, augmented_views(self._cfg, self._views), seed=0, **process)
 
 
-def augmented_views(cfg: Config) -> ViewsConfig:
+def augmented_views(cfg: EvalConfig, views: ViewsConfig) -> ViewsConfig:
     """One random view of the size of the plain one: crop and flip, changed by eval.augment."""
-    size = {"size_px": build_eval_spec(cfg.views).size_px}
-    fields: dict[str, Any] = PLAIN_AUGMENTATION | size | with_pairs(cfg.eval.augment)
+    size = {"size_px": build_eval_spec(views).size_px}
+    fields: dict[str, Any] = PLAIN_AUGMENTATION | size | with_pairs(cfg.augment)
     spec = asdict(ViewSpec(**fields))
-    return replace(cfg.views, recipe="linear_augmented", specs=[spec], size_px=None, override={})
+    return replace(views, recipe="linear_augmented", specs=[spec], size_px=None, override={})
 
 
 def build_plain_loader(
-    cfg: Config, reader: BetonReader, device: torch.device, ids: np.ndarray | None = None
+    cfg: EvalConfig,
+    data: DataConfig,
+    views: ViewsConfig,
+    reader: BetonReader,
+    device: torch.device,
+    ids: np.ndarray | None = None,
 ) -> EvalLoader:
     """The plain views of a file, or of some of its images."""
     return build_eval_loader(
         reader,
-        cfg.views,
-        local_batch_size=cfg.eval.local_batch_size,
-        engine=cfg.data.engine,
+        views,
+        local_batch_size=cfg.local_batch_size,
+        engine=data.engine,
         device=device,
         sample_ids=ids,
-        num_workers=cfg.data.num_workers,
+        num_workers=data.num_workers,
     )

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from fastssl.config import Config
 from fastssl.errors import ConfigError
 from pipelines.beton import BetonReader
 
@@ -12,15 +11,19 @@ def num_labelled_classes(reader: BetonReader) -> int:
     return len(_classes(reader))
 
 
-def check_test_data(cfg: Config, train: BetonReader) -> None:
-    """Refuse a data.test on which the run could not be evaluated, before the hours and not after them.
+def check_test_data(test: str | None, train: BetonReader) -> None:
+    """Refuse a test file on which the run could not be evaluated, before training and not after it.
+
+    Args:
+        test: data.test of the configuration.
+        train: The training file.
 
     Raises:
         ConfigError: it has no labels, or other classes than the training file.
         DataError: it cannot be read.
     """
-    if cfg.data.test is not None:
-        check_same_classes(train, BetonReader(cfg.data.test), "data.test")
+    if test is not None:
+        check_same_classes(train, BetonReader(test), "data.test")
 
 
 def check_same_classes(train: BetonReader, test: BetonReader, test_key: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastssl.evaluation.task import Outcome, Task, rank_classes, split_validation
-from fastssl.schedules import learning_rate
+from fastssl.optim.schedules import learning_rate
 
 MOMENTUM = 0.9
 _CHUNK_ROWS = 4096

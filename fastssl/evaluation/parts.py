@@ -4,19 +4,19 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.images import Part
 from fastssl.evaluation.labels import check_same_classes, num_labelled_classes
 from pipelines.beton import BetonReader
+from pipelines.loader import DataConfig
 from pipelines.sampler import split_holdout
 
 
-def choose_parts(cfg: Config, on: Path | None = None, test: Path | None = None) -> tuple[Part, Part, str]:
+def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = None) -> tuple[Part, Part, str]:
     """Open the files and split them.
 
     Args:
-        cfg: data.train, data.test and data.holdout_fraction count.
+        data: Its train, test and holdout_fraction count.
         on: Another data set to judge on, in the place of data.train and data.test.
         test: The test file, in the place of data.test.
 
@@ -28,17 +28,17 @@ def choose_parts(cfg: Config, on: Path | None = None, test: Path | None = None) 
         ConfigError: too few labels, or classes that differ; the message names the option or the key.
         DataError: a file cannot be read.
     """
-    train_key, train = ("--on", BetonReader(on)) if on else ("data.train", BetonReader(cfg.data.train))
+    train_key, train = ("--on", BetonReader(on)) if on else ("data.train", BetonReader(data.train))
     if num_labelled_classes(train) < 2:
         raise ConfigError(
             f"{train_key}: {train.path} holds fewer than two labelled classes: there is nothing to evaluate"
         )
-    test_path = test or (None if on else cfg.data.test)
+    test_path = test or (None if on else data.test)
     if test_path:
         test_key, reader = "--test" if test else "data.test", BetonReader(test_path)
         check_same_classes(train, reader, test_key)
         return _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0), str(test_path)
-    return _hold_out(train, cfg.data.holdout_fraction, "--test is not given" if on else "data.test is not set")
+    return _hold_out(train, data.holdout_fraction, "--test is not given" if on else "data.test is not set")
 
 
 def _hold_out(reader: BetonReader, fraction: float, why: str) -> tuple[Part, Part, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastssl import dist
+from fastssl import collectives
 from fastssl.evaluation.config import EvalConfig
 from fastssl.optim.skipping import prepare_state, skipped_unless
 
@@ -56,7 +56,7 @@ class OnlineProbe(nn.Module):
         parameters = list(self.linear.parameters())
         gradients = torch.autograd.grad(torch.where(learns, losses, 0.0).sum(), parameters)
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), learns.sum().float()[None]])
-        dist.all_mean_(flat)
+        collectives.all_mean_(flat)
         mean = flat[:-1] / flat[-1].clamp(min=1e-6)  # no sample at all: the sum is zero as well
         for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)

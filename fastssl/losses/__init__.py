@@ -1,8 +1,9 @@
-"""The losses by the name that stands in a config: one file and one line here for each."""
+"""The losses by the name that stands in a configuration: one file for each, and one line in `CLASSES`."""
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Union
 
 from fastssl.losses.barlow_twins import BarlowTwins, BarlowTwinsConfig
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.byol import Byol, ByolConfig, LinearByolConfig
 from fastssl.losses.dcl import Dcl, DclConfig, DclwConfig
 from fastssl.losses.minc import Minc, MincConfig
@@ -15,7 +16,9 @@ from fastssl.losses.tico import TiCo, TiCoConfig
 from fastssl.losses.vicreg import VicReg, VicRegConfig
 
 __all__ = [
+    "CLASSES",
     "LOSSES",
+    "AnyLossConfig",
     "BarlowTwins",
     "BarlowTwinsConfig",
     "Byol",
@@ -45,46 +48,33 @@ __all__ = [
     "build_loss",
 ]
 
-LossConfig = (
-    MioConfig
-    | NtXentConfig
-    | DclConfig
-    | DclwConfig
-    | SigLipConfig
-    | SpectralConfig
-    | MincConfig
-    | ByolConfig
-    | LinearByolConfig
-    | SimSiamConfig
-    | BarlowTwinsConfig
-    | VicRegConfig
-    | TiCoConfig
+CLASSES: tuple[type[Loss], ...] = (
+    Mio,
+    NtXent,
+    Dcl,
+    SigLip,
+    Spectral,
+    Minc,
+    Byol,
+    SimSiam,
+    BarlowTwins,
+    VicReg,
+    TiCo,
 )
 
-Loss = Mio | NtXent | Dcl | SigLip | Spectral | Minc | Byol | SimSiam | BarlowTwins | VicReg | TiCo
-
-LOSSES: dict[str, tuple[type, Callable[..., Loss]]] = {
-    "mio": (MioConfig, Mio),
-    "simclr": (NtXentConfig, NtXent),
-    "dcl": (DclConfig, Dcl),
-    "dclw": (DclwConfig, Dcl),
-    "siglip": (SigLipConfig, SigLip),
-    "spectral": (SpectralConfig, Spectral),
-    "minc": (MincConfig, Minc),
-    "byol": (ByolConfig, Byol),
-    "linear_byol": (LinearByolConfig, Byol),
-    "simsiam": (SimSiamConfig, SimSiam),
-    "barlow_twins": (BarlowTwinsConfig, BarlowTwins),
-    "vicreg": (VicRegConfig, VicReg),
-    "tico": (TiCoConfig, TiCo),
+# By `loss.name`: the class of its settings, and that of the loss.
+LOSSES: dict[str, tuple[type[LossConfig], type[Loss]]] = {
+    config.__dataclass_fields__["name"].default: (config, loss) for loss in CLASSES for config in loss.configs
 }
 
+if TYPE_CHECKING:
+    AnyLossConfig = LossConfig
+else:
+    AnyLossConfig = Union[tuple(config for config, _ in LOSSES.values())]  # noqa: UP007 - made from the table
 
-def build_loss(config: LossConfig, projector_dim: int | None = None) -> Loss:
-    """The loss module of a config; call it with the projections of each view [B, D].
 
-    A loss whose config has a `target_momentum` also wants `targets`, the target network's projections, see
-    `fastssl.models.objective`.
+def build_loss(config: LossConfig, projector_dim: int | None = None) -> Loss[Any]:
+    """The loss module of a configuration; call it with the projections of each view [B, D].
 
     Args:
         config: Of one loss.
@@ -95,9 +85,9 @@ def build_loss(config: LossConfig, projector_dim: int | None = None) -> Loss:
     """
     if config.name not in LOSSES:
         raise ValueError(f"loss.name: unknown {config.name!r}, known: {', '.join(LOSSES)}")
-    build = LOSSES[config.name][1]
-    if not getattr(config, "takes_width", False):
+    build: Any = LOSSES[config.name][1]
+    if not config.takes_width:
         return build(config)
     if projector_dim is None:
         raise ValueError(f"loss {config.name} needs the width of the projections, model.projector_dim")
-    return build(config, projector_dim)
+    return build(config, projector_dim=projector_dim)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import center, covariances, variances
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.view_pairs import check_weights
@@ -23,7 +24,7 @@ EPSILON = 1e-5  # of the batch norm without parameters in the authors' code
 
 
 @dataclass(frozen=True, kw_only=True)
-class BarlowTwinsConfig:
+class BarlowTwinsConfig(LossConfig):
     """Settings of `BarlowTwins`.
 
     Attributes:
@@ -39,12 +40,10 @@ class BarlowTwinsConfig:
         check_weights(self, "redundancy_weight")
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(Loss[BarlowTwinsConfig]):
     """Brings the cross-correlation of two views, over the batch, to the identity."""
 
-    def __init__(self, config: BarlowTwinsConfig) -> None:
-        super().__init__()
-        self.config = config
+    configs = (BarlowTwinsConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
         """The loss, of statistics of the global batch.
@@ -69,10 +68,6 @@ class BarlowTwins(nn.Module):
             on = (1 - diagonal).square().sum(1)
             off = correlation.square().sum((1, 2)) - diagonal.square().sum(1)
             return (on + self.config.redundancy_weight * off).mean()
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: it bounds no divergence."""
-        return None
 
 
 def _views(x: Tensor, views: tuple[int, ...]) -> Tensor:

@@ -9,18 +9,19 @@ With more views: the mean over every two of them, each in both directions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.predictor import build_predictor, check_hidden
 from fastssl.losses.view_pairs import check_momentum, mean_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByolConfig:
+class ByolConfig(LossConfig):
     """Settings of `Byol`.
 
     Attributes:
@@ -40,7 +41,7 @@ class ByolConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearByolConfig:
+class LinearByolConfig(LossConfig):
     """Settings of `Byol` with one linear layer as its predictor.
 
     Attributes:
@@ -56,17 +57,26 @@ class LinearByolConfig:
         check_momentum("loss.target_momentum", self.target_momentum)
 
 
-class Byol(nn.Module):
+class Byol(Loss[ByolConfig | LinearByolConfig]):
     """The online network's prediction of what the target makes of another view."""
 
-    def __init__(self, config: ByolConfig | LinearByolConfig, projector_dim: int) -> None:
-        super().__init__()
-        self.config = config
+    configs = (ByolConfig, LinearByolConfig)
+
+    def __init__(
+        self, config: ByolConfig | LinearByolConfig | None = None, *, projector_dim: int, **settings: Any
+    ) -> None:
+        super().__init__(config, **settings)
+        config = self.config
         self.predictor: nn.Module = (
             build_predictor(projector_dim, config.predictor_hidden)
             if isinstance(config, ByolConfig)
             else nn.Linear(projector_dim, projector_dim)
         )
+
+    @property
+    def target_momentum(self) -> float | None:
+        """See `Loss`."""
+        return self.config.target_momentum
 
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """The loss of this rank's rows.
@@ -84,7 +94,3 @@ class Byol(nn.Module):
         rows = stack_views(*z)
         predictions = self.predictor(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return 2 * (2 - 2 * mean_cosine(predictions, torch.stack(list(targets))))
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: it bounds no divergence."""
-        return None

@@ -11,16 +11,17 @@ NT-Xent without the positive in the sum, which makes its gradient vanish once a 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.dist import EXCHANGE
+from fastssl.collectives import EXCHANGE
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import check_impl, check_temperature, stack_views
 from kernels.partition_loss import partition_loss
 from kernels.similarity import Impl
 
 
 @dataclass(frozen=True, kw_only=True)
-class DclConfig:
+class DclConfig(LossConfig):
     """Settings of `Dcl`.
 
     Attributes:
@@ -46,12 +47,10 @@ class DclwConfig(DclConfig):
     name: Literal["dclw"] = "dclw"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class Dcl(nn.Module):
+class Dcl(Loss[DclConfig]):
     """Attraction to the partner and repulsion from all other samples, each at full strength."""
 
-    def __init__(self, config: DclConfig) -> None:
-        super().__init__()
-        self.config = config
+    configs = (DclConfig, DclwConfig)
 
     def forward(self, *z: Tensor) -> Tensor:
         """The mean loss of this rank's 2B rows against every rank's.
@@ -69,7 +68,3 @@ class Dcl(nn.Module):
         rows = stack_views(*z)
         t, impl = 1 / self.config.temperature, self.config.impl
         return partition_loss(rows, form=self.config.name, inv_temperature=t, exchange=EXCHANGE, impl=impl)
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: it bounds no mutual information."""
-        return None

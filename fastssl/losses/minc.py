@@ -28,18 +28,19 @@ subspace: what is differentiated is phi . sg(A phi), whose gradient is A phi, wh
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import MovingMoment, second_moment
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.view_pairs import check_momentum, ordered_pairs, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class MincConfig:
+class MincConfig(LossConfig):
     """Settings of `Minc`.
 
     Attributes:
@@ -75,17 +76,24 @@ class MincConfig:
         check_momentum("loss.target_momentum", self.target_momentum)
 
 
-class Minc(nn.Module):
+class Minc(Loss[MincConfig]):
     """Mean of l over every two different views.
 
     Attributes:
         moment: Lambda/s, the moving average of the second moment of the target's unit rows.
     """
 
-    def __init__(self, config: MincConfig, projector_dim: int) -> None:
-        super().__init__()
-        self.config = config
+    configs = (MincConfig,)
+
+    def __init__(self, config: MincConfig | None = None, *, projector_dim: int, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        config = self.config
         self.moment = MovingMoment(projector_dim, config.moment_momentum)
+
+    @property
+    def target_momentum(self) -> float | None:
+        """See `Loss`."""
+        return self.config.target_momentum
 
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """The loss of this rank's rows. In training Lambda takes the batch in, after it was used.

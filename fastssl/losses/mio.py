@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.dist import EXCHANGE
+from fastssl.collectives import EXCHANGE
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import check_impl, check_temperature, stack_views
 from kernels.gram_loss import quadratic_loss
 from kernels.pair_loss import count_negatives, pair_loss, softplus
@@ -40,7 +41,7 @@ Negative = Literal["naive", "exp", "jensen", "quadratic", "softplus"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MioConfig:
+class MioConfig(LossConfig):
     """Settings of `Mio`.
 
     Attributes:
@@ -75,12 +76,10 @@ class MioConfig:
         check_impl(self.impl)
 
 
-class Mio(nn.Module):
+class Mio(Loss[MioConfig]):
     """Positive term + negative term + alignment_weight * mean((u_a - u_b)^2)."""
 
-    def __init__(self, config: MioConfig) -> None:
-        super().__init__()
-        self.config = config
+    configs = (MioConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
         """The loss of this rank's rows against the negatives of every rank.

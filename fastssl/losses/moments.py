@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import collectives
 
 MAX_WIDTH = 16384  # 1 GiB of fp32 for one D x D moment
 
@@ -29,15 +29,15 @@ def center(z: Tensor) -> Tensor:
     """
     wide = z if z.dtype == torch.float64 else z.float()
     mean = wide.mean(1, keepdim=True)
-    return wide - (dist.all_mean_(mean.detach()) if dist.world_size() > 1 else mean)
+    return wide - (collectives.all_mean_(mean.detach()) if collectives.world_size() > 1 else mean)
 
 
 def covariances(x: Tensor, y: Tensor) -> Tensor:
     """Mean of x_i y_i^T over the global batch, [V, D, D], for centred x and y [V, B, D]; divided by N, not N - 1.
 
-    The same on every rank, and so is what a loss makes of it: see `fastssl.dist.global_mean` for the gradient.
+    The same on every rank, and so is what a loss makes of it: see `fastssl.collectives.global_mean` for the gradient.
     """
-    return dist.EXCHANGE.mean(x.mT @ y / x.shape[1])
+    return collectives.EXCHANGE.mean(x.mT @ y / x.shape[1])
 
 
 class MovingMoment(nn.Module):
@@ -78,10 +78,10 @@ class MovingMoment(nn.Module):
 
 def variances(x: Tensor) -> Tensor:
     """The diagonals of `covariances(x, x)`, [V, D]."""
-    return dist.EXCHANGE.mean(x.square().mean(1))
+    return collectives.EXCHANGE.mean(x.square().mean(1))
 
 
 def second_moment(u: Tensor) -> Tensor:
     """Mean of u_i u_i^T over all rows [V, B, D] of the global batch, [D, D], with the gradient of `global_mean`."""
     rows = u.flatten(0, 1)
-    return dist.EXCHANGE.mean(rows.T @ rows / len(rows))
+    return collectives.EXCHANGE.mean(rows.T @ rows / len(rows))

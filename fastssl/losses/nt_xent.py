@@ -9,16 +9,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.dist import EXCHANGE
+from fastssl.collectives import EXCHANGE
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import check_impl, check_temperature, stack_views
 from kernels.partition_loss import partition_loss
 from kernels.similarity import Impl
 
 
 @dataclass(frozen=True, kw_only=True)
-class NtXentConfig:
+class NtXentConfig(LossConfig):
     """Settings of `NtXent`.
 
     Attributes:
@@ -36,12 +37,10 @@ class NtXentConfig:
         check_impl(self.impl)
 
 
-class NtXent(nn.Module):
+class NtXent(Loss[NtXentConfig]):
     """Cross-entropy of finding each row's partner among all other rows of the global batch."""
 
-    def __init__(self, config: NtXentConfig) -> None:
-        super().__init__()
-        self.config = config
+    configs = (NtXentConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
         """The mean loss of this rank's 2B rows against every rank's.
@@ -59,7 +58,3 @@ class NtXent(nn.Module):
         rows = stack_views(*z)
         t, impl = 1 / self.config.temperature, self.config.impl
         return partition_loss(rows, form="nt_xent", inv_temperature=t, exchange=EXCHANGE, impl=impl)
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: the InfoNCE bound log(2N - 1) - value depends on the batch and saturates at its logarithm."""
-        return None

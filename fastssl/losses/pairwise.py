@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import collectives
 from kernels.similarity import IMPLS
 from kernels.similarity.exponent import MAX_EXP_INV_TEMPERATURE
 
@@ -32,7 +32,7 @@ def stack_views(*z: Tensor) -> Tensor:
         raise ValueError(f"all views must be [B, D] alike, got {', '.join(map(str, shapes))}")
     if len(set(dtypes)) > 1 or not z[0].is_floating_point():
         raise ValueError(f"all views must have one floating dtype, got {', '.join(map(str, dtypes))}")
-    num_samples = len(z[0]) * dist.world_size()
+    num_samples = len(z[0]) * collectives.world_size()
     if num_samples < 2:
         raise ValueError(f"the global batch must have at least 2 samples, got {num_samples}")
     with torch.autocast(z[0].device.type, enabled=False):  # autocast knows its own low precision only

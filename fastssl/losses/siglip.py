@@ -8,19 +8,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.dist import EXCHANGE
+from fastssl.collectives import EXCHANGE
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import check_impl, stack_views
 from kernels.pair_loss import pair_loss
 from kernels.similarity import Impl
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigLipConfig:
+class SigLipConfig(LossConfig):
     """Settings of `SigLip`.
 
     Attributes:
@@ -44,12 +45,14 @@ class SigLipConfig:
         check_impl(self.impl)
 
 
-class SigLip(nn.Module):
+class SigLip(Loss[SigLipConfig]):
     """Each pair of a row of view a and a row of view b is classified as same sample or not."""
 
-    def __init__(self, config: SigLipConfig) -> None:
-        super().__init__()
-        self.config = config
+    configs = (SigLipConfig,)
+
+    def __init__(self, config: SigLipConfig | None = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        config = self.config
         # [1] and not 0-dim, which DeepSpeed cannot send to the other ranks.
         self.log_inv_temperature = nn.Parameter(torch.tensor([math.log(config.initial_inv_temperature)]))
         self.bias = nn.Parameter(torch.tensor([float(config.initial_bias)]))
@@ -78,7 +81,3 @@ class SigLip(nn.Module):
             exchange=EXCHANGE,
             impl=self.config.impl,
         )
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: N - 1 negatives to a positive; only the balanced form bounds a divergence."""
-        return None

@@ -9,17 +9,18 @@ constant for its best number; here it follows the schedule as all else.)
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.predictor import build_predictor, check_hidden
 from fastssl.losses.view_pairs import mean_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimSiamConfig:
+class SimSiamConfig(LossConfig):
     """Settings of `SimSiam`.
 
     Attributes:
@@ -35,12 +36,14 @@ class SimSiamConfig:
         check_hidden(self.predictor_hidden)
 
 
-class SimSiam(nn.Module):
+class SimSiam(Loss[SimSiamConfig]):
     """The prediction of another view's projection; the network is its own target."""
 
-    def __init__(self, config: SimSiamConfig, projector_dim: int) -> None:
-        super().__init__()
-        self.config = config
+    configs = (SimSiamConfig,)
+
+    def __init__(self, config: SimSiamConfig | None = None, *, projector_dim: int, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        config = self.config
         self.predictor: nn.Module = build_predictor(projector_dim, config.predictor_hidden)
 
     def forward(self, *z: Tensor) -> Tensor:
@@ -58,7 +61,3 @@ class SimSiam(nn.Module):
         rows = stack_views(*z)
         predictions = self.predictor(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return -mean_cosine(predictions, rows)
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: it bounds no divergence."""
-        return None

@@ -11,16 +11,17 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl.dist import EXCHANGE
+from fastssl.collectives import EXCHANGE
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import check_impl, stack_views
 from kernels.gram_loss import spectral_loss
 from kernels.similarity import Impl
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectralConfig:
+class SpectralConfig(LossConfig):
     """Settings of `Spectral`.
 
     Attributes:
@@ -41,12 +42,10 @@ class SpectralConfig:
         check_impl(self.impl)
 
 
-class Spectral(nn.Module):
+class Spectral(Loss[SpectralConfig]):
     """Factorises the similarity of images under augmentation, up to a rotation."""
 
-    def __init__(self, config: SpectralConfig) -> None:
-        super().__init__()
-        self.config = config
+    configs = (SpectralConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
         """The loss of this rank's rows of view a against every rank's of view b.
@@ -63,7 +62,3 @@ class Spectral(nn.Module):
         """
         rows = stack_views(*z)
         return spectral_loss(rows, mu=self.config.mu, exchange=EXCHANGE, impl=self.config.impl)
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: it bounds a chi-squared divergence, not in nats."""
-        return None

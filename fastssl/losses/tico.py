@@ -12,18 +12,19 @@ by its scale s is this with rho = s/2, but for the constant, and for what C and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import MovingMoment, second_moment
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.view_pairs import check_momentum, check_weights, mean_cosine, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiCoConfig:
+class TiCoConfig(LossConfig):
     """Settings of `TiCo`.
 
     Attributes:
@@ -46,17 +47,24 @@ class TiCoConfig:
         check_momentum("loss.target_momentum", self.target_momentum)
 
 
-class TiCo(nn.Module):
+class TiCo(Loss[TiCoConfig]):
     """Agreement with the target, and rows spread over the directions that are used least.
 
     Attributes:
         moment: C, without a correction for its start at 0, as the paper has it.
     """
 
-    def __init__(self, config: TiCoConfig, projector_dim: int) -> None:
-        super().__init__()
-        self.config = config
+    configs = (TiCoConfig,)
+
+    def __init__(self, config: TiCoConfig | None = None, *, projector_dim: int, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        config = self.config
         self.moment = MovingMoment(projector_dim, config.moment_momentum)
+
+    @property
+    def target_momentum(self) -> float | None:
+        """See `Loss`."""
+        return self.config.target_momentum
 
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """The loss, with C of the global batch. In training C takes the batch in.
@@ -81,7 +89,3 @@ class TiCo(nn.Module):
             repulsion = (u * (u @ moment)).sum(-1).mean()
         cosine = mean_cosine(rows, torch.stack(list(targets)))
         return 1 - cosine + self.config.covariance_weight * repulsion
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: it bounds no divergence."""
-        return None

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl import dist
+from fastssl import collectives
+from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import center, covariances
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.view_pairs import check_weights
@@ -26,7 +27,7 @@ EPSILON = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class VicRegConfig:
+class VicRegConfig(LossConfig):
     """Settings of `VicReg`; the weights are the paper's.
 
     Attributes:
@@ -46,12 +47,10 @@ class VicRegConfig:
         check_weights(self, "invariance_weight", "variance_weight", "covariance_weight")
 
 
-class VicReg(nn.Module):
+class VicReg(Loss[VicRegConfig]):
     """Views agree, every column varies over the batch, no two columns vary together."""
 
-    def __init__(self, config: VicRegConfig) -> None:
-        super().__init__()
-        self.config = config
+    configs = (VicRegConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
         """The loss, of statistics of the global batch.
@@ -66,7 +65,7 @@ class VicReg(nn.Module):
             ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
         """
         rows, config = stack_views(*z), self.config
-        num_samples = rows.shape[1] * dist.world_size()
+        num_samples = rows.shape[1] * collectives.world_size()
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows if rows.dtype == torch.float64 else rows.float()
             pairs = itertools.combinations(range(len(wide)), 2)
@@ -81,7 +80,3 @@ class VicReg(nn.Module):
             + config.variance_weight * hinge
             + config.covariance_weight * 2 * off_diagonal.mean()
         )
-
-    def bound_nats(self, value: float) -> float | None:
-        """None: it bounds no divergence."""
-        return None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl import dist
+from fastssl import collectives
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -41,7 +41,7 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             ValueError: x has fewer than two dimensions, or one value of a channel while training.
         """
-        is_own = self.training and (dist.world_size() > 1 or x.device.type == "cpu")
+        is_own = self.training and (collectives.world_size() > 1 or x.device.type == "cpu")
         y = self._normalize(x) if is_own else super().forward(x)
         for after in self.children():
             y = after(y)
@@ -50,7 +50,7 @@ class SyncBatchNorm(_BatchNorm):
     @torch.compiler.disable()  # a compiler would have to trace the collectives
     def _normalize(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if dist.world_size() == 1 and x.numel() <= x.shape[1]:
+        if collectives.world_size() == 1 and x.numel() <= x.shape[1]:
             raise ValueError(f"batch norm wants more than one value of a channel while training, got {list(x.shape)}")
         y, mean, variance, num_values = _Normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
         self._track(mean, variance * (num_values / (num_values - 1)))
@@ -117,7 +117,7 @@ class _Normalize(torch.autograd.Function):
         grad_bias = sum_gy.to(weight) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, grad_bias, None
-        mean_gy, mean_gy_x_hat = dist.EXCHANGE.sum_(torch.stack([sum_gy, sum_gy_x_hat])) / num_values
+        mean_gy, mean_gy_x_hat = collectives.EXCHANGE.sum_(torch.stack([sum_gy, sum_gy_x_hat])) / num_values
         grad_x = gy - _along(mean_gy, x) - x_hat.mul_(_along(mean_gy_x_hat, x))
         grad_x *= _along(inv_std if weight is None else inv_std * weight, x)
         return grad_x.to(x.dtype), grad_weight, grad_bias, None
@@ -128,7 +128,9 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_channels, num_values = x.shape[1], x.numel() // x.shape[1]
     variance, mean = torch.var_mean(_wide(x), _but_channels(x), correction=0)
     own = torch.cat([mean, variance * num_values, mean.new_full((1,), num_values)])
-    means, squares, counts = dist.gather(own).split([num_channels, num_channels, 1], dim=1)  # [W, C], [W, C], [W, 1]
+    means, squares, counts = collectives.gather(own).split(
+        [num_channels, num_channels, 1], dim=1
+    )  # [W, C], [W, C], [W, 1]
     total = counts.sum()
     mean = means[0] + (counts * (means - means[0])).sum(0) / total  # differences: means may be large
     squares = squares + counts * (means - mean).square()

@@ -1,70 +1,12 @@
-"""The `optim:` section of a configuration and the optimizer built from it."""
+"""Optimizers, learning-rate schedules, and skipping a step on the device."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch is imported when an optimizer is built: the command line reads only the section
+from fastssl.optim.config import OptimConfig
+
+if TYPE_CHECKING:  # torch is imported when an optimizer is built: reading a configuration needs none
     from torch import nn
     from torch.optim import Optimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Optimizer and learning-rate schedule.
-
-    Attributes:
-        name: "sgd", "adamw", "lars" or "lamb"; all of them under ZeRO 0 to 2.
-        impl: "auto": torch's fused kernels for sgd and adamw; "torch": torch's default, which costs a wait for the
-            device in each step; "apex": NVIDIA apex's kernels (GPU; no lars, and lamb without ZeRO only). lars and lamb
-            are this package's own under "auto" and "torch".
-        base_lr: Peak learning rate for a global batch of 256; scaled by global_batch_size / 256.
-        momentum: Of SGD and LARS; 0: none.
-        weight_decay: Of every weight with more than one dimension.
-        decay_all: Apply weight_decay to biases, norm parameters and a loss's learned scalars too.
-        betas: Of AdamW and LAMB.
-        lars_trust_coefficient: Eta of You et al. 2017, arXiv:1708.03888.
-        schedule: When the cosine moves on: at every step, or once an epoch. A warm-up rises at every step.
-        warmup_epochs: Epochs of linear warm-up.
-        final_lr_fraction: Where the cosine ends, as a fraction of the peak.
-    """
-
-    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
-    impl: Literal["auto", "torch", "apex"] = "auto"
-    base_lr: float = 0.06
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_all: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    lars_trust_coefficient: float = 0.001
-    schedule: Literal["step", "epoch"] = "step"
-    warmup_epochs: float = 10.0
-    final_lr_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.name not in ("sgd", "adamw", "lars", "lamb"):
-            raise ValueError(f"name must be sgd, adamw, lars or lamb, not {self.name!r}")
-        if self.impl not in ("auto", "torch", "apex"):
-            raise ValueError(f"impl must be auto, torch or apex, not {self.impl!r}")
-        if self.schedule not in ("step", "epoch"):
-            raise ValueError(f"schedule must be step or epoch, not {self.schedule!r}")
-        if self.impl == "apex" and self.name == "lars":
-            raise ValueError("impl must be auto or torch with optim.name=lars: apex has no LARS")
-        if self.impl == "apex" and self.name == "lamb" and self.weight_decay == 0:
-            raise ValueError(
-                "weight_decay must be > 0 with optim.impl=apex and optim.name=lamb: apex adapts no layer without decay"
-            )
-        for name in ("base_lr", "lars_trust_coefficient"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0")
-        for name in ("weight_decay", "warmup_epochs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError("momentum must be in [0, 1)")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("betas must be in [0, 1)")
-        if not 0 <= self.final_lr_fraction <= 1:
-            raise ValueError("final_lr_fraction must be in [0, 1]")
 
 
 def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
@@ -76,7 +18,7 @@ def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
 
     Args:
         model: On the device that it will be trained on.
-        cfg: The optim section; "apex" needs `fastssl.nvidia_apex.check_apex` before.
+        cfg: The optim section; "apex" needs `fastssl.build_run.check_apex` before.
     """
     import torch
 
@@ -85,7 +27,7 @@ def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
 
     weights, vectors = _parameter_groups(model, cfg)
     if cfg.impl == "apex":
-        from fastssl.nvidia_apex import build_apex_optimizer
+        from fastssl.optim.nvidia_apex import build_apex_optimizer
 
         return build_apex_optimizer([weights, vectors], cfg)
     layerwise = [weights | {"adapt": True}, vectors | {"adapt": False}]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import collectives
 from fastssl.step.train_step import StepResult
 
 
@@ -61,11 +61,11 @@ class LateReports:
     ) -> None:
         """Begin to copy the report of the step just launched (all ranks; a wish of one is a wish of all)."""
         values = result.report
-        if dist.world_size() > 1:
+        if collectives.world_size() > 1:
             wishes = (torch.full_like(result.loss, float(wish)) for wish in (wants_stop, wants_save))
             shared = torch.stack((result.loss, *wishes))
-            dist.EXCHANGE.sum_(shared)
-            values = torch.stack((values[0], shared[0] / dist.world_size(), values[2], shared[1], shared[2]))
+            collectives.EXCHANGE.sum_(shared)
+            values = torch.stack((values[0], shared[0] / collectives.world_size(), values[2], shared[1], shared[2]))
         event = None
         if self._device.type != "cuda":
             host = values.clone()
@@ -94,7 +94,7 @@ class LateReports:
             if event is not None:
                 self._free.append(host)
             values = {"taken": taken > 0, "loss": loss, "grad_norm": grad_norm}
-            if dist.world_size() > 1:
+            if collectives.world_size() > 1:
                 must_stop, must_save = (wish > 0 for wish in wishes)
                 values |= {"must_stop": must_stop, "must_save": must_save}
             yield StepReport(**known | values)

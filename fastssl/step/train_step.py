@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl import dist
+from fastssl import collectives
 from fastssl.config import Config
 from fastssl.evaluation.probe import OnlineProbe
-from fastssl.models.objective import Objective, during_backward
+from fastssl.models.objective import Objective
 from fastssl.optim.skipping import can_skip
 from fastssl.step.device_update import DeviceUpdate
 from fastssl.step.host_update import HostUpdate
@@ -92,7 +92,7 @@ class TrainStep:
                 engine.optimizer,
                 objective,
                 max_norm=cfg.train.grad_clip_norm,
-                alone=dist.world_size() == 1 and not cfg.ds,
+                alone=collectives.world_size() == 1 and not cfg.ds,
             )
         )
         self._target_weight = torch.zeros((), device=engine.device)  # 1 - momentum of the target
@@ -136,7 +136,7 @@ class TrainStep:
         """
         self._buffers.keep()
         h, z, loss = self.forward(views)
-        with during_backward(self._cfg, self._objective):
+        with self._objective.preserve_buffers():
             self.update.backward(loss)
         taken, grad_norm = self.update.step()
         self._buffers.put_back_unless(taken)

@@ -82,7 +82,7 @@ def gram_terms(
         ValueError: Shapes, dtypes or choices do not fit.
     """
     check_views(z, topology, None, exchange.size)
-    exchange.check_alike(z)
+    exchange.check_same_shape(z)
     with_grad = torch.is_grad_enabled() and z.requires_grad
     impl = choose_impl(impl, z)
     settings = (float(linear), float(square), unit, topology, impl, with_grad)

@@ -63,7 +63,7 @@ def pair_terms(
         ValueError: Shapes, dtypes or choices do not fit.
     """
     check_views(z, topology, groups, exchange.size)
-    exchange.check_alike(z)
+    exchange.check_same_shape(z)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, inv_temperature, bias))
     impl = choose_impl(impl, z)
     settings = (kind, topology, impl, wide_range, with_grad)

@@ -63,7 +63,7 @@ def partition_terms(
         ValueError: Shapes, dtypes or choices do not fit.
     """
     check_views(z, topology, groups, exchange.size)
-    exchange.check_alike(z)
+    exchange.check_same_shape(z)
     shift = exp_shift(inv_temperature)
     choices = (topology, choose_impl(impl, z))
     if exchange.size == 1 and choices[1] == "reference":  # by autograd: the ops have a first derivative only

@@ -3,7 +3,7 @@
 
 # a strip: R rows of one block x C columns of one block; x = u_i . u_k + b log2(e), the exponent of e^l
 # BLOCK_R, BLOCK_C: the tile of a program; STEP: how much of the width it multiplies at a time
-# PART: how much of the width the tensor cores sum up. They cut partial sums (tests/kernels/similarity/rounded.py): in
+# PART: how much of the width the tensor cores sum up. They cut partial sums (tests/helpers/rounded.py): in
 # one sum over D = 2048 e^l at l = 20 comes out 2e-4 too small; sums of parts are added, and rounded, as fp32.
 """
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_loader import WORKLOADS, verdicts
-from fastssl.record import append_rows
-from tests.processes import ROOT, environment
+from fastssl.tracking.result_rows import append_rows
+from tests.helpers.processes import ROOT, environment
 
 
 @pytest.fixture

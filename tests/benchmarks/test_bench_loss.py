@@ -16,7 +16,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from benchmarks import bench_loss, loss_providers
 from benchmarks.bench_loss import forward_backward, measure_cell, measure_times, quantiles
 from benchmarks.loss_providers import LOSSES, PRODUCTS, NotInstalledError, build
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 PROVIDERS = ("fastssl chunked", "eager", "strips + checkpoint", "Lightly")
 

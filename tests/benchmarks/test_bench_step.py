@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 COUNTS = ["--num-rounds", "2", "--num-warmup", "1", "--num-steps", "2"]
 

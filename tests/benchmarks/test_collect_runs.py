@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import collect_runs
-from fastssl.metrics import read_rows
+from fastssl.tracking.writers import read_rows
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_suite import STAGES, Command, Result, Suite, last_error, report, run_stage, run_stages, summary_line
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 SUITE = [sys.executable, "benchmarks/gpu_suite.py"]
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from pipelines.beton import BetonWriter
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 # Starts a provider with a worker of its own, stops both as between two windows, and waits to be killed.
 PARENT = """

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import profile_step
 from benchmarks.profile_step import _Reads, count_events
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import reproduce
-from fastssl.metrics import read_rows
-from fastssl.schedules import learning_rate
-from tests.processes import ROOT, environment
+from fastssl.optim.schedules import learning_rate
+from fastssl.tracking.writers import read_rows
+from tests.helpers.processes import ROOT, environment
 
 NUM_TRAIN, NUM_TEST, NUM_CLASSES = 400, 320, 4
 NUM_EPOCHS, STEPS = 6, NUM_TRAIN // 128

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.tune_tiles import CASES, CONFIGS, Problem, tiles_in_use
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 COMMAND = [sys.executable, "benchmarks/tune_tiles.py", "--device", "cpu", "--smoke"]
 

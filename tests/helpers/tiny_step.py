@@ -2,11 +2,12 @@
 
 import torch
 
+from fastssl.build_run import build_objective
 from fastssl.config import build_config
 from fastssl.evaluation.config import EvalConfig
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import build_loss
-from fastssl.models.objective import Objective, build_objective
+from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.step.train_step import TrainStep

@@ -58,10 +58,10 @@ def run(tiny_config):
     """A run's folder with a checkpoint of the weights that it began with."""
     import torch
 
-    from fastssl.checkpoint import plain_weights
+    from fastssl.build_run import build_model
+    from fastssl.checkpoint.save_load import plain_weights
     from fastssl.config import load_config
-    from fastssl.run_folder import RunFolder
-    from fastssl.trainer import build_model
+    from fastssl.tracking.run_folder import RunFolder
 
     cfg = load_config(tiny_config)
     folder = RunFolder(cfg.run.dir)

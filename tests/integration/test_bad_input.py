@@ -71,7 +71,7 @@ def test_train(settings, parts, tiny_config, command):
 
 @pytest.mark.parametrize("key", ["optim.impl", "model.layer_norm"])
 def test_apex_where_it_cannot_serve(key, tiny_config, in_process):
-    from fastssl.nvidia_apex import why_no_apex
+    from fastssl.optim.nvidia_apex import why_no_apex
 
     reason = "NVIDIA/apex" if why_no_apex() else "need a GPU"
     done = in_process("train", "--cfg", tiny_config, "--set", f"{key}=apex", "run.device=cpu")

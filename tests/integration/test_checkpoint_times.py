@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.checkpoint import step_of
+from fastssl.checkpoint.save_load import step_of
+from tests.helpers.processes import forkserver, free_port, train_as_rank
 from tests.integration.test_training import run_of
-from tests.processes import forkserver, free_port, train_as_rank
 
 # Seconds of a step by each rank's clock. By that of rank 1 a checkpoint would fall due at every step.
 STEP_S = {0: 60.0, 1: 7200.0}

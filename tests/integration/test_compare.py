@@ -4,9 +4,9 @@ import csv
 
 import pytest
 
-from fastssl.compare import compare, summarise
+from fastssl.commands.compare import compare, summarise
 from fastssl.errors import UserError
-from fastssl.metrics import read_rows
+from fastssl.tracking.writers import read_rows
 from tests.integration.test_bad_input import assert_one_line
 
 FAST = ["--set", "train.num_epochs=1", "optim.warmup_epochs=0", "eval.baselines=false", "eval.what=[knn]"]

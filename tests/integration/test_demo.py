@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastssl.metrics import read_rows
-from tests.processes import ROOT, free_port
+from fastssl.tracking.writers import read_rows
+from tests.helpers.processes import ROOT, free_port
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import start_training
-from tests.runs import collect, final_state, losses
+from tests.helpers.processes import start_training
+from tests.helpers.runs import collect, final_state, losses
 
 # Nothing of the network may depend on how a batch is divided: no batch norm. The target, Lambda and the predictor-less
 # loss of MINC are what most has to be remembered for.

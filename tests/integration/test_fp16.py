@@ -5,10 +5,10 @@ import subprocess
 import pytest
 import torch
 
-from fastssl.checkpoint import last_checkpoint
+from fastssl.checkpoint.save_load import last_checkpoint
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.runs import assert_same_end
 from tests.integration.test_training import TRAIN, kill_after_step, losses, run_of
-from tests.processes import ROOT, environment
-from tests.runs import assert_same_end
 
 NUM_STEPS = 20  # two epochs of ten
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import ROOT, environment, free_port
+from tests.helpers.processes import ROOT, environment, free_port
 
 NUM_STEPS = 3
 # One start of the processes for several runs: most of a tiny run's seconds are imports.
@@ -16,11 +16,12 @@ PROGRAM = """
 import json, sys
 from itertools import islice
 import torch
-from fastssl import dist, report
+from fastssl import collectives
+from fastssl.tracking import plots
 from fastssl.config import load_config
 from fastssl.trainer import Trainer
 
-report.draw_views = lambda *_: None  # a second each
+plots.draw_views = lambda *_: None  # a second each
 config, folder, num_steps, runs = sys.argv[1:]
 
 def weights(trainer):
@@ -30,11 +31,11 @@ for name, settings in json.loads(runs).items():
     trainer = Trainer(load_config(config, [f"run.dir={folder}/{name}", *settings]))
     start = weights(trainer)
     batches = trainer.loader.epoch(0)
-    trainer.journal.timer.start()
+    trainer.epoch_stats.timer.start()
     trainer.fit_batches(islice(batches, int(num_steps)))
     batches.close()
     trainer.save()
-    if dist.rank() == 0:
+    if collectives.rank() == 0:
         torch.save({"start": start, "end": weights(trainer)}, f"{folder}/{name}.pt")
 """
 

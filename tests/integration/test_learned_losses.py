@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastssl.losses import LOSSES
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 NUM_STEPS = 4
 SAVED_AT = 2
@@ -19,11 +19,11 @@ BEGIN = """
 import json, sys
 from itertools import islice
 import torch
-from fastssl import report
+from fastssl.tracking import plots
 from fastssl.config import load_config
 from fastssl.trainer import Trainer
 
-report.draw_views = lambda *_: None  # a second each
+plots.draw_views = lambda *_: None  # a second each
 config, folder = sys.argv[1:3]
 
 def start(name, run, *settings):
@@ -31,7 +31,7 @@ def start(name, run, *settings):
 
 def take_steps(trainer, num_steps):
     batches = trainer.loader.epoch(0, first_batch=trainer.step)
-    trainer.journal.timer.start()
+    trainer.epoch_stats.timer.start()
     trainer.fit_batches(islice(batches, num_steps))
     batches.close()
     return state(trainer)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.checkpoint import last_checkpoint
-from fastssl.metrics import read_rows
+from fastssl.checkpoint.save_load import last_checkpoint
+from fastssl.tracking.writers import read_rows
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.runs import assert_same_end
 from tests.integration.test_training import TRAIN, run_of, torchrun
-from tests.processes import ROOT, environment
-from tests.runs import assert_same_end
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import start_training
-from tests.runs import assert_same_end
+from tests.helpers.processes import start_training
+from tests.helpers.runs import assert_same_end
 
 CASES = list(product(("mio", "minc", "byol"), (1, 2), (0, 1, 2)))
 NUM_KILLS = -(-int(os.environ.get("FASTSSL_KILLS", "30")) // len(CASES))  # of each case

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.checkpoint import last_checkpoint, step_of
-from fastssl.metrics import read_rows
+from fastssl.checkpoint.save_load import last_checkpoint, step_of
+from fastssl.tracking.writers import read_rows
+from tests.helpers.processes import forkserver, train_in_this_process
 from tests.integration.test_training import run_of
-from tests.processes import forkserver, train_in_this_process
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.bench_startup import measure_startup
 from pipelines.beton import BetonWriter
 from pipelines.convert import convert
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 HELP_LIMIT_S, FILLED_LIMIT_S, EMPTY_LIMIT_S = 1.0, 5.0, 15.0
 BATCH_SIZE = 16

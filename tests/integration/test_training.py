@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.checkpoint import last_checkpoint, step_of
-from fastssl.metrics import read_rows
+from fastssl.checkpoint.save_load import last_checkpoint, step_of
+from fastssl.tracking.writers import read_rows
 from pipelines.beton import BetonWriter
-from tests.processes import ROOT, environment, free_port
-from tests.runs import assert_same_end, final_state, losses
+from tests.helpers.processes import ROOT, environment, free_port
+from tests.helpers.runs import assert_same_end, final_state, losses
 
 TRAIN = [sys.executable, "fastssl/train.py", "--cfg"]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels.similarity import Side, fused, strips
-from tests.kernels.loss_three_way import LN_2, LossCase, assert_loss_three_way, exact_shift, run_loss
-from tests.kernels.similarity.three_way import TOLERANCE
+from tests.helpers.loss_three_way import LN_2, LossCase, assert_loss_three_way, exact_shift, run_loss
+from tests.helpers.three_way import TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 

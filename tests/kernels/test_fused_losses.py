@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.interpreter import run_cases
+from tests.helpers.interpreter import run_cases
 
 CASES = "tests/kernels/fused_loss_cases.py"
 

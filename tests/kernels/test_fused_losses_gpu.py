@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from tests.helpers.loss_three_way import LossCase, assert_loss_three_way, run_loss
 from tests.kernels.fused_loss_cases import *  # noqa: F403 - the same cases, with the device below
 from tests.kernels.fused_loss_cases import (
     COLD,
@@ -26,7 +27,6 @@ from tests.kernels.fused_loss_cases import (
     pair_case,
     partition_case,
 )
-from tests.kernels.loss_three_way import LossCase, assert_loss_three_way, run_loss
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from kernels.gram_loss import quadratic_loss, spectral_loss
 from kernels.pair_loss import pair_loss
 from kernels.partition_loss import partition_loss
 from kernels.similarity import chunked
-from tests.kernels.pairs import random_rows
+from tests.helpers.pairs import random_rows
 
 GROUPS = torch.arange(13) % 9
 
@@ -337,7 +337,7 @@ class TwoRanks:
     def __init__(self) -> None:
         self.gathered = weakref.WeakSet()
 
-    def check_alike(self, z: Tensor) -> None:
+    def check_same_shape(self, z: Tensor) -> None:
         pass
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from fastssl.config import load_config
-from fastssl.metrics import read_rows
-from tests.processes import ROOT, environment, free_port
+from fastssl.tracking.writers import read_rows
+from tests.helpers.processes import ROOT, environment, free_port
 
 LAUNCH = ROOT / "launch"
 # Kubeflow training operator, pkg/apis/kubeflow.org/v1: PyTorchJobSpec, RunPolicy, ReplicaSpec.

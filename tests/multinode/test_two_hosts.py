@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fastssl.checkpoint import last_checkpoint
-from tests.multinode.hosts import two_hosts, wait_for, why_not
-from tests.processes import free_port
-from tests.runs import losses
+from fastssl.checkpoint.save_load import last_checkpoint
+from tests.helpers.hosts import two_hosts, wait_for, why_not
+from tests.helpers.processes import free_port
+from tests.helpers.runs import losses
 
 pytestmark = [pytest.mark.dist, pytest.mark.multinode, pytest.mark.timeout(2000)]
 _WHY_NOT = why_not()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 MEBIBYTE = 2**20
 NUM_THREADS, PREFETCH_BATCHES, BATCH_SIZE, NUM_VIEWS = 2, 3, 64, 2

@@ -7,8 +7,8 @@ from fastssl.analysis.gradflow import GRID, objectives_beside, row_differences
 from fastssl.analysis.pair_flow import pair_flow
 from fastssl.errors import ConfigError
 from fastssl.losses import LOSSES, MioConfig, NtXentConfig, SpectralConfig, build_loss
-from tests.fastssl.test_losses import CONFIGS
-from tests.kernels.pairs import clustered_rows, random_rows
+from tests.fastssl.losses.test_losses import CONFIGS
+from tests.helpers.pairs import clustered_rows, random_rows
 
 CLOSED = ("mio", "simclr", "dcl", "dclw", "siglip", "spectral")
 

@@ -12,7 +12,7 @@ from fastssl.models.backbones import build_backbone
 from fastssl.models.config import ModelConfig
 from fastssl.models.grad_cache import unchanged_buffers
 from kernels.torchvision_cpu import import_torchvision
-from tests.live_memory import PeakBytes
+from tests.helpers.live_memory import PeakBytes
 
 NARROW = {"channels": [8, 8, 16, 16], "stem_type": "deep", "stem_width": 4}
 TIMM_TINY = NARROW | {"layers": [2, 1, 1, 1], "zero_init_last": False, "drop_path_rate": 0.5}

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastssl.build_run import build_objective
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.losses import build_loss
 from fastssl.models.grad_cache import unchanged_buffers
-from fastssl.models.objective import Objective, build_objective
+from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 
 TINY = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "zero_init_last": False}

@@ -10,23 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import collectives
+from fastssl.build_run import build_objective
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.losses import LossConfig, MioConfig, build_loss
 from fastssl.models.config import ModelConfig
 from fastssl.models.grad_cache import encode_in_micro_batches, unchanged_buffers
-from fastssl.models.objective import Objective, build_objective, during_backward
+from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
-from tests.fastssl.test_losses_dist import (
+from tests.fastssl.losses.test_losses_dist import (
     LOSS_CONFIGS,
     build_encoder,
     differences,
     local_views,
     module_of_config,
 )
-from tests.live_memory import PeakBytes
-from tests.processes import join_ranks, start_ranks
+from tests.helpers.live_memory import PeakBytes
+from tests.helpers.processes import join_ranks, start_ranks
 
 # A last norm of weight zero would leave out the blocks' branches.
 NARROW = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "stem_type": "deep", "stem_width": 4}
@@ -60,9 +61,9 @@ def run_objective(config: LossConfig, num_micro_batches: int) -> tuple[Tensor, d
     _, z, loss = objective(views)
     assert [x.shape for x in z] == [(len(views[0]), 5)] * 2
     loss.backward()
-    found = {name: dist.all_mean_(p.grad) for name, p in objective.named_parameters() if p.grad is not None}
+    found = {name: collectives.all_mean_(p.grad) for name, p in objective.named_parameters() if p.grad is not None}
     found |= {name: buffer.clone() for name, buffer in objective.named_buffers()}
-    return dist.all_mean_(loss.detach()), found
+    return collectives.all_mean_(loss.detach()), found
 
 
 def run_all(num_micro_batches: int) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
@@ -211,10 +212,10 @@ def test_micro_batches_that_cannot_be(num_micro_batches: int, message: str) -> N
 
 
 def test_one_micro_batch_is_the_straight_path(monkeypatch) -> None:
-    cfg, objective = build_from(1)
+    _, objective = build_from(1)
     monkeypatch.setattr("fastssl.models.objective.encode_in_micro_batches", None)
     monkeypatch.setattr("fastssl.models.objective.unchanged_buffers", None)
-    with during_backward(cfg, objective):
+    with objective.preserve_buffers():
         objective(images(16, 16))[2].backward()
 
 

@@ -8,7 +8,7 @@ from fastssl.models.config import ModelConfig
 from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import OptimConfig, build_optimizer
-from fastssl.schedules import ema_momentum
+from fastssl.optim.schedules import ema_momentum
 
 TINY = {"channels": [8, 8, 16, 16], "stem_type": "deep", "stem_width": 4, "layers": [1, 1, 1, 1]}
 MODEL = ModelConfig(backbone="timm/resnet18", stem="cifar", backbone_kwargs=TINY, projector_dim=8)

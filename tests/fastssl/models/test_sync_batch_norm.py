@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import collectives
 from fastssl.losses import ByolConfig, LossConfig, MioConfig, build_loss
 from fastssl.models.config import ModelConfig
 from fastssl.models.objective import Objective
@@ -19,7 +19,7 @@ from fastssl.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import OptimConfig, build_optimizer
 from kernels.torchvision_cpu import import_torchvision
-from tests.processes import join_ranks, start_ranks
+from tests.helpers.processes import join_ranks, start_ranks
 
 C = 3
 STEPS = 2  # running statistics move twice
@@ -74,13 +74,15 @@ def run_norm(norm: nn.Module, name: str, *, dtype: torch.dtype | None = None) ->
         found |= {f"{step} y": y.detach(), f"{step} gradient of x": x.grad}
     for key, parameter in norm.named_parameters():
         assert parameter.grad is not None
-        found[f"gradient of {key}"] = dist.EXCHANGE.sum_(parameter.grad)
+        found[f"gradient of {key}"] = collectives.EXCHANGE.sum_(parameter.grad)
     return found | dict(norm.named_buffers())
 
 
 def local_rows(x: Tensor) -> Tensor:
     """This rank's part; where they are not equal, the last rank has fewer."""
-    return x.tensor_split([-(-len(x) // dist.world_size()) * r for r in range(1, dist.world_size())])[dist.rank()]
+    return x.tensor_split([-(-len(x) // collectives.world_size()) * r for r in range(1, collectives.world_size())])[
+        collectives.rank()
+    ]
 
 
 TINY = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "zero_init_last": False}
@@ -104,7 +106,7 @@ def train(config: LossConfig, *, sync: bool) -> dict[str, Tensor]:
         objective([local_rows(view) for view in views])[2].backward()
         for parameter in objective.parameters():
             if parameter.grad is not None:
-                dist.all_mean_(parameter.grad)
+                collectives.all_mean_(parameter.grad)
         optimizer.step()
         objective.after_step(step, 10)
     return {name: value.clone() for name, value in objective.state_dict().items()}

@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl import dist
+from fastssl import collectives
 from fastssl.config import RunConfig, build_config
-from fastssl.ds_config import build_ds_config
-from fastssl.launch import start_process
 from fastssl.optim import OptimConfig, build_optimizer
 from fastssl.optim.layerwise import bind_partitions
+from fastssl.processes.launch import start_process
+from fastssl.step.deepspeed_config import build_ds_config
 
 NUM_STEPS = 5
 SETTINGS = {
@@ -104,7 +104,7 @@ def build_engine(case: Case, model: nn.Module) -> Any:
     train = {"precision": case.precision, "zero_stage": case.zero_stage, "offload_optimizer": case.offload}
     ds = {"zero_optimization": {"round_robin_gradients": case.round_robin}}
     cfg = build_config({"train": train, "data": {"global_batch_size": 8}, "ds": ds})
-    ds_config = build_ds_config(cfg, world_size=dist.world_size())
+    ds_config = build_ds_config(cfg, world_size=collectives.world_size())
     optimizer = build_optimizer(model, SETTINGS[case.name])
     return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)[0]
 
@@ -113,7 +113,7 @@ def batch(step: int) -> Tensor:
     """This rank's images."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(8, 3, 6, 6, generator=generator) * 2.0 ** (-step)  # each step's gradients have another size
-    return images.chunk(dist.world_size())[dist.rank()]
+    return images.chunk(collectives.world_size())[collectives.rank()]
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def run_rank(rank: int, world_size: int, folder: Path, cases: list[Case]) -> Non
     start_process(RunConfig(device="cpu", num_threads=1))
     unbound = run_unbound()
     torch.save(({str(case): run_case(case) for case in cases}, unbound), folder / f"rank{rank}.pt")
-    dist.barrier()
+    collectives.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from fastssl.config import build_config
-from fastssl.ds_config import build_ds_config
-from fastssl.launch import start_process
 from fastssl.losses import build_loss
 from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
+from fastssl.processes.launch import start_process
+from fastssl.step.deepspeed_config import build_ds_config
 from fastssl.step.host_update import INITIAL_LOSS_SCALE
 from fastssl.step.train_step import TrainStep
 from pipelines.batch import Batch
-from tests.group_counts import AdamByGroup
+from tests.helpers.group_counts import AdamByGroup
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 

@@ -17,7 +17,7 @@ from kernels.augment.cpu import OutputPool
 from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.views import RECIPES, ViewSpec, draw
-from tests.kernels.augment.records import jitter, make_records
+from tests.helpers.view_records import jitter, make_records
 
 import_torchvision()
 from torchvision.transforms.v2 import functional as v2  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 
 from kernels.augment import augment
 from kernels.augment.params import VIEW_PARAMS
-from tests.interpreter import run_cases
+from tests.helpers.interpreter import run_cases
 
 CASES = "tests/kernels/augment/fused_cases.py"
 
@@ -37,7 +37,7 @@ def test_where_it_cannot_run_it_says_so() -> None:
 def test_machine_code(kernel: str, stored: bool, tmp_path: Path) -> None:
     """For compute capability 9.0, compiled without a GPU: nothing spilled, two programs a multiprocessor."""
     from kernels.augment import augment_kernels, fused
-    from tests.kernels.machine_code import compile_kernel, disassemble
+    from tests.helpers.machine_code import compile_kernel, disassemble
 
     types = dict.fromkeys(("records", "sums", "scales", "shifts", "scratch"), "*fp32")
     types |= {"pixels": "*u8", "image_ids": "*i64", "out": "*bf16"}

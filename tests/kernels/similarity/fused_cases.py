@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kernels.similarity import Side, Term, epilogues, fused, reference, strips, tiles
 from kernels.similarity import rows as torch_rows
-from tests.kernels.similarity import rounded, three_way
-from tests.kernels.similarity.three_way import (
+from tests.helpers import rounded, three_way
+from tests.helpers.three_way import (
     Case,
     assert_three_way,
     make_inputs,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.similarity import Kind, Side, Term, chunked, load_impl, reference
-from tests.kernels.pairs import clustered_rows, random_rows
+from tests.helpers.pairs import clustered_rows, random_rows
 
 KINDS = ("exp", "softplus", "square")
 ACCUMULATORS = ("sums", "slopes", "pulls")

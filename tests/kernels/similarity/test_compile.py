@@ -12,7 +12,7 @@ import pytest
 from kernels.gram_loss import fused as gram
 from kernels.similarity import row_kernels, strip_kernels, strips, tile_kernels, tiles
 from kernels.similarity.epilogues import KINDS
-from tests.kernels.machine_code import MachineCode, compile_kernel, disassemble, triton
+from tests.helpers.machine_code import MachineCode, compile_kernel, disassemble, triton
 
 
 class TileCase(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from tests.helpers.three_way import Case, assert_three_way, make_inputs, run
 from tests.kernels.similarity.fused_cases import *  # noqa: F403 - the same cases, with the device below
 from tests.kernels.similarity.fused_cases import KINDS
-from tests.kernels.similarity.three_way import Case, assert_three_way, make_inputs, run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.similarity.rows import finish, normalize, view_pairs
-from tests.kernels.pairs import random_rows
+from tests.helpers.pairs import random_rows
 
 ONE = torch.ones((), dtype=torch.float64)
 

@@ -11,7 +11,7 @@ from pipelines.bench.loader import check_job
 from pipelines.bench.streams import Job
 from pipelines.errors import DataError
 from pipelines.views import ViewsConfig
-from tests.pipelines.test_engines import make_jpegs, write_jpegs
+from tests.pipelines.engines.test_engines import make_jpegs, write_jpegs
 
 STREAMS = ["engine ffcv", "engine dali", "engine resident", "synthetic ceiling", "libjpeg-turbo alone"]
 DISK = ["disk, order of an epoch", "disk, sequential"]

@@ -10,8 +10,8 @@ from pipelines.bench.stages import COPY, measure_stages
 from pipelines.bench.streams import Job
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.views import ViewsConfig
-from tests.pipelines.test_engines import make_jpegs, write_jpegs
-from tests.pipelines.test_engines_gpu import skip_without_ffcv
+from tests.pipelines.engines.test_engines import make_jpegs, write_jpegs
+from tests.pipelines.engines.test_engines_gpu import skip_without_ffcv
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pipelines.bench.streams import Job, build_job_loader, open_decode, open_eng
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.errors import DataError
 from pipelines.views import ViewsConfig
-from tests.pipelines.test_engines import make_jpegs, write_jpegs
+from tests.pipelines.engines.test_engines import make_jpegs, write_jpegs
 
 VIEWS = ViewsConfig(recipe="byol", size_px=32)
 

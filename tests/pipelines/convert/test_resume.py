@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.convert import convert, convert_shards
 from pipelines.errors import DataError
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 # Checkpoints every 50 ms, and images slow enough to be killed between two.
 CHILD = """

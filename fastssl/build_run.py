@@ -1,0 +1,131 @@
+"""From a configuration to what a run trains: model, initial weights, objective."""
+
+import os
+import shutil
+import sys
+
+import torch
+from torch import nn
+
+from fastssl import collectives
+from fastssl.checkpoint.save_load import load_weights
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl.losses import Loss
+from fastssl.machine.nvidia_gpu import has_gpu
+from fastssl.models.activation_checkpointing import checkpoint_activations
+from fastssl.models.objective import Objective
+from fastssl.models.sync_batch_norm import has_batch_norm, synchronize_batch_norms
+from fastssl.models.two_view import TwoViewModel
+from fastssl.optim.nvidia_apex import apex_layer_norm, put_layer_norms, why_no_apex
+
+
+def build_model(cfg: Config, image_px: int) -> TwoViewModel:
+    """The model at its seeded start.
+
+    Raises:
+        ConfigError: there is no such model, or no layer norm in it for `model.layer_norm=apex`.
+    """
+    torch.manual_seed(cfg.run.seed)
+    try:
+        model = TwoViewModel(cfg.model, image_px)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if cfg.model.layer_norm == "apex" and not put_layer_norms(model, apex_layer_norm()):
+        raise ConfigError(f"model.layer_norm=apex: {cfg.model.backbone} has no layer norm that apex's could replace")
+    return model
+
+
+def load_initial_weights(model: TwoViewModel, path: str) -> None:
+    """Load backbone and projector from `run.init_from`.
+
+    Raises:
+        ConfigError: they do not fit the model.
+    """
+    weights = load_weights(path)
+    try:
+        model.backbone.load_state_dict(weights["backbone"])
+        model.projector.load_state_dict(weights["projector"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"run.init_from: {path} is of another model, {weights['model']}: {reason}") from None
+
+
+def build_objective(cfg: Config, model: TwoViewModel, loss: Loss) -> Objective:
+    """The objective as the config wants it run; model and loss are changed in place (all ranks call it).
+
+    Raises:
+        ConfigError: the batch, the backbone or the machine do not allow what the config asks for.
+    """
+    try:
+        if cfg.model.batch_norm == "sync":
+            synchronize_batch_norms(nn.ModuleList([model, loss]))
+        if cfg.model.activation_checkpointing:
+            checkpoint_activations(model.backbone, cfg.model.backbone)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    objective = Objective(
+        model,
+        loss,
+        num_micro_batches=cfg.train.num_micro_batches,
+        checkpoints_activations=cfg.model.activation_checkpointing,
+    )
+    _check_micro_batches(cfg, objective)
+    if cfg.train.compile:
+        _compile(objective)
+    return objective
+
+
+def _compile(objective: Objective) -> None:
+    """Compile the networks in place, names stay; a loss exchanges between ranks and has kernels of its own."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(f"train.compile: there is no C++ compiler {compiler}: install one, or name it in CXX")
+    for network in (objective.model, objective.target):
+        if network is not None:
+            network.compile(dynamic=False)
+
+
+def _check_micro_batches(cfg: Config, objective: Objective) -> None:
+    num_parts, local_batch_size = cfg.train.num_micro_batches, cfg.data.global_batch_size // collectives.world_size()
+    if local_batch_size % num_parts:
+        raise ConfigError(
+            f"train.num_micro_batches is {num_parts}, which does not divide the local batch of {local_batch_size} "
+            f"images (data.global_batch_size {cfg.data.global_batch_size} on {collectives.world_size()} processes)"
+        )
+    if num_parts == 1 or not has_batch_norm(objective.model):
+        return
+    if local_batch_size == num_parts:
+        raise ConfigError(
+            f"train.num_micro_batches is {num_parts}: micro-batches of one image leave batch norm without statistics; "
+            f"lower it, or raise data.global_batch_size"
+        )
+    if collectives.rank() == 0:
+        print(
+            f"fastssl: warning: train.num_micro_batches={num_parts}: batch norm takes its statistics from parts of "
+            f"{local_batch_size // num_parts} images, so this is not the training of the whole batch at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def check_apex(cfg: Config) -> None:
+    """Refuse a configuration that asks for apex on a machine that cannot serve it.
+
+    Raises:
+        ConfigError: apex is not there, is another project, lacks its CUDA extensions, or there is no GPU.
+    """
+    if refusal := why_refused(cfg):
+        raise ConfigError(f"{refusal}; or leave the key out for torch's own")
+
+
+def why_refused(cfg: Config) -> str | None:
+    """Why this machine cannot serve a configuration that asks for apex, in one line; None: it can, or none is asked."""
+    asked = {"optim.impl": cfg.optim.impl, "model.layer_norm": cfg.model.layer_norm}
+    keys = [f"{key}=apex" for key, impl in asked.items() if impl == "apex"]
+    if not keys:
+        return None
+    reason = why_no_apex()
+    if reason is None and (cfg.run.device == "cpu" or not has_gpu()):
+        reason = "its kernels need a GPU"
+    return reason and f"{' and '.join(keys)}: {reason}"

@@ -1,0 +1,151 @@
+"""What a checkpoint's folder holds: manifest.json has size and SHA-256 of each file, so that damage is seen."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from fastssl.errors import ConfigError
+from fastssl.files import sync_file
+from fastssl.machine.environment import package_version
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2  # 1 was DeepSpeed's files, without a manifest
+_OLD_FORMAT_FILES = "*_model_states.pt"
+
+
+class DamagedError(ConfigError):
+    """A file of a checkpoint is not as it was written; the message is one line that names it."""
+
+
+def save_file(value: Any, path: Path) -> dict[str, Any]:
+    """`torch.save` to a file that is on the disk on return; hashed on the way, so that it is not read again.
+
+    Returns:
+        Its entry in a manifest: "bytes" and "sha256".
+    Raises:
+        ConfigError: it cannot be written, as where the disk is full.
+    """
+    try:
+        with path.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save(value, hashing)  # pyright: ignore[reportArgumentType] it only writes, from start to end
+            sync_file(file)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError where a write fails in its hands
+        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or str(error)
+        raise ConfigError(f"{path} cannot be written ({reason}): make room, then go on with run.resume=auto") from None
+    return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], *, world_size: int) -> None:
+    """Write manifest.json, the last file of a checkpoint.
+
+    Args:
+        folder: The checkpoint's.
+        files: By name, from `save_file`.
+        world_size: Number of processes that saved.
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        "world_size": world_size,
+        "torch": package_version("torch"),
+        "deepspeed": package_version("deepspeed"),
+        "files": {name: dict(files[name]) for name in sorted(files)},
+    }
+    with (folder / MANIFEST).open("w") as file:
+        json.dump({**content, "sha256_of_the_above": _digest(content)}, file, indent=2)
+        sync_file(file)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of manifest.json.
+
+    Raises:
+        DamagedError: it is missing or not as it was written.
+        ConfigError: the checkpoint has a format that this version does not read.
+    """
+    path = folder / MANIFEST
+    if not path.exists() and any(folder.glob(_OLD_FORMAT_FILES)):
+        raise ConfigError(
+            f"{folder} was written by an older version of fastssl, with DeepSpeed's files: it cannot be resumed; its "
+            "weights.pt can be taken with run.init_from"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        digest = content.pop("sha256_of_the_above")
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise DamagedError(f"{path} is damaged: it is no manifest") from None
+    if digest != _digest(content):
+        raise DamagedError(f"{path} is damaged: its sha256 is another")
+    if content["format_version"] != FORMAT_VERSION:
+        raise ConfigError(
+            f"{folder} has format {content['format_version']}, this version of fastssl reads {FORMAT_VERSION}"
+        )
+    return content
+
+
+def check_folder(folder: Path) -> None:
+    """Read every file of a checkpoint and hold it against the manifest.
+
+    Raises:
+        DamagedError: one is missing, cut off or changed.
+        ConfigError: the checkpoint has a format that this version does not read.
+    """
+    for name, entry in read_manifest(folder)["files"].items():
+        _check(folder / name, entry)
+
+
+def check_file(path: Path) -> None:
+    """The same for one file; one without a manifest beside it, such as a copied weights.pt, is not checked.
+
+    Raises:
+        DamagedError: it is missing, cut off or changed.
+        ConfigError: the checkpoint has a format that this version does not read.
+    """
+    if (path.parent / MANIFEST).exists():
+        entry = read_manifest(path.parent)["files"].get(path.name)
+        if entry is not None:
+            _check(path, entry)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != entry["bytes"]:
+            raise DamagedError(f"{path} is damaged: it has {num_bytes} bytes, not {entry['bytes']}")
+        if sha256_of(path) != entry["sha256"]:
+            raise DamagedError(f"{path} is damaged: its sha256 is another")
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Hashing:
+    """What `torch.save` writes to: the file, and the hash of what went there."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()

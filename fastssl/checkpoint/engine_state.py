@@ -1,0 +1,206 @@
+"""What DeepSpeed's engine holds, by the parameters' names and unpartitioned: the same under every stage and world size.
+
+Stage 0 has one optimizer state for each parameter. ZeRO 1 and 2 lay the parameters of a group one after the other, pad
+them, cut that into one piece a rank, and give the client's optimizer the rank's fp32 piece as its only parameter: its
+state is of the piece. Here the pieces are gathered to the first rank and cut into parameters again, and the other way
+round; nothing is computed, so nothing is rounded.
+"""
+
+# W world size, K elements of one rank's piece; a group's flat tensor has W * K, its end is padding
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from fastssl import collectives
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+OptimizerState = dict[str, dict[str, Any]]
+
+
+@torch.no_grad()
+def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The engine's state on the CPU (all ranks call it).
+
+    Returns:
+        What all ranks share: "parameters" (fp32, by name; ZeRO's master weights where there are such), "buffers" (by
+        name; the mean over ranks of those that differ), "optimizer" (by name, then by key), "counters" and, where the
+        optimizer's groups count their steps as NVIDIA apex's do, "group_steps"; of parameters and optimizer a rank
+        other than the first gets a part only. And this rank's buffers that differ.
+    """
+    parameters = {name: _on_cpu(value) for name, value in engine.module.named_parameters()}
+    optimizer: OptimizerState = {}
+    if _is_partitioned(engine):
+        for group in _flat_groups(engine):
+            parameters |= _gather(group, group.piece)
+            _collect_group(group, _client_optimizer(engine).state.get(group.piece, {}), optimizer)
+    else:
+        for name, parameter in _optimized(engine):
+            state = engine.optimizer.state.get(parameter, {})
+            optimizer[name] = {key: _on_cpu(value) for key, value in state.items()}
+    buffers, own_buffers = _collect_buffers(engine.module)
+    shared = {
+        "parameters": parameters,
+        "buffers": buffers,
+        "optimizer": optimizer,
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+    }
+    group_steps = [group.get("step") for group in _client_optimizer(engine).param_groups]
+    if any(step is not None for step in group_steps):
+        shared["group_steps"] = group_steps
+    return shared, own_buffers
+
+
+@torch.no_grad()
+def restore_engine_state(engine: Any, shared: Mapping[str, Any], own_buffers: Mapping[str, Tensor]) -> None:
+    """Put back what `collect_engine_state` found, into an engine of any ZeRO stage and world size.
+
+    Args:
+        engine: Newly built on the same module.
+        shared: Whole, on every rank.
+        own_buffers: This rank's; of the others the shared ones are taken.
+    """
+    for name, parameter in engine.module.named_parameters():
+        parameter.copy_(shared["parameters"][name])
+    buffers = dict(engine.module.named_buffers())
+    for name, value in {**shared["buffers"], **own_buffers}.items():
+        buffers[name].copy_(value)
+    _restore_optimizer(engine, shared)
+    for name, value in shared["counters"].items():
+        setattr(engine, name, value)
+
+
+@dataclass(frozen=True)
+class _FlatGroup:
+    """A parameter group under ZeRO 1 or 2.
+
+    Attributes:
+        piece: This rank's fp32 master weights, [K]; what the client's optimizer steps.
+        numel: W * K.
+        places: Name, parameter and offset in the flat tensor of each.
+        device: Where the process group exchanges tensors (the piece is on the CPU under offload).
+    """
+
+    piece: Tensor
+    numel: int
+    places: Sequence[tuple[str, Tensor, int]]
+    device: torch.device
+
+
+def _is_partitioned(engine: Any) -> bool:
+    return engine.zero_optimization_stage() > 0
+
+
+def _client_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The one that was given to DeepSpeed; its groups are the same at every stage, their parameters are not."""
+    return engine.optimizer.optimizer if _is_partitioned(engine) else engine.optimizer
+
+
+def _names(engine: Any) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in engine.module.named_parameters()}
+
+
+def _optimized(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and parameter in the order of the client's groups (stage 0)."""
+    names = _names(engine)
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[id(parameter)], parameter
+
+
+def _flat_groups(engine: Any) -> Iterator[_FlatGroup]:
+    names, zero = _names(engine), engine.optimizer
+    for index, piece in enumerate(zero.single_partition_of_fp32_groups):
+        parameters, offsets = zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index]
+        places = [(names[id(p)], p, offset) for p, offset in zip(parameters, offsets, strict=True)]
+        yield _FlatGroup(piece, zero.bit16_groups_flat[index].numel(), places, engine.device)
+
+
+def _collect_group(group: _FlatGroup, state: Mapping[str, Any], found: OptimizerState) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == group.piece.shape:
+            by_name: dict[str, Any] = _gather(group, value)
+        else:  # a step: the group's is each parameter's; copies, since a loaded alias would be counted up twice
+            by_name = {name: _on_cpu(value) for name, _, _ in group.places}
+        for name, item in by_name.items():
+            found.setdefault(name, {})[key] = item
+
+
+def _gather(group: _FlatGroup, piece: Tensor) -> dict[str, Tensor]:
+    """The parameters' parts of a flat tensor, from each rank's piece [K]; {} on other ranks than the first."""
+    own = piece.detach().to(group.device).contiguous()
+    pieces = [torch.empty_like(own) for _ in range(collectives.world_size())] if collectives.rank() == 0 else None
+    torch_dist.gather(own, pieces)
+    if pieces is None:
+        return {}
+    flat = torch.cat(pieces).cpu()
+    return {name: flat[at : at + p.numel()].view(p.shape).clone() for name, p, at in group.places}
+
+
+def _cut(group: _FlatGroup, values: Mapping[str, Tensor]) -> Tensor:
+    """This rank's piece [K] of the flat tensor of the values by name; zeros where there is none."""
+    flat = torch.zeros(group.numel, dtype=group.piece.dtype)
+    for name, parameter, offset in group.places:
+        if name in values:
+            flat[offset : offset + parameter.numel()] = values[name].reshape(-1)
+    start = collectives.rank() * group.piece.numel()
+    return flat[start : start + group.piece.numel()].clone()
+
+
+def _restore_optimizer(engine: Any, shared: Mapping[str, Any]) -> None:
+    saved: OptimizerState = shared["optimizer"]
+    states = []
+    if _is_partitioned(engine):
+        for group in _flat_groups(engine):
+            group.piece.data.copy_(_cut(group, shared["parameters"]))
+            states.append(_piece_state(group, saved))
+    else:
+        states = [saved.get(name, {}) for name, _ in _optimized(engine)]
+    _load_states(_client_optimizer(engine), states, shared.get("group_steps", ()))
+
+
+def _piece_state(group: _FlatGroup, saved: OptimizerState) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, parameter, _ in group.places:
+        for key, value in saved.get(name, {}).items():
+            if key in state:
+                continue
+            if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
+                state[key] = _cut(group, {n: saved[n][key] for n, _, _ in group.places if key in saved.get(n, {})})
+            else:
+                state[key] = value
+    return state
+
+
+def _load_states(
+    optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]], group_steps: Sequence[int | None]
+) -> None:
+    """Give each parameter of the optimizer its state; torch creates what is not there and moves it to the device."""
+    groups = optimizer.state_dict()["param_groups"]
+    for index, step in enumerate(group_steps):  # none at all, where the optimizer counts by parameter
+        if step is not None:
+            groups[index]["step"] = step
+    optimizer.load_state_dict({"state": {i: s for i, s in enumerate(states) if s}, "param_groups": groups})
+
+
+def _collect_buffers(module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The buffers that a state dict has: the same on every rank, by the mean of those that differ; then these alone."""
+    saved = module.state_dict().keys()
+    buffers = {name: value for name, value in module.named_buffers() if name in saved}
+    differing = collectives.names_that_differ(buffers)
+    own = {name: _on_cpu(buffers[name]) for name in differing}
+    shared = {name: _on_cpu(value) for name, value in buffers.items()}
+    for name in differing:
+        if buffers[name].is_floating_point():
+            shared[name] = collectives.all_mean_(buffers[name].clone()).cpu()
+    return shared, own
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy that shares no storage: `torch.save` writes the whole storage of a view."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

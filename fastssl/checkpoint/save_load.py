@@ -1,0 +1,302 @@
+"""What a run must remember, written so that a kill at any moment leaves a whole checkpoint behind.
+
+One folder a checkpoint, checkpoints/step_XXXXXXXX, of plain tensors by name, so that a run may go on with another
+number of processes and under another ZeRO stage:
+
+| file          | what                                                                               |
+|---------------|------------------------------------------------------------------------------------|
+| state.pt      | every parameter and buffer, the optimizer's state, what else is equal on all ranks |
+| rank_N.pt     | what one rank alone knows: batch-norm buffers, random state, sums of the epoch     |
+| weights.pt    | plain weights for users                                                            |
+| manifest.json | size and SHA-256 of each file                                                      |
+
+It is written under a temporary name and renamed when every rank is done; files are read with weights_only=True. The
+last two are kept, so that a damaged one has another before it.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import collectives
+from fastssl.checkpoint.checksums import (
+    DamagedError,
+    check_file,
+    check_folder,
+    read_manifest,
+    save_file,
+    write_manifest,
+)
+from fastssl.checkpoint.engine_state import collect_engine_state, restore_engine_state
+from fastssl.errors import ConfigError
+
+_PREFIX = "step_"
+_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
+_NUM_KEPT = 2
+
+Sums = dict[str, dict[str, Tensor]]
+
+
+def save_checkpoint(
+    root: Path,
+    engine: Any,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    sums: Sums,
+    weights: Mapping[str, Any],
+) -> None:
+    """Save everything at `step` (all ranks call it).
+
+    Args:
+        root: The run's checkpoints folder.
+        engine: DeepSpeed's engine.
+        step: Number of optimizer steps taken.
+        state: What else the run must remember, equal on all ranks; tensors and plain values.
+        sums: Tensors of this rank, by group and name, that mean something when they are added up over ranks.
+        weights: Content of weights.pt, from `plain_weights`.
+    """
+    temporary, final = root / f".{_PREFIX}{step:08d}.tmp", root / f"{_PREFIX}{step:08d}"
+    shared, own_buffers = collect_engine_state(engine)
+    temporary.mkdir(parents=True, exist_ok=True)
+    name = f"rank_{collectives.rank()}.pt"
+    own = {"buffers": own_buffers, "sums": sums, "random": _random_state(engine.device)}
+    files = {name: save_file(own, temporary / name)}
+    if collectives.rank() == 0:
+        files["state.pt"] = save_file({"engine": shared, "step": step, **state}, temporary / "state.pt")
+        files["weights.pt"] = save_file(dict(weights), temporary / "weights.pt")
+    of_ranks = collectives.all_gather_object(files)
+    if collectives.rank() == 0:
+        write_manifest(
+            temporary, {k: v for files in of_ranks for k, v in files.items()}, world_size=collectives.world_size()
+        )
+        _publish(temporary, final)
+    collectives.barrier()
+
+
+def load_checkpoint(root: Path, engine: Any, *, seed: int) -> dict[str, Any] | None:
+    """Restore the engine and the random state from the newest whole checkpoint (all ranks call it).
+
+    With the number of processes and the kind of device of the save, on the CPU, a run goes on bit for bit. With another
+    number each rank gets the mean of the batch-norm buffers, and the first one the total of the sums, the others zeros.
+    With another number or device, random states are derived from (seed, step, rank).
+
+    Args:
+        root: The run's checkpoints folder.
+        engine: DeepSpeed's engine, newly built.
+        seed: The run's.
+    Returns:
+        `state` of the save, "step", this rank's "sums" and the "world_size" of the save; None: there is no checkpoint.
+    Raises:
+        ConfigError: there are checkpoints, but none is whole or of a format that can be read.
+    """
+    name = collectives.run_on_first_rank(lambda: path.name if (path := newest_whole(root)) else None)
+    if name is None:
+        return None
+    path = root / name
+    state = _load(path / "state.pt")
+    world_size = read_manifest(path)["world_size"]
+    is_same_world = world_size == collectives.world_size()
+    ranks = [collectives.rank()] if is_same_world else range(world_size)
+    saved = [_load(path / f"rank_{rank}.pt") for rank in ranks]
+    own = saved[0] if is_same_world else {"buffers": {}, "sums": _share_sums([s["sums"] for s in saved]), "random": {}}
+    restore_engine_state(engine, state.pop("engine"), own["buffers"])
+    _restore_random_state(own["random"], engine.device, f"{seed} {state['step']} {collectives.rank()}")
+    return {**state, "sums": own["sums"], "world_size": world_size}
+
+
+def load_objective_state(path: str | Path) -> dict[str, Tensor]:
+    """Every parameter and buffer of a run's `Objective` by name, on the CPU: model, loss (predictor, moment), target.
+
+    Args:
+        path: A run's folder (its newest checkpoint) or a checkpoint's.
+    Returns:
+        What `Objective.load_state_dict` takes. Batch-norm statistics are the mean over ranks.
+    Raises:
+        ConfigError: no checkpoint there, a damaged one, or one of another format.
+    """
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        folder = checkpoint_of(folder / "checkpoints", None)
+    read_manifest(folder)
+    check_file(folder / "state.pt")
+    engine = _load(folder / "state.pt")["engine"]
+    return engine["parameters"] | engine["buffers"]
+
+
+def last_checkpoint(root: Path) -> Path | None:
+    """The newest finished checkpoint of a run, by its name: its files are not looked at."""
+    return max(_finished(root), default=None)
+
+
+def checkpoint_of(root: Path, step: int | None) -> Path:
+    """The checkpoint of a step; None: the newest.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    steps = sorted(map(step_of, _finished(root)))
+    if not steps:
+        raise ConfigError(f"{root.parent} has no checkpoint yet")
+    if step is not None and step not in steps:
+        raise ConfigError(
+            f"--step: {root.parent} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}"
+        )
+    return root / f"{_PREFIX}{steps[-1] if step is None else step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Number of optimizer steps taken when a checkpoint was saved."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def _finished(root: Path) -> list[Path]:
+    """The checkpoints in a run's folder; a user's copy, of another name, is none."""
+    return [path for path in root.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
+
+
+def prune(root: Path, *, keep_every_steps: int) -> None:
+    """Delete what is not needed (rank 0): half-written ones, and all but the last two and each `keep_every_steps`."""
+    drop_incomplete(root)
+    for path in sorted(_finished(root))[:-_NUM_KEPT]:
+        if not (keep_every_steps and step_of(path) % keep_every_steps == 0):
+            # Renamed first: half deleted it must not pass for whole. A network file system may keep what is being read.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")), ignore_errors=True)
+
+
+def drop_incomplete(root: Path) -> None:
+    """Delete what a killed save left behind (rank 0)."""
+    for path in root.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: int) -> dict[str, Any]:
+    """The content of weights.pt (all ranks call it): "backbone" loads into the torchvision or timm model as it is.
+
+    Each rank's batch norm saw its own images: running statistics are averaged over the ranks.
+    """
+    contiguous = torch.contiguous_format
+    state = {name: value.detach().clone(memory_format=contiguous) for name, value in model.state_dict().items()}
+    for name, _ in model.named_buffers():
+        if name in state and state[name].is_floating_point():
+            collectives.all_mean_(state[name])
+    parts = {part: _strip(state, f"{part}.") for part in ("backbone", "projector")}
+    return {**parts, "model": dict(model_config), "image_px": image_px}
+
+
+def load_weights(path: str | Path) -> dict[str, Any]:
+    """Read the weights.pt of a run's folder, a checkpoint's folder, or a file itself, on the CPU.
+
+    Raises:
+        ConfigError: nothing there, not a fastssl weights file, or one that is not as its checkpoint wrote it.
+    """
+    file = _find_weights(Path(path))
+    check_file(file)
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(f"{file} is no weights file of fastssl, or it is damaged") from error
+
+
+def _find_weights(path: Path) -> Path:
+    if path.is_dir():
+        folder = path if (path / "weights.pt").exists() else last_checkpoint(path / "checkpoints")
+        path = (folder or path) / "weights.pt"
+    if not path.exists():
+        raise ConfigError(f"no weights at {path}: give a run's folder, a checkpoint's folder or a weights.pt")
+    return path
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def newest_whole(root: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; newer ones are named on stderr and moved aside."""
+    damage: dict[Path, DamagedError] = {}
+    for path in sorted(_finished(root), reverse=True):
+        try:
+            check_folder(path)
+        except DamagedError as error:
+            damage[path] = error
+            continue
+        for damaged, error in damage.items():
+            aside = _move_aside(damaged)
+            print(
+                f"fastssl: warning: {error}: going on from {path.name} instead ({damaged.name} is now {aside.name})",
+                file=sys.stderr,
+                flush=True,
+            )
+        return path
+    if damage:
+        raise ConfigError(
+            f"{next(iter(damage.values()))}, and no older checkpoint is whole: start another run.dir (run.init_from "
+            "takes a weights.pt that is left)"
+        )
+    return None
+
+
+def _move_aside(path: Path) -> Path:
+    """Out of the way of the checkpoint that will be saved at the same step; not deleted, as a disk may recover."""
+    aside = path.with_name(f"damaged_{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = {"device": device.type, "cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def _restore_random_state(saved: Mapping[str, Any], device: torch.device, key: str) -> None:
+    """The saved state; where there is none for this rank and kind of device, one derived from the key."""
+    if saved.get("device") != device.type:
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+        return
+    torch.set_rng_state(saved["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda"])
+
+
+def _share_sums(of_ranks: list[Sums]) -> Sums:
+    """The total on the first rank, zeros on the others."""
+    is_first = collectives.rank() == 0
+    return {
+        group: {
+            name: sum((sums[group][name] for sums in of_ranks[1:]), value) if is_first else torch.zeros_like(value)
+            for name, value in tensors.items()
+        }
+        for group, tensors in of_ranks[0].items()
+    }
+
+
+def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value.cpu() for name, value in state.items() if name.startswith(prefix)}
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a finished checkpoint its name; one that has it already is of the same step of the same run, and stays."""
+    if final.exists():
+        shutil.rmtree(temporary)
+        return
+    _sync_folder(temporary)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,95 @@
+"""Checks of cores, memory and limits, as this container has them."""
+
+import math
+import os
+import resource
+from pathlib import Path
+
+from fastssl.commands.doctor.finding import Finding, Node
+from pipelines.read_ahead import available_memory_bytes
+
+_MIN_SHM_BYTES = 1 << 30  # Docker gives 64 MB; NCCL and DALI take tens of MB for each GPU
+_MIN_OPEN_FILES = 4096  # three connections to every other process, beside what the libraries open
+_MIN_MEMORY_BYTES = 2 << 30  # torch, DeepSpeed and numba alone take most of one
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_cores(_: Node) -> Finding:
+    """Cores that may be used, and what a container's quota leaves of them."""
+    num_cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    if quota is not None and quota < num_cores:
+        threads = max(1, math.floor(quota))
+        return Finding(
+            "warn",
+            f"{num_cores} cores are seen, but this container may use {quota:g}",
+            f"threads beyond that are stopped again and again: run.num_threads and data.num_workers of a process, "
+            f"times its processes, at most {threads}",
+        )
+    return Finding("ok", f"{num_cores} cores" + ("" if quota is None else f", quota {quota:g}"))
+
+
+def cpu_quota(cgroup: Path = _CGROUP) -> float | None:
+    """Cores' worth of time that a control group allows, of version 2 or 1; None: no limit."""
+    if (cgroup / "cpu.max").is_file():
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    elif (cgroup / "cpu/cpu.cfs_quota_us").is_file():
+        quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    else:
+        return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def check_memory(node: Node) -> Finding:
+    """Memory that can be had without swapping, and whether the training file fits into it."""
+    free_bytes = available_memory_bytes()
+    detail = f"{free_bytes / 1e9:.1f} GB of memory are free, as this container's limit has it"
+    if free_bytes < _MIN_MEMORY_BYTES:
+        return Finding(
+            "warn", detail, "a process takes about 1 GB before its first image: free some, or raise the limit"
+        )
+    cfg = node.cfg.data if node.cfg else None
+    if cfg and Path(cfg.train).is_file() and cfg.order == "random" and cfg.cache != "none":
+        num_bytes = Path(cfg.train).stat().st_size
+        if num_bytes > free_bytes:
+            detail += f"; {cfg.train} has {num_bytes / 1e9:.1f} GB"
+            return Finding("warn", detail, "data.order=quasi_random data.cache=none (docs/data.md)")
+    return Finding("ok", detail)
+
+
+def check_shared_memory(_: Node) -> Finding:
+    """/dev/shm, through which NCCL and DALI exchange data."""
+    found = os.statvfs("/dev/shm")
+    num_bytes = found.f_frsize * found.f_blocks
+    detail = f"/dev/shm has {num_bytes / 1e9:.2f} GB"
+    if num_bytes < _MIN_SHM_BYTES:
+        advice = "docker run --ipc=host or --shm-size=8g; Kubernetes: an emptyDir with medium: Memory at /dev/shm"
+        return Finding("warn", detail, advice)
+    return Finding("ok", detail)
+
+
+def check_open_files(_: Node) -> Finding:
+    """Open files and connections of a process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    detail = f"a process may open {_limit(soft, 'files')} (hard limit: {_limit(hard, 'files')})"
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+        return Finding("warn", detail, "ulimit -n 65536; docker run --ulimit nofile=65536")
+    return Finding("ok", detail)
+
+
+def check_locked_memory(node: Node) -> Finding:
+    """Memory that may be locked: what InfiniBand reads and writes is."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    detail = f"a process may lock {_limit(soft, 'bytes')}"
+    if soft == resource.RLIM_INFINITY:
+        return Finding("ok", detail)
+    adapters = Path("/sys/class/infiniband")
+    if adapters.is_dir() and any(adapters.iterdir()):
+        return Finding(
+            "warn", f"{detail}, and there is InfiniBand", "ulimit -l unlimited; docker run --ulimit memlock=-1"
+        )
+    return Finding("ok", f"{detail}; only InfiniBand needs more, which is not here")
+
+
+def _limit(value: int, unit: str = "") -> str:
+    number = "any number of" if value == resource.RLIM_INFINITY else f"{value:,}"
+    return f"{number} {unit}".strip()

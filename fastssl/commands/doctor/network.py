@@ -1,0 +1,124 @@
+"""Checks of what the processes of a run talk through."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from fastssl.commands.doctor.finding import Finding, Node
+
+_ALL_REDUCE = "fastssl.commands.doctor.all_reduce"
+_TIMEOUT_S = 180  # two processes import torch, on a busy machine too
+_POLL_S = 0.02
+_MAX_RANKS = 8
+
+
+def check_interfaces(_: Node) -> Finding:
+    """This host's name and its network interfaces, and those that the environment names."""
+    addresses = {
+        name: [each.address for each in found if each.family == socket.AF_INET]
+        for name, found in psutil.net_if_addrs().items()
+    }
+    shown = ", ".join(f"{name} {' '.join(found)}" for name, found in addresses.items() if found)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        wanted = os.environ.get(variable, "")
+        if wanted and not wanted.startswith("^") and not _some_match(wanted.removeprefix("="), addresses):
+            return Finding("fail", f"{variable}={wanted}, but there are {shown}", f"name one of them in {variable}")
+    name = socket.gethostname()
+    try:
+        own = socket.gethostbyname(name)
+    except OSError:
+        advice = "for several hosts give MASTER_ADDR as an address, or add the name to /etc/hosts"
+        return Finding("warn", f"{shown}; the host's name {name} does not resolve", advice)
+    if own.startswith("127."):
+        advice = "for several hosts give MASTER_ADDR as an address, not as this name"
+        return Finding("warn", f"{shown}; the host's name {name} is {own}, the loopback", advice)
+    return Finding("ok", f"{shown}; {name} is {own}")
+
+
+def check_gloo(_: Node) -> Finding:
+    """An all-reduce over two processes of this host."""
+    return _finding("gloo", 2)
+
+
+def check_nccl(node: Node) -> Finding:
+    """An all-reduce over the GPUs of this host."""
+    if not node.num_gpus:
+        return node.without_gpu("NCCL")
+    from torch.cuda import nccl
+
+    found = _finding("nccl", min(node.num_gpus, _MAX_RANKS))
+    return found._replace(detail=f"NCCL {'.'.join(map(str, nccl.version()))}; {found.detail}")
+
+
+def _finding(backend: str, num_ranks: int) -> Finding:
+    try:
+        latency_ms, bytes_per_s = _all_reduce(backend, num_ranks)
+    except RuntimeError as error:
+        hint = (
+            "NCCL_DEBUG=INFO says more" if backend == "nccl" else "a firewall between processes? GLOO_SOCKET_IFNAME=lo?"
+        )
+        return Finding("fail", f"an all-reduce by {backend} failed ({error})", hint)
+    return Finding(
+        "ok",
+        f"an all-reduce by {backend} over {num_ranks} processes of this host: {latency_ms:.2f} ms for one number, "
+        f"{bytes_per_s / 1e6:,.0f} MB/s for 16 MB",
+    )
+
+
+def _all_reduce(backend: str, num_ranks: int) -> tuple[float, float]:
+    """(ms of one number, bytes a second of 16 MB) as rank 0 measures them, in processes of their own.
+
+    Their stdout is NCCL's, which prints its version and its log there.
+
+    Raises:
+        RuntimeError: they fail, or do not end in time.
+    """
+    root = str(Path(__file__).resolve().parents[3])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    ranks: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, f"rank{rank}.txt") for rank in range(num_ranks)]
+        try:
+            for rank, file in enumerate(said):
+                command = [sys.executable, "-m", _ALL_REDUCE, backend, str(num_ranks), folder, str(rank)]
+                with file.open("wb") as err:
+                    ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=err))
+            failed = _first_failure(ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if failed is not None:
+            lines = said[failed].read_text(errors="replace").strip().splitlines()
+            reason = lines[-1][:200] if lines else f"exit code {ranks[failed].returncode}"
+            raise RuntimeError(f"rank {failed}: {reason}")
+        found = json.loads(Path(folder, "found.json").read_text())
+    return found["latency_ms"], found["bytes_per_s"]
+
+
+def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Which rank failed first, the others being left to wait for it; None: all have ended well.
+
+    Raises:
+        RuntimeError: they do not end in time.
+    """
+    end_s = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < end_s:
+        codes = [process.poll() for process in ranks]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None or None not in codes:
+            return failed
+        time.sleep(_POLL_S)
+    raise RuntimeError(f"no end within {_TIMEOUT_S} s")
+
+
+def _some_match(wanted: str, names: dict[str, list[str]]) -> bool:
+    """NCCL takes prefixes, in a list; gloo names, in a list."""
+    return any(name.startswith(prefix) for prefix in wanted.split(",") for name in names)

@@ -1,0 +1,94 @@
+"""Checks of the disks: what the images are read from, and where the checkpoints go."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from fastssl.commands.doctor.finding import Finding, Node
+from pipelines.bench.disk import drop_from_cache, measure_disk
+
+_SECONDS = 1.0
+_PROBE_BYTES = 64 << 20
+_BLOCK_BYTES = 4 << 20
+_SLOW_BYTES_PER_S = 100e6  # a hard disk's, end to end
+
+
+def check_data(node: Node) -> Finding:
+    """How fast the images come from their disk, without the page cache."""
+    if node.data is None:
+        return Finding("not here", "no data given: --data FOLDER, or --cfg with data.train, measures its disk")
+    if not node.data.exists():
+        return Finding("fail", f"{node.data} does not exist", "mount it, or mend the path (data.train, --data)")
+    file = _largest_beton(node.data)
+    if file is None:
+        return _probe(node.data)
+    epoch, sequential = measure_disk(file, seed=0, num_threads=len(os.sched_getaffinity(0)), seconds=_SECONDS)
+    if epoch.bytes_per_s is None or epoch.img_per_s is None or sequential.bytes_per_s is None:
+        return Finding("ok", f"{file}: {epoch.note or sequential.note}")
+    detail = (
+        f"{file}: {epoch.bytes_per_s / 1e6:,.0f} MB/s and {epoch.img_per_s:,.0f} img/s in the order of an epoch, "
+        f"{sequential.bytes_per_s / 1e6:,.0f} MB/s from end to end"
+    )
+    if file.stat().st_size < _PROBE_BYTES:
+        return Finding("ok", f"{detail}; a file so small says little of the disk")
+    if sequential.bytes_per_s < _SLOW_BYTES_PER_S or epoch.bytes_per_s < sequential.bytes_per_s / 4:
+        advice = "if it is slower than the training (fastssl bench loader): data.order=quasi_random, or a local disk"
+        return Finding("warn", detail, advice)
+    return Finding("ok", detail)
+
+
+def check_run_dir(node: Node) -> Finding:
+    """Whether run.dir can be written, and how fast."""
+    if node.cfg is None:
+        return Finding("not here", "no config given: --cfg looks at run.dir")
+    path = Path(node.cfg.run.dir).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    try:
+        write_bytes_per_s, _ = _write_and_read(existing)
+    except OSError as error:
+        return Finding("fail", f"run.dir: {existing} cannot be written ({error.strerror})", "choose another run.dir")
+    return Finding("ok", f"run.dir: {existing} takes {write_bytes_per_s / 1e6:,.0f} MB/s, on the disk")
+
+
+def _probe(folder: Path) -> Finding:
+    """A folder without a .beton file: write a file there and read it."""
+    if not folder.is_dir():
+        return Finding("fail", f"{folder} is neither a folder nor a .beton file", "fastssl convert makes one")
+    try:
+        write_bytes_per_s, read_bytes_per_s = _write_and_read(folder)
+    except OSError as error:
+        detail = f"{folder} holds no .beton file and cannot be written ({error.strerror})"
+        return Finding("fail", detail, "mend its owner or its mount, or convert to another folder")
+    read = (
+        f"{read_bytes_per_s / 1e6:,.0f} MB/s read" if read_bytes_per_s else "reading not measured, it stays in memory"
+    )
+    detail = f"{folder} holds no .beton file; {write_bytes_per_s / 1e6:,.0f} MB/s written, {read}"
+    if read_bytes_per_s and read_bytes_per_s < _SLOW_BYTES_PER_S:
+        return Finding("warn", detail, "data.order=quasi_random, or a local disk")
+    return Finding("ok", detail)
+
+
+def _write_and_read(folder: Path) -> tuple[float, float | None]:
+    """Bytes a second through a file of its own, to the disk and back; None where it stays in the page cache."""
+    block = os.urandom(_BLOCK_BYTES)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastssl-doctor-") as file:
+        start_s = time.perf_counter()
+        for _ in range(_PROBE_BYTES // _BLOCK_BYTES):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        write_s = time.perf_counter() - start_s
+        if drop_from_cache(Path(file.name)):
+            return _PROBE_BYTES / write_s, None
+        start_s = time.perf_counter()
+        file.seek(0)
+        while file.read(_BLOCK_BYTES):
+            pass
+        return _PROBE_BYTES / write_s, _PROBE_BYTES / (time.perf_counter() - start_s)
+
+
+def _largest_beton(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    return max(path.glob("*.beton"), key=lambda file: file.stat().st_size, default=None)

@@ -1,0 +1,183 @@
+"""`fastssl eval RUN`: a checkpoint's encoder, beside the baselines, on the run's own data or on another data set."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastssl.checkpoint.checksums import sha256_of
+from fastssl.checkpoint.save_load import checkpoint_of, load_weights, step_of
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+from fastssl.evaluation.feature_cache import cached_features, data_identity
+from fastssl.evaluation.features import encode_batches
+from fastssl.evaluation.images import Images, Part, build_plain_loader
+from fastssl.evaluation.parts import choose_parts
+from fastssl.evaluation.protocols import PROTOCOLS, evaluate
+from fastssl.evaluation.results import Line, append_line, format_table
+from fastssl.evaluation.task import Task
+from fastssl.machine.environment import describe_environment
+from fastssl.models.backbones import build_backbone
+from fastssl.processes.launch import choose_device, num_threads_of
+from fastssl.tracking import plots
+from fastssl.tracking.run_folder import RunFolder
+from pipelines.beton import BetonReader
+from pipelines.views import build_eval_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """What is judged.
+
+    Attributes:
+        name: As in the results.
+        module: Images -> features.
+        identity: What tells its features from others, JSON values; None: they are not kept.
+    """
+
+    name: str
+    module: nn.Module
+    identity: dict[str, Any] | None
+
+
+def evaluate_run(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    what: Sequence[str] = (),
+    on: Path | None = None,
+    test: Path | None = None,
+    step: int | None = None,
+) -> str:
+    """Evaluate one checkpoint of a run, append the results to eval.jsonl and return a table.
+
+    Classifiers learn from the labelled images of the training part and are read once on the test part; their settings
+    were chosen on a part of the training part. See `choose_parts` for the two.
+
+    Args:
+        path: The run's folder.
+        overrides: `key=value` changes of the run's configuration, such as eval.knn_k=10 or data.test=other.beton.
+        what: Protocols, in the place of eval.what.
+        on: Another data set to judge on.
+        test: The test file.
+        step: Of the checkpoint; None: the last one.
+
+    Raises:
+        ConfigError: no run, no such checkpoint, no labels, or settings that do not fit the data.
+        DataError: a file cannot be read.
+    """
+    folder = RunFolder(path)
+    cfg = folder.load_config([*overrides, *([f"eval.what={json.dumps(list(what))}"] if what else [])])
+    checkpoint = checkpoint_of(folder.checkpoints, step)
+    device = choose_device(cfg.run.device)
+    torch.set_num_threads(num_threads_of(cfg.run))
+    train, test_part, scored_on = choose_parts(cfg.data, on, test)
+    _check_settings(cfg, train)
+
+    about = {
+        "checkpoint_step": step_of(checkpoint),
+        "scored_on": scored_on,
+        "on": str(on) if on else None,
+        "train": {"path": str(train.reader.path), "num_labelled": len(train.ids), **data_identity(train.reader)},
+        "test": {"path": str(test_part.reader.path), "num_labelled": len(test_part.ids)}
+        | data_identity(test_part.reader),
+        "settings": asdict(cfg.eval),
+        "overrides": list(overrides),
+        "environment": describe_environment(world_size=1),
+    }
+    lines: list[Line] = []
+    for encoder in _encoders(cfg, checkpoint):
+        for line in _judge(cfg, encoder, train, test_part, device, folder.features):
+            lines.append(line | about)
+            append_line(folder.evaluations, lines[-1])
+    plots.draw_curves(folder)
+    return f"accuracy on {scored_on}, step {step_of(checkpoint)}\n{format_table(lines)}"
+
+
+def _check_settings(cfg: Config, train: Part) -> None:
+    for name in cfg.eval.what:
+        try:
+            PROTOCOLS[name].check(cfg.eval, train.labels)
+        except ValueError as error:
+            raise ConfigError(f"{name} on {train.reader.path}: {error}") from None
+
+
+def _encoders(cfg: Config, checkpoint: Path) -> Iterator[Encoder]:
+    """The baselines where they are wanted, then the checkpoint's."""
+    weights = load_weights(checkpoint)
+    image_px = weights["image_px"]
+    if cfg.eval.baselines:
+        yield Encoder(name="raw pixels", module=nn.Flatten(), identity=None)
+        torch.manual_seed(cfg.run.seed)  # the encoder as the run's seed made it (run.init_from is not taken)
+        untrained, _ = build_backbone(cfg.model, image_px)
+        identity = {"untrained": asdict(cfg.model), "image_px": image_px, "seed": cfg.run.seed}
+        yield Encoder(name="untrained encoder", module=untrained, identity=identity)
+    backbone, _ = build_backbone(cfg.model, image_px)
+    backbone.load_state_dict(weights["backbone"])
+    identity = {"checkpoint_step": step_of(checkpoint), "weights_sha256": sha256_of(checkpoint / "weights.pt")}
+    yield Encoder(name="pre-trained encoder", module=backbone, identity=identity)
+
+
+def _judge(
+    cfg: Config, encoder: Encoder, train: Part, test: Part, device: torch.device, folder: Path
+) -> Iterator[Line]:
+    module = encoder.module.to(device)
+    train_x, test_x = (_features(cfg, encoder, part, device, folder) for part in (train, test))
+    images = (
+        Images(cfg.eval, cfg.data, cfg.views, module, train=train, test=test, device=device)
+        if encoder.identity
+        else None
+    )
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    task = Task(
+        cfg=cfg.eval,
+        train_x=train_x,
+        train_y=train.labels,
+        test_x=test_x,
+        num_classes=num_classes,
+        images=images,
+        device=device,
+    )
+    started = time.perf_counter()
+    try:
+        for name, result in evaluate(task, test.labels, cfg.eval.what):
+            wall_s, started = time.perf_counter() - started, time.perf_counter()
+            yield {"encoder": encoder.name, "identity": encoder.identity, "name": name, **result, "wall_s": wall_s}
+    finally:
+        if images:
+            images.close()
+
+
+def _features(cfg: Config, encoder: Encoder, part: Part, device: torch.device, folder: Path) -> np.ndarray:
+    """float32 [n, F] of a part."""
+
+    def encode() -> Iterator[np.ndarray]:
+        loader = build_plain_loader(cfg.eval, cfg.data, cfg.views, part.reader, device)
+        try:
+            yield from encode_batches(encoder.module, loader)
+        finally:
+            loader.close()
+
+    if encoder.identity is None:
+        features = np.concatenate(list(encode()))
+    else:
+        name = f"{encoder.name.split()[0]}_{part.reader.path.stem}"
+        key = _feature_key(cfg, encoder, part.reader, device)
+        features = cached_features(folder, name, key, part.reader.num_samples, encode)
+    if len(part.ids) < part.reader.num_samples:
+        features = features[part.ids]
+    return features.astype(np.float32, copy=False)
+
+
+def _feature_key(cfg: Config, encoder: Encoder, reader: BetonReader, device: torch.device) -> dict[str, Any]:
+    """All that features depend on (the batch size and the number of threads may change their last bits)."""
+    view = asdict(build_eval_spec(cfg.views)) | {"mean": cfg.views.mean, "std": cfg.views.std}
+    made_by = {"engine": cfg.data.engine, "device": device.type, "torch": torch.__version__}
+    data = data_identity(reader)
+    return {"encoder": encoder.identity, "data": data, "view": view, "dtype": cfg.eval.feature_dtype, **made_by}

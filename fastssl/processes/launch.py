@@ -1,0 +1,95 @@
+"""Starting the processes of a run: device, threads and the process group, under any launcher or none."""
+
+import logging
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as torch_dist
+
+from fastssl.config import RunConfig
+from fastssl.errors import ConfigError
+from fastssl.machine.nvidia_gpu import driver_version, why_no_gpu, why_too_old
+from fastssl.processes.rendezvous import join
+from pipelines.loader import cores_per_process
+
+
+def start_process(cfg: RunConfig) -> torch.device:
+    """Choose this process's device, set its threads and join the process group.
+
+    Works under `deepspeed` (which passes --local_rank and sets RANK), under torchrun, and alone.
+
+    Returns:
+        The device of this process.
+    Raises:
+        ConfigError: see `choose_device`.
+        PeerLostError: the other processes do not come.
+    """
+    device = choose_device(cfg.device)
+    torch.set_num_threads(num_threads_of(cfg))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    _init_deepspeed(device, cfg)
+    return device
+
+
+def end_process() -> None:
+    """Leave NCCL's process group at the end of a training; it warns where that is left to the process's end."""
+    if torch_dist.is_initialized() and torch_dist.get_backend() == "nccl":
+        import deepspeed.comm.comm
+
+        torch_dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = None  # or it takes the next group for the one that is gone
+
+
+def num_threads_of(cfg: RunConfig) -> int:
+    """CPU threads that this process may use."""
+    return cfg.num_threads or cores_per_process()
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `run.device` names.
+
+    "auto" without a GPU is the CPU; where NVIDIA's driver is installed, with a line that says why no GPU is used.
+
+    Raises:
+        ConfigError: a GPU is demanded and none is found, the GPU is too old, or there are more processes than GPUs.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    reason = why_no_gpu()
+    if reason and wanted == "cuda":
+        raise ConfigError(f"run.device is cuda, but {reason}; or use --set run.device=cpu")
+    if reason:
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if local_rank == 0 and not is_hidden and driver_version():
+            print(f"fastssl: warning: running on the CPU: {reason}", file=sys.stderr, flush=True)
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"process {local_rank + 1} of this machine has no GPU of its own, torch finds {num_gpus}: start {num_gpus} "
+            "processes, or use --set run.device=cpu"
+        )
+    if reason := why_too_old(local_rank):
+        raise ConfigError(f"{reason}: use --set run.device=cpu")
+    return torch.device("cuda", local_rank)
+
+
+def _init_deepspeed(device: torch.device, cfg: RunConfig) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # DeepSpeed would compile its shared-memory collective for a minute and a half; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not torch_dist.is_initialized():
+        join(backend, cfg)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)

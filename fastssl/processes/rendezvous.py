@@ -1,0 +1,98 @@
+"""How the processes of a run find one another, on one host or on several."""
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import psutil
+import torch.distributed as torch_dist
+from torch.distributed.rendezvous import rendezvous
+
+from fastssl.config import RunConfig
+from fastssl.errors import ConfigError, PeerLostError
+from fastssl.processes.watchdog import is_loss, reason_of
+
+
+def join(backend: str, cfg: RunConfig) -> None:
+    """Make the process group of all processes that a launcher has started, or of this one alone.
+
+    Args:
+        backend: "gloo" or "nccl".
+        cfg: Its timeouts.
+
+    Raises:
+        ConfigError: a launcher has set only some of its variables.
+        PeerLostError: the other processes do not come in time, or cannot be reached.
+    """
+    if "RANK" not in os.environ:  # alone: no launcher, so no address and no port that could be taken
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens all the same: for this machine only
+        store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"RANK is set, but not {', '.join(missing)}: start with deepspeed or torchrun, or set all")
+    try:
+        _make_groups(backend, cfg)
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and not is_loss(error):
+            raise
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise PeerLostError(
+            f"the {os.environ['WORLD_SIZE']} processes did not all meet at {address} within "
+            f"run.rendezvous_timeout_s={cfg.rendezvous_timeout_s} s ({reason_of(error)}), says {socket.gethostname()}: "
+            "see whether every host has started, can reach that address, and GLOO_SOCKET_IFNAME names the interface"
+        ) from None
+
+
+def _make_groups(backend: str, cfg: RunConfig) -> None:
+    _wait_for_master(time.monotonic() + cfg.rendezvous_timeout_s)
+    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=cfg.rendezvous_timeout_s)))
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    timeout = timedelta(seconds=cfg.collective_timeout_s)
+    store = torch_dist.PrefixStore("fastssl", store)  # pyright: ignore[reportPrivateImportUsage]
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if world_size > 1:
+        # DeepSpeed exchanges gradients in a group of its own, which it would make with torch's default timeout.
+        from deepspeed.utils import groups
+
+        groups._WORLD_GROUP = torch_dist.new_group(timeout=timeout)
+
+
+def _wait_for_master(deadline_s: float) -> None:
+    """Until rank 0 listens. torch waits too, but prints a C++ stack for every attempt that failed.
+
+    Raises:
+        OSError: It does not, or it cannot be reached.
+    """
+    if os.environ["RANK"] == "0":
+        return
+    while True:
+        left_s = deadline_s - time.monotonic()
+        try:
+            address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            socket.create_connection(address, timeout=max(left_s, 0.1)).close()
+            return
+        except OSError:
+            if left_s <= 0:
+                raise
+        time.sleep(min(0.5, max(left_s, 0)))
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface that leads to a host; None where that is unknown.
+
+    gloo would take the one of this host's name, which Debian's /etc/hosts puts on the loopback.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in (each.address for each in addresses)), None)

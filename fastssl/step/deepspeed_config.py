@@ -1,0 +1,130 @@
+"""Config -> DeepSpeed's dictionary: the only place where it is written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastssl.config import Config
+from fastssl.errors import ConfigError
+
+_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+# Sections of DeepSpeed's configuration that `ds` may add to; it takes others in silence, also one that is misspelt.
+PASSED = (
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "timers",
+    "torch_autocast",
+    "wall_clock_breakdown",
+    "zero_optimization",
+)
+_OURS = {
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "amp": "train.precision",
+    "train_batch_size": "data.global_batch_size",
+    "train_micro_batch_size_per_gpu": "data.global_batch_size",
+    "gradient_clipping": "train.grad_clip_norm",
+}
+_REFUSED_IN_ZERO = {
+    "offload_optimizer": "set train.offload_optimizer instead",
+    "cpu_offload": "set train.offload_optimizer instead",
+    "offload_param": "ZeRO 3 alone moves parameters, which train.zero_stage does not allow; leave it out",
+    "cpu_offload_param": "ZeRO 3 alone moves parameters, which train.zero_stage does not allow; leave it out",
+    "compute_grad_norm": "fastssl needs the norm, to know a step that is not finite and to log it; leave it out",
+    "zenflow": "it takes some steps late, from older gradients: another training; use train.offload_optimizer alone",
+    "legacy_stage1": "DeepSpeed no longer has it; set train.zero_stage=1 instead",
+}
+
+
+def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for one run.
+
+    bf16 and fp16 go through torch's autocast, not through DeepSpeed's cast of the parameters: that one leaves batch
+    norm's running statistics in another dtype than its input ("expected scalar type BFloat16 but found Float").
+
+    Args:
+        cfg: The run's configuration.
+        world_size: Number of processes; divides data.global_batch_size.
+
+    Returns:
+        The dictionary for `deepspeed.initialize(config=...)`.
+
+    Raises:
+        ConfigError: `ds` says what another key of the configuration says, what DeepSpeed would not read or cannot do
+            at this stage, or what would make another training of it.
+    """
+    zero: dict[str, Any] = {"stage": cfg.train.zero_stage}
+    if cfg.train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    own = {
+        "train_batch_size": cfg.data.global_batch_size,
+        "train_micro_batch_size_per_gpu": cfg.data.global_batch_size // world_size,
+        "gradient_accumulation_steps": 1,
+        # Without ZeRO `fastssl.step` clips: the engine would clip gradients of the loss times fp16's scale.
+        "gradient_clipping": cfg.train.grad_clip_norm if cfg.train.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # SGD: tested here with every stage that the config allows
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {
+            "enabled": cfg.train.precision != "fp32",
+            "dtype": _AUTOCAST.get(cfg.train.precision, "bfloat16"),
+        },
+        "steps_per_print": 10**12,  # fastssl prints its own progress
+        # It would synchronise a GPU twice a step, for a speed that nobody prints.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    for section in cfg.ds:
+        if section in _OURS:
+            raise ConfigError(f"ds.{section}: set {_OURS[section]} instead, DeepSpeed's is written from it")
+        if section not in PASSED:
+            raise ConfigError(f"ds.{section}: not passed on to DeepSpeed; what can be: {', '.join(PASSED)}")
+    merged = _merged(own, cfg.ds, "ds")
+    _check_zero(cfg)
+    _check_averaging(cfg)
+    return merged
+
+
+def _merged(own: dict[str, Any], raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Both, section by section; ConfigError where both say something."""
+    merged = dict(own)
+    for name, value in raw.items():
+        if name not in own:
+            merged[name] = value
+        elif isinstance(own[name], dict) and isinstance(value, Mapping):
+            merged[name] = _merged(own[name], value, f"{key}.{name}")
+        else:
+            raise ConfigError(
+                f"{key}.{name}: fastssl writes it from its own keys (see fastssl/step/deepspeed_config.py)"
+            )
+    return merged
+
+
+def _check_zero(cfg: Config) -> None:
+    section = cfg.ds.get("zero_optimization", {})
+    for name, reason in _REFUSED_IN_ZERO.items():
+        if name in section and not (name == "offload_optimizer" and cfg.train.offload_optimizer):
+            raise ConfigError(f"ds.zero_optimization.{name}: {reason}")
+    bucket_size = section.get("allgather_bucket_size", 0)
+    if isinstance(bucket_size, int | float) and bucket_size % 2:
+        raise ConfigError(f"ds.zero_optimization.allgather_bucket_size: must be even, not {bucket_size}")
+
+
+def _check_averaging(cfg: Config) -> None:
+    """What DeepSpeed would end with a traceback at."""
+    data_type = cfg.ds.get("communication_data_type", "fp32")
+    if str(data_type).lower() not in ("fp16", "bf16", "fp32"):
+        raise ConfigError(f"ds.communication_data_type: must be fp16, bf16 or fp32, not {data_type!r}")
+    factor = cfg.ds.get("gradient_predivide_factor", 1.0)
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise ConfigError(f"ds.gradient_predivide_factor: must be a number > 0, not {factor!r}")
+    scatters = cfg.train.zero_stage == 2 and cfg.ds.get("zero_optimization", {}).get("reduce_scatter", True)
+    if scatters and (factor != 1 or cfg.ds.get("prescale_gradients")):
+        name = "prescale_gradients" if factor == 1 else "gradient_predivide_factor"
+        raise ConfigError(f"ds.{name}: with train.zero_stage=2 set ds.zero_optimization.reduce_scatter=false too")

@@ -1,0 +1,211 @@
+"""Statistics of an epoch: what its steps add up to on every rank, and the rows that the first rank writes of them."""
+
+# B local batch, F backbone features, D projection
+
+import math
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import collectives
+from fastssl.config import Config
+from fastssl.errors import DivergedError
+from fastssl.step.late_reports import StepReport
+from fastssl.step.train_step import StepResult
+from fastssl.tracking.representation import WINDOW_IMAGES, add_sums, representation_metrics, update_alarm, window_sums
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.throughput import CommunicationClock, peak_tflops
+from fastssl.tracking.writers import MetricsWriter, StepTimer
+
+# Every rank's sum of these stands for the whole batch's; of counts of images each rank has its part.
+_MEANS = ("loss", "grad_norm", "num_steps")
+
+
+class EpochStats:
+    """Sums over the steps of an epoch, and over the window of its last ones that the diagnostics look at.
+
+    Attributes:
+        timer: Of the steps and of the waiting for data.
+        metrics: The writer of rows; None on all ranks but the first, and before `open`.
+        sums: fp64, 0-dim, on the device: what the steps of the epoch add up to; `TrainStep` adds, always to these.
+        collapsed_since: Epoch since which each signal of a collapse has been given.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        device: torch.device,
+        *,
+        steps_per_epoch: int,
+        num_views: int,
+        flops_per_image: float | None,
+        bound_nats: Callable[[float], float | None],
+        counts: Sequence[str] = (),
+    ) -> None:
+        """An empty one, of which nothing is written yet.
+
+        Args:
+            cfg: The run's.
+            device: Where sums are kept.
+            steps_per_epoch: Optimizer steps.
+            num_views: V.
+            flops_per_image: Of `fastssl.tracking.throughput.flops_per_image`.
+            bound_nats: Of the loss: the bound on mutual information that a mean loss gives.
+            counts: Names of what steps count, beside the loss, the gradient's norm and themselves.
+        """
+        self.timer = StepTimer()
+        self.metrics: MetricsWriter | None = None
+        self.collapsed_since: dict[str, int] = {}
+        self._cfg, self._device = cfg, device
+        self._steps_per_epoch, self._num_views = steps_per_epoch, num_views
+        self._flops_per_image, self._bound_nats = flops_per_image, bound_nats
+        self._communication = CommunicationClock(device)
+        self._names = (*_MEANS, *counts)
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._names}
+        self._window: dict[str, Tensor] = {}
+        self._window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
+
+    def open(self, folder: RunFolder, step: int) -> None:
+        """Begin to write (the first rank does), after the row of this step."""
+        if collectives.rank() == 0:
+            self.metrics = MetricsWriter(
+                folder,
+                start_step=step,
+                steps_per_epoch=self._steps_per_epoch,
+                num_epochs=self._cfg.train.num_epochs,
+            )
+
+    def close(self) -> None:
+        """Write nothing more."""
+        if self.metrics:
+            self.metrics.close()
+
+    def communication_measured(self, step: int) -> AbstractContextManager[None]:
+        """Measures the communication of step `step` (0-based) if it is an epoch's last but one: the first warm up."""
+        return self._communication.measured((step + 2) % self._steps_per_epoch == 0)
+
+    def add_to_window(self, result: StepResult, step: int) -> None:
+        """Add a step to the window, if it is one of the last of an epoch that is diagnosed.
+
+        Args:
+            result: Of the step just launched; one that was not taken adds nothing.
+            step: 1-based.
+        """
+        num_done = -(-step // self._steps_per_epoch)  # epochs at the end of this one
+        is_due = num_done % self._cfg.run.diagnose_every_epochs == 0
+        if is_due and -step % self._steps_per_epoch < self._window_steps:
+            sums = window_sums(result.h, result.z)
+            masked = {name: torch.where(result.taken, value, 0) for name, value in sums.items()}
+            self._window = add_sums(self._window, masked)
+
+    def advance(self) -> None:
+        """Move the progress bar by a step."""
+        if self.metrics:
+            self.metrics.advance()
+
+    def speed_of_steps(self, step: int) -> dict[str, float]:
+        """Throughput since the last row, where one is due for this step (1-based); else nothing."""
+        return {} if step % self._cfg.run.log_every_steps else self.timer.read("step")
+
+    def write_step(self, report: StepReport) -> None:
+        """Write the row of a step where one is due."""
+        if self.metrics is None or report.step % self._cfg.run.log_every_steps:
+            return
+        row: dict[str, Any] = {"loss": None, "grad_norm": None}
+        if report.taken:
+            row = {"loss": report.loss, "grad_norm": report.grad_norm}
+        row |= report.settings | {"memory_bytes": self._memory_bytes()}
+        self.metrics.step_row(report.step, row)
+
+    def end_epoch(self, step: int, num_bad_samples: int) -> None:
+        """Write the row of the epoch that ends with this step, and look for a collapse (all ranks).
+
+        Args:
+            step: 1-based.
+            num_bad_samples: That this rank has met so far.
+        Raises:
+            DivergedError: The representation has collapsed, and train.on_collapse is stop.
+        """
+        sums = {name: collectives.all_mean_(value.clone()) for name, value in self.sums.items()}
+        for value in self.sums.values():
+            value.zero_()
+        window, self._window = collectives.sum_all(self._window), {}
+        num_bad = collectives.EXCHANGE.sum_(torch.tensor(float(num_bad_samples), device=self._device))
+        epoch = step // self._steps_per_epoch - 1
+        signals: list[str] = []
+        if self.metrics:
+            row = self._step_metrics(sums) | self._throughput()
+            if num_bad > 0:
+                row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
+            if window and window["num_rows"] > 0:  # or no step of it was taken
+                found = representation_metrics(window, num_views=self._num_views)
+                signals = update_alarm(self.collapsed_since, found, epoch)
+                row |= {name: value for name, value in found.items() if math.isfinite(value)}
+                row |= {name: window[name].tolist() for name in ("positive_counts", "negative_counts")}
+            self.metrics.epoch_row(epoch, step, row)
+        self._raise_alarm(signals, step)
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk: a checkpoint is not to be there before them."""
+        if self.metrics:
+            self.metrics.sync()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps of this rank's."""
+        return {"epoch": self.sums, "window": self._window}
+
+    def restore(self, sums: dict[str, dict[str, Tensor]], collapsed_since: dict[str, int], world_size: int) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            sums: This rank's, on any device.
+            collapsed_since: As it was.
+            world_size: Of the run that saved them.
+        """
+        for name, value in self.sums.items():
+            value.copy_(sums["epoch"][name])
+        for name in _MEANS:
+            self.sums[name] *= collectives.world_size() / world_size
+        self._window = {name: value.to(self._device) for name, value in sums["window"].items()}
+        self.collapsed_since = collapsed_since
+
+    def _step_metrics(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        num_taken = round(sums["num_steps"].item())
+        row: dict[str, Any] = {"loss": None, "grad_norm": None, "skipped_steps": self._steps_per_epoch - num_taken}
+        if num_taken:
+            row |= {"loss": sums["loss"] / num_taken, "grad_norm": sums["grad_norm"] / num_taken}
+            if (bound := self._bound_nats(row["loss"].item())) is not None:
+                row["mutual_information_bound_nats"] = bound
+        if "online_total" in sums and sums["online_total"] > 0:
+            row["online_top1"] = sums["online_correct"] / sums["online_total"]
+        return row
+
+    def _throughput(self) -> dict[str, float | int]:
+        """Of the epoch: images a second, waiting, arithmetic, communication, memory."""
+        row: dict[str, float | int] = {**self.timer.read("epoch"), "memory_bytes": self._memory_bytes()}
+        if self._flops_per_image is not None:
+            tflops = row["img_per_s"] * self._flops_per_image / collectives.world_size() / 1e12
+            row["model_tflops_per_device"] = round(tflops, 4)
+            if peak := self._cfg.run.peak_tflops or peak_tflops(self._device, self._cfg.train.precision):
+                row["model_flop_utilisation"] = round(tflops / peak, 4)
+        if self._communication.last_ms is not None:
+            row["communication_ms_per_step"] = round(self._communication.last_ms, 3)
+        return row
+
+    def _raise_alarm(self, signals: list[str], step: int) -> None:
+        if signals:
+            line = f"fastssl: warning: the representation has collapsed: {'; '.join(signals)}"
+            print(line, file=sys.stderr, flush=True)
+        num_signals = collectives.EXCHANGE.sum_(torch.tensor(float(len(signals)), device=self._device))
+        if self._cfg.train.on_collapse == "stop" and num_signals > 0:
+            raise DivergedError(f"the representation has collapsed at step {step}: train.on_collapse=stop")
+
+    def _memory_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,176 @@
+"""The folder of a run: claimed once, never overwritten, and what it needs to be understood later."""
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+from fastssl.config import Config, differing_keys, load_config, to_dict
+from fastssl.errors import ConfigError
+from fastssl.files import replace_text
+from fastssl.machine.environment import describe_environment
+
+# A resumed run may differ in these: they change no event of the training (num_threads, device, zero_stage,
+# offload_optimizer, num_micro_batches and compile its last bits only, but for random numbers that the model itself
+# draws, such as dropout's, on another device or in other parts of a batch). `RunFolder.check_micro_batches` keeps
+# num_micro_batches as it was where the model has batch norm.
+FREE_KEYS = (
+    "run.dir",
+    "run.resume",
+    "run.checkpoint_every_minutes",
+    "run.checkpoint_every_steps",
+    "run.checkpoint_every_epochs",
+    "run.keep_every_epochs",
+    "run.log_every_steps",
+    "run.diagnose_every_epochs",
+    "run.num_threads",
+    "run.device",
+    "run.peak_tflops",
+    "run.rendezvous_timeout_s",
+    "run.peer_timeout_s",
+    "run.collective_timeout_s",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.cache",
+    "train.zero_stage",
+    "train.offload_optimizer",
+    "train.num_micro_batches",
+    "model.activation_checkpointing",
+    "train.compile",
+    "train.cuda_graph",
+    "train.on_collapse",
+    "train.max_skipped_steps",
+)
+
+_LOCKS: dict[Path, IO[str]] = {}  # the lock files of trainings in this process
+
+
+class RunFolder:
+    """Paths of one run.
+
+    Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
+    curves.png, features/, eval.jsonl; nonfinite.jsonl where steps were skipped; preempted while a run that a signal
+    ended waits to go on; lock, which the first rank of a training holds; hessian/ and gradflow/ (docs/analysis.md), a
+    folder a checkpoint in each.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.views = self.path / "views.png"
+        self.curves = self.path / "curves.png"
+        self.features = self.path / "features"
+        self.evaluations = self.path / "eval.jsonl"
+        self.nonfinite = self.path / "nonfinite.jsonl"
+        self.preempted = self.path / "preempted"
+        self.lock_file = self.path / "lock"
+        self.hessian = self.path / "hessian"
+        self.gradflow = self.path / "gradflow"
+
+    def check_claim(self, cfg: Config) -> bool:
+        """Whether the run is to be resumed; refuses to overwrite one.
+
+        Raises:
+            ConfigError: the folder holds a run and run.resume is "never", the run was made with another config, or
+                the folder cannot be written.
+        """
+        if not self.config.exists():
+            self._check_fresh()
+            return False
+        if cfg.run.resume == "never":
+            raise ConfigError(
+                f"{self.path} holds a run already: go on with --set run.resume=auto, or choose another run.dir"
+            )
+        differences = differing_keys(to_dict(self.load_config()), to_dict(cfg), ignore=FREE_KEYS)
+        if differences:
+            raise ConfigError(f"{self.path} was made with another config; it differs in {'; '.join(differences)}")
+        return True
+
+    def lock(self) -> str:
+        """Keep other trainings out of the folder until this process ends (rank 0).
+
+        Returns:
+            A mark of this training, by which other ranks recognise the folder.
+        Raises:
+            ConfigError: another training holds it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if held := _LOCKS.pop(self.lock_file.resolve(), None):
+                held.close()  # of a training in this process that is over
+            file = _LOCKS[self.lock_file.resolve()] = self.lock_file.open("a")
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = self.read_lock() or "another process"
+            raise ConfigError(f"run.dir: {self.path} is in use by {who}: wait, or choose another run.dir") from None
+        except OSError:  # a file system without locks
+            pass
+        mark = f"process {os.getpid()} on {socket.gethostname()} ({secrets.token_hex(8)})"
+        file.truncate(0)
+        file.write(mark)
+        file.flush()
+        return mark
+
+    def read_lock(self) -> str | None:
+        """What the training that holds the folder wrote; None: there is none to be seen."""
+        try:
+            return self.lock_file.read_text()
+        except OSError:
+            return None
+
+    def check_micro_batches(self, cfg: Config) -> None:
+        """Refuse to go on with other parts of a batch than the run was made with; for a model with batch norm.
+
+        Raises:
+            ConfigError: the number of parts is another one.
+        """
+        saved, wanted = self.load_config().train.num_micro_batches, cfg.train.num_micro_batches
+        if saved != wanted:
+            raise ConfigError(
+                f"train.num_micro_batches: {self.path} was made with {saved}, not {wanted}, and its batch norm takes "
+                "statistics from each part: go on with as many, or start another run.dir"
+            )
+
+    def create(self, cfg: Config, world_size: int) -> None:
+        """Write the resolved configuration and the environment (rank 0).
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
+            replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: it marks a run
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
+
+    def load_config(self, overrides: Sequence[str] = ()) -> Config:
+        """The resolved configuration of the run, with `key=value` changes.
+
+        Raises:
+            ConfigError: no run lies here.
+        """
+        if not self.config.exists():
+            raise ConfigError(f"{self.path} is no run folder: it has no config.yaml")
+        return load_config(self.config, overrides)
+
+    def _check_fresh(self) -> None:
+        """Every rank looks, so that all stop alike: nothing of another run, and a folder that can be made."""
+        if any(self.checkpoints.glob("step_*")):
+            raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run.dir")
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"run.dir: {self.path} cannot be written ({existing} is a file or not writable)")

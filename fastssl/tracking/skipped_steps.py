@@ -1,0 +1,62 @@
+"""Steps that were not taken because a gradient was not finite: counted, noted with their images, and ended in time."""
+
+import json
+import math
+from pathlib import Path
+
+from torch import Tensor
+
+from fastssl import collectives
+from fastssl.errors import DivergedError
+from fastssl.files import sync_file
+from fastssl.tracking.writers import drop_rows_after
+
+
+class SkippedSteps:
+    """The skipped steps of a run; every rank sees the same ones.
+
+    Attributes:
+        in_a_row: Skipped since the last step that was taken.
+    """
+
+    def __init__(self, path: Path, max_in_a_row: int) -> None:
+        """Nothing skipped yet.
+
+        Args:
+            path: File of one JSON line a skipped step: step, loss, sample_ids of the global batch.
+            max_in_a_row: So many are borne, >= 0.
+        """
+        self._path = path
+        self._max_in_a_row = max_in_a_row
+        self.in_a_row = 0
+
+    def resume(self, step: int) -> None:
+        """Go on from the checkpoint of a step: forget what came after it."""
+        if collectives.rank() == 0 and self._path.exists():
+            drop_rows_after(self._path, step)
+
+    def note(self, step: int, loss: float, sample_ids: Tensor) -> None:
+        """Write one down (all ranks call it).
+
+        Args:
+            step: Number of steps taken, this one counted.
+            loss: Mean over ranks.
+            sample_ids: Of the local batch, int64 [B].
+
+        Raises:
+            DivergedError: Too many in a row.
+        """
+        self.in_a_row += 1
+        all_ids = collectives.gather(sample_ids).flatten()
+        if collectives.rank() == 0:
+            row = {"step": step, "loss": str(loss), "sample_ids": sorted(all_ids.tolist())}
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+                sync_file(file)
+        if self.in_a_row > self._max_in_a_row:
+            what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            raise DivergedError(
+                f"{what} at step {step}, {self.in_a_row} steps in a row (train.max_skipped_steps is "
+                f"{self._max_in_a_row}; their images are in {self._path}): go on from the last checkpoint with a lower "
+                "optim.base_lr or a longer warm-up in a new run (run.init_from)"
+            )

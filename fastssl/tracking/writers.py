@@ -1,0 +1,172 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress bar. The only place with .item()."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from fastssl.files import replace_text, sync_file
+from fastssl.tracking.run_folder import RunFolder
+
+T = TypeVar("T")
+
+
+class StepTimer:
+    """Wall time of the steps, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._wait_s, self._num_images = 0.0, 0
+        self._last: dict[str, tuple[float, float, int]] = {}
+
+    def start(self) -> None:
+        """Begin to count, for every reader."""
+        self._last = dict.fromkeys(("step", "epoch"), self._now())
+
+    def waiting(self, batches: Iterable[T], num_images: int) -> Iterator[T]:
+        """Yield from `batches`, timing how long each one lets the caller wait; num_images in each."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._wait_s += time.perf_counter() - asked
+            self._num_images += num_images
+            yield batch
+
+    def read(self, reader: Literal["step", "epoch"]) -> dict[str, float]:
+        """Images a second and data-wait share since this reader last asked."""
+        then, now = self._last[reader], self._now()
+        self._last[reader] = now
+        elapsed_s, wait_s, num_images = (b - a for a, b in zip(then, now, strict=True))
+        elapsed_s = max(elapsed_s, 1e-9)
+        return {"img_per_s": round(num_images / elapsed_s, 1), "data_wait_fraction": round(wait_s / elapsed_s, 4)}
+
+    def _now(self) -> tuple[float, float, int]:
+        return time.perf_counter(), self._wait_s, self._num_images
+
+
+class MetricsWriter:
+    """Writes one row for every `log_every_steps` steps, and one for each epoch (rank 0; silent elsewhere).
+
+    On resume, rows beyond the checkpoint's step are dropped, so that no step stands twice.
+    """
+
+    def __init__(self, folder: RunFolder, *, start_step: int, steps_per_epoch: int, num_epochs: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        drop_rows_after(folder.metrics, start_step)
+        self._file = folder.metrics.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1)
+        self._steps_per_epoch = steps_per_epoch
+        self._num_epochs = num_epochs
+        self._bar = tqdm(
+            total=steps_per_epoch * num_epochs,
+            initial=start_step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        self._started, self._start_step = time.perf_counter(), start_step
+
+    def step_row(self, step: int, values: dict[str, Tensor | float | int | None]) -> None:
+        """Write the row of a step (1-based: the number of steps done); loss None: it was skipped."""
+        row = {"step": step, "epoch": (step - 1) // self._steps_per_epoch} | {k: _plain(v) for k, v in values.items()}
+        self._write(row, prefix="step")
+        shown = f"loss {_shown(row['loss'])}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
+        self._bar.set_postfix_str(shown)
+
+    def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int | list[float] | None]) -> None:
+        """Write the row of an epoch (0-based) and, where there is no terminal, print its line.
+
+        Loss None: no step of it was taken. A list holds the counts of a histogram of similarities, in equal bins from
+        -1 to 1.
+        """
+        row: dict[str, Any] = {"kind": "epoch", "step": step, "epoch": epoch}
+        row |= {k: _plain(v) for k, v in values.items()}
+        self._write(row, prefix="epoch")
+        if self._bar.disable:
+            print(self._line(row), flush=True)
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        self._bar.update()
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk."""
+        sync_file(self._file)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        self._tensorboard.close()
+
+    def _write(self, row: dict[str, Any], *, prefix: str) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if isinstance(value, list):
+                self._write_histogram(f"{prefix}/{key}", value, row["step"])
+            elif key not in ("kind", "step", "epoch") and value is not None:
+                self._tensorboard.add_scalar(f"{prefix}/{key}", value, row["step"])
+
+    def _write_histogram(self, name: str, counts: list[float], step: int) -> None:
+        edges = np.linspace(-1, 1, len(counts) + 1)
+        middles, weights = (edges[1:] + edges[:-1]) / 2, np.asarray(counts)
+        self._tensorboard.add_histogram_raw(
+            name,
+            min=-1.0,
+            max=1.0,
+            num=int(weights.sum()),
+            sum=float(weights @ middles),
+            sum_squares=float(weights @ middles**2),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=weights.tolist(),
+            global_step=step,
+        )
+
+    def _line(self, row: dict[str, Any]) -> str:
+        done = row["step"] - self._start_step
+        left_s = (time.perf_counter() - self._started) / max(done, 1) * (self._bar.total - row["step"])
+        online = "" if row.get("online_top1") is None else f"  online top-1 {row['online_top1']:.1%}"
+        return (
+            f"epoch {row['epoch'] + 1}/{self._num_epochs}  loss {_shown(row['loss'])}{online}"
+            f"  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
+            f"  left {timedelta(seconds=round(left_s))}"
+        )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Keep only the rows up to a checkpoint's step: a resumed run writes the others again."""
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _shown(loss: Any) -> str:
+    return "skipped" if loss is None else f"{loss:.4f}"
+
+
+def _plain(value: Tensor | float | int | list[float] | None) -> float | int | list[float] | None:
+    if value is None or isinstance(value, list):
+        return value
+    number = value.item() if isinstance(value, Tensor) else value
+    return number if isinstance(number, int) else float(number)

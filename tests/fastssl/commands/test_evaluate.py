@@ -1,0 +1,279 @@
+"""`fastssl eval` on a whole run folder: what is read, what is chosen, what is kept, what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl.checkpoint.save_load import plain_weights
+from fastssl.cli import main
+from fastssl.commands import evaluate as evaluate_module
+from fastssl.commands.evaluate import evaluate_run
+from fastssl.config import build_config
+from fastssl.errors import ConfigError
+from fastssl.evaluation.images import Images, Part
+from fastssl.evaluation.parts import choose_parts
+from fastssl.models.two_view import TwoViewModel
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.writers import read_rows
+from pipelines.beton import BetonReader, BetonWriter
+
+ALL = ("knn", "linear", "logistic", "few_label", "linear_augmented", "finetune")
+CONFIG = {
+    "views": {"recipe": "digits", "size_px": 16},
+    "model": {
+        "backbone": "timm/resnet18",
+        "stem": "cifar",
+        "backbone_kwargs": {"channels": [8, 16, 16, 16], "layers": [1, 1, 1, 1]},
+        "pool_px": 2,
+        "projector_hidden": [],
+        "projector_dim": 8,
+    },
+    "eval": {
+        "knn_k": [1, 10],
+        "few_labels": [3],
+        "num_draws": 2,
+        "num_seeds": 2,
+        "sgd_batch_size": 32,
+        "linear_epochs": 3,
+        "linear_lrs": [0.03, 0.1],
+        "augmented_epochs": 2,
+        "finetune_epochs": 2,
+        "finetune_lrs": [0.03, 0.1],
+        "augment": {"flip_p": 0.0, "crop_scale": [0.6, 1.0]},
+    },
+}
+NOT_RESULTS = ("wall_s", "environment")
+
+
+def _write(path: Path, images: np.ndarray, labels: np.ndarray, class_names: list[str] | None = None) -> Path:
+    with BetonWriter(path, len(images), class_names=class_names) as writer:
+        for image, label in zip(images, labels, strict=True):
+            writer.write_raw(image, label=int(label))
+    return path
+
+
+@pytest.fixture(scope="module")
+def digit_arrays(digits):
+    readers = [BetonReader(digits / f"{split}.beton") for split in ("train", "test")]
+    return [(np.stack([r.decode(i) for i in range(n)]), r.labels[:n]) for r, n in zip(readers, (240, 120), strict=True)]
+
+
+@pytest.fixture
+def run_folder(tmp_path, digit_arrays) -> Path:
+    """A run of no steps: a checkpoint of random weights, 240 digits to learn from, 120 to be judged on."""
+    (train_x, train_y), (test_x, test_y) = digit_arrays
+    data = {
+        "train": str(_write(tmp_path / "train.beton", train_x, train_y)),
+        "test": str(_write(tmp_path / "test.beton", test_x, test_y)),
+    }
+    run = {"dir": str(tmp_path / "run"), "num_threads": 1}
+    cfg = build_config(CONFIG | {"data": data, "run": run})
+    folder = RunFolder(cfg.run.dir)
+    folder.create(cfg, 1)
+    torch.manual_seed(0)
+    for step in (5, 20):
+        checkpoint = folder.checkpoints / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        torch.save(plain_weights(TwoViewModel(cfg.model, 16), {}, 16), checkpoint / "weights.pt")
+    return folder.path
+
+
+def _lines(folder: Path, num: int) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in NOT_RESULTS} for line in read_rows(folder / "eval.jsonl")[-num:]]
+
+
+def test_every_protocol_twice_gives_the_same_lines_and_encodes_once(run_folder, monkeypatch):
+    encoded = []
+    real = evaluate_module.encode_batches
+    monkeypatch.setattr(evaluate_module, "encode_batches", lambda *a: encoded.append(1) or real(*a))
+    table = evaluate_run(run_folder, what=ALL)
+    assert len(encoded) == 2  # train and test
+    first = _lines(run_folder, 7)
+    assert [line["protocol"] for line in first] == ["knn", "linear", "logistic", *["few_label"] * 2, *ALL[4:]]
+    evaluate_run(run_folder, what=ALL)
+    assert len(encoded) == 2
+    assert len(read_rows(run_folder / "eval.jsonl")) == 14  # appended
+    assert _lines(run_folder, 7) == first
+    for line in first:
+        assert line["name"] in table
+        assert line["checkpoint_step"] == 20
+        assert line["settings"]["augment"] == CONFIG["eval"]["augment"]
+        assert len(line["top1_each"]) == (1 if line["name"] in ("knn", "logistic") else 2)
+        assert (line["interval95_repetitions"] is None) == (len(line["top1_each"]) == 1)
+        assert len(line["per_class"]) == 10
+        assert line["top5"] > line["top1"] > (0.02 if line["name"] == "finetune" else 0.2)  # two epochs teach little
+        low, high = line["interval95_test_images"]
+        assert low < line["top1"] < high
+
+
+@pytest.mark.slow
+def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(run_folder, digits):
+    settings = ["eval.finetune_epochs=8", "eval.finetune_lrs=[0.1]", "eval.num_seeds=1", "eval.knn_k=10"]
+    whole = {"on": digits / "train.beton", "test": digits / "test.beton"}
+    evaluate_run(run_folder, [*settings, "eval.augment={flip_p: 0, crop: false}"], what=["knn", "finetune"], **whole)
+    frozen, tuned = _lines(run_folder, 2)
+    assert tuned["top1"] > 0.85
+    assert tuned["top1"] > frozen["top1"] + 0.1
+    assert tuned["chosen"]["validation_top1"] > 0.85
+
+
+def test_protocols_leave_the_encoder_as_it_was(run_folder, monkeypatch):
+    encoders = []
+    real = evaluate_module.Images
+
+    def images(cfg, data, views, encoder, **rest):
+        encoders.append(encoder)
+        return real(cfg, data, views, encoder, **rest)
+
+    monkeypatch.setattr(evaluate_module, "Images", images)
+    evaluate_run(run_folder, what=["linear_augmented", "finetune"])
+    saved = torch.load(run_folder / "checkpoints/step_00000020/weights.pt", weights_only=True)["backbone"]
+    [encoder] = encoders
+    assert all(torch.equal(value, saved[name]) for name, value in encoder.state_dict().items())
+
+
+def test_a_truncated_cache_is_made_anew_with_the_same_result(run_folder, capsys):
+    evaluate_run(run_folder, what=["knn"])
+    first = _lines(run_folder, 1)
+    for path in (run_folder / "features").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    evaluate_run(run_folder, what=["knn"])
+    assert _lines(run_folder, 1) == first
+    assert capsys.readouterr().err.count("damaged") == 2
+
+
+def test_no_choice_depends_on_a_test_label(run_folder, tmp_path, digit_arrays):
+    test_x, test_y = digit_arrays[1]
+    other = _write(tmp_path / "permuted.beton", test_x, (test_y + 1) % 10)
+    quick = ["eval.num_seeds=1", "eval.finetune_epochs=1"]
+    evaluate_run(run_folder, quick, what=ALL)
+    evaluate_run(run_folder, quick, what=ALL, test=other)
+    right, wrong = np.split(np.array(_lines(run_folder, 14), dtype=object), 2)
+    for a, b in zip(right, wrong, strict=True):
+        assert a["name"] == b["name"]
+        assert a["chosen"] == b["chosen"]
+        assert a["top1"] != b["top1"]
+
+
+def test_a_step_is_judged_and_has_features_of_its_own(run_folder):
+    evaluate_run(run_folder, what=["knn"])
+    evaluate_run(run_folder, what=["knn"], step=5)
+    last, early = _lines(run_folder, 2)
+    assert (last["checkpoint_step"], early["checkpoint_step"]) == (20, 5)
+    assert last["top1"] != early["top1"]
+    assert len(list((run_folder / "features").iterdir())) == 4
+    with pytest.raises(ConfigError, match=r"--step: .* no checkpoint of step 6, only of 5, 20"):
+        evaluate_run(run_folder, step=6)
+
+
+def test_another_data_set_without_a_test_file_is_held_out_of(run_folder, tmp_path, digit_arrays):
+    images, labels = digit_arrays[0]
+    labels = np.where(np.arange(len(labels)) < 20, -1, labels % 3)  # other classes, some images without a label
+    other = _write(tmp_path / "other.beton", images, labels)
+    table = evaluate_run(run_folder, ["data.holdout_fraction=0.25"], what=["knn", "finetune"], on=other)
+    assert "0.25 of" in table
+    assert "held out (--test is not given)" in table
+    for line in _lines(run_folder, 2):
+        assert line["on"] == str(other)
+        assert line["train"]["num_labelled"] + line["test"]["num_labelled"] == 220
+        assert line["test"]["num_labelled"] == line["num_test_images"]
+        assert len(line["per_class"]) == 3
+    cfg = build_config({"data": {"holdout_fraction": 0.25}})
+    train, test, _ = choose_parts(cfg.data, on=other)
+    assert not set(train.ids) & set(test.ids)
+    assert sorted({*train.ids, *test.ids}) == list(range(20, 240))
+
+
+def test_another_data_set_with_its_test_file(run_folder, tmp_path, digit_arrays):
+    other, other_test = (
+        _write(tmp_path / f"{name}.beton", images, labels // 5)
+        for name, (images, labels) in zip(("a", "b"), digit_arrays, strict=True)
+    )
+    assert f"accuracy on {other_test}" in evaluate_run(run_folder, what=["logistic"], on=other, test=other_test)
+    [line] = _lines(run_folder, 1)
+    assert (line["train"]["num_labelled"], line["test"]["num_labelled"]) == (240, 120)
+    assert line["top1"] > 0.55
+
+
+def test_random_views_are_of_the_asked_for_images_and_plain_ones_in_order(run_folder, digit_arrays):
+    cfg = RunFolder(run_folder).load_config()
+    reader = BetonReader(cfg.data.train)
+    part = Part(reader=reader, ids=np.arange(0, 240, 2))
+    images = Images(
+        cfg.eval, cfg.data, cfg.views, torch.nn.Flatten(), train=part, test=part, device=torch.device("cpu")
+    )
+    try:
+        wanted = np.arange(10, 100)
+        num_batches, batches = images.augmented(wanted, 1, 0)
+        seen = [(views.clone(), rows) for views, rows in batches]
+        assert len(seen) == num_batches == 7  # of 32; the last 16 of the epoch are dropped
+        rows = np.concatenate([rows for _, rows in seen])
+        assert len(set(rows.tolist())) == len(rows)
+        assert set(rows.tolist()) < set(wanted.tolist())
+        other_seed = np.concatenate([rows for _, rows in images.augmented(wanted, 0, 0)[1]])
+        assert rows.tolist() != other_seed.tolist()
+        plain = torch.cat(list(images.plain_train(rows)))
+        augmented = torch.cat([views for views, _ in seen])
+        same, crossed = (augmented - plain).square().mean(), (augmented - plain.flip(0)).square().mean()
+        assert 0 < same < 0.8 * crossed  # a random view is nearer to its own image's plain view
+    finally:
+        images.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["--what", "knn", "nope"], ["eval.what", "nope", "linear_augmented"]),
+        (["--set", "eval.knn_k=500"], ["eval.knn_k is 500", "240"]),
+        (["--what", "few_label", "--set", "eval.few_labels=[30]"], ["eval.few_labels: class", "30 are asked for"]),
+        (["--what", "few_label", "--set", "eval.few_labels=[]"], ["eval.few_labels must hold numbers"]),
+        (["--set", "eval.knn_k=near"], ["eval.knn_k", "near"]),
+        (["--set", "eval.knnk=5"], ["unknown key eval.knnk", "knn_k"]),
+        (["--set", "eval.augment={flip_q: 1}"], ["eval.augment", "flip_q"]),
+        (["--step", "7"], ["--step", "5, 20"]),
+        (["--on", "/no/such.beton"], ["/no/such.beton"]),
+        (["--on", "UNLABELLED"], ["--on", "unlabelled.beton", "two labelled classes"]),
+        (["--on", "ONE_CLASS"], ["--on", "one_class.beton", "two labelled classes"]),
+        (["--test", "UNLABELLED"], ["--test", "no labels to be judged by"]),
+        (["--test", "NAMED", "--on", "OTHER_NAMES"], ["--test", "other classes", "y"]),
+        (["--test", "MORE_CLASSES"], ["--test", "labels that no image", "10, 11"]),
+        (["--on", "NINE", "--what", "logistic", "--set", "data.holdout_fraction=0.2"], ["logistic", "at least 10"]),
+        (["--on", "NINE", "--set", "data.holdout_fraction=0"], ["--test is not given", "data.holdout_fraction"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else None,
+)
+def test_bad_input_is_one_line(settings, parts, run_folder, tmp_path, digit_arrays, capsys):
+    images, labels = digit_arrays[1]
+    files = {
+        "UNLABELLED": (labels * 0 - 1, None),
+        "ONE_CLASS": (labels * 0, None),
+        "NAMED": (labels % 2, ["x", "y"]),
+        "OTHER_NAMES": (labels % 2, ["x", "z"]),
+        "MORE_CLASSES": (labels + 2, None),
+        "NINE": (labels % 2, None),
+    }
+    for name in set(settings) & set(files):
+        file_labels, class_names = files[name]
+        num = 9 if name == "NINE" else len(images)
+        _write(tmp_path / f"{name.lower()}.beton", images[:num], file_labels[:num], class_names)
+    arguments = [str(tmp_path / f"{word.lower()}.beton") if word in files else word for word in settings]
+    assert main(["eval", str(run_folder), *arguments]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("fastssl: error")
+    for part in parts:
+        assert part in line
+    assert not (run_folder / "eval.jsonl").exists()
+    assert not (run_folder / "features").exists()  # refused before the work
+
+
+def test_a_line_has_what_a_repetition_needs(run_folder):
+    evaluate_run(run_folder, ["eval.knn_temperature=0.2"], what=["knn"])
+    [line] = read_rows(run_folder / "eval.jsonl")
+    assert line["overrides"] == ["eval.knn_temperature=0.2"]
+    assert line["settings"]["knn_temperature"] == line["chosen"]["temperature"] == 0.2
+    assert line["identity"]["weights_sha256"]
+    assert line["environment"]["packages"]["torch"]
+    assert json.loads(json.dumps(line)) == line

@@ -1,0 +1,118 @@
+"""What a run writes of its steps, where some or all of them were not taken."""
+
+import math
+
+import pytest
+import torch
+
+from fastssl.config import Config, TrainConfig
+from fastssl.errors import DivergedError
+from fastssl.step.late_reports import StepReport
+from fastssl.step.train_step import StepResult
+from fastssl.tracking.epoch_stats import EpochStats
+from fastssl.tracking.representation import COLLAPSE_THRESHOLDS
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.writers import read_rows
+from pipelines.loader import DataConfig
+
+STEPS_PER_EPOCH = 3
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def open_stats(folder: RunFolder, on_collapse: str = "warn") -> EpochStats:
+    """The window of the diagnostics is one step: a batch is larger than it."""
+    data = DataConfig(train="x.beton", global_batch_size=4096)
+    cfg = Config(data=data, train=TrainConfig(on_collapse=on_collapse))
+    stats = EpochStats(
+        cfg,
+        torch.device("cpu"),
+        steps_per_epoch=STEPS_PER_EPOCH,
+        num_views=2,
+        flops_per_image=None,
+        bound_nats=lambda loss: 1 - loss,
+    )
+    stats.open(folder, 0)
+    stats.timer.start()
+    return stats
+
+
+def take_epoch(stats: EpochStats, epoch: int, *, losses: list[float | None], spread: float = 1.0) -> None:
+    """An epoch of steps with these losses; None: a skipped one."""
+    generator = torch.Generator().manual_seed(epoch)
+    for step, loss in enumerate(losses, epoch * STEPS_PER_EPOCH + 1):
+        taken = loss is not None
+        z = 1 + spread * torch.randn(16, 8, generator=generator) if taken else torch.full((16, 8), torch.nan)
+        value = torch.tensor(math.nan if loss is None else loss)
+        grad_norm = torch.tensor(2.0)
+        if taken:  # what `TrainStep` adds
+            for name, x in {"loss": value, "grad_norm": grad_norm, "num_steps": 1.0}.items():
+                stats.sums[name] += x
+        report = torch.stack((torch.tensor(float(taken)), value, grad_norm))
+        stats.add_to_window(StepResult(torch.tensor(taken), value, grad_norm, report, [z, z], [z, z]), step)
+        stats.advance()
+        settings = {"learning_rate": 0.1, **stats.speed_of_steps(step)}
+        stats.write_step(
+            StepReport(
+                step=step,
+                taken=taken,
+                loss=float(value),
+                grad_norm=2.0,
+                must_stop=False,
+                must_save=False,
+                is_searching=False,
+                sample_ids=torch.arange(16),
+                settings=settings,
+            )
+        )
+    stats.end_epoch(step, num_bad_samples=0)
+
+
+def epochs_of(folder: RunFolder) -> list[dict]:
+    return [row for row in read_rows(folder.metrics) if row.get("kind") == "epoch"]
+
+
+def test_an_epoch_is_the_mean_of_the_steps_that_were_taken(folder, capsys):
+    stats = open_stats(folder)
+    take_epoch(stats, 0, losses=[1.0, None, 2.0])
+    stats.close()
+    (row,) = epochs_of(folder)
+    assert (row["loss"], row["grad_norm"], row["skipped_steps"]) == (1.5, 2.0, 1)
+    assert row["mutual_information_bound_nats"] == -0.5
+    assert row["rankme_z"] > 2
+    assert "loss 1.5000" in capsys.readouterr().out
+
+
+def test_an_epoch_whose_last_steps_were_skipped_has_no_diagnostics(folder):
+    stats = open_stats(folder)
+    take_epoch(stats, 0, losses=[1.0, 2.0, None])
+    take_epoch(stats, 1, losses=[1.0, None, 3.0])
+    stats.close()
+    without, with_them = epochs_of(folder)
+    assert without["loss"] == 1.5
+    assert not set(COLLAPSE_THRESHOLDS) & set(without)
+    assert set(COLLAPSE_THRESHOLDS) <= set(with_them)
+
+
+def test_an_epoch_of_skipped_steps_has_no_loss(folder, capsys):
+    stats = open_stats(folder)
+    take_epoch(stats, 0, losses=[None] * STEPS_PER_EPOCH)
+    stats.close()
+    (row,) = epochs_of(folder)
+    assert row["loss"] is None
+    assert row["grad_norm"] is None
+    assert row["skipped_steps"] == STEPS_PER_EPOCH
+    assert "mutual_information_bound_nats" not in row
+    assert "loss skipped" in capsys.readouterr().out
+
+
+def test_a_collapse_is_told_over_an_epoch_without_diagnostics(folder):
+    stats = open_stats(folder, on_collapse="stop")
+    take_epoch(stats, 0, losses=[1.0] * 3, spread=1e-6)
+    take_epoch(stats, 1, losses=[1.0, 1.0, None])
+    with pytest.raises(DivergedError, match="collapsed at step 9"):
+        take_epoch(stats, 2, losses=[1.0] * 3, spread=1e-6)
+    stats.close()

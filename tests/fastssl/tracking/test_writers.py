@@ -1,0 +1,37 @@
+import json
+import time
+
+import pytest
+
+from fastssl.tracking.writers import StepTimer, drop_rows_after, read_rows
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_a_cut_off_line_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4, 5, 6, 7]
+    drop_rows_after(path, 5)
+    assert path.read_text() == "".join(json.dumps({"step": step}) + "\n" for step in range(1, 6))
+
+
+def test_no_file_has_no_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    drop_rows_after(path, 0)
+    assert read_rows(path) == []
+
+
+def test_timer_tells_waiting_from_working():
+    def slow_batches():
+        for _ in range(4):
+            time.sleep(0.03)
+            yield None
+
+    timer = StepTimer()
+    timer.start()
+    for _ in timer.waiting(slow_batches(), 10):
+        time.sleep(0.01)
+    step, epoch = timer.read("step"), timer.read("epoch")
+    assert step["data_wait_fraction"] == pytest.approx(0.75, abs=0.15)
+    assert step["img_per_s"] == pytest.approx(40 / 0.16, rel=0.4)
+    assert epoch["data_wait_fraction"] == pytest.approx(step["data_wait_fraction"], abs=0.05)
+    assert timer.read("step")["img_per_s"] == 0  # nothing since

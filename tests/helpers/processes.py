@@ -1,0 +1,98 @@
+"""Starting this project's programs as a user would, and trainings in processes that have imported everything."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """The environment of a user who called the virtual environment's programs."""
+    bin_folder = str(Path(sys.executable).parent)
+    return os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": device}
+
+
+def free_port() -> str:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_training(arguments: Sequence[str], *, num_ranks: int, log: Path) -> list[BaseProcess]:
+    """`fastssl train ARGUMENTS` on so many gloo ranks, each forked from a process that has the imports behind it.
+
+    A start takes a second or two in place of the five to eight that the launchers need; the processes are real.
+    """
+    port = free_port()
+    ranks = [
+        forkserver().Process(target=train_as_rank, args=(list(arguments), rank, num_ranks, port, log))
+        for rank in range(num_ranks)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Makes processes that have the imports of a training behind them."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.imported", "tests.helpers.processes"])
+    return context
+
+
+def train_as_rank(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path) -> None:
+    """`train_in_this_process` as one of the ranks that meet at a port of this machine."""
+    if num_ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
+    train_in_this_process(arguments, log)
+
+
+def train_in_this_process(arguments: list[str], log: Path) -> None:
+    """`fastssl train ARGUMENTS` from the repository's root, its output added to a file; ends the process."""
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(ROOT)
+    from fastssl.cli import main
+
+    sys.exit(main(["train", *arguments]))
+
+
+def start_ranks(program: str, world_size: int, folder: Path, timeout_s: float = 240) -> list[Any]:
+    """Run `program RANK WORLD_SIZE FOLDER` in a process a rank; what each saved as FOLDER/rank<RANK>.pt.
+
+    `join_ranks` is how a program begins.
+    """
+    import torch
+
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, program]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(world_size), str(folder)], env=settings)
+        for rank in range(world_size)
+    ]
+    try:
+        assert [process.wait(timeout=timeout_s) for process in ranks] == [0] * world_size
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+
+
+def join_ranks(rank: int, world_size: int, folder: Path) -> None:
+    """Join the gloo group of the ranks that `start_ranks` started."""
+    import torch
+
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
