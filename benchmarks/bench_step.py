@@ -36,7 +36,7 @@ from fastssl.optim import build_optimizer
 from fastssl.processes.launch import num_threads_of
 from fastssl.tracking.result_rows import append_rows, environment_columns, format_table, spread
 from fastssl.tracking.writers import StepTimer
-from fastssl.trainer import Trainer
+from fastssl.trainer import Trainer, start_alone
 from pipelines.batch import Batch
 from pipelines.loader import Loader, build_loader, cores_per_process, open_train_reader
 
@@ -126,7 +126,7 @@ class Bench:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.trainer = Trainer(cfg)
+        self.trainer = start_alone(cfg)
         self.probe = self.trainer.probe
         self.bare = BareLoop(cfg, self.trainer)
         self.loaders = {cfg.data.engine: self.trainer.loader, "synthetic": self._build_loader("synthetic")}

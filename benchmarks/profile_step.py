@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastssl.config import Config, load_config
 from fastssl.errors import UserError
 from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
-from fastssl.trainer import Trainer
+from fastssl.trainer import start_alone
 from pipelines.batch import Batch
 from pipelines.errors import DataError
 
@@ -80,7 +80,7 @@ class Steps:
     """A trainer, and batches for it without end."""
 
     def __init__(self, cfg: Config) -> None:
-        self.trainer = Trainer(cfg)
+        self.trainer = start_alone(cfg)
         self.device = self.trainer.device
         self._batches = self._endless()
 

@@ -1,23 +1,90 @@
-"""From a configuration to what a run trains: model, initial weights, objective."""
+"""From a configuration to what a run is made of: model, loss, batches, probe; and the objective of model and loss."""
 
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl import collectives
-from fastssl.checkpoint.save_load import load_weights
+from fastssl.checkpoint.save_load import last_checkpoint, load_weights
 from fastssl.config import Config
 from fastssl.errors import ConfigError
-from fastssl.losses import Loss
+from fastssl.evaluation.labels import check_test_data, num_labelled_classes
+from fastssl.evaluation.probe import OnlineProbe
+from fastssl.losses import Loss, build_loss
 from fastssl.machine.nvidia_gpu import has_gpu
 from fastssl.models.activation_checkpointing import checkpoint_activations
 from fastssl.models.objective import Objective
 from fastssl.models.sync_batch_norm import has_batch_norm, synchronize_batch_norms
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim.nvidia_apex import apex_layer_norm, put_layer_norms, why_no_apex
+from fastssl.processes.consistency import check_same_config
+from fastssl.processes.launch import num_threads_of
+from fastssl.tracking.run_folder import RunFolder
+from pipelines.batch import BatchSource
+from pipelines.beton import BetonReader
+from pipelines.loader import build_loader, identity_of, open_train_reader
+from pipelines.sampler import split_holdout
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What `fastssl.trainer.Trainer` takes.
+
+    Attributes:
+        model: Images to features and projections.
+        loss: Projections to a scalar.
+        loader: Gives this rank's batches.
+        probe: Learns beside the training; None: the images have fewer than two labels.
+        is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
+    """
+
+    model: TwoViewModel
+    loss: Loss
+    loader: BatchSource
+    probe: OnlineProbe | None
+    is_holdout: Tensor | None
+
+
+def build_run(cfg: Config, device: torch.device) -> RunParts:
+    """Build all parts of a run (all ranks call it, in a process group).
+
+    Raises:
+        ConfigError, DataError: What the user must change, in one line.
+    """
+    reader = open_train_reader(cfg.data)
+    check_same_config(cfg, identity_of(reader))
+    loader = build_loader(
+        reader,
+        cfg.data,
+        cfg.views,
+        seed=cfg.run.seed,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+        device=device,
+        num_threads=num_threads_of(cfg.run),
+    )
+    check_test_data(cfg.data.test, reader)
+    model = build_model(cfg, loader.view_shapes[0][-1])
+    if cfg.run.init_from and not last_checkpoint(RunFolder(cfg.run.dir).checkpoints):
+        load_initial_weights(model, cfg.run.init_from)
+    loss = build_loss(cfg.loss, cfg.model.projector_dim)
+    probe, is_holdout = _build_probe(cfg, reader, model.num_features)
+    return RunParts(model=model, loss=loss, loader=loader, probe=probe, is_holdout=is_holdout)
+
+
+def _build_probe(cfg: Config, reader: BetonReader, num_features: int) -> tuple[OnlineProbe | None, Tensor | None]:
+    """A linear probe where at least two classes are labelled; it learns from all but the held-out images."""
+    if num_labelled_classes(reader) < 2:
+        return None, None
+    num_classes = int(reader.labels.max()) + 1
+    is_holdout = np.zeros(reader.num_samples, dtype=bool)
+    is_holdout[split_holdout(reader.num_samples, cfg.data.holdout_fraction, reader.labels)[1]] = True
+    return OnlineProbe(num_features, num_classes, cfg.eval), torch.from_numpy(is_holdout)
 
 
 def build_model(cfg: Config, image_px: int) -> TwoViewModel:

@@ -71,7 +71,7 @@ def _train(args: argparse.Namespace) -> None:
     cfg = load_config(args.cfg, args.set)
     from fastssl.trainer import train  # only now: a slip in the config is not to wait for it
 
-    train(cfg, stop_request)
+    train(cfg, stop_request=stop_request)
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -150,7 +150,13 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of a run; `ds` goes to DeepSpeed as it is (`fastssl.step.deepspeed_config` says what can be in it)."""
+    """All of a run.
+
+    Attributes:
+        ds: Goes to DeepSpeed as it is (`fastssl.step.deepspeed_config` says what can be in it).
+        custom: Written by `fastssl.trainer.Trainer`: the classes of a model, loss or loader that was given to it from
+            Python and not built from the sections above.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -161,6 +167,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     ds: dict[str, Any] = field(default_factory=dict)
+    custom: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.optim.impl == "apex" and self.optim.name == "lamb" and self.train.zero_stage > 0:
@@ -205,6 +212,33 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     for override in overrides:
         _apply_override(tree, override)
     return tree
+
+
+def check_built(cfg: Config, *parts: str) -> None:
+    """Refuse a run whose parts cannot be built again from its configuration.
+
+    Args:
+        cfg: Of the run.
+        parts: Which of "model", "loss" and "loader" are needed.
+
+    Raises:
+        ConfigError: One of them was given from Python.
+    """
+    if own := [f"{name} {cfg.custom[name]}" for name in parts if name in cfg.custom]:
+        raise ConfigError(
+            f"{cfg.run.dir} was trained with the {' and the '.join(own)}, given from Python: a command cannot build it"
+        )
+
+
+def as_overrides(changes: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
+    """Dotted keys and values as `key=value` strings; strings are returned as they are."""
+    if not isinstance(changes, Mapping):
+        return changes
+    return [f"{key}={yaml.safe_dump(_plain(value), default_flow_style=True)}" for key, value in changes.items()]
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:

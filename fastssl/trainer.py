@@ -1,40 +1,42 @@
-"""The trainer: built once, then one straight path for a batch."""
+"""A run from its start to its end, and one straight path for a batch."""
 
 # B local batch, F backbone features, D projection
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from fastssl import collectives
-from fastssl.build_run import build_model, build_objective, check_apex, load_initial_weights
+from fastssl.build_run import build_objective, build_run, check_apex
 from fastssl.checkpoint.save_load import (
     drop_incomplete,
-    last_checkpoint,
     load_checkpoint,
     plain_weights,
     prune,
     save_checkpoint,
 )
 from fastssl.checkpoint.schedule import CheckpointRule
-from fastssl.config import Config
+from fastssl.config import Config, as_overrides, load_config
 from fastssl.errors import ConfigError, Preempted
-from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
-from fastssl.files import replace_text
-from fastssl.losses import build_loss
+from fastssl.losses import CLASSES as LOSS_CLASSES
+from fastssl.losses import Loss
+from fastssl.losses.base import ModuleLoss
+from fastssl.machine.files import replace_text
 from fastssl.models.sync_batch_norm import has_batch_norm
+from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.optim.layerwise import bind_partitions
 from fastssl.optim.schedules import learning_rate
-from fastssl.processes.consistency import check_same_config, check_shared_folder
-from fastssl.processes.launch import end_process, num_threads_of, start_process
+from fastssl.processes.consistency import check_shared_folder
+from fastssl.processes.launch import Process, start_process, started_process
 from fastssl.processes.preemption import StopRequest
 from fastssl.processes.watchdog import Watchdog
 from fastssl.step.cuda_graph import choose_step
@@ -46,68 +48,118 @@ from fastssl.tracking.epoch_stats import EpochStats
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.skipped_steps import SkippedSteps
 from fastssl.tracking.throughput import flops_per_image
-from pipelines.batch import Batch
-from pipelines.beton import BetonReader
-from pipelines.loader import build_loader, open_train_reader
-from pipelines.sampler import split_holdout
-from pipelines.views import build_view_specs
+from pipelines.batch import Batch, BatchSource
+from pipelines.iterable_loader import Batches, IterableLoader
+from pipelines.loader import Loader
 
 
 class Trainer:
-    """One run: builds everything from the config; `fit` takes it to its last epoch.
+    """Trains an encoder with a loss on the batches of a loader.
 
-    Raises (on construction):
-        ConfigError, pipelines.errors.DataError: what the user must mend, in one line.
+        Trainer(load_config("configs/demo.yaml"), model=my_encoder, loss=my_loss, loader=my_batches).train()
+
+    `train` is all of a run in the order in which it happens. The constructor only takes what is trained.
+
+    Attributes:
+        cfg: The configuration; `custom` names what was given and not built from it.
+        model: Images to features and projections, from `prepare` on.
+        step: Optimizer steps taken.
+        folder: Of the run.
     """
 
-    def __init__(self, cfg: Config, watchdog: Watchdog | None = None, stop_request: StopRequest | None = None) -> None:
-        check_apex(cfg)
-        self.cfg = cfg
-        self.step = 0
+    def __init__(
+        self,
+        cfg: Config,
+        *,
+        model: nn.Module,
+        loss: nn.Module,
+        loader: BatchSource | Batches,
+        probe: OnlineProbe | None = None,
+        is_holdout: Tensor | None = None,
+    ) -> None:
+        """Take the parts of a run; nothing is started, opened, moved or written.
+
+        Args:
+            cfg: Where the run is kept and how it is trained; `fastssl.build_run.build_run` makes the parts of it.
+            model: A `TwoViewModel`, or an encoder, images [B, 3, H, W] -> features [B, F], which gets the projector of
+                the model section.
+            loss: A `fastssl.losses.Loss`, or a module that is called with the projections of each view [B, D].
+            loader: A `BatchSource`, or a DataLoader or another iterable as `IterableLoader` takes it.
+            probe: Learns beside the training.
+            is_holdout: bool [N]: samples that the probe must not learn from.
+        """
+        known = {"model": (model, TwoViewModel), "loss": (loss, LOSS_CLASSES), "loader": (loader, Loader)}
+        own = {name: type(part) for name, (part, classes) in known.items() if not isinstance(part, classes)}
+        custom = {name: f"{cls.__module__}.{cls.__qualname__}" for name, cls in own.items()}
+        loss_config = loss.config if isinstance(loss, LOSS_CLASSES) else cfg.loss
+        self.cfg = replace(cfg, custom=custom, loss=loss_config)
+        self.probe, self.is_holdout = probe, is_holdout
         self.folder = RunFolder(cfg.run.dir)
-        resuming = self.folder.check_claim(cfg)  # before the others are waited for, and below as the first rank sees it
-        self.device = start_process(cfg.run)
-        if watchdog:
-            watchdog.watch(cfg.run, lambda: self.step)
-        reader = open_train_reader(cfg.data)
-        self.data_identity = [reader.num_samples, len(reader.mmap)]  # a resumed run must find the same file
-        check_same_config(cfg, self.data_identity)
-        resuming = collectives.broadcast_object(resuming)
-        self.loader = build_loader(
-            reader,
-            cfg.data,
-            cfg.views,
-            seed=cfg.run.seed,
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-            device=self.device,
-            num_threads=num_threads_of(cfg.run),
-        )
+        self.step = 0
+        self.must_stop = False  # what all ranks agreed on
+        self.checkpoint_due = False
+        self._given = (model, loss, loader)
+
+    def train(self, stop_request: StopRequest | None = None) -> RunFolder:
+        """All of a run: start the process, then `run`.
+
+        Args:
+            stop_request: What has remembered signals until now.
+
+        Returns:
+            The folder of the run.
+
+        Raises:
+            ConfigError, DataError: What the user must change, in one line.
+            DivergedError: The loss is not finite any more, or the representation has collapsed.
+            Preempted: A signal ended the training, with a checkpoint.
+            PeerLostError: Another process of the run is lost.
+        """
+        self.folder.check_claim(self.cfg)  # before the other processes are waited for
+        with started_process(self.cfg.run) as process:
+            self.run(process, stop_request or StopRequest())
+        return self.folder
+
+    def run(self, process: Process, stop_request: StopRequest) -> None:
+        """A run in a process that is started."""
+        self.start(process, stop_request)
+        self.fit()
+
+    def start(self, process: Process, stop_request: StopRequest) -> None:
+        """All that comes before the first step (all ranks): build, lock the folder, restore, listen to signals."""
+        process.watchdog.step = lambda: self.step
+        is_resumed = collectives.broadcast_object(self.folder.check_claim(self.cfg))
+        self.prepare(process.device)
+        self.lock_folder(is_resumed)
+        if is_resumed:
+            self.restore()
+        self._say(self._headline())
+        self.epoch_stats.open(self.folder, self.step)
+        self.stop_request = stop_request
+        stop_request.listen_to_sigterm()
+
+    def prepare(self, device: torch.device) -> None:
+        """Bring the parts to the device and build what trains them (all ranks call it, in a process group)."""
+        cfg, (model, loss, loader) = self.cfg, self._given
+        self.device = device
+        self.loader = self._as_batch_source(loader)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * cfg.train.num_epochs
-        view_specs = build_view_specs(cfg.views)
-        self.image_px = view_specs[0].size_px
-        view_shapes = [(3, spec.size_px, spec.size_px) for spec in view_specs]
-
-        check_test_data(cfg.data.test, reader)
-        self.model = build_model(cfg, self.image_px)
-        if resuming and has_batch_norm(self.model):
-            self.folder.check_micro_batches(cfg)
-        if cfg.run.init_from and not last_checkpoint(self.folder.checkpoints):
-            load_initial_weights(self.model, cfg.run.init_from)
-        self.loss = build_loss(cfg.loss, cfg.model.projector_dim)
-        self.objective = build_objective(cfg, self.model, self.loss).to(self.device)
-        self.probe = self._build_probe(reader)
+        view_shapes = self.loader.view_shapes
+        self.image_px = view_shapes[0][-1]
+        self.model = self._as_two_view(model)
+        self.loss = loss if isinstance(loss, Loss) else ModuleLoss(loss)
+        self.objective = build_objective(cfg, self.model, self.loss).to(device)
+        if self.probe is not None and self.is_holdout is not None:
+            self.probe, self.is_holdout = self.probe.to(device), self.is_holdout.to(device)
         num_flops = flops_per_image(self.objective, view_shapes)
         self.engine, self.optimizer = self._build_engine()
-        self.reports = LateReports(self.device)
+        self.reports = LateReports(device)
         self.skipped = SkippedSteps(self.folder.nonfinite, cfg.train.max_skipped_steps)
-        self.stop_request = stop_request or StopRequest()
-        self.must_stop = False  # what all ranks agreed on
+        self.stop_request = StopRequest()
         self.checkpoint_rule = CheckpointRule(
             cfg.run, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
         )
-        self.checkpoint_due = False
         torch.manual_seed(cfg.run.seed + collectives.rank())  # all weights are made; dropout differs from rank to rank
         self.learning_rate = partial(
             learning_rate,
@@ -120,9 +172,9 @@ class Trainer:
         )
         self.epoch_stats = EpochStats(
             cfg,
-            self.device,
+            device,
             steps_per_epoch=self.steps_per_epoch,
-            num_views=len(view_specs),
+            num_views=len(view_shapes),
             flops_per_image=num_flops,
             bound_nats=self.loss.bound_nats,
             counts=OnlineProbe.COUNTS if self.probe else (),
@@ -132,12 +184,10 @@ class Trainer:
             self.engine,
             self.objective,
             probe=self.probe,
-            is_holdout=self.is_holdout if self.probe else None,
+            is_holdout=self.is_holdout,
             sums=self.epoch_stats.sums,
         )
-        self.train_step = choose_step(cfg, self.update_step, self.device)
-        self._claim_folder(resuming)
-        self.stop_request.listen_to_sigterm()
+        self.train_step = choose_step(cfg, self.update_step, device)
 
     def fit(self) -> None:
         """Train to the last epoch, from the checkpoint's position where the run was resumed."""
@@ -164,7 +214,7 @@ class Trainer:
             self.checkpoint_due |= self.checkpoint_rule.is_due_at(self.step)
             self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
             if is_epoch_end:
-                self.epoch_stats.end_epoch(self.step, len(self.loader.bad_samples.reasons))
+                self.epoch_stats.end_epoch(self.step, self.loader.num_bad_samples)
             self.checkpoint_due |= self.must_stop
             if self.checkpoint_due:
                 self.read_reports(keep=0)
@@ -228,7 +278,7 @@ class Trainer:
         self.epoch_stats.sync()
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
         state: dict[str, Any] = {
-            "data_identity": self.data_identity,
+            "data_identity": self.loader.identity,
             "collapsed_since": self.epoch_stats.collapsed_since,
         }
         state["loss_scale"] = self.update_step.update.state_dict()
@@ -245,13 +295,17 @@ class Trainer:
         if collectives.rank() == 0:
             prune(self.folder.checkpoints, keep_every_steps=self.cfg.run.keep_every_epochs * self.steps_per_epoch)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Go on from the last whole checkpoint, or from the start where there is none (all ranks)."""
         state = load_checkpoint(self.folder.checkpoints, self.engine, seed=self.cfg.run.seed)
-        if state is None:
-            return
-        if state["data_identity"] != self.data_identity:
+        if state is not None:
+            self._take_up(state)
+        self.skipped.resume(self.step)
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        if state["data_identity"] != self.loader.identity:
             raise ConfigError(
-                f"data.train: {self.cfg.data.train} holds [images, bytes] {self.data_identity}, but the run was made "
+                f"data.train: {self.cfg.data.train} holds [images, bytes] {self.loader.identity}, but the run was made "
                 f"on {state['data_identity']}: resume with the same file, or start another run"
             )
         self.step = state["step"]
@@ -282,31 +336,40 @@ class Trainer:
             self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return engine, optimizer
 
-    def _build_probe(self, reader: BetonReader) -> OnlineProbe | None:
-        """A linear probe where at least two classes are labelled; it learns from all but the held-out images."""
-        if num_labelled_classes(reader) < 2:
-            return None
-        num_classes = int(reader.labels.max()) + 1
-        _, holdout_ids = split_holdout(reader.num_samples, self.cfg.data.holdout_fraction, reader.labels)
-        is_holdout = np.zeros(reader.num_samples, dtype=bool)
-        is_holdout[holdout_ids] = True
-        self.is_holdout = torch.from_numpy(is_holdout).to(self.device)
-        return OnlineProbe(self.model.num_features, num_classes, self.cfg.eval).to(self.device)
+    def _as_batch_source(self, loader: Any) -> BatchSource:
+        if isinstance(loader, Loader) or hasattr(loader, "view_shapes"):
+            return loader
+        world_size = collectives.world_size()
+        source = IterableLoader(loader, device=self.device, world_size=world_size)
+        num_images = source.local_batch_size * world_size
+        if num_images != self.cfg.data.global_batch_size:
+            raise ConfigError(
+                f"data.global_batch_size is {self.cfg.data.global_batch_size}, but the loader's batches hold "
+                f"{source.local_batch_size} images on each of {world_size} processes: set it to {num_images}"
+            )
+        return source
 
-    def _claim_folder(self, resuming: bool) -> None:
+    def _as_two_view(self, model: nn.Module) -> TwoViewModel:
+        if isinstance(model, TwoViewModel):
+            return model
+        torch.manual_seed(self.cfg.run.seed)  # of the projector
+        try:
+            return TwoViewModel(self.cfg.model, self.image_px, backbone=model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def lock_folder(self, is_resumed: bool) -> None:
+        """Keep other trainings out of the folder, and make it ready (all ranks)."""
+        if is_resumed and has_batch_norm(self.model):
+            self.folder.check_micro_batches(self.cfg)
         check_shared_folder(self.folder, collectives.run_on_first_rank(self.folder.lock))
         if collectives.rank() == 0:
-            if resuming:
+            if is_resumed:
                 drop_incomplete(self.folder.checkpoints)
                 self.folder.preempted.unlink(missing_ok=True)
             else:
                 self.folder.create(self.cfg, collectives.world_size())
         collectives.barrier()
-        if resuming:
-            self._restore()
-            self.skipped.resume(self.step)
-        self._say(self._headline())
-        self.epoch_stats.open(self.folder, self.step)
 
     def _leave(self) -> None:
         """End the training at a checkpoint, as a signal asked (all ranks).
@@ -325,26 +388,58 @@ class Trainer:
         num_parameters = sum(parameter.numel() for parameter in self.model.backbone.parameters())
         start = f", resumed at step {self.step}" if self.step else ""
         return (
-            f"{self.cfg.loss.name} on {self.loader.num_samples:,} images, {self.cfg.model.backbone} "
+            f"{self.loss.config.name} on {self.loader.num_samples:,} images, {self._model_name()} "
             f"({num_parameters / 1e6:.2f} M parameters), global batch {self.cfg.data.global_batch_size} on "
             f"{collectives.world_size()} x {self.device.type}, {self.cfg.train.num_epochs} epochs of "
             f"{self.steps_per_epoch} steps{start} -> {self.folder.path}"
         )
+
+    def _model_name(self) -> str:
+        return type(self.model.backbone).__name__ if "model" in self.cfg.custom else self.cfg.model.backbone
 
     def _say(self, line: str) -> None:
         if collectives.rank() == 0:
             print(line, flush=True)
 
 
-def train(cfg: Config, stop_request: StopRequest | None = None) -> None:
-    """Run one training to its end.
+def train(
+    cfg: Config | str | Path,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    stop_request: StopRequest | None = None,
+) -> RunFolder:
+    """Run one training to its end: what `fastssl train` does.
+
+        run = fastssl.train("configs/demo.yaml", {"run.dir": "runs/a"})
 
     Args:
-        cfg: Its configuration.
+        cfg: A configuration, or the path of a YAML file.
+        overrides: Dotted keys and their values, or strings `key=value` as `--set` takes them; with a path only.
         stop_request: What has remembered signals until now.
+
+    Returns:
+        The folder of the finished run.
+
     Raises:
-        PeerLostError: another process of the run is lost.
+        ConfigError, DataError: What the user must change, in one line.
+        DivergedError, Preempted, PeerLostError: See `Trainer.train`.
     """
-    with Watchdog() as watchdog:
-        Trainer(cfg, watchdog, stop_request).fit()
-    end_process()
+    if isinstance(cfg, (str, Path)):
+        cfg = load_config(cfg, as_overrides(overrides))
+    elif overrides:
+        raise ConfigError("overrides are for the path of a configuration: change the Config with dataclasses.replace")
+    check_apex(cfg)
+    folder = RunFolder(cfg.run.dir)
+    folder.check_claim(cfg)  # before the other processes are waited for
+    with started_process(cfg.run) as process:
+        trainer = Trainer(cfg, **vars(build_run(cfg, process.device)))
+        trainer.run(process, stop_request or StopRequest())
+    return folder
+
+
+def start_alone(cfg: Config) -> Trainer:
+    """A trainer before its first step, in this process and without a watchdog: for what takes steps one by one."""
+    process = Process(start_process(cfg.run), Watchdog())
+    trainer = Trainer(cfg, **vars(build_run(cfg, process.device)))
+    trainer.start(process, StopRequest())
+    return trainer

@@ -2,8 +2,9 @@
 
 # B local batch, V views, Vg views of one output size, H and W their height and width in pixels
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -42,3 +43,40 @@ class Batch:
     views: list[Tensor]
     labels: Tensor
     sample_ids: Tensor
+
+
+class BatchSource(Protocol):
+    """Where a training's batches come from: `pipelines.loader.Loader`, or `pipelines.iterable_loader.IterableLoader`.
+
+    Attributes:
+        num_samples: Images of an epoch, over all ranks.
+    """
+
+    num_samples: int
+
+    @property
+    def view_shapes(self) -> list[tuple[int, int, int]]:
+        """[3, H, W] of each view."""
+        ...
+
+    @property
+    def identity(self) -> list[int]:
+        """Numbers that a resumed run must find again, such as images and bytes of the file."""
+        ...
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Images that turned out damaged so far."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        ...
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch (>= 0) from `first_batch` on, on the device."""
+        ...
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        ...

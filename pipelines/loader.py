@@ -108,6 +108,21 @@ class Loader:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._pixel_op = PixelOpAndTransfer(self._groups, views, device, num_threads)
 
+    @property
+    def view_shapes(self) -> list[tuple[int, int, int]]:
+        """[3, S, S] of each view."""
+        return [(3, spec.size_px, spec.size_px) for spec in self._specs]
+
+    @property
+    def identity(self) -> list[int]:
+        """Number of images and bytes of the file: a resumed run must find the same one."""
+        return identity_of(self._reader)
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Images that turned out damaged so far."""
+        return len(self.bad_samples.reasons)
+
     def __len__(self) -> int:
         """Batches of an epoch: N // G."""
         return self.num_samples // self._cfg.global_batch_size
@@ -207,6 +222,11 @@ class EvalLoader:
     def close(self) -> None:
         """Stop the engine's threads."""
         self._engine.close()
+
+
+def identity_of(reader: BetonReader) -> list[int]:
+    """Number of images and bytes of a file."""
+    return [reader.num_samples, len(reader.mmap)]
 
 
 def open_train_reader(cfg: DataConfig) -> BetonReader:

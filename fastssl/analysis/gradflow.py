@@ -17,7 +17,6 @@ from fastssl.analysis.pair_flow import PairFlow, pair_flow
 from fastssl.analysis.source import BatchSettings, Source, load_source, make_folder, open_run, write_table
 from fastssl.checkpoint.save_load import checkpoint_of
 from fastssl.errors import ConfigError
-from fastssl.files import replace_text
 from fastssl.losses import (
     DclConfig,
     DclwConfig,
@@ -31,6 +30,7 @@ from fastssl.losses import (
 )
 from fastssl.losses.mio import Negative
 from fastssl.machine.environment import describe_environment
+from fastssl.machine.files import replace_text
 from fastssl.tracking.result_rows import format_table
 
 GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart

@@ -23,8 +23,8 @@ from fastssl.analysis.source import BatchSettings, Source, hold_still, load_sour
 from fastssl.checkpoint.save_load import checkpoint_of
 from fastssl.config import Config
 from fastssl.errors import ConfigError
-from fastssl.files import replace_text
 from fastssl.machine.environment import describe_environment
+from fastssl.machine.files import replace_text
 from fastssl.tracking.result_rows import Value, format_table
 
 TOLERANCE = 1e-3  # of a residual's norm, as a share of the largest eigenvalue's size: below it counts as converged

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastssl.build_run import build_model
 from fastssl.checkpoint.save_load import checkpoint_of, load_objective_state, load_weights, step_of
-from fastssl.config import Config
+from fastssl.config import Config, check_built
 from fastssl.errors import ConfigError
 from fastssl.losses import build_loss
 from fastssl.models.objective import Objective
@@ -75,7 +75,9 @@ def open_run(path: Path, overrides: Sequence[str]) -> tuple[RunFolder, Config]:
         ConfigError: no run lies there, or a bad override.
     """
     folder = RunFolder(path)
-    return folder, folder.load_config(overrides)
+    cfg = folder.load_config(overrides)
+    check_built(cfg, "model", "loss", "loader")
+    return folder, cfg
 
 
 def load_source(folder: RunFolder, cfg: Config, *, step: int | None, settings: BatchSettings) -> Source:

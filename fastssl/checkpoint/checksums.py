@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import torch
 
 from fastssl.errors import ConfigError
-from fastssl.files import sync_file
 from fastssl.machine.environment import package_version
+from fastssl.machine.files import sync_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # 1 was DeepSpeed's files, without a manifest

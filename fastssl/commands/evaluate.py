@@ -13,7 +13,7 @@ from torch import nn
 
 from fastssl.checkpoint.checksums import sha256_of
 from fastssl.checkpoint.save_load import checkpoint_of, load_weights, step_of
-from fastssl.config import Config
+from fastssl.config import Config, check_built
 from fastssl.errors import ConfigError
 from fastssl.evaluation.feature_cache import cached_features, data_identity
 from fastssl.evaluation.features import encode_batches
@@ -74,6 +74,7 @@ def evaluate_run(
     """
     folder = RunFolder(path)
     cfg = folder.load_config([*overrides, *([f"eval.what={json.dumps(list(what))}"] if what else [])])
+    check_built(cfg, "model")
     checkpoint = checkpoint_of(folder.checkpoints, step)
     device = choose_device(cfg.run.device)
     torch.set_num_threads(num_threads_of(cfg.run))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +68,15 @@ class Loss(nn.Module, Generic[ConfigT]):
         """The lower bound in nats that a mean loss puts on the mutual information of two views; None: it puts none."""
         del value
         return None
+
+
+class ModuleLoss(Loss[LossConfig]):
+    """Any module as a loss: it is called with the projections of each view [B, D] and returns a scalar."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(LossConfig(name=type(module).__name__))
+        self.module = module
+
+    def forward(self, *z: Tensor) -> Tensor:
+        """What the module makes of z."""
+        return self.module(*z)

@@ -1,1 +1,1 @@
-"""What this machine has: versions, hardware, NVIDIA GPUs and their driver. Imports nothing of fastssl."""
+"""This machine: versions, hardware, NVIDIA GPUs and their driver, files that survive a crash."""

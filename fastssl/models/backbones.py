@@ -48,7 +48,7 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
         model.maxpool = nn.Identity()
     if cfg.pool_px > 1:
         _put_pool(model, cfg.pool_px)
-    return model, _count_features(model, cfg, image_px)
+    return model, count_features(model, cfg.backbone, image_px)
 
 
 def _build_torchvision(cfg: ModelConfig) -> nn.Module:
@@ -111,14 +111,25 @@ def _put_pool(model: Any, pool_px: int) -> None:
 
 
 @torch.inference_mode()
-def _count_features(model: nn.Module, cfg: ModelConfig, image_px: int) -> int:
+def count_features(model: nn.Module, name: str, image_px: int) -> int:
+    """F, measured on one blank image.
+
+    Args:
+        model: Left in training mode.
+        name: For messages.
+        image_px: Side of the image.
+
+    Raises:
+        ValueError: The model does not take such an image, or does not give features [1, F].
+    """
     model.eval()  # one blank image has no batch statistics, and must not move the running ones
     try:
-        h = model(torch.zeros(1, 3, image_px, image_px))
+        device = next((parameter.device for parameter in model.parameters()), None)
+        h = model(torch.zeros(1, 3, image_px, image_px, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         message = " ".join(str(error).split())
-        raise ValueError(f"model.backbone: {cfg.backbone} does not take {image_px} px images: {message}") from error
+        raise ValueError(f"model.backbone: {name} does not take {image_px} px images: {message}") from error
     model.train()
     if not isinstance(h, torch.Tensor) or h.ndim != 2:
-        raise ValueError(f"model.backbone: {cfg.backbone} does not give one feature vector per image")
+        raise ValueError(f"model.backbone: {name} does not give one feature vector per image")
     return h.shape[1]

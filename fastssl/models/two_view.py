@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastssl.models.backbones import build_backbone
+from fastssl.models.backbones import build_backbone, count_features
 from fastssl.models.config import ModelConfig
 
 
@@ -21,8 +21,13 @@ class TwoViewModel(nn.Module):
         num_features: F.
     """
 
-    def __init__(self, cfg: ModelConfig, image_px: int) -> None:
+    def __init__(self, cfg: ModelConfig, image_px: int, backbone: nn.Module | None = None) -> None:
         """Build both parts, with random weights.
+
+        Args:
+            cfg: The model section.
+            image_px: Side of the training images in pixels.
+            backbone: Images [B, 3, H, W] -> features [B, F], in the place of the one that `cfg` names.
 
         The weights stay contiguous, DeepSpeed's broadcast and ZeRO's flat buffers need them so; channels-last images
         make the convolutions run in that layout all the same.
@@ -31,7 +36,10 @@ class TwoViewModel(nn.Module):
             ValueError: see `build_backbone`.
         """
         super().__init__()
-        self.backbone, self.num_features = build_backbone(cfg, image_px)
+        if backbone is None:
+            self.backbone, self.num_features = build_backbone(cfg, image_px)
+        else:
+            self.backbone, self.num_features = backbone, count_features(backbone, type(backbone).__name__, image_px)
         self.projector = build_projector(self.num_features, cfg)
 
     def forward(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as torch_dist
@@ -12,7 +15,36 @@ from fastssl.config import RunConfig
 from fastssl.errors import ConfigError
 from fastssl.machine.nvidia_gpu import driver_version, why_no_gpu, why_too_old
 from fastssl.processes.rendezvous import join
+from fastssl.processes.watchdog import Watchdog
 from pipelines.loader import cores_per_process
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process of a run.
+
+    Attributes:
+        device: Where it computes.
+        watchdog: Ends it where another process of the run is lost.
+    """
+
+    device: torch.device
+    watchdog: Watchdog
+
+
+@contextmanager
+def started_process(cfg: RunConfig) -> Iterator[Process]:
+    """Start this process of a run, watch the others, and leave their group at the end.
+
+    Raises:
+        ConfigError: see `choose_device`.
+        PeerLostError: the other processes do not come, or one of them is lost.
+    """
+    with Watchdog() as watchdog:
+        device = start_process(cfg)
+        watchdog.watch(cfg)
+        yield Process(device, watchdog)
+    end_process()
 
 
 def start_process(cfg: RunConfig) -> torch.device:

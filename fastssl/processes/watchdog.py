@@ -38,22 +38,23 @@ class Watchdog:
     """Watches the other processes from `watch` to the end of the `with` block; alone, it does nothing.
 
     Errors of an exchange that say that another process is lost leave the block as PeerLostError; others as they are.
+
+    Attributes:
+        step: Gives the number of optimizer steps taken, for the message.
     """
 
     def __init__(self) -> None:
+        self.step: Callable[[], int] = lambda: 0
         self._thread: threading.Thread | None = None
         self._is_leaving = threading.Event()
         self._has_finished = False
-        self._step: Callable[[], int] = lambda: 0
 
-    def watch(self, cfg: RunConfig, step: Callable[[], int]) -> None:
+    def watch(self, cfg: RunConfig) -> None:
         """Begin; all ranks call it, in a process group.
 
         Args:
             cfg: Its timeouts.
-            step: The number of optimizer steps taken, for the message.
         """
-        self._step = step
         if collectives.world_size() == 1:
             return
         group = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=cfg.collective_timeout_s))
@@ -70,7 +71,7 @@ class Watchdog:
         if self._thread:
             self._thread.join(_GRACE_S)  # at the interpreter's end a thread inside of gloo would abort the process
         if error is not None and is_loss(error):
-            raise PeerLostError(loss_message(error, self._step())) from None
+            raise PeerLostError(loss_message(error, self.step())) from None
 
     def _beat(self, group: torch_dist.ProcessGroup) -> None:
         try:
@@ -84,7 +85,7 @@ class Watchdog:
                     return
         except RuntimeError as error:
             if not self._is_leaving.wait(_GRACE_S):
-                print_error(loss_message(error, self._step()))
+                print_error(loss_message(error, self.step()))
                 exit_now(PeerLostError.exit_code)
 
 

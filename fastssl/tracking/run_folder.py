@@ -13,8 +13,8 @@ import yaml
 
 from fastssl.config import Config, differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError
-from fastssl.files import replace_text
 from fastssl.machine.environment import describe_environment
+from fastssl.machine.files import replace_text
 
 # A resumed run may differ in these: they change no event of the training (num_threads, device, zero_stage,
 # offload_optimizer, num_micro_batches and compile its last bits only, but for random numbers that the model itself

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastssl import collectives
 from fastssl.errors import DivergedError
-from fastssl.files import sync_file
+from fastssl.machine.files import sync_file
 from fastssl.tracking.writers import drop_rows_after
 
 

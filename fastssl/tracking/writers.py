@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from fastssl.files import replace_text, sync_file
+from fastssl.machine.files import replace_text, sync_file
 from fastssl.tracking.run_folder import RunFolder
 
 T = TypeVar("T")

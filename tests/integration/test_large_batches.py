@@ -19,7 +19,7 @@ import torch
 from fastssl import collectives
 from fastssl.tracking import plots
 from fastssl.config import load_config
-from fastssl.trainer import Trainer
+from fastssl.trainer import start_alone
 
 plots.draw_views = lambda *_: None  # a second each
 config, folder, num_steps, runs = sys.argv[1:]
@@ -28,7 +28,7 @@ def weights(trainer):
     return {name: x.detach().double().clone() for name, x in trainer.objective.named_parameters() if x.requires_grad}
 
 for name, settings in json.loads(runs).items():
-    trainer = Trainer(load_config(config, [f"run.dir={folder}/{name}", *settings]))
+    trainer = start_alone(load_config(config, [f"run.dir={folder}/{name}", *settings]))
     start = weights(trainer)
     batches = trainer.loader.epoch(0)
     trainer.epoch_stats.timer.start()

@@ -21,13 +21,13 @@ from itertools import islice
 import torch
 from fastssl.tracking import plots
 from fastssl.config import load_config
-from fastssl.trainer import Trainer
+from fastssl.trainer import start_alone
 
 plots.draw_views = lambda *_: None  # a second each
 config, folder = sys.argv[1:3]
 
 def start(name, run, *settings):
-    return Trainer(load_config(config, [f"loss={{name: {name}}}", f"run.dir={folder}/{run}", *settings]))
+    return start_alone(load_config(config, [f"loss={{name: {name}}}", f"run.dir={folder}/{run}", *settings]))
 
 def take_steps(trainer, num_steps):
     batches = trainer.loader.epoch(0, first_batch=trainer.step)

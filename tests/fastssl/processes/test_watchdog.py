@@ -34,7 +34,8 @@ from fastssl.processes.rendezvous import join
 cfg = RunConfig(rendezvous_timeout_s=200)
 join("gloo", cfg)
 with Watchdog() as watchdog:
-    watchdog.watch(cfg, lambda: 7)
+    watchdog.watch(cfg)
+    watchdog.step = lambda: 7
     print("watching", flush=True)
     time.sleep(1000)
 """
@@ -50,7 +51,8 @@ join("gloo", cfg)
 rank = torch_dist.get_rank()
 try:
     with Watchdog() as watchdog:
-        watchdog.watch(cfg, lambda: 7)
+        watchdog.watch(cfg)
+        watchdog.step = lambda: 7
         time.sleep(3 * rank)
         torch_dist.barrier()
         if os.environ["FAILS"] == "1":

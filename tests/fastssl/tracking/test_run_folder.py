@@ -8,7 +8,7 @@ from torch import nn
 
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
-from fastssl.files import replace_text
+from fastssl.machine.files import replace_text
 from fastssl.models.sync_batch_norm import has_batch_norm
 from fastssl.tracking.run_folder import RunFolder
 

@@ -1,0 +1,133 @@
+"""Anybody's batches for a training: a torch DataLoader, or another iterable with a length."""
+
+# B local batch, V views
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipelines.batch import Batch
+from pipelines.errors import DataError
+
+Item = Batch | Sequence[Tensor]
+
+
+class Batches(Sized, Iterable[Item], Protocol):
+    """Has a length, and can be iterated once an epoch."""
+
+
+class IterableLoader:
+    """Batches of an iterable, as `Trainer` takes them.
+
+    An item is a `Batch`, or the views of one: V tensors [B, 3, H, W], floats, normalised. It may also be a pair (views,
+    labels), as DataLoaders give it; the labels are not used. A resumed epoch draws the batches before its first one
+    and throws them away, so a run resumes exactly only if the iterable gives the same batches again for an epoch.
+    Where the iterable, its `sampler` or its `batch_sampler` has a `set_epoch`, it is called before each epoch.
+
+    Attributes:
+        num_samples: Images of an epoch, over all ranks.
+    """
+
+    num_bad_samples = 0
+
+    def __init__(self, batches: Batches, *, device: torch.device, world_size: int = 1) -> None:
+        """Look at the first batch.
+
+        Args:
+            batches: This rank's; iterated once for this, and once an epoch.
+            device: Where they go.
+            world_size: Ranks, each with batches of its own.
+
+        Raises:
+            DataError: There is no batch, or it is not what is described above.
+        """
+        self._batches, self._device = batches, device
+        first = next(iter(batches), None)
+        if first is None or len(batches) == 0:
+            raise DataError("loader: it gives no batch")
+        views = _views_of(first)
+        self._local_batch_size = len(views[0])
+        self._shapes = [tuple(view.shape[1:]) for view in views]
+        self.num_samples = len(batches) * self._local_batch_size * world_size
+
+    @property
+    def local_batch_size(self) -> int:
+        """B."""
+        return self._local_batch_size
+
+    @property
+    def view_shapes(self) -> list[tuple[int, int, int]]:
+        """[3, H, W] of each view."""
+        return [(channels, height, width) for channels, height, width in self._shapes]
+
+    @property
+    def identity(self) -> list[int]:
+        """Batches of an epoch and images of a batch."""
+        return [len(self), self._local_batch_size]
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._batches)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """See `BatchSource`.
+
+        Raises:
+            DataError: A batch has other views or another size than the first one of the run.
+        """
+        for owner in (self._batches, *(getattr(self._batches, name, None) for name in ("sampler", "batch_sampler"))):
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        for number, item in enumerate(islice(self._batches, first_batch, len(self)), first_batch):
+            yield self._finish(item, number)
+
+    def close(self) -> None:
+        """Nothing to stop: the iterable is its owner's."""
+
+    def _finish(self, item: Item, number: int) -> Batch:
+        views = _views_of(item)
+        size = self._local_batch_size
+        if [tuple(view.shape) for view in views] != [(size, *shape) for shape in self._shapes]:
+            found = ", ".join(str(list(view.shape)) for view in views)
+            raise DataError(f"loader: batch {number} has views {found}, the first one has {size} images: drop the last")
+        first_id = number * size
+        labels = item.labels if isinstance(item, Batch) else torch.full((size,), -1)
+        sample_ids = item.sample_ids if isinstance(item, Batch) else torch.arange(first_id, first_id + size)
+        place: dict[str, Any] = {"device": self._device, "non_blocking": True}
+        return Batch(
+            views=[view.to(memory_format=torch.channels_last, **place) for view in views],
+            labels=labels.to(**place),
+            sample_ids=sample_ids.to(**place),
+        )
+
+
+def _views_of(item: Any) -> list[Tensor]:
+    """The views of an item; see `IterableLoader`.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if isinstance(item, Batch):
+        return item.views
+    if isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], (list, tuple)):
+        item = item[0]  # (views, labels)
+    views = list(item) if isinstance(item, (list, tuple)) else []
+    if len(views) < 2 or not all(isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point() for x in views):
+        raise DataError(
+            "loader: a batch must be at least two views, float tensors [B, 3, H, W], or a pair of these and labels, "
+            f"got {_describe(item)}"
+        )
+    return views
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, Tensor):
+        return f"a tensor {list(item.shape)} of {str(item.dtype).removeprefix('torch.')}"
+    if isinstance(item, (list, tuple)):
+        return f"a {type(item).__name__} of {', '.join(map(_describe, item[:3])) or 'nothing'}"
+    return type(item).__name__
