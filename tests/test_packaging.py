@@ -1,10 +1,17 @@
 """The house itself: nobody else's packages, and imports that say so when they are found."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+from functools import partial
+from importlib.metadata import PathDistribution as metadata_of
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from setuptools import find_packages
 
 from tests.helpers.processes import ROOT
@@ -25,6 +32,53 @@ def test_every_package_is_found_for_installation():
     assert {folder for folder in folders if not (folder / "__init__.py").exists()} == set()
     found = find_packages(str(ROOT), include=["fastssl*", "pipelines*", "kernels*"])
     assert set(found) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder that pip has installed a copy of the checkout to, without what it depends on."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("fastssl", "pipelines", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+    ]
+    subprocess.run([*pip, "--target", target, source], check=True, capture_output=True, text=True)
+    return target
+
+
+def test_an_installed_copy_is_whole(installed: Path, tmp_path: Path) -> None:
+    code = "import fastssl, fastssl.cli; fastssl.Trainer, fastssl.load_encoder; print(fastssl.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(installed / "fastssl/__init__.py")
+    converted = run([installed / "bin/fastssl", "convert", "--from", "digits", "digits.beton", "--split", "test"])
+    assert converted.returncode == 0, converted.stderr
+    assert "500 images" in converted.stdout
+
+
+def test_its_ranges_admit_the_pinned_versions(installed: Path) -> None:
+    (metadata,) = (metadata_of(path) for path in installed.glob("fastssl-*.dist-info"))
+    ranges = [Requirement(line) for line in metadata.requires]
+    pinned: dict[str, set[str]] = {}
+    for path in (ROOT / "requirements").glob("*.txt"):
+        for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text(), flags=re.MULTILINE):
+            pinned.setdefault(canonicalize_name(name), set()).add(version)
+    of_ffcv = {"opencv-python-headless", "pytorch-pfn-extras"}
+    assert {canonicalize_name(wanted.name) for wanted in ranges} == pinned.keys() - of_ffcv
+    for wanted in ranges:
+        assert all(version in wanted.specifier for version in pinned[canonicalize_name(wanted.name)]), wanted
 
 
 def test_no_module_is_named_like_a_standard_module():
