@@ -188,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train one run (one process; see `deepspeed fastssl/train.py` for more)")
-    train.add_argument("--cfg", required=True, type=Path, help="YAML file of the run")
+    train.add_argument(
+        "--cfg", required=True, nargs="+", type=Path, help="YAML file of the run, or several: later ones count"
+    )
     train.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     train.set_defaults(call=_train)
@@ -290,7 +292,7 @@ def _add_batches(command: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
-    doctor.add_argument("--cfg", type=Path, help="YAML file of the run that is to be made here")
+    doctor.add_argument("--cfg", nargs="+", type=Path, help="YAML file, or files, of the run that is to be made here")
     doctor.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     doctor.add_argument("--data", type=Path, metavar="FOLDER", help="whose disk to measure (default: data.train)")
     doctor.add_argument("--json", action="store_true", help="for programs")

@@ -22,6 +22,7 @@ from fastssl.losses import AnyLossConfig, MioConfig
 from fastssl.losses.moments import check_moment_width
 from fastssl.models.config import ModelConfig
 from fastssl.optim.config import OptimConfig
+from pipelines.config_field import free
 from pipelines.loader import DataConfig
 from pipelines.views import ViewsConfig, build_view_specs
 
@@ -57,22 +58,22 @@ class RunConfig:
         collective_timeout_s: How long a process may keep the others waiting in mid-run, in a slow save or compiling.
     """
 
-    dir: str = "runs/default"
+    dir: str = free("runs/default")
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    resume: Literal["never", "auto"] = "never"
+    device: Literal["auto", "cpu", "cuda"] = free("auto")
+    resume: Literal["never", "auto"] = free("never")
     init_from: str | None = None
-    checkpoint_every_minutes: float = 0.0
-    checkpoint_every_steps: int = 0
-    checkpoint_every_epochs: int | None = None
-    keep_every_epochs: int = 0
-    log_every_steps: int = 10
-    diagnose_every_epochs: int = 1
-    num_threads: int = 0
-    peak_tflops: float | None = None
-    rendezvous_timeout_s: int = 300
-    peer_timeout_s: int = 20
-    collective_timeout_s: int = 1800
+    checkpoint_every_minutes: float = free(0.0)
+    checkpoint_every_steps: int = free(0)
+    checkpoint_every_epochs: int | None = free(None)
+    keep_every_epochs: int = free(0)
+    log_every_steps: int = free(10)
+    diagnose_every_epochs: int = free(1)
+    num_threads: int = free(0)
+    peak_tflops: float | None = free(None)
+    rendezvous_timeout_s: int = free(300)
+    peer_timeout_s: int = free(20)
+    collective_timeout_s: int = free(1800)
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -123,14 +124,14 @@ class TrainConfig:
 
     num_epochs: int = 200
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    offload_optimizer: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = free(0)
+    offload_optimizer: bool = free(False)
     grad_clip_norm: float = 0.0
-    max_skipped_steps: int = 5
-    on_collapse: Literal["warn", "stop"] = "warn"
-    num_micro_batches: int = 1
-    compile: bool = False
-    cuda_graph: Literal["auto"] | bool = "auto"
+    max_skipped_steps: int = free(5)
+    on_collapse: Literal["warn", "stop"] = free("warn")
+    num_micro_batches: int = free(1)
+    compile: bool = free(False)
+    cuda_graph: Literal["auto"] | bool = free("auto")
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "num_micro_batches"):
@@ -194,13 +195,22 @@ class Config:
             )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key.sub=value` overrides and check everything.
+def load_config(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Read one or more YAML files, apply `key.sub=value` overrides and check everything.
+
+    Args:
+        path: A file, or several: a key of a later file replaces that of an earlier one, and a section with another
+            `name` (another loss or optimizer) replaces the whole section.
+        overrides: As `--set` takes them.
 
     Raises:
         ConfigError: no such file, no YAML mapping, unknown key or bad value; the message names it.
     """
-    return build_config(with_overrides(_read_yaml(Path(path)), overrides))
+    paths = [path] if isinstance(path, (str, Path)) else path
+    tree: dict[str, Any] = {}
+    for each in paths:
+        tree = _merged(tree, _read_yaml(Path(each)))
+    return build_config(with_overrides(tree, overrides))
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -268,6 +278,32 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Seque
     a, b = dict(_flatten(old)), dict(_flatten(new))
     keys = [key for key in sorted(a.keys() | b.keys()) if key not in ignore]
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both trees; where they meet, the second one counts."""
+    tree = dict(first)
+    for key, value in second.items():
+        old = tree.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
+            value = _merged(old, value)
+        tree[key] = value
+    return tree
+
+
+def free_keys() -> tuple[str, ...]:
+    """Dotted keys in which a resumed run may differ, see `pipelines.config_field.free`."""
+    return tuple(
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in _fields_of(section)
+        if field.metadata.get("free")
+    )
+
+
+def _fields_of(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
+    default = section.default_factory() if callable(section.default_factory) else None
+    return dataclasses.fields(default) if dataclasses.is_dataclass(default) else ()
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

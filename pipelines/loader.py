@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
+from pipelines.config_field import free
 from pipelines.engines import DrawBatch, Engine, EngineName, build_engine
 from pipelines.errors import DataError
 from pipelines.read_ahead import ReadAhead, read_whole
@@ -59,12 +60,12 @@ class DataConfig:
     test: str | None = None
     engine: EngineName = "ffcv"
     global_batch_size: int = 256
-    num_workers: int = 0
-    prefetch_batches: int = 3
+    num_workers: int = free(0)
+    prefetch_batches: int = free(3)
     holdout_fraction: float = 0.1
     order: Literal["random", "quasi_random"] = "random"
     window_mb: int = 1024
-    cache: Literal["os", "ram", "none"] = "os"
+    cache: Literal["os", "ram", "none"] = free("os")
     max_bad_fraction: float = 0.001
 
     def __post_init__(self) -> None:

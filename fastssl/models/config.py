@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipelines.config_field import free
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -37,7 +39,7 @@ class ModelConfig:
     projector_dim: int = 128
     projector_last_norm: bool = True
     batch_norm: Literal["per_rank", "sync"] = "per_rank"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = free(False)
     layer_norm: Literal["torch", "apex"] = "torch"
 
     def __post_init__(self) -> None:

@@ -11,42 +11,10 @@ from typing import IO
 
 import yaml
 
-from fastssl.config import Config, differing_keys, load_config, to_dict
+from fastssl.config import Config, differing_keys, free_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-
-# A resumed run may differ in these: they change no event of the training (num_threads, device, zero_stage,
-# offload_optimizer, num_micro_batches and compile its last bits only, but for random numbers that the model itself
-# draws, such as dropout's, on another device or in other parts of a batch). `RunFolder.check_micro_batches` keeps
-# num_micro_batches as it was where the model has batch norm.
-FREE_KEYS = (
-    "run.dir",
-    "run.resume",
-    "run.checkpoint_every_minutes",
-    "run.checkpoint_every_steps",
-    "run.checkpoint_every_epochs",
-    "run.keep_every_epochs",
-    "run.log_every_steps",
-    "run.diagnose_every_epochs",
-    "run.num_threads",
-    "run.device",
-    "run.peak_tflops",
-    "run.rendezvous_timeout_s",
-    "run.peer_timeout_s",
-    "run.collective_timeout_s",
-    "data.num_workers",
-    "data.prefetch_batches",
-    "data.cache",
-    "train.zero_stage",
-    "train.offload_optimizer",
-    "train.num_micro_batches",
-    "model.activation_checkpointing",
-    "train.compile",
-    "train.cuda_graph",
-    "train.on_collapse",
-    "train.max_skipped_steps",
-)
 
 _LOCKS: dict[Path, IO[str]] = {}  # the lock files of trainings in this process
 
@@ -91,7 +59,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run already: go on with --set run.resume=auto, or choose another run.dir"
             )
-        differences = differing_keys(to_dict(self.load_config()), to_dict(cfg), ignore=FREE_KEYS)
+        differences = differing_keys(to_dict(self.load_config()), to_dict(cfg), ignore=free_keys())
         if differences:
             raise ConfigError(f"{self.path} was made with another config; it differs in {'; '.join(differences)}")
         return True

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastssl.config import Config, build_config, differing_keys, load_config, to_dict
+from fastssl.config import Config, build_config, differing_keys, free_keys, load_config, to_dict
 from fastssl.errors import ConfigError
+from fastssl.losses import MioConfig
 from pipelines.views import ViewSpec, build_view_specs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,3 +128,29 @@ def test_differing_keys_are_named():
     new = to_dict(dataclasses.replace(Config(), optim=dataclasses.replace(Config().optim, base_lr=9.0)))
     assert differing_keys(old, new) == [f"optim.base_lr: {Config().optim.base_lr} -> 9.0"]
     assert differing_keys(old, new, ignore=("optim.base_lr",)) == []
+
+
+def test_later_files_replace_keys_and_sections_of_another_name(tmp_path):
+    parts = {
+        "data": "data: {global_batch_size: 64, engine: resident}\nloss: {name: byol, target_momentum: 0.9}\n",
+        "loss": "loss: {name: mio, negative: jensen}\noptim: {name: sgd, base_lr: 0.1}\n",
+        "change": "loss: {temperature_negative: 0.3}\ndata: {global_batch_size: 32}\noptim: {name: sgd, momentum: 0}\n",
+    }
+    paths = []
+    for name, text in parts.items():
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(text)
+    cfg = load_config(paths, ["optim.base_lr=0.2"])
+    assert (cfg.data.global_batch_size, cfg.data.engine) == (32, "resident")
+    assert cfg.loss == MioConfig(negative="jensen", temperature_negative=0.3)
+    assert (cfg.optim.base_lr, cfg.optim.momentum) == (0.2, 0)
+    paths[1].write_text("loss: {negative: jensen}\n")  # a key of MIO in BYOL's section
+    with pytest.raises(ConfigError, match=r"unknown key loss\.negative"):
+        load_config(paths[:2])
+
+
+def test_keys_that_may_change_on_resume_are_declared_where_they_are_defined():
+    keys = free_keys()
+    assert len(keys) == len(set(keys)) == 25
+    assert {"run.dir", "data.num_workers", "train.compile", "model.activation_checkpointing"} <= set(keys)
+    assert not {"run.seed", "data.global_batch_size", "train.precision", "loss.name", "optim.base_lr"} & set(keys)
