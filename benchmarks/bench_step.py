@@ -385,7 +385,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--cfg", required=True, type=Path, help="YAML file of a run")
+    parser.add_argument("--cfg", required=True, nargs="+", type=Path, help="YAML file, or files, of a run")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--num-rounds", type=int, default=5, help="windows of each contestant")
     parser.add_argument("--num-warmup", type=int, default=5, help="steps before each window; more than are prefetched")

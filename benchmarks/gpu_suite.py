@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fastssl.tracking.result_rows import append_rows, format_table
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = "configs/mio_resnet18_cifar10_200ep.yaml"
+CONFIG = ("configs/data/cifar10.yaml", "configs/loss/mio_small.yaml")
 TRAIN_FILE, TEST_FILE = "cifar10_train.beton", "cifar10_test.beton"
 NUM_IMAGES = {False: 50_000, True: 2_000}  # of the synthetic set, by --smoke
 MINUTES = "{minutes}"  # in a command: what it has, less the time to finish what is begun
@@ -188,7 +188,7 @@ def step(suite: Suite) -> list[Command]:
             keys = [f"data.global_batch_size={batch}", f"train.compile={str(compiles).lower()}"]
             keys += [f"train.cuda_graph={str(captures).lower()}"] if has_graph else []
             few = ["--num-warmup", "2", "--num-steps", "2"] if suite.smoke else []
-            options = ["--cfg", CONFIG, "--set", *suite.overrides(), *keys, "--label", name, *few, *suite.csv("step")]
+            options = ["--cfg", *CONFIG, "--set", *suite.overrides(), *keys, "--label", name, *few, *suite.csv("step")]
             commands.append(Command(name=name, argv=suite.python("benchmarks/profile_step.py", *options)))
     return commands
 
@@ -198,7 +198,7 @@ def train(suite: Suite) -> list[Command]:
     launcher = shutil.which("deepspeed") if suite.device == "cuda" else None
     start = [launcher, "--num_gpus", "1"] if launcher else [sys.executable]
     keys = ["train.num_epochs=3", f"run.dir={_train_folder(suite)}", "run.resume=never"]
-    argv = [*start, "fastssl/train.py", "--cfg", CONFIG, "--set", *suite.overrides(), *keys]
+    argv = [*start, "fastssl/train.py", "--cfg", *CONFIG, "--set", *suite.overrides(), *keys]
     return [Command(name="train", argv=argv)]
 
 

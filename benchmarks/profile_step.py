@@ -279,7 +279,7 @@ def build_row(
     """The CSV row: figures are of one step unless named otherwise."""
     is_cuda = device.type == "cuda"
     return {
-        "label": args.label or args.cfg.stem,
+        "label": args.label or "+".join(path.stem for path in args.cfg),
         "backbone": cfg.model.backbone,
         "loss": cfg.loss.name,
         "size_px": cfg.views.size_px,
@@ -328,7 +328,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--cfg", required=True, type=Path, help="YAML file of a run")
+    parser.add_argument("--cfg", required=True, nargs="+", type=Path, help="YAML file, or files, of a run")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--num-warmup", type=int, default=15, help="steps before, which compile and fill queues")
     parser.add_argument("--num-steps", type=int, default=20, help="steps of each of the three windows")

@@ -44,16 +44,17 @@ from pipelines.convert import convert
 from pipelines.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name of a row: its configuration, and what is changed in it.
-ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cifar10-mio-exp": ("mio_resnet18_cifar10_200ep.yaml", ()),
-    "cifar10-mio-exp-b512": ("mio_resnet18_cifar10_200ep_b512.yaml", ()),
-    "cifar10-mio-jensen": ("mio_resnet18_cifar10_200ep.yaml", ("loss.negative=jensen",)),
-    "cifar10-mio-jensen-b512": ("mio_resnet18_cifar10_200ep_b512.yaml", ("loss.negative=jensen",)),
-    "cifar10-simclr": ("simclr_resnet18_cifar10_200ep.yaml", ()),
-    "cifar10-simclr-b512": ("simclr_resnet18_cifar10_200ep_b512.yaml", ()),
-    "cifar10-minc": ("minc_resnet18_cifar10_200ep.yaml", ()),
-    "cifar10-spectral": ("spectral_resnet18_cifar10_200ep.yaml", ()),
+CIFAR10 = "data/cifar10.yaml"
+# Name of a row: the files of its configuration, and what is changed in it.
+ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cifar10-mio-exp": ((CIFAR10, "loss/mio_small.yaml"), ()),
+    "cifar10-mio-exp-b512": (("mio_resnet18_cifar10_200ep_b512.yaml",), ()),
+    "cifar10-mio-jensen": ((CIFAR10, "loss/mio_small.yaml"), ("loss.negative=jensen",)),
+    "cifar10-mio-jensen-b512": (("mio_resnet18_cifar10_200ep_b512.yaml",), ("loss.negative=jensen",)),
+    "cifar10-simclr": ((CIFAR10, "loss/simclr_small.yaml"), ()),
+    "cifar10-simclr-b512": (("simclr_resnet18_cifar10_200ep_b512.yaml",), ()),
+    "cifar10-minc": ((CIFAR10, "loss/minc_small.yaml"), ()),
+    "cifar10-spectral": ((CIFAR10, "loss/spectral_small.yaml"), ()),
 }
 # Keys that an option of this program sets.
 TAKEN = {
@@ -82,7 +83,7 @@ class Job:
 
     Attributes:
         row: Its name in ROWS.
-        config: The configuration's file.
+        config: The configuration's files.
         cfg: The configuration of the run, with all overrides.
         overrides: Those that the training is started with.
         data: Where the images are found.
@@ -93,7 +94,7 @@ class Job:
     """
 
     row: str
-    config: Path
+    config: list[Path]
     cfg: Config
     overrides: list[str]
     data: Path
@@ -204,7 +205,8 @@ def train(job: Job) -> None:
     last = last_checkpoint(job.folder.checkpoints)
     if last and step_of(last) == job.total_steps:
         return
-    start = [sys.executable, str(ROOT / "fastssl/train.py"), "--cfg", str(job.config), "--set", *job.overrides]
+    start = [sys.executable, str(ROOT / "fastssl/train.py"), "--cfg", *map(str, job.config), "--set"]
+    start += job.overrides
     # A kill of this process takes the training along: it would hold the run's folder.
     child = subprocess.Popen(start, preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves a checkpoint
@@ -393,7 +395,8 @@ def _job(args: argparse.Namespace) -> Job:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no GPU")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    config, changes = ROOT / "configs" / ROWS[args.row][0], ROWS[args.row][1]
+    names, changes = ROWS[args.row]
+    config = [ROOT / "configs" / name for name in names]
     fast = ["train.precision=bf16", "train.compile=true"] if device == "cuda" else ["train.precision=fp32"]
     limited = f"_first{args.limit}" if args.limit else ""
     overrides = [

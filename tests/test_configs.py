@@ -1,30 +1,42 @@
 """The configurations in configs/: each can be read, and its header says what a reader needs."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastssl.config import load_config
+from fastssl.config import Config, load_config
 from fastssl.models.two_view import build_projector
 from pipelines.views import ViewSpec, build_view_specs
 from tests.helpers.processes import ROOT
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+FOLDER = ROOT / "configs"
+WHOLE = sorted([*FOLDER.glob("*.yaml"), *(FOLDER / "study").glob("*.yaml")])
+PARTS = sorted([*(FOLDER / "data").glob("*.yaml"), *(FOLDER / "loss").glob("*.yaml")])
+METHODS = ("mio", "minc", "simclr", "spectral", "byol", "barlow_twins")
 PAPER_ROWS = {
-    "cifar10": ("resnet18", 200),
-    "cifar100": ("resnet18", 200),
-    "stl10": ("resnet18", 200),
-    "tiny_imagenet": ("resnet18", 200),
-    "imagenet100": ("resnet50", 200),
-    "imagenet": ("resnet50", 100),
+    "cifar10": ("small", "resnet18", 200),
+    "cifar100": ("small", "resnet18", 200),
+    "stl10": ("small", "resnet18", 200),
+    "tiny_imagenet": ("small", "resnet18", 200),
+    "imagenet100": ("imagenet", "resnet50", 200),
+    "imagenet": ("imagenet", "resnet50", 100),
 }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def composed(data: str, loss: str, overrides: Sequence[str] = ()) -> Config:
+    return load_config([FOLDER / f"data/{data}.yaml", FOLDER / f"loss/{loss}.yaml"], overrides)
+
+
+def header_of(path: Path) -> str:
+    return "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_a_config_is_whole_and_says_how_it_is_run(path: Path):
-    cfg = load_config(path)
-    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    cfg, header = load_config(path), header_of(path)
     of_study = path.parent.name == "study"
     name = "configs/study/*.yaml" if of_study else f"configs/{path.name}"
     assert name in header or path.stem == "demo"
@@ -34,10 +46,33 @@ def test_a_config_is_whole_and_says_how_it_is_run(path: Path):
         assert path.stem.startswith(cfg.loss.name)
 
 
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
+def test_a_part_says_how_it_is_run_with_another(path: Path):
+    command = " ".join(header_of(path).replace("#", " ").replace("\\", " ").split())
+    start, _, end = command.partition(" --cfg ")
+    names, run = end.split()[:2], re.search(r"--set (run\.dir=\S+)", start)
+    assert str(path.relative_to(ROOT)) in names
+    assert run is not None
+    cfg = load_config([ROOT / name for name in names], [run[1]])
+    assert cfg.run.dir == f"runs/{cfg.loss.name}_{Path(names[0]).stem}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("data", PAPER_ROWS)
+def test_the_papers_rows_are_composed_of_parts(method, data):
+    recipe, backbone, num_epochs = PAPER_ROWS[data]
+    cfg = composed(data, f"{method}_{recipe}")
+    assert (cfg.loss.name, cfg.model.backbone, cfg.train.num_epochs) == (method, backbone, num_epochs)
+    assert cfg.data.train == f"data/{data}_train.beton"
+    assert cfg.data.test
+    assert cfg.train.precision == "bf16"
+
+
 @pytest.mark.parametrize(("suffix", "learning_rate"), [("", 0.2), ("_b512", 0.8)])
 @pytest.mark.parametrize("loss", ["mio", "simclr"])
 def test_the_first_authors_small_data_recipe(loss, suffix, learning_rate):
-    cfg = load_config(ROOT / f"configs/{loss}_resnet18_cifar10_200ep{suffix}.yaml")
+    whole = FOLDER / f"{loss}_resnet18_cifar10_200ep_b512.yaml"
+    cfg = load_config(whole) if suffix else composed("cifar10", f"{loss}_small")
     optim, model = cfg.optim, cfg.model
     assert cfg.data.global_batch_size == {"": 128, "_b512": 512}[suffix]
     assert optim.base_lr * cfg.data.global_batch_size / 256 == pytest.approx(learning_rate)
@@ -64,14 +99,3 @@ def test_configs_with_published_rows_keep_the_views_of_these_rows(name):
     assert {view.crop_scale for view in build_view_specs(cfg.views)} == {(0.2, 1.0)}
     assert cfg.views.std == (0.2470, 0.2435, 0.2616)
     assert (cfg.optim.momentum, cfg.optim.decay_all, cfg.optim.schedule) == (0.9, False, "step")
-
-
-@pytest.mark.parametrize("method", ["mio", "minc", "simclr", "spectral", "byol", "barlow_twins"])
-@pytest.mark.parametrize("data", PAPER_ROWS)
-def test_the_papers_rows_have_a_config(method, data):
-    backbone, num_epochs = PAPER_ROWS[data]
-    cfg = load_config(ROOT / f"configs/{method}_{backbone}_{data}_{num_epochs}ep.yaml")
-    assert (cfg.loss.name, cfg.model.backbone, cfg.train.num_epochs) == (method, backbone, num_epochs)
-    assert cfg.run.dir == f"runs/{method}_{data}"
-    assert cfg.data.train == f"data/{data}_train.beton"
-    assert cfg.data.test

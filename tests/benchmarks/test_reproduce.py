@@ -156,8 +156,8 @@ def test_bad_input_costs_one_line(arguments, message, tmp_path, capsys):
 
 def test_rows_name_configurations_that_differ_in_loss_and_batch_only():
     jobs = {
-        name: reproduce.load_config(ROOT / "configs" / config, changes)
-        for name, (config, changes) in reproduce.ROWS.items()
+        name: reproduce.load_config([ROOT / "configs" / part for part in parts], changes)
+        for name, (parts, changes) in reproduce.ROWS.items()
     }
     for name, cfg in jobs.items():
         assert cfg.data.global_batch_size == (512 if name.endswith("-b512") else 128)
