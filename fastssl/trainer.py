@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -116,8 +117,8 @@ class Trainer:
             PeerLostError: Another process of the run is lost.
         """
         self.folder.check_claim(self.cfg)  # before the other processes are waited for
-        with started_process(self.cfg.run) as process:
-            self.run(process, stop_request or StopRequest())
+        with started_process(self.cfg.run) as process, _listening(stop_request) as request:
+            self.run(process, request)
         return self.folder
 
     def run(self, process: Process, stop_request: StopRequest) -> None:
@@ -156,7 +157,6 @@ class Trainer:
         self.engine, self.optimizer = self._build_engine()
         self.reports = LateReports(device)
         self.skipped = SkippedSteps(self.folder.nonfinite, cfg.train.max_skipped_steps)
-        self.stop_request = StopRequest()
         self.checkpoint_rule = CheckpointRule(
             cfg.run, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
         )
@@ -431,10 +431,14 @@ def train(
     check_apex(cfg)
     folder = RunFolder(cfg.run.dir)
     folder.check_claim(cfg)  # before the other processes are waited for
-    with started_process(cfg.run) as process:
-        trainer = Trainer(cfg, **vars(build_run(cfg, process.device)))
-        trainer.run(process, stop_request or StopRequest())
+    with started_process(cfg.run) as process, _listening(stop_request) as request:
+        Trainer(cfg, **vars(build_run(cfg, process.device))).run(process, request)
     return folder
+
+
+def _listening(stop_request: StopRequest | None) -> AbstractContextManager[StopRequest]:
+    """The caller's, which goes on to listen, or one of our own until the end of the block."""
+    return StopRequest() if stop_request is None else nullcontext(stop_request)
 
 
 def start_alone(cfg: Config) -> Trainer:

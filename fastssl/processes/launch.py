@@ -12,7 +12,7 @@ import torch
 import torch.distributed as torch_dist
 
 from fastssl.config import RunConfig
-from fastssl.errors import ConfigError
+from fastssl.errors import ConfigError, Preempted
 from fastssl.machine.nvidia_gpu import driver_version, why_no_gpu, why_too_old
 from fastssl.processes.rendezvous import join
 from fastssl.processes.watchdog import Watchdog
@@ -40,10 +40,14 @@ def started_process(cfg: RunConfig) -> Iterator[Process]:
         ConfigError: see `choose_device`.
         PeerLostError: the other processes do not come, or one of them is lost.
     """
-    with Watchdog() as watchdog:
-        device = start_process(cfg)
-        watchdog.watch(cfg)
-        yield Process(device, watchdog)
+    try:
+        with Watchdog() as watchdog:
+            device = start_process(cfg)
+            watchdog.watch(cfg)
+            yield Process(device, watchdog)
+    except Preempted:  # all ranks leave
+        end_process()
+        raise
     end_process()
 
 
