@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastssl import functional, losses
+    from fastssl import errors, functional, losses
     from fastssl.config import Config, load_config
     from fastssl.encoder import Encoder, embed, load_encoder
     from fastssl.trainer import Trainer, train
@@ -27,6 +27,7 @@ __all__ = [
     "Encoder",
     "Trainer",
     "embed",
+    "errors",
     "functional",
     "load_config",
     "load_encoder",
@@ -40,6 +41,7 @@ _PUBLIC = {
     "Encoder": "fastssl.encoder",
     "Trainer": "fastssl.trainer",
     "embed": "fastssl.encoder",
+    "errors": None,
     "functional": None,
     "load_config": "fastssl.config",
     "load_encoder": "fastssl.encoder",

@@ -195,13 +195,13 @@ class Config:
             )
 
 
-def load_config(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | Sequence[str | Path], overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
     """Read one or more YAML files, apply `key.sub=value` overrides and check everything.
 
     Args:
         path: A file, or several: a key of a later file replaces that of an earlier one, and a section with another
             `name` (another loss or optimizer) replaces the whole section.
-        overrides: As `--set` takes them.
+        overrides: Dotted keys and their values, or strings `key=value` as `--set` takes them.
 
     Raises:
         ConfigError: no such file, no YAML mapping, unknown key or bad value; the message names it.
@@ -210,7 +210,7 @@ def load_config(path: str | Path | Sequence[str | Path], overrides: Sequence[str
     tree: dict[str, Any] = {}
     for each in paths:
         tree = _merged(tree, _read_yaml(Path(each)))
-    return build_config(with_overrides(tree, overrides))
+    return build_config(with_overrides(tree, as_overrides(overrides)))
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ over ranks is the loss of the global batch, and averaging parameter gradients ov
 does, makes that loss's gradient of it.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
@@ -32,6 +33,9 @@ def _over_all_ranks(operator: Callable[P, Tensor]) -> Callable[P, Tensor]:
         settings.setdefault("exchange", EXCHANGE)
         return operator(*args, **settings)
 
+    shown = inspect.signature(operator)
+    parameters = [x.replace(default=EXCHANGE) if x.name == "exchange" else x for x in shown.parameters.values()]
+    call.__signature__ = shown.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     return call
 
 

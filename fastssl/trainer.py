@@ -24,7 +24,7 @@ from fastssl.checkpoint.save_load import (
     save_checkpoint,
 )
 from fastssl.checkpoint.schedule import CheckpointRule
-from fastssl.config import Config, as_overrides, load_config
+from fastssl.config import Config, load_config
 from fastssl.errors import ConfigError, Preempted
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import CLASSES as LOSS_CLASSES
@@ -425,7 +425,7 @@ def train(
         DivergedError, Preempted, PeerLostError: See `Trainer.train`.
     """
     if isinstance(cfg, (str, Path)):
-        cfg = load_config(cfg, as_overrides(overrides))
+        cfg = load_config(cfg, overrides)
     elif overrides:
         raise ConfigError("overrides are for the path of a configuration: change the Config with dataclasses.replace")
     check_apex(cfg)

@@ -139,6 +139,7 @@ def test_own_model_loss_and_batches_are_trained_and_used(program, tmp_path, comm
         assert len(refused.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_own_run_goes_on_where_it_was_stopped(program, tmp_path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert program(OWN, whole, "never").returncode == 0
