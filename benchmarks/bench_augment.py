@@ -1,12 +1,13 @@
-"""The pixel op on the device that is there: milliseconds a batch, and its bytes beside what a copy of memory reaches.
+"""Benchmark the pixel op on the available device: milliseconds per batch, and bytes compared with a memory copy.
 
     python benchmarks/bench_augment.py --out benchmarks/results/augment.csv
 
-Views are random; what is done to them is drawn as a training draws it. In turns: the recipe as it is, the same without
-blur, kornia's operators where it is installed, and, as `resident` has it, 32 px views cut from images on the device.
+Views are random; the parameters of the ops are drawn as in training. Measured in alternation: the full recipe, the
+recipe without blur, kornia's operators if it is installed, and 32 px views cut from images on the device, as in the
+`resident` engine.
 """
 
-# B samples, V views, S side of a view in pixels
+# B samples, V views, S side length of a view in pixels
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from kernels.augment import StoredImages, augment
 from pipelines.views import RECIPES, ViewsConfig, ViewSpec, draw
 
 PACKAGES = ("torch", "triton", "numba", "kornia")
-BATCHES = {"cpu": (16, 256), "cuda": (256, 2048)}  # samples of 224 px, of 32 px
+BATCHES = {"cpu": (16, 256), "cuda": (256, 2048)}  # number of samples at 224 px, at 32 px
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 SHOWN = ("op", "size_px", "num_views", "ms_p50", "host_ms_p50", "views_per_s", "gb_per_s", "share_of_copy", "note")
 VIEWS = ViewsConfig()
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def measure(device: torch.device, samples: tuple[int, int], repetitions: int, seed: int) -> list[dict[str, Any]]:
-    """One row for each op, all in turns."""
+    """Measure all ops in alternation; return one row for each."""
     calls: dict[str, tuple[Callable[[], object], int, int, int]] = {}  # call, views, S, bytes
     byol = RECIPES["byol"]
     sharp = tuple(replace(spec, blur_p=0.0) for spec in byol)
@@ -69,7 +70,7 @@ def measure(device: torch.device, samples: tuple[int, int], repetitions: int, se
     target = torch.empty_like(source)
     calls["copy"] = (lambda: target.copy_(source), 0, 0, 2 * source.nbytes)
     times_ms: dict[str, list[CallTime]] = {name: [] for name in calls}
-    for repetition in range(-2, repetitions):  # the first two compile, and warm up
+    for repetition in range(-2, repetitions):  # the first two compile and warm up
         for name, (call, *_) in calls.items():
             found = time_call(call, device)
             if repetition >= 0:
@@ -101,7 +102,7 @@ def _draw(specs: tuple[ViewSpec, ...], num: int, seed: int, side_px: int) -> np.
 def _on_views(
     specs: tuple[ViewSpec, ...], num: int, device: torch.device, seed: int
 ) -> tuple[Callable[[], object], int, int, int]:
-    """The op on levels that lie on the device; bytes are a read of the levels and a write of the result."""
+    """The op on pixel levels on the device; its bytes are one read of the levels and one write of the result."""
     side_px = specs[0].size_px
     shape = (num, len(specs), side_px, side_px, 3)
     levels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -120,7 +121,7 @@ def _on_views(
 
 
 def _on_stored(num: int, device: torch.device, seed: int) -> tuple[Callable[[], object], int, int, int]:
-    """As `resident` has it: crop and resize from stored images too; bytes are those of the result and of the images."""
+    """Also crop and resize from stored images, as `resident` does; bytes are those of the result and of the images."""
     specs, rng = RECIPES["simclr"], np.random.default_rng(seed)
     images = torch.from_numpy(rng.integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)).to(device)
     ids = torch.from_numpy(rng.integers(0, 50_000, num)).to(device)
@@ -133,7 +134,7 @@ def _on_stored(num: int, device: torch.device, seed: int) -> tuple[Callable[[], 
 def _kornia(
     specs: tuple[ViewSpec, ...], num: int, device: torch.device
 ) -> tuple[Callable[[], object], int, int, int] | None:
-    """kornia's operators on float views, as its users call them; None where it is not installed."""
+    """kornia's operators on float views, as its users call them; None if it is not installed."""
     try:
         import kornia.augmentation as K
     except ImportError:

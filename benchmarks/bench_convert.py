@@ -1,4 +1,4 @@
-"""Images a second from a folder of JPEG files to a .beton file: ours, passed through, beside FFCV's DatasetWriter.
+"""Images per second from a folder of JPEG files to a .beton file: ours (bytes passed through) and FFCV's DatasetWriter.
 
 python benchmarks/bench_convert.py photographs/ --out benchmarks/results/convert.csv
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+if __name__ == "__main__":  # as a script, only benchmarks/ is on Python's path: add the repository root
     sys.path[0] = str(ROOT)
 
 PACKAGES = ("ffcv", "numpy", "pillow", "torch", "opencv-python-headless")
@@ -23,7 +23,7 @@ TARGET_RATIO = 5.0
 
 
 class PillowFolder:
-    """A folder of images as FFCV's examples give it to DatasetWriter: decoded by Pillow, in its worker processes."""
+    """A folder of images as FFCV's examples pass it to DatasetWriter: decoded by Pillow in the worker processes."""
 
     def __init__(self, folder: str) -> None:
         from pipelines.convert.sources import SourceOptions, build_source
@@ -43,7 +43,7 @@ class PillowFolder:
 
 
 def ours(folder: str, out: Path, num_workers: int) -> None:
-    """Decode each file once with libjpeg-turbo and keep its bytes; threads, one a core that the process may use."""
+    """Decode each file once with libjpeg-turbo and keep its bytes, with one thread per available core."""
     from pipelines.convert import convert
 
     report = convert("folder", folder, out, overwrite=True)
@@ -51,12 +51,12 @@ def ours(folder: str, out: Path, num_workers: int) -> None:
 
 
 def ffcv_writer(folder: str, out: Path, num_workers: int) -> None:
-    """Decode each file with Pillow and encode it anew, JPEG at FFCV's own quality, in `num_workers` processes."""
+    """Decode each file with Pillow and encode it again as JPEG at FFCV's own quality, in `num_workers` processes."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     fields = {"image": RGBImageField(write_mode="jpg"), "label": IntField()}
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+    with contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar
         DatasetWriter(str(out), fields, num_workers=num_workers).from_indexed_dataset(PillowFolder(folder))
 
 
@@ -67,16 +67,16 @@ PROVIDERS: dict[str, tuple[str, Callable[[str, Path, int], None]]] = {
 
 
 def measure(folder: str, *, num_workers: int, num_repetitions: int) -> list[dict]:
-    """Convert the folder with each provider in turns, after one conversion each that is not timed.
+    """Convert the folder with each provider in alternation, after one untimed conversion each.
 
-    Both write to the same folder; ours includes fsync and the SHA-256 of the file, FFCV's writer has neither.
+    Both write to the same folder. Our time includes fsync and the SHA-256 of the file; FFCV's writer has neither.
 
     Args:
         folder: JPEG files, flat or in class folders.
-        num_workers: Processes of FFCV's writer; cores of this process.
-        num_repetitions: Timed conversions of each.
+        num_workers: Number of processes of FFCV's writer and of cores of this process.
+        num_repetitions: Number of timed conversions of each provider.
     Returns:
-        One row a provider: COLUMNS, num_workers and repetitions.
+        One row per provider: COLUMNS, num_workers and repetitions.
     """
     from fastssl.tracking.result_rows import spread
     from pipelines.beton import BetonReader
@@ -106,7 +106,7 @@ def measure(folder: str, *, num_workers: int, num_repetitions: int) -> list[dict
 
 
 def verdict(rows: list[dict]) -> str:
-    """The target and whether the first row reaches it."""
+    """State the target and whether the first row reaches it."""
     ratio = rows[0]["ratio_to_ffcv"]
     reached = "PASS" if ratio >= TARGET_RATIO else "MISS"
     return f"beside FFCV's DatasetWriter: {ratio:.1f}, target >= {TARGET_RATIO:.0f}: {reached}"

@@ -1,8 +1,8 @@
-"""What the machine is and reaches: GPU, driver, versions, one all-reduce, products and copies.
+"""Describe and measure the machine: GPU, driver, versions, one all-reduce, matrix products and copies.
 
     python benchmarks/bench_device.py --out benchmarks/results/device.csv
 
-Products and copies are the ceilings that the other benchmarks' figures are read against.
+The matrix products and copies are upper limits for the figures of the other benchmarks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastssl.tracking.result_rows import append_rows, environment_columns
 
 PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy", "numba", "deepspeed", "pydantic", "ffcv")
 PACKAGES += ("nvidia-dali-cuda130", "nvidia-nccl-cu13", "pytest", "pytest-xdist")
-Figure = tuple[str, float, str]  # what, how much, unit
+Figure = tuple[str, float, str]  # name, value, unit
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def driver_columns(device: str) -> dict[str, str]:
-    """What nvidia-smi says of each GPU; nothing without one."""
+    """The output of nvidia-smi for each GPU; empty without a GPU."""
     if device == "cpu":
         return {}
     fields = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory,ecc.mode.current"
@@ -67,7 +67,7 @@ def driver_columns(device: str) -> dict[str, str]:
 
 
 def measure(device: torch.device, small: int | None) -> Iterator[Figure]:
-    """Each figure as soon as it is known; `small`: the side of all matrices."""
+    """Yield each figure as soon as it is known; `small` is the side length of all matrices."""
     yield from all_reduce(device, small)
     n = small or (8192 if device.type == "cuda" else 1024)
     for dtype in (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,):
@@ -89,10 +89,10 @@ def measure(device: torch.device, small: int | None) -> Iterator[Figure]:
 
 
 def all_reduce(device: torch.device, small: int | None) -> Iterator[Figure]:
-    """One process: does the communication library start and give the right sum?
+    """Check in one process that the communication library starts and returns the right sum.
 
     Raises:
-        RuntimeError: the sum is wrong.
+        RuntimeError: If the sum is wrong.
     """
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -108,10 +108,10 @@ def all_reduce(device: torch.device, small: int | None) -> Iterator[Figure]:
 
 
 def product(device: torch.device, n: int, dtype: torch.dtype) -> Figure:
-    """A square product, checked against fp64 on one row.
+    """Time a square matrix product, checked against fp64 on one row.
 
     Raises:
-        RuntimeError: it is wrong.
+        RuntimeError: If the product is wrong.
     """
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator, device=device).to(dtype) for _ in range(2))
@@ -126,7 +126,7 @@ def product(device: torch.device, n: int, dtype: torch.dtype) -> Figure:
 
 
 def launch_us(device: torch.device) -> float:
-    """What the host spends on a kernel that does nothing much."""
+    """The host's time to launch a kernel with almost no work."""
     x = torch.zeros(1, device=device)
     torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -138,7 +138,7 @@ def launch_us(device: torch.device) -> float:
 
 
 def least_s(call: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
-    """The least of some repetitions, after one to warm up."""
+    """The minimum time of `repetitions` calls, after one warm-up call."""
     times = []
     for _ in range(repetitions + 1):
         if device.type == "cuda":

@@ -1,6 +1,6 @@
-"""Loading from a slow disk: images a second from an empty page cache, by order and read-ahead, in turns.
+"""Loading from a slow disk with an empty page cache: images per second by order and read-ahead, in alternation.
 
-The disk is slowed down to --reads-per-s and --mb-per-s with control groups (blkio, version 1), which takes root.
+Control groups (blkio, version 1) limit the disk to --reads-per-s and --mb-per-s; this needs root.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "ffcv", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One epoch's first seconds."""
+    """One measurement: the first seconds of an epoch."""
 
     beton: str
     seconds: float
@@ -48,7 +48,7 @@ PROVIDERS = {
 
 
 def measure(job: Job, group: str | None, out: multiprocessing.Queue) -> None:
-    """Load for so many seconds, in the control group; puts images a second, or why there are none."""
+    """Load for `job.seconds` in the control group; put images per second, or the reason for a failure, into `out`."""
     import torch
 
     from pipelines.loader import DataConfig, build_loader
@@ -62,8 +62,8 @@ def measure(job: Job, group: str | None, out: multiprocessing.Queue) -> None:
     cfg = DataConfig(global_batch_size=job.batch_size, **kind)
     places = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": 1}
     loader = build_loader(reader, cfg, ViewsConfig(recipe="weak"), seed=job.seed, **places)
-    next(loader.epoch(0))  # compiled
-    reader.file_map.madvise(mmap.MADV_DONTNEED)  # what is mapped stays cached
+    next(loader.epoch(0))  # compiles
+    reader.file_map.madvise(mmap.MADV_DONTNEED)  # mapped pages would stay cached
     if reason := drop_from_cache(Path(job.beton)):
         out.put(reason)
         return
@@ -79,7 +79,7 @@ def measure(job: Job, group: str | None, out: multiprocessing.Queue) -> None:
 
 
 def main() -> int:
-    """Measure, print, record; 2 for bad input, after one line."""
+    """Measure, print and record; for bad input, print one line and return 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("beton", type=Path, help="a .beton of photographs, larger than what is read in --seconds")
     parser.add_argument("--reads-per-s", type=int, default=150, help="of the slowed disk (default: 150, a hard disk's)")
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     BetonReader(args.beton)
     environment = environment_columns(_PACKAGES)
     device = os.stat(args.beton).st_dev
-    place = f"{os.major(device)}:{os.minor(device) & ~0xF}"  # the disk of the partition
+    place = f"{os.major(device)}:{os.minor(device) & ~0xF}"  # the disk that contains the partition
     _GROUP.mkdir(exist_ok=True)
     (_GROUP / "blkio.throttle.read_iops_device").write_text(f"{place} {args.reads_per_s}")
     (_GROUP / "blkio.throttle.read_bps_device").write_text(f"{place} {args.mb_per_s * 10**6}")

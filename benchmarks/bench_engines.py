@@ -1,8 +1,8 @@
-"""Images a second of each loader engine on one .beton file, in turns: the short form of `fastssl bench loader`.
+"""Images per second of each loader engine on one .beton file, in alternation: a short `fastssl bench loader`.
 
     python benchmarks/bench_engines.py cifar10_train.beton --engines resident ffcv --out rows.csv
 
-Source images are counted once, however many views they have. An engine that is not installed gives a row that says so.
+Source images are counted once, whatever the number of views. An engine that is not installed gives a row that says so.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SHOWN = ("engine", "img_per_s_p50", "img_per_s_min", "img_per_s_max", "busy_else
 
 
 def main() -> int:
-    """Measure, print, record.
+    """Measure, print and record.
 
     Returns:
-        Exit code: 0; 1 where no engine could be measured; 2 for bad input, after one line.
+        Exit code: 0; 1 if no engine could be measured; 2 for bad input, after printing one line.
     """
     args = _parse()
     try:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def figures(measured: Measured) -> dict[str, Any]:
-    """Median, least and largest of the windows, or why there are none."""
+    """Median, minimum and maximum of the windows, or the reason why there are none."""
     names = [f"img_per_s_{key}" for key in ("p50", "min", "max")]
     if measured.reason is not None:
         empty = dict.fromkeys([*names, "busy_elsewhere_fraction"])

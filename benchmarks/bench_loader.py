@@ -1,7 +1,8 @@
-"""Loading throughput beside its peers, in one run on one machine: source images a second, two views of each.
+"""Loading throughput of our loader and its peers, in one run on one machine: source images/s, two views of each.
 
-Every provider (benchmarks/loader_providers.py) has a process of its own, pinned to the same cores. The parent asks one
-after the other for a timing window and goes round several times, so that noise on the machine hits all of them alike.
+Every provider (benchmarks/loader_providers.py) runs in its own process; all are pinned to the same cores. The parent
+process requests one timing window from each in turn, for several rounds, so that noise on the machine affects all of
+them alike.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ Row = dict[str, Value]
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow")
-_MAX_BUSY_ELSEWHERE = 0.1  # more, and ratios say little
-# In the file, not in the table.
+_MAX_BUSY_ELSEWHERE = 0.1  # above this, ratios are not meaningful
+# Columns of the file that the table does not show.
 _HIDDEN = ("recipe", "num_threads", "local_batch_size", "repetitions", "window_s", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A ratio of a provider to the fastest of its peers that has to be reached."""
+    """A required minimum ratio of a provider to the fastest of its peers."""
 
     name: str
     provider: str
@@ -55,10 +56,10 @@ class Workload:
     targets: tuple[Target, ...]
 
 
-# Both with torchvision's own operations; Pillow's approximate blur is not one of them.
+# Both use torchvision's own operations; Pillow's approximate blur is not one of them.
 _TORCHVISION = ("torchvision_pil", "torchvision_tensor")
 DEFAULT_PROVIDERS = ("ours", "ours_plain", "stock_ffcv", *_TORCHVISION, "torchvision_pil_pillow_blur")
-DEFAULT_PROVIDERS += ("decode", "synthetic")  # the others are engines but the default one, or need further packages
+DEFAULT_PROVIDERS += ("decode", "synthetic")  # the others are non-default engines or need more packages
 _STOCK_TARGET = Target(name="like for like beside stock FFCV", provider="ours_plain", peers=("stock_ffcv",), least=1.5)
 WORKLOADS = (
     Workload(
@@ -84,7 +85,7 @@ WORKLOADS = (
 
 
 def compare(workload: Workload, job: Job, args: argparse.Namespace) -> dict[str, Row]:
-    """Measure the providers of one workload in turns; one row a provider."""
+    """Measure the providers of one workload in alternation; return one row per provider."""
     names = args.providers
     streams = {name: PROVIDERS[name].open for name in names}
     measured = measure_in_turns(
@@ -107,7 +108,7 @@ def compare(workload: Workload, job: Job, args: argparse.Namespace) -> dict[str,
 
 
 def _figures(name: str, measured: Measured, middle: Mapping[str, float]) -> Row:
-    """What was measured of one provider; `middle` holds the medians of all that were."""
+    """The results of one provider; `middle` has the medians of all measured providers."""
     provider, windows, reason = PROVIDERS[name], measured.windows, measured.reason
     full = provider.operations == FULL_RECIPE or provider.operations.startswith(f"{FULL_RECIPE}, ")
     plain = provider.operations == PLAIN_OPERATIONS
@@ -128,13 +129,13 @@ def _figures(name: str, measured: Measured, middle: Mapping[str, float]) -> Row:
 
 
 def _ratio(name: str, peers: tuple[str, ...], middle: Mapping[str, float]) -> float | None:
-    """To the fastest of the peers, of medians; None where one side was not measured."""
+    """Ratio of medians to the fastest of the peers; None if one side was not measured."""
     found = [middle[peer] for peer in peers if peer in middle]
     return round(middle[name] / max(found), 3) if found and name in middle else None
 
 
 def verdicts(workload: Workload, rows: Mapping[str, Row]) -> Iterator[str]:
-    """One line a target, from the rows by provider; no judgement where other programs took much of the cores."""
+    """One line per target, from the rows by provider; no verdict if other programs took much of the cores' time."""
     middle = {name: float(row["img_per_s_p50"]) for name, row in rows.items() if row["img_per_s_p50"] is not None}
     for target in workload.targets:
         ratio = _ratio(target.provider, target.peers, middle)
@@ -153,7 +154,7 @@ def verdicts(workload: Workload, rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def profile(workload: Workload, job: Job, args: argparse.Namespace) -> list[Row]:
-    """CPU time of our loader and of each of its stages alone, on one core, in turns; one row a stage."""
+    """CPU time of our loader and of each of its stages alone, on one core, in alternation; one row per stage."""
     stages_s = measure_stages(job, num_repetitions=args.repetitions)
     return [
         {
@@ -172,10 +173,12 @@ def profile(workload: Workload, job: Job, args: argparse.Namespace) -> list[Row]
 
 
 def draw_plot(path: Path) -> Path:
-    """Bars of a CSV file of the comparison, a panel a workload, a line of it a provider; returns the PNG beside it.
+    """Plot the CSV file of a comparison as bars: one panel per workload, one bar per provider.
 
+    Returns:
+        The path of the PNG, which has the name of the CSV file.
     Raises:
-        ValueError: the file is not there, or has no rows of a comparison.
+        ValueError: If the file does not exist or has no rows of a comparison.
     """
     import matplotlib
 
@@ -243,10 +246,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, record.
+    """Measure, print and record.
 
     Returns:
-        Exit code: 0, also where a target is missed; 2 for bad input, after one line.
+        Exit code: 0, even if a target is missed; 2 for bad input, after printing one line.
     """
     args = _parse(argv)
     try:
@@ -263,11 +266,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     betons = {workload: path for workload in WORKLOADS if (path := getattr(args, workload.name))}
     for path in betons.values():
-        BetonReader(path)  # a bad file is to be known before the first is measured
+        BetonReader(path)  # detect a bad file before the first measurement
     packages = dict.fromkeys(PROVIDERS[name].package for name in args.providers)
     environment = environment_columns(
         [*_PACKAGES, *filter(None, packages)]
-    )  # before the run: the commit that is measured
+    )  # before the run, to record the commit that is measured
     out = args.out or _RESULTS / ("loader_profile.csv" if args.profile else "loader.csv")
     for workload, beton in betons.items():
         job = Job(
@@ -279,7 +282,7 @@ def _run(args: argparse.Namespace) -> None:
         )
         compared = {} if args.profile else compare(workload, job, args)
         rows = profile(workload, job, args) if args.profile else list(compared.values())
-        append_rows(out, [row | environment for row in rows])  # now: a run that is ended keeps what it has
+        append_rows(out, [row | environment for row in rows])  # now, so that an interrupted run keeps its rows
         print(format_table(rows, [name for name in rows[0] if name not in _HIDDEN]))
         if compared:
             print(*verdicts(workload, compared), sep="\n")

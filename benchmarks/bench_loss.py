@@ -1,16 +1,16 @@
-"""Losses over all pairs of a large batch: time, memory and gradient error of ours beside their usual forms.
+"""Losses over all pairs of a large batch: time, memory and gradient error of ours and of their usual forms.
 
-    python benchmarks/bench_loss.py                      # a short table on the device that is there: minutes
+    python benchmarks/bench_loss.py                      # a short table on the available device: minutes
     python benchmarks/bench_loss.py --all                # more rows and widths: an hour
     python benchmarks/bench_loss.py --device cpu --rows 8192 --widths 128 --out benchmarks/results/loss_cpu.csv
 
-Forward and backward of one loss on random z; every provider of a cell is measured in turns in the same run. A cell that
-cannot be run gives a row that says why. Rows are written as cells are finished. On a GPU `ms` is the device's time by
-its own events; `host_ms`, what the launches take, is the limit of small n.
+Forward and backward pass of one loss on random z. The providers of a cell are measured in alternation in the same run.
+A cell that cannot be run gives a row with the reason. Rows are written as soon as their cell is finished. On a GPU,
+`ms` is the device time from its events; `host_ms`, the time of the launches, is the limit for small n.
 """
 
-# n rows, D width; n^2 D pairs: 4 n^2 D operations are the fewest that value and gradient of a one-pass loss take (two
-# products), 6 n^2 D with a second pass over the pairs (nt_xent); `siglip` has (n/2)^2 pairs and two more products: 6.
+# n rows, D width. Value and gradient of a one-pass loss take at least 4 n^2 D operations (two matrix products), and
+# 6 n^2 D with a second pass over the pairs (nt_xent). `siglip` has (n/2)^2 pairs and three products: 6 (n/2)^2 D.
 
 import argparse
 import gc
@@ -43,10 +43,10 @@ ROWS = {"cpu": [8192], "cuda": [65536, 8192]}
 WIDTHS = {"cpu": [128], "cuda": [128]}
 ALL_ROWS = {"cpu": [1024, 8192], "cuda": [4096, 16384, 65536, 262144]}
 ALL_WIDTHS = {"cpu": [64, 128, 256], "cuda": [64, 128, 256, 768]}
-TABLE_SECONDS = 160.0  # of the short table on a GPU, where each compilation takes seconds
+TABLE_SECONDS = 160.0  # for the short table on a GPU, where each compilation takes seconds
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-MAX_EXACT_ROWS = {"cpu": 8192, "cuda": 65536}  # the fp64 gradient of more would take longer than all else
-SECONDS = {"cpu": 4.0, "cuda": 0.3}  # of the repetitions of one provider in one cell
+MAX_EXACT_ROWS = {"cpu": 8192, "cuda": 65536}  # above, the fp64 gradient would dominate the run time
+SECONDS = {"cpu": 4.0, "cuda": 0.3}  # for the repetitions of one provider in one cell
 COLUMNS = ("loss", "provider", "products", "rows", "width", "ms_p20", "ms_p50", "ms_p80", "host_ms_p50")
 COLUMNS += ("num_repetitions", "peak_mb")
 COLUMNS += ("tflop_per_s", "gb_per_s", "gradient_error", "note")
@@ -80,7 +80,7 @@ def write(path: Path | None, rows: Sequence[dict[str, Any]], environment: dict[s
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:
-    """All columns, floats to four digits."""
+    """All columns, with floats rounded to four digits."""
     rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
     return dict.fromkeys(COLUMNS) | rounded
 
@@ -89,8 +89,8 @@ def _row(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_cell(args: argparse.Namespace, loss: str, num_rows: int, width: int, device: str) -> list[dict[str, Any]]:
-    """A row for each provider, of n = num_rows rows of the width."""
-    torch._dynamo.reset()  # no cell takes the compiled code of another's shape
+    """One row per provider, for n = num_rows rows of the given width."""
+    torch._dynamo.reset()  # do not reuse code compiled for the shape of another cell
     cell = {"loss": loss, "rows": num_rows, "width": width}
     z = _inputs(num_rows, width, device)
     exact = exact_gradient(loss, z) if num_rows <= MAX_EXACT_ROWS[device] else None
@@ -105,7 +105,7 @@ def measure_cell(args: argparse.Namespace, loss: str, num_rows: int, width: int,
             error, peak_bytes = gradient_error(loss_of, z, exact), peak_memory(provider, loss, z)
             rows[provider] |= {"gradient_error": error, "peak_mb": peak_bytes / 1e6}
             ready[provider] = loss_of
-        except Exception as error:  # whatever it is, the other providers' figures stand
+        except Exception as error:  # whatever the error, the results of the other providers are valid
             rows[provider] |= {"note": not_measured(error)}
         _free()
     times, notes = measure_times(ready, z, args.seconds or SECONDS[device])
@@ -121,11 +121,11 @@ def measure_cell(args: argparse.Namespace, loss: str, num_rows: int, width: int,
 
 
 class NotInTimeError(Exception):
-    """The time of a table is over."""
+    """The time limit of the table is reached."""
 
 
 def not_measured(error: Exception) -> str:
-    """The note of a provider that could not be run: the first line of the reason."""
+    """The note for a provider that could not be run: the first line of the reason."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "not measured: out of memory"
     first_line = next(iter(str(error).splitlines()), "")
@@ -145,13 +145,13 @@ def forward_backward(loss_of: LossOf, z: Tensor) -> Tensor:
 
 
 def exact_gradient(loss: str, z: Tensor) -> Tensor:
-    """In fp64, from the same rounded z."""
+    """The gradient in fp64, from the same rounded z."""
     z = z.detach().double().requires_grad_()
     return forward_backward(build("fastssl chunked", loss, device=z.device.type), z)
 
 
 def gradient_error(loss_of: LossOf, z: Tensor, exact: Tensor | None) -> float | None:
-    """|grad - exact| / |exact|, Frobenius; includes the rounding of the gradient to z's dtype."""
+    """|grad - exact| / |exact| in the Frobenius norm; includes the rounding of the gradient to z's dtype."""
     grad = forward_backward(loss_of, z).double()
     return None if exact is None else float((grad - exact).norm() / exact.norm())
 
@@ -162,7 +162,7 @@ def gradient_error(loss_of: LossOf, z: Tensor, exact: Tensor | None) -> float | 
 def measure_times(
     ready: dict[str, LossOf], z: Tensor, seconds: float
 ) -> tuple[dict[str, list[CallTime]], dict[str, str]]:
-    """The times of each repetition; the providers take turns. And a note for each provider that failed meanwhile."""
+    """Return the times of each repetition, with the providers in alternation, and a note for each that failed."""
     times: dict[str, list[CallTime]] = {provider: [] for provider in ready}
     notes: dict[str, str] = {}
     for _ in range(1000):
@@ -191,13 +191,13 @@ def quantiles(times_ms: Sequence[float]) -> tuple[float, float, float]:
 
 
 def peak_memory(provider: str, loss: str, z: Tensor) -> int:
-    """Bytes that forward and backward take at most, the gradient included, above z and what was there before.
+    """Peak bytes of the forward and backward pass, including the gradient, above z and the memory allocated before.
 
-    CUDA: torch's allocator. CPU: the resident set of a process of its own, whose malloc gives freed blocks back.
+    CUDA: from torch's allocator. CPU: the resident set of a separate process, whose malloc returns freed blocks.
 
     Raises:
-        MemoryError: The process was killed, as it is where memory ends.
-        RuntimeError: It failed; the text is its last line.
+        MemoryError: If the process was killed, as happens when memory runs out.
+        RuntimeError: If the process failed; the message is its last line.
     """
     if z.is_cuda:
         _free()
@@ -217,12 +217,12 @@ def peak_memory(provider: str, loss: str, z: Tensor) -> int:
 
 
 def _print_peak(provider: str, loss: str, num_rows: int, width: int) -> None:
-    """What `peak_memory` runs on the CPU."""
+    """Run by `peak_memory` in the separate process on the CPU."""
     loss_of = build(provider, loss, device="cpu")
-    forward_backward(loss_of, _inputs(64, width, "cpu"))  # libraries allocate at their first call
+    forward_backward(loss_of, _inputs(64, width, "cpu"))  # libraries allocate memory at their first call
     z = _inputs(num_rows, width, "cpu")
     _free()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident_bytes("VmRSS")
     forward_backward(loss_of, z)
     print(_resident_bytes("VmHWM") - before)
@@ -239,11 +239,11 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-# -- what the device can do
+# -- limits of the device
 
 
 def ceilings(device: str) -> list[dict[str, Any]]:
-    """Rows of the best product (in the dtype of the losses' operands) and of a copy."""
+    """Rows for the fastest matrix product (in the dtype of the losses' operands) and for a copy."""
     n, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.float16)
     x = torch.randn(n, n, device=device).to(dtype)
     y = torch.empty_like(x)
@@ -261,7 +261,7 @@ def ceilings(device: str) -> list[dict[str, Any]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Milliseconds and peak memory over n, a column for each loss, of the width that was measured most; if any was."""
+    """Plot milliseconds and peak memory over n, one column per loss, for the most measured width, if there is one."""
     import matplotlib
 
     matplotlib.use("Agg")

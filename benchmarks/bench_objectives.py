@@ -1,11 +1,11 @@
-"""Time and memory of every objective's loss over the batch: which grow with B, which with B^2.
+"""Time and memory of the loss of every objective by batch size: which grow with B and which with B^2.
 
     python benchmarks/bench_objectives.py --out benchmarks/results/objectives_cpu.csv
 
-Forward and backward of each loss on random projections [2, B, D] in fp32 on the CPU.
+Forward and backward pass of each loss on random projections [2, B, D] in fp32 on the CPU.
 """
 
-# B samples of two views, D projection
+# B samples with two views, D projection dimension
 
 import argparse
 import os
@@ -30,7 +30,7 @@ COLUMNS = ("loss", "batch", "width", "ms_p50", "ms_min", "num_repetitions", "pea
 
 
 def main() -> None:
-    """Print the table; with --out, append its rows."""
+    """Print the table; with --out, append its rows to the file."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="samples B")
@@ -48,13 +48,13 @@ def main() -> None:
     for name in args.losses:
         for batch in args.batches:
             rows.append(measure(name, batch, args.width, args.seconds))
-            if args.out:  # as cells are finished
+            if args.out:  # after each cell
                 append_rows(args.out, [rows[-1] | environment])
     print(format_table(rows, COLUMNS[:7]))
 
 
 def measure(name: str, batch: int, width: int, seconds: float) -> dict[str, Any]:
-    """One row."""
+    """Measure one loss at one batch size; return one row."""
     loss, z = build_loss(LOSSES[name][0](), width), inputs(batch, width)
     step(name, loss, z)
     times_ms: list[float] = []
@@ -68,7 +68,7 @@ def measure(name: str, batch: int, width: int, seconds: float) -> dict[str, Any]
 
 
 def peak_mb(name: str, batch: int, width: int) -> float:
-    """Peak of resident memory above the inputs, of a process of its own, whose malloc gives freed blocks back."""
+    """Peak resident memory above the inputs, in a separate process whose malloc returns freed blocks."""
     command = [sys.executable, __file__, "--peak", name, str(batch), str(width)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -78,30 +78,30 @@ def peak_mb(name: str, batch: int, width: int) -> float:
 
 
 def own_peak_mb(name: str, batch: int, width: int) -> float:
-    """What `peak_mb` runs."""
+    """Run by `peak_mb` in the separate process."""
     loss = build_loss(LOSSES[name][0](), width)
-    step(name, loss, inputs(64, width))  # libraries allocate at their first call
+    step(name, loss, inputs(64, width))  # libraries allocate memory at their first call
     z = inputs(batch, width)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_bytes("VmRSS")
     step(name, loss, z)
     return (resident_bytes("VmHWM") - before) / 1e6
 
 
 def inputs(batch: int, width: int) -> torch.Tensor:
-    """z and targets, [4, B, D]."""
+    """z and targets of both views, [4, B, D]."""
     return torch.randn(4, batch, width, generator=torch.Generator().manual_seed(0))
 
 
 def step(name: str, loss: torch.nn.Module, drawn: torch.Tensor) -> None:
-    """Forward and backward."""
+    """Run a forward and a backward pass."""
     z = drawn[:2].detach().requires_grad_()
     has_target = hasattr(LOSSES[name][0], "target_momentum")
     loss(*z, **({"targets": list(drawn[2:])} if has_target else {})).backward()
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS now, or VmHWM, the largest since the count was cleared."""
+    """The current VmRSS, or VmHWM, the maximum since the peak was reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

@@ -1,4 +1,4 @@
-"""Seconds from `build_loader` to the first batch, with numba's cache empty and filled, each in a new process.
+"""Seconds from `build_loader` to the first batch, with an empty and a filled numba cache, each in a new process.
 
 python benchmarks/bench_startup.py photographs.beton --recipe byol
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+if __name__ == "__main__":  # as a script, only benchmarks/ is on Python's path: add the repository root
     sys.path[0] = str(ROOT)
 
 PACKAGES = ("torch", "ffcv", "numba", "numpy")
@@ -22,19 +22,19 @@ CACHES = ("empty", "filled")
 
 
 def measure_startup(beton: Path, recipe: str, *, global_batch_size: int, cache_folder: Path | None) -> dict[str, Any]:
-    """Start a process that makes one batch; what it took, in seconds.
+    """Start a process that makes one batch, and return its times in seconds.
 
     Args:
         beton: The training file.
         recipe: A key of `pipelines.views.RECIPES`.
-        global_batch_size: Images of the batch.
-        cache_folder: numba's cache; None: where it usually is.
+        global_batch_size: Number of images of the batch.
+        cache_folder: Folder of numba's cache; None: the default folder.
     Returns:
-        import_s (torch and the pipelines), build_loader_s (FFCV's import included), first_batch_s, start_s (the sum
-        of the last two), start_cpu_s (CPU time of start_s), compile_s (numba's share of start_s), and compiled, the
-        compiled functions with their seconds.
+        import_s (torch and the pipelines), build_loader_s (including FFCV's import), first_batch_s, start_s (the sum
+        of the last two), start_cpu_s (CPU time of start_s), compile_s (numba's share of start_s), and compiled, which
+        has the seconds of each compiled function.
     Raises:
-        RuntimeError: the process failed; carries its stderr.
+        RuntimeError: If the process failed; the message has its stderr.
     """
     settings = [str(beton), recipe, str(global_batch_size)]
     code = "import sys; from benchmarks.bench_startup import make_one_batch as f; f(*sys.argv[1:])"
@@ -79,10 +79,10 @@ def make_one_batch(beton: str, recipe: str, global_batch_size: str) -> None:
 
 
 def compile_times(events: list[tuple[float, Any]]) -> dict[str, float]:
-    """Seconds of each outermost compilation by the function's name; what it calls is compiled within it."""
+    """Seconds of each outermost compilation by function name; these include the compilation of its callees."""
     seconds: dict[str, float] = {}
     starts: list[float] = []
-    for when, event in events:  # never of two threads at once: numba's compiler takes a lock
+    for when, event in events:  # events of two threads do not overlap: numba's compiler takes a lock
         if event.is_start:
             starts.append(when)
             continue

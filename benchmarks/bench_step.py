@@ -1,14 +1,15 @@
-"""Whole training steps: fastssl's Trainer under DeepSpeed beside a bare PyTorch loop, and the real loader beside none.
+"""Whole training steps: fastssl's Trainer under DeepSpeed and a bare PyTorch loop, with and without the real loader.
 
     python benchmarks/bench_step.py --cfg configs/X.yaml --set data.train=X.beton run.num_threads=2
 
-Windows of steps alternate between the contestants, round by round, so that noise hits all alike; ratios are taken
-within a round. The batches are "held" (made before, in memory), "synthetic" (that engine's: draw and pixel op, no
-decoding) or those of the config's own engine. What is lost from synthetic to real batches is a stall of the loader
-only as far as it passes the loader's share of the CPU: on a machine without a GPU, network and loader share the cores.
+Windows of steps alternate between the contestants, round by round, so that noise affects all alike; ratios are computed
+within a round. The batches are "held" (made in advance, in memory), "synthetic" (from the synthetic engine: draw and
+pixel op, no decoding) or from the engine of the config. On a machine without a GPU, network and loader share the cores:
+the slowdown from synthetic to real batches is a loader stall only to the extent that it exceeds the loader's share of
+the CPU.
 """
 
-# B local batch
+# B local batch size
 
 import argparse
 import contextlib
@@ -22,7 +23,7 @@ from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+if __name__ == "__main__":  # as a script, only benchmarks/ is on Python's path: add the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -42,9 +43,9 @@ from pipelines.loader import Loader, build_loader, cores_per_process, open_train
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy")
 NUM_HELD_BATCHES = 4  # more than one, so that no batch stays in the CPU's caches
-# A benchmark saves nothing, and never comes to its last step.
+# A benchmark saves nothing and never reaches its last step.
 OVERRIDES = ("run.resume=never", "train.num_epochs=1000000", "run.checkpoint_every_epochs=1000000")
-INNER_PARTS = ("loss", "averaging of gradients")  # of "forward" and of "backward"
+INNER_PARTS = ("loss", "averaging of gradients")  # parts of "forward" and of "backward"
 SHOWN = ("loop", "probe", "batches", "img_per_s_p50", "ratio_to_bare_p50", "ratio_to_synthetic_p50")
 SHOWN += ("data_wait_fraction", "cpu_ms_per_image")
 
@@ -53,10 +54,10 @@ Source = Callable[[], Generator[Batch, None, None]]
 
 
 class BareLoop:
-    """The same training, written by hand in plain PyTorch: no DeepSpeed, no probe, no metrics but the loss."""
+    """The same training in plain PyTorch: no DeepSpeed, no probe, no metrics except the loss."""
 
     def __init__(self, cfg: Config, trainer: Trainer) -> None:
-        """Build model, loss and optimizer as the trainer does, with equal initial weights."""
+        """Build model, loss and optimizer as the trainer does, with the same initial weights."""
         model, loss = build_model(cfg, trainer.image_px), build_loss(cfg.loss, cfg.model.projector_dim)
         self.objective = Objective(model, loss).to(trainer.device)
         self.optimizer = build_optimizer(self.objective, cfg.optim)
@@ -99,10 +100,10 @@ class Contestant:
 
     Attributes:
         loop: "bare", "trainer" or "none" (the loader alone).
-        probe: Whether the trainer's linear probe learns beside the training.
-        batches: "held", "synthetic" or the engine's name.
-        fit_batches: Takes a step on each batch.
-        source: Starts an endless iteration of batches.
+        probe: Whether the trainer's linear probe is trained too.
+        batches: "held", "synthetic" or the name of the engine.
+        fit_batches: Function that takes a step on each batch.
+        source: Function that starts an endless iterator of batches.
     """
 
     loop: str
@@ -114,7 +115,7 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """One timed stretch of steps."""
+    """A number of consecutive timed steps."""
 
     img_per_s: float
     data_wait_fraction: float
@@ -122,7 +123,7 @@ class Window:
 
 
 class Bench:
-    """Everything built once: one Trainer, one bare loop, the loaders and some batches held in memory."""
+    """Everything that is built once: one Trainer, one bare loop, the loaders and some batches held in memory."""
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -134,7 +135,7 @@ class Bench:
         self.held = [replace(batch, views=[view.clone() for view in batch.views]) for batch in held]
 
     def contestants(self, *, held_only: bool) -> list[Contestant]:
-        """Those whose ratios count, and the loaders alone, in the order of a round."""
+        """The contestants that are compared, and the loaders alone, in the order of a round."""
         engine = self.cfg.data.engine
         has_probe = self.probe is not None
         held = [self._contestant("bare", "held"), self._contestant("trainer", "held")]
@@ -156,7 +157,7 @@ class Bench:
         self.trainer.epoch_stats.close()
 
     def fit_trainer(self, batches: Iterable[Batch], *, probe: bool) -> None:
-        """The product's own loop over batches, with or without its probe."""
+        """Run the trainer's own loop over the batches, with or without its probe."""
         self.trainer.update_step.probe = self.probe if probe else None
         self.trainer.epoch_stats.timer.start()
         self.trainer.fit_batches(batches)
@@ -178,7 +179,7 @@ class Bench:
 
 
 def endless(loader: Loader) -> Generator[Batch, None, None]:
-    """Epoch after epoch."""
+    """The batches of one epoch after the other, without end."""
     for epoch in count():
         yield from loader.epoch(epoch)
 
@@ -198,7 +199,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(contestant: Contestant, *, cfg: Config, num_warmup: int, num_steps: int, device: torch.device) -> Window:
-    """Time `num_steps` steps after `num_warmup` others, which fill the loader's queue as a long run has it."""
+    """Time `num_steps` steps after `num_warmup` steps, which fill the loader's queue as in a long run."""
     num_images = num_steps * cfg.data.global_batch_size
     with contextlib.closing(contestant.source()) as batches:
         contestant.fit_batches(islice(batches, num_warmup))
@@ -215,7 +216,7 @@ def measure(contestant: Contestant, *, cfg: Config, num_warmup: int, num_steps: 
 def run_rounds(
     bench: Bench, contestants: Sequence[Contestant], *, num_rounds: int, num_warmup: int, num_steps: int
 ) -> dict[Contestant, list[Window]]:
-    """The windows of each contestant, one a round."""
+    """The windows of each contestant, one per round."""
     found: dict[Contestant, list[Window]] = {contestant: [] for contestant in contestants}
     settings = {"cfg": bench.cfg, "num_warmup": num_warmup, "num_steps": num_steps, "device": bench.trainer.device}
     for _ in range(num_rounds):
@@ -225,7 +226,7 @@ def run_rounds(
 
 
 def build_rows(cfg: Config, found: dict[Contestant, list[Window]], *, device: str, num_steps: int) -> list[dict]:
-    """One row a contestant; the ratio is median, least and largest over the rounds, None where there is none."""
+    """One row per contestant; ratios are the median, minimum and maximum over the rounds, None if there is no ratio."""
     speeds = {(c.loop, c.probe, c.batches): [w.img_per_s for w in windows] for c, windows in found.items()}
     rows = []
     for contestant, windows in found.items():
@@ -276,8 +277,8 @@ def _ratios(name: str, own: Sequence[float], others: Sequence[float] | None) -> 
 
 
 def shared_cpu(rows: Sequence[dict[str, Any]], engine: str) -> str:
-    """One line: what sharing the cores alone would cost the step, beside what the real loader costs."""
-    by_name = {(row["loop"], row["batches"]): row for row in rows}  # the probed trainer's row comes last
+    """One line: the loss in throughput that sharing the cores alone would cause, and the loss with the real loader."""
+    by_name = {(row["loop"], row["batches"]): row for row in rows}  # the row of the trainer with the probe comes last
     real, synthetic = by_name["none", engine], by_name["none", "synthetic"]
     extra_cpu_ms = real["cpu_ms_per_image"] - synthetic["cpu_ms_per_image"]
     step_cpu_ms = by_name["trainer", "synthetic"]["cpu_ms_per_image"]
@@ -290,9 +291,9 @@ def shared_cpu(rows: Sequence[dict[str, Any]], engine: str) -> str:
 
 
 def breakdown(bench: Bench, *, num_rounds: int, num_warmup: int, num_steps: int) -> list[dict[str, Any]]:
-    """Milliseconds a step of each part, in the bare loop and in the trainer, on held batches.
+    """Milliseconds per step of each part, in the bare loop and in the trainer, on held batches.
 
-    The device is waited for around each part, so that the sum may be more than the step of `run_rounds`.
+    The device is synchronized before and after each part, so the sum may exceed the step time of `run_rounds`.
     """
     spent: dict[str, dict[str, float]] = {"bare": defaultdict(float), "trainer": defaultdict(float)}
     for _ in range(num_rounds):
@@ -318,7 +319,7 @@ def _probed(bench: Bench) -> FitBatches:
 
 
 def _parts(bench: Bench) -> dict[str, dict[str, tuple[Any, str]]]:
-    """The methods that are timed; INNER_PARTS are inside of others."""
+    """The methods that are timed; INNER_PARTS are parts of others."""
     bare, trainer = bench.bare, bench.trainer
     of_bare = {
         "forward": (bare.objective, "forward"),
@@ -346,7 +347,7 @@ def _timed_parts(parts: dict[str, tuple[Any, str]], spent: dict[str, float], dev
         yield
     finally:
         for owner, method in parts.values():
-            delattr(owner, method)  # the class's own shows again
+            delattr(owner, method)  # restores the method of the class
 
 
 def _timed(call: Callable[..., Any], part: str, spent: dict[str, float], device: torch.device) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
-"""Finished runs as rows of a CSV file, and their online accuracy as a curve: what was reached, with what, how often.
+"""Write finished runs as rows of a CSV file (results, settings, number of seeds) and plot their online accuracy.
 
     python benchmarks/collect_runs.py runs/X_seed0 runs/X_seed1 --out benchmarks/results/X.csv
 
-Everything is read from the run folders, which `fastssl eval` has judged; the curve lies beside the file, as X.png.
+Everything is read from run folders that `fastssl eval` has evaluated. The plot is saved next to the CSV file, as X.png.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+if __name__ == "__main__":  # as a script, only benchmarks/ is on Python's path: add the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from fastssl.evaluation.accuracy import over_seeds
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "deepspeed", "ffcv", "numba", "scikit-learn")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the rows and the curve; print the accuracies over the seeds."""
+    """Write the rows and the plot; print the accuracies over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, metavar="X.csv")
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def rows_of(folder: RunFolder) -> Iterator[Row]:
-    """One row for each encoder and metric that the run was last judged by, at its last judged checkpoint.
+    """One row for each encoder and metric of the latest evaluation of the run, at its last evaluated checkpoint.
 
-    What was judged on another data set (`--on`) is left out.
+    Evaluations on another data set (`--on`) are left out.
 
     Raises:
-        FileNotFoundError: the run was not judged yet.
+        FileNotFoundError: If the run has not been evaluated yet.
     """
     cfg = folder.load_config()
     judged = [line for line in read_rows(folder.evaluations) if line["on"] is None]
@@ -79,7 +79,7 @@ def rows_of(folder: RunFolder) -> Iterator[Row]:
 
 
 def metric_of(line: Mapping[str, Any]) -> str:
-    """Name of a metric, such as knn_k200_top1, logistic_top1 or nearest_top1_5_labels_per_class."""
+    """The name of a metric, such as knn_k200_top1, logistic_top1 or nearest_top1_5_labels_per_class."""
     if line["protocol"] == "knn":
         return f"knn_k{line['chosen']['k']}_top1"
     if line["protocol"] == "few_label":
@@ -88,7 +88,7 @@ def metric_of(line: Mapping[str, Any]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Mean, standard deviation and Student's 95% interval over the seeds; of one seed the last two are None."""
+    """Mean, standard deviation and Student's 95% interval over the seeds; with one seed, the last two are None."""
     groups: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
         groups.setdefault((row["row"], row["metric"]), []).append(float(str(row["percent"])))
@@ -96,7 +96,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw_curve(folders: Sequence[RunFolder], path: Path) -> None:
-    """The online probe's held-out accuracy and the loss against the epoch, a line a run."""
+    """Plot the held-out accuracy of the online probe and the loss over the epochs, one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,12 @@
-"""Prove a GPU machine with one command: tests, kernels, loader, training step and a short training.
+"""Test and measure a GPU machine with one command: tests, kernels, loader, training step and a short training.
 
     python benchmarks/gpu_suite.py --minutes 9 --data data --out runs/gpu_suite
-    python benchmarks/gpu_suite.py --device cpu --smoke          # every stage tiny, without a GPU: does the suite work
+    python benchmarks/gpu_suite.py --device cpu --smoke          # every stage tiny, without a GPU: checks the suite
 
-A stage is made of commands that run in processes of their own, within a share of the time; what a stage does not use
-goes to those after it. Logs (OUT/STAGE.log) and rows (OUT/NAME.csv) are written as they come. A stage that fails, or
-runs out of time, does not stop the next. At the end, also after Ctrl-C or SIGTERM: tables, a plot, one line a stage.
+A stage consists of commands that run in separate processes, within a share of the time; time that a stage does not use
+goes to the later stages. Logs (OUT/STAGE.log) and rows (OUT/NAME.csv) are written during the run. A stage that fails or
+runs out of time does not stop the next one. At the end, even after Ctrl-C or SIGTERM, the suite prints tables and one
+line per stage, and draws a plot.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from fastssl.tracking.result_rows import append_rows, format_table
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ("configs/data/cifar10.yaml", "configs/loss/mio_small.yaml")
 TRAIN_FILE, TEST_FILE = "cifar10_train.beton", "cifar10_test.beton"
-NUM_IMAGES = {False: 50_000, True: 2_000}  # of the synthetic set, by --smoke
-MINUTES = "{minutes}"  # in a command: what it has, less the time to finish what is begun
-END_S = 15.0  # kept for tables and plot
+NUM_IMAGES = {False: 50_000, True: 2_000}  # of the synthetic data set, by --smoke
+MINUTES = "{minutes}"  # in a command: its time limit, minus the time to finish work that has begun
+END_S = 15.0  # reserved for tables and plot
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 5.0  # from SIGTERM to SIGKILL
-# A network that a CPU trains in milliseconds; bf16 is slow there.
+# A network whose step takes milliseconds on a CPU; fp32, because bf16 is slow on CPUs.
 SMOKE_MODEL = (
     "model.backbone=timm/resnet18",
     "model.backbone_kwargs={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}",
@@ -53,13 +54,13 @@ SMOKE_MODEL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What was asked for, as the stages see it."""
+    """The options of the suite, as the stages use them."""
 
     device: str
     smoke: bool
     out: Path
     data: Path  # folder
-    started: str  # names the training's folder: a second suite in the same OUT trains from the start
+    started: str  # in the name of the training's folder: a second suite in OUT trains from the start
 
     def python(self, script: str, *arguments: str | Path) -> list[str]:
         return [sys.executable, script, *map(str, arguments)]
@@ -68,7 +69,7 @@ class Suite:
         return ["--out", str(self.out / f"{name}.csv")]
 
     def overrides(self) -> list[str]:
-        """What the suite's trainings change in the config."""
+        """The config overrides of the trainings of the suite."""
         test = self.data / TEST_FILE
         changed = [f"data.train={self.data / TRAIN_FILE}", f"data.test={test if test.exists() else 'null'}"]
         return [*changed, "data.engine=resident", *(SMOKE_MODEL if self.smoke else ())]
@@ -79,10 +80,10 @@ class Command:
     """One process of a stage.
 
     Attributes:
-        name: In the log and in the reason of a failure.
-        argv: What is run, from the repository's root.
-        must_say: A pattern that its output must match; None: its exit code decides alone.
-        skipped: Why it is not run; None: it is.
+        name: The name in the log and in the reason for a failure.
+        argv: The command, run from the root of the repository.
+        must_say: A pattern that its output must match; None: only the exit code counts.
+        skipped: The reason why it is skipped; None: it is run.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a stage ended; `status` is "pass", "fail" or "not reached"."""
+    """The result of a stage; `status` is "pass", "fail" or "not reached"."""
 
     stage: str
     status: str
@@ -112,10 +113,10 @@ def env(suite: Suite) -> list[Command]:
 
 
 def tests(suite: Suite) -> list[Command]:
-    """The `gpu` tests; --smoke without a GPU runs some others, which shows that pytest works."""
+    """The `gpu` tests; without a GPU (--smoke), a few other tests, to check that pytest works."""
     num_workers = 1 if suite.smoke else min(12, len(os.sched_getaffinity(0)))
     parallel = ["-n", str(num_workers), "--dist", "worksteal"] if num_workers > 1 and _has("xdist") else []
-    # pytest-benchmark warns where there are workers, and warnings are errors.
+    # pytest-benchmark warns if there are workers, and warnings are errors.
     pytest = [
         sys.executable,
         "-m",
@@ -129,13 +130,13 @@ def tests(suite: Suite) -> list[Command]:
         "--tb=short",
         *parallel,
     ]
-    if not _has("pytest_timeout"):  # pyproject.toml sets its option, and strictly
+    if not _has("pytest_timeout"):  # pyproject.toml sets its option in strict mode
         pytest += ["-o", "addopts=--import-mode=importlib", "-W", "ignore::pytest.PytestConfigWarning"]
     passed = r"\b[1-9]\d* passed"
     if suite.device == "cpu":
         few = ["-m", "not gpu and not slow", "tests/kernels/test_pair_operators.py"]
         return [Command(name="kernels", argv=[*pytest, *few], must_say=passed)]
-    quick = "gpu and not slow"  # with the slow ones, which differ in sizes, twice the time
+    quick = "gpu and not slow"  # the slow tests only add other sizes and double the time
     kernels = Command(name="kernels", argv=[*pytest, "-m", quick, "tests/kernels"], must_say=passed)
     absent = [name for name in ("pydantic", "deepspeed") if not _has(name)]
     others = [*pytest, "-m", quick, "tests", "--ignore", "tests/kernels", "--ignore", "tests/multinode"]
@@ -164,7 +165,7 @@ def augment(suite: Suite) -> list[Command]:
 
 
 def loader(suite: Suite) -> list[Command]:
-    """Every engine in turns, and what the synthetic one allows; an engine that is not installed gives a row."""
+    """Every engine in alternation, including the synthetic one; an engine that is not installed gives a row."""
     engines = ["resident", "ffcv", "synthetic"] if suite.smoke else ["resident", "ffcv", "dali", "synthetic"]
     tiny = ["--batch-size", "64", "--seconds", "0.2"] if suite.smoke else []
     options = [suite.data / TRAIN_FILE, "--engines", *engines, "--device", suite.device, *tiny, *suite.csv("loader")]
@@ -172,7 +173,7 @@ def loader(suite: Suite) -> list[Command]:
 
 
 def step(suite: Suite) -> list[Command]:
-    """Eager, captured in a CUDA graph, compiled, and both, at a large and at a small batch."""
+    """Eager, captured in a CUDA graph, compiled, and both, at a large and a small batch size."""
     has_graph = "cuda_graph" in (ROOT / "fastssl/config.py").read_text()
     commands = []
     for batch in (64, 32) if suite.smoke else (512, 128):
@@ -194,7 +195,7 @@ def step(suite: Suite) -> list[Command]:
 
 
 def train(suite: Suite) -> list[Command]:
-    """Three epochs by the command that users call."""
+    """Three epochs with the command that users call."""
     launcher = shutil.which("deepspeed") if suite.device == "cuda" else None
     start = [launcher, "--num_gpus", "1"] if launcher else [sys.executable]
     keys = ["train.num_epochs=3", f"run.dir={_train_folder(suite)}", "run.resume=never"]
@@ -218,7 +219,7 @@ STAGES: dict[str, Callable[[Suite], list[Command]]] = {
     "train": train,
 }
 NEED_DATA = ("loader", "step", "train")
-# Of the time: what they took on an H200 with 16 cores, in tens of seconds (tests, loss, loader and step in part only).
+# Shares of the time: times on an H200 with 16 cores, in tens of seconds (partial for tests, loss, loader and step).
 SHARES = {"data": 1, "env": 1, "tests": 11, "loss": 8, "tiles": 3, "augment": 2, "loader": 3, "step": 24, "train": 3}
 
 
@@ -234,12 +235,12 @@ def _train_folder(suite: Suite) -> Path:
 
 
 def run_stages(suite: Suite, stages: dict[str, list[Command]], end: float) -> list[Result]:
-    """Run each stage within its share of the time that is left; an interrupt leaves the rest not reached.
+    """Run each stage within its share of the remaining time; after an interrupt, the rest is "not reached".
 
     Args:
-        suite: Where logs go.
-        stages: Commands by the stage's name, in order.
-        end: `time.monotonic()` when all must be over.
+        suite: Its `out` is the folder of the logs.
+        stages: The commands of each stage by name, in order.
+        end: The value of `time.monotonic()` at which all stages must have ended.
     """
     results: list[Result] = []
     names = list(stages)
@@ -261,7 +262,7 @@ def run_stages(suite: Suite, stages: dict[str, list[Command]], end: float) -> li
 
 
 def run_stage(stage: str, commands: Sequence[Command], log: Path, limit_s: float) -> Result:
-    """Run the commands of a stage one after the other; the stage fails where one of them does."""
+    """Run the commands of a stage one after the other; the stage fails if one of them fails."""
     print(f"{stage}: at most {limit_s:.0f} s, {log}", flush=True)
     started = time.monotonic()
     reasons: list[str] = []
@@ -273,7 +274,7 @@ def run_stage(stage: str, commands: Sequence[Command], log: Path, limit_s: float
         if left_s < 1:
             reasons.append(f"{command.name}: no time was left")
             continue
-        # One that hangs leaves half of the time, or more, to those after it.
+        # A command that hangs must leave time for the later ones: it gets at most twice the average share.
         own_s = min(left_s, 2 * left_s / len(commands[i:]))
         if reason := run_command(command, log, own_s):
             reasons.append(reason if len(commands) == 1 else f"{command.name}: {reason}")
@@ -284,10 +285,10 @@ def run_stage(stage: str, commands: Sequence[Command], log: Path, limit_s: float
 
 
 def run_command(command: Command, log: Path, limit_s: float) -> str | None:
-    """Run a command with its output at the end of `log`; why it failed, or None.
+    """Run a command and append its output to `log`; return the reason for a failure, or None.
 
-    It leads a session of its own, so that everything it starts ends with it: at its end, at the limit, or when this
-    process is interrupted.
+    The command leads its own session, so that all its child processes end with it: when it exits, at the limit, or when
+    this process is interrupted.
     """
     argv = [part.replace(MINUTES, f"{0.75 * limit_s / 60:.2f}") for part in command.argv]
     environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"}
@@ -327,7 +328,7 @@ def run_command(command: Command, log: Path, limit_s: float) -> str | None:
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """End the process, if it still runs, and whatever it started."""
+    """End the process, if it is still running, and all processes it started."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -349,7 +350,7 @@ def _say(log: Path, line: str) -> None:
 
 
 def last_error(output: str) -> str:
-    """The last line that names an error, or else the last line."""
+    """The last line that names an error; otherwise the last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
     errors = [line for line in lines if re.search(r"\b(\w*Error|\w*Exception|FAILED|error:)", line)]
     return (errors or lines or ["it said nothing"])[-1][:240]
@@ -357,7 +358,7 @@ def last_error(output: str) -> str:
 
 # -- the report
 
-# Of each CSV file: what names a row, and the number that counts.
+# For each CSV file: the columns that identify a row, and the column of its figure.
 FIGURES = {
     "device": (("measured", "unit"), "value"),
     "loss": (("loss", "rows", "width", "provider", "products"), "ms_p50"),
@@ -373,7 +374,7 @@ FIGURES = {
 
 
 def write_epochs(suite: Suite) -> None:
-    """The training's epochs as train.csv, also of a training that was stopped."""
+    """Write the epochs of the training as train.csv, even if the training was stopped."""
     metrics = _train_folder(suite) / "metrics.jsonl"
     if not metrics.exists():
         return
@@ -384,7 +385,7 @@ def write_epochs(suite: Suite) -> None:
 
 
 def read_figures(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows with a figure of every CSV file that is there, cut to the columns of FIGURES."""
+    """The rows with a figure of every existing CSV file, reduced to the columns of FIGURES."""
     found = {}
     for name, (labels, value) in FIGURES.items():
         path = out / f"{name}.csv"
@@ -398,7 +399,7 @@ def read_figures(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(figures: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bars of every file's figures, a panel each; nothing where matplotlib is not installed."""
+    """Plot the figures as bars, one panel per file; do nothing if matplotlib is not installed."""
     shown = {name: rows for name, rows in figures.items() if name != "device"}
     if not shown or not _has("matplotlib"):
         return
@@ -431,7 +432,7 @@ def summary_line(result: Result) -> str:
 
 
 def report(suite: Suite, results: Sequence[Result]) -> None:
-    """Tables, plot, summary.csv, and the lines."""
+    """Write the tables, the plot, summary.csv and the line of each stage."""
     try:
         write_epochs(suite)
     except (OSError, ValueError) as error:
@@ -445,7 +446,7 @@ def report(suite: Suite, results: Sequence[Result]) -> None:
     print("\n" + "\n".join(map(summary_line, results)), flush=True)
     try:
         draw(figures, suite.out / "summary.png")
-    except Exception as error:  # the figures stand without it
+    except Exception as error:  # the figures are valid without the plot
         print(f"no plot: {type(error).__name__}: {error}", flush=True)
 
 
@@ -453,7 +454,7 @@ def report(suite: Suite, results: Sequence[Result]) -> None:
 
 
 def write_data(folder: Path, num_images: int) -> None:
-    """Images of CIFAR-10's size: a blurred pattern for each of ten classes, and noise."""
+    """Write images of CIFAR-10's size: a blurred pattern for each of ten classes, plus noise."""
     import numpy as np
 
     from pipelines.beton import BetonWriter
@@ -476,7 +477,7 @@ def main() -> int:
     """Run the suite.
 
     Returns:
-        Exit code: 0 if every stage passed, 1 if not, 2 for bad input, after one line.
+        Exit code: 0 if every stage passed, 1 if not, 2 for bad input, after printing one line.
     """
     args = _parse()
     if args.write_data:
@@ -493,7 +494,7 @@ def main() -> int:
         print(f"gpu_suite: error: --out: {out} cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, _interrupt)
     stages = {name: STAGES[name](suite) for name in args.stages}
     if not args.data and any(name in NEED_DATA for name in stages):
@@ -505,7 +506,7 @@ def main() -> int:
 
 
 def _ignore_signals() -> None:
-    """From here to the end: what was measured is to be reported."""
+    """Ignore signals until the end, so that the results are reported."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

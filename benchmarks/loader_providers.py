@@ -1,6 +1,6 @@
-"""The ways to load images that `bench_loader` compares."""
+"""The loaders that `bench_loader` compares."""
 
-# B batch, S side of a view in pixels
+# B batch size, S side length of a view in pixels
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.view_spec import Range
 from pipelines.views import ViewsConfig, ViewSpec, build_view_specs
 
 FULL_RECIPE, PLAIN_OPERATIONS = "full recipe", "crop, flip, normalise"
-# The fields that leave of a recipe what stock FFCV does too: random resized crop, flip, normalise.
+# Fields that reduce a recipe to the operations of stock FFCV: random resized crop, flip, normalise.
 _PLAIN = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
 
 
@@ -30,19 +30,19 @@ _PLAIN = {"jitter_p": 0.0, "grayscale_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0}
 class Provider:
     """A way to load images."""
 
-    label: str  # in the results
-    operations: str  # what is done to each image
-    open: Callable[[Job], Stream]  # starts it; ImportError or ValueError where it cannot serve the job
-    package: str | None = None  # a distribution whose version matters, beside those of every row
+    label: str  # the name in the results
+    operations: str  # the operations on each image
+    open: Callable[[Job], Stream]  # starts it; ImportError or ValueError if it cannot run the job
+    package: str | None = None  # a distribution whose version is recorded, in addition to those of every row
 
 
 def open_plain(job: Job) -> Stream:
-    """This package's loader with what stock FFCV does too: crop, flip, normalise."""
+    """This package's loader with the operations of stock FFCV: crop, flip, normalise."""
     return open_engine(replace(job, views=replace(job.views, override=_PLAIN)), engine="ffcv")
 
 
 def open_stock_ffcv(job: Job) -> Stream:
-    """FFCV as it comes, compiled: its Loader decodes an image once for each of its two pipelines."""
+    """Unmodified FFCV, compiled: its Loader decodes an image once for each of its two pipelines."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline.pipeline_spec import PipelineSpec
@@ -76,15 +76,15 @@ TorchvisionForm = Literal["pil", "pil_pillow_blur", "tensor"]
 
 
 def open_torchvision(job: Job, *, form: TorchvisionForm) -> Stream:
-    """torchvision v2 in a DataLoader: a worker a core with one torch thread, one decode for both views.
+    """torchvision v2 in a DataLoader: one worker per core with one torch thread; one decode for both views.
 
-    `form` is what v2 works on: Pillow images, the same with Pillow's approximate blur, or uint8 tensors.
+    `form` is the input of v2: Pillow images, Pillow images with Pillow's approximate blur, or uint8 tensors.
     """
     return _data_loader_stream(job, _TorchvisionViews(job, form), _normalised_batch)
 
 
 def _data_loader_stream(job: Job, images: Any, collate: Callable[[list[Any]], Any]) -> Stream:
-    """torch's DataLoader with a worker a core: batches of what `images` gives, put together by `collate`."""
+    """torch's DataLoader with one worker per core: batches of the items of `images`, combined by `collate`."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -99,7 +99,7 @@ def _data_loader_stream(job: Job, images: Any, collate: Callable[[list[Any]], An
         collate_fn=collate,
         persistent_workers=True,
         worker_init_fn=end_with_parent,
-        multiprocessing_context="fork",  # Linux's default, which a spawned process does not have
+        multiprocessing_context="fork",  # Linux's default, but not that of a spawned process
         prefetch_factor=prefetch_factor,
     )
     return Stream(chained(lambda _: iter(loader)), prefetch_factor * job.num_threads)
@@ -135,7 +135,7 @@ def _pillow_image(reader: BetonReader, i: int) -> Image.Image:
 
 
 def _torchvision_view(spec: ViewSpec, form: TorchvisionForm) -> Callable[[Any], Any]:
-    """The recipe of one view in torchvision's own operations, those that it does not need left out."""
+    """The recipe of one view in torchvision's own operations, without operations that the recipe does not use."""
     from torchvision.transforms import v2
 
     jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
@@ -157,12 +157,12 @@ def _torchvision_view(spec: ViewSpec, form: TorchvisionForm) -> Callable[[Any], 
 
 
 def _pillow_blur(image: Image.Image, sigma_px: Range) -> Image.Image:
-    """As MoCo v2's authors have it: box blurs that come near a Gaussian."""
+    """The blur of MoCo v2's authors: box blurs that approximate a Gaussian."""
     return image.filter(ImageFilter.GaussianBlur(random.uniform(*sigma_px)))
 
 
 def _normalised_batch(samples: list[list[Any]]) -> list[Any]:
-    """Views of B images -> float32 [B, 3, S, S] a view; at once, which is much faster than image by image."""
+    """Views of B images -> float32 [B, 3, S, S] per view, as a batch; this is much faster than image by image."""
     import torch
     from torchvision.transforms.v2 import functional as v2
 
@@ -172,7 +172,7 @@ def _normalised_batch(samples: list[list[Any]]) -> list[Any]:
 
 
 def open_kornia(job: Job) -> Stream:
-    """kornia: workers decode with Pillow and crop with torchvision, kornia does the rest with float batches here."""
+    """kornia: workers decode with Pillow and crop with torchvision; kornia does the rest on float batches here."""
     import torch
     from kornia import augmentation as K
 
@@ -205,7 +205,7 @@ def open_kornia(job: Job) -> Stream:
 
 
 class _PillowCrops:
-    """Image -> its crops, resized, uint8 [3, S, S] each."""
+    """Image -> its resized crops, uint8 [3, S, S] each."""
 
     def __init__(self, job: Job) -> None:
         from kernels.torchvision_cpu import import_torchvision
@@ -230,14 +230,14 @@ class _PillowCrops:
 
 
 def _float_batch(samples: list[list[Any]]) -> list[Any]:
-    """Views of B images -> float32 [B, 3, S, S] a view, in [0, 1]."""
+    """Views of B images -> float32 [B, 3, S, S] per view, in [0, 1]."""
     import torch
 
     return [torch.stack(group).float().div_(255) for group in zip(*samples, strict=True)]
 
 
 def open_dali(job: Job) -> Stream:
-    """DALI's own operators on the CPU, one decode for both views: its draws, its crop, its colour twist and blur."""
+    """DALI on the CPU, with one decode for both views and its own random numbers, crop, colour twist and blur."""
     from nvidia.dali import pipeline_def
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
@@ -273,7 +273,7 @@ def _dali_graph(job: Job) -> tuple[Any, ...]:
 
 
 def _dali_view(image: Any, spec: ViewSpec, views: ViewsConfig) -> Any:
-    """The recipe of one view; DALI twists colours in one order, and its solarize is arithmetic as in its auto_aug."""
+    """The recipe of one view; color_twist has one fixed order, and solarize is computed as in DALI's auto_aug."""
     from nvidia.dali import fn, types
 
     def around_one(strength: float) -> Any:

@@ -1,4 +1,4 @@
-"""The forms of a loss over pairs that `bench_loss.py` compares: each takes z [2, B, D] and gives a scalar.
+"""The forms of a loss over pairs that `bench_loss.py` compares: each takes z [2, B, D] and returns a scalar.
 
 # n = 2B rows (`siglip`: B rows against B rows), D width, tau = .2
 """
@@ -22,17 +22,17 @@ LossOf = Callable[[Tensor], Tensor]
 
 INV_TEMPERATURE = 5.0
 SIGLIP_BIAS = -10.0
-CHUNK_ROWS = 1024  # of the checkpointed form
+CHUNK_ROWS = 1024  # rows of a strip in the checkpointed form
 
 LOSSES = ("softplus", "exp", "nt_xent", "siglip")
 
 
 class NotInstalledError(Exception):
-    """A peer is not here, or does not have this loss or device; the text says which."""
+    """A peer is not installed or does not support this loss or device; the message says which."""
 
 
 def build(provider: str, loss: str, *, device: str) -> LossOf:
-    """The loss of a provider.
+    """Build the loss of a provider.
 
     Args:
         provider: A name of PROVIDERS.
@@ -40,7 +40,7 @@ def build(provider: str, loss: str, *, device: str) -> LossOf:
         device: "cpu" or "cuda".
 
     Raises:
-        NotInstalledError: Says why there is none.
+        NotInstalledError: If it cannot be built; the message has the reason.
     """
     return PROVIDERS[provider](loss, device)
 
@@ -60,7 +60,7 @@ def _ours(impl: Impl, loss: str, device: str) -> LossOf:
     return partial(pair_loss, negatives=loss, positives=positives, inv_temperature=INV_TEMPERATURE, impl=impl)
 
 
-# -- the whole matrix, as most code has it
+# -- the whole matrix, as in most code
 
 
 def _eager(loss: str, device: str) -> LossOf:
@@ -75,7 +75,7 @@ def _eager_bf16(loss: str, device: str) -> LossOf:
 
 
 def _whole_matrix(loss: str, products: torch.dtype, z: Tensor) -> Tensor:
-    """Rows are normalised, and logits become the loss, in fp32; `products` is the dtype of the products between."""
+    """Normalise the rows and compute the loss from the logits in fp32; `products` is the dtype of the products."""
     u = F.normalize(z.float(), dim=2).to(products)
     if loss == "siglip":
         return _siglip(u[0], u[1], torch.eye(z.shape[1], device=z.device))
@@ -111,15 +111,15 @@ def _compiled_bf16(loss: str, device: str) -> LossOf:
 
 
 def _compile(loss_of: LossOf) -> LossOf:
-    """For the shape it is called with: torch would go on with code for any shape, and after eight of them uncompiled.
+    """Compile for one shape only: by default, torch changes to dynamic shapes, and to eager after eight recompilations.
 
-    All compiled forms share a function; `torch._dynamo.reset` before each cell keeps them below that number.
+    All compiled forms share a function; `torch._dynamo.reset` before each cell keeps them below that limit.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(loss_of, dynamic=False)
 
 
-# -- strips of rows, recomputed in backward, as open_clip's chunked SigLIP and many a memory-saving recipe
+# -- strips of rows, recomputed in the backward pass, as in open_clip's chunked SigLIP and other memory-saving code
 
 
 def _checkpointed(loss: str, device: str) -> LossOf:
@@ -138,7 +138,7 @@ def _strips(loss: str, z: Tensor) -> Tensor:
 
 
 def _strip(loss: str, rows: Tensor, columns: Tensor, start: int) -> Tensor:
-    """The share of the loss of rows start, start + 1, ..."""
+    """The contribution of rows start, start + 1, ... to the loss."""
     n, index = len(columns), torch.arange(start, start + len(rows), device=rows.device)
     logits = INV_TEMPERATURE * (rows @ columns.T)
     if loss == "siglip":
@@ -161,7 +161,7 @@ def _lightly(loss: str, device: str) -> LossOf:
     del device
     if loss != "nt_xent":
         raise NotInstalledError("its NTXentLoss has no such form")
-    import_torchvision()  # lightly imports it, and on a CPU build of torch that fails
+    import_torchvision()  # lightly imports it, which fails on a CPU build of torch
     module = _import("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=1 / INV_TEMPERATURE)
     return lambda z: module(z[0], z[1])
 
@@ -194,7 +194,7 @@ PROVIDERS: dict[str, Callable[[str, str], LossOf]] = {
     "siglip-kernel": _siglip_kernel,
 }
 
-# The dtype of the operands of a provider's products; sums are fp32. fp32 is IEEE's: torch's default is no TF32.
+# The dtype of the operands of a provider's products; sums are fp32. fp32 is IEEE fp32: torch's default is not TF32.
 PRODUCTS = dict.fromkeys(PROVIDERS, "float32")
 PRODUCTS |= {"fastssl fused": "float16", "eager bf16": "bfloat16", "torch.compile bf16": "bfloat16"}
 PRODUCTS |= {"Lightly": "as z", "siglip-kernel": "as z"}

@@ -4,11 +4,11 @@
     git clone https://github.com/miossl/miossl && git clone https://github.com/jhaochenz96/spectral_contrastive_learning
     peers/bin/python benchmarks/make_stored_losses.py --miossl miossl --spectral spectral_contrastive_learning
 
-In an environment of its own, as nothing here needs these packages. Each number is the output of the other project's own
-code; none of that code is copied here.
+Use a separate environment, because nothing else here needs these packages. Each number is the output of the other
+project's own code; none of that code is copied here.
 """
 
-# N samples, D width; z [2, N, D] two views, direction [2, N, D], targets [2, N, D] of a target network
+# N samples, D width; z [2, N, D] for two views, direction [2, N, D], targets [2, N, D] from a target network
 
 import argparse
 import importlib.metadata
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+if __name__ == "__main__":  # as a script, only benchmarks/ is on Python's path: add the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
@@ -38,23 +38,23 @@ DTYPES = ("float64", "float32")
 WITH_TARGETS = ("byol", "tico")  # these losses take z_a, z_b, target_a, target_b
 
 TwoViewLoss = Callable[..., Tensor]
-# The name of our loss, our settings, the other project's settings, its loss, where it is from.
+# The name of our loss, our settings, the other project's settings, its loss, its source.
 Peer = tuple[str, dict[str, Any], dict[str, Any], TwoViewLoss, str]
 
 
 def draw_inputs(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """z and a direction for its derivative, [2, N, D] each, fp64, from NumPy's PCG64."""
+    """z and a direction for the directional derivative, [2, N, D] each, fp64, from NumPy's PCG64."""
     first, second = np.random.Generator(np.random.PCG64(seed)).standard_normal((2, *SHAPES[seed]))
     return first, second
 
 
 def draw_targets(seed: int) -> np.ndarray:
-    """What a target network makes of both views, [2, N, D], fp64."""
+    """The output of a target network for both views, [2, N, D], fp64."""
     return np.random.Generator(np.random.PCG64(1000 + seed)).standard_normal(SHAPES[seed])
 
 
 def measure(loss: TwoViewLoss, seed: int, dtype: str, *, with_targets: bool = False) -> dict[str, float]:
-    """The value, and its derivative along the direction."""
+    """The value and its derivative along the direction."""
     drawn = (*draw_inputs(seed), draw_targets(seed))
     z, direction, targets = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in drawn)
     z.requires_grad_()
@@ -76,7 +76,7 @@ def lightly_peers() -> Iterator[Peer]:
 
 
 def lightly_moment_peers() -> Iterator[Peer]:
-    """Barlow Twins and VICReg, of one process; TiCo, whose one direction gets the rows of both views at once."""
+    """Barlow Twins and VICReg in one process; TiCo in one direction, with the rows of both views in one call."""
     from lightly.loss import BarlowTwinsLoss, TiCoLoss, VICRegLoss
 
     version = f"lightly {importlib.metadata.version('lightly')}"
@@ -98,14 +98,14 @@ def lightly_moment_peers() -> Iterator[Peer]:
 
         def tico(a: Tensor, b: Tensor, t_a: Tensor, t_b: Tensor, theirs: dict[str, float] = theirs) -> Tensor:
             loss, targets = TiCoLoss(**theirs), torch.cat([t_b, t_a])
-            loss(torch.cat([t_a, t_b]), targets)  # a first batch, which C remembers
+            loss(torch.cat([t_a, t_b]), targets)  # a first batch, which updates C
             return loss(torch.cat([a, b]), targets)
 
         yield "tico", {"moment_momentum": beta, "covariance_weight": rho}, theirs, tico, f"{version}, TiCoLoss"
 
 
 def lightly_cosine_peers() -> Iterator[Peer]:
-    """BYOL and SimSiam by the negative cosine, without a predictor; BYOL's 2 - 2 cos is written out."""
+    """BYOL and SimSiam from the negative cosine, without a predictor; BYOL's 2 - 2 cos is written out."""
     from lightly.loss import NegativeCosineSimilarity
 
     source = f"lightly {importlib.metadata.version('lightly')}, NegativeCosineSimilarity"
@@ -129,7 +129,7 @@ def open_clip_peers() -> Iterator[Peer]:
 
 
 def _of_unit_rows(loss: Callable[..., Tensor], settings: dict[str, float]) -> TwoViewLoss:
-    """The settings are tensors in training, where both are learned."""
+    """Pass the settings as tensors, as in training, where both are learned."""
 
     def of_views(z_a: Tensor, z_b: Tensor) -> Tensor:
         scalars = {name: torch.tensor(x, dtype=z_a.dtype) for name, x in settings.items()}
@@ -147,7 +147,7 @@ def spectral_peers(checkout: Path) -> Iterator[Peer]:
 
 
 def mio_peers(checkout: Path) -> Iterator[Peer]:
-    """The naive form of MIO, MIOLoss of miossl/losses.py, which is made for one batch size."""
+    """The naive form of MIO, MIOLoss of miossl/losses.py, which is constructed for one batch size."""
     module, source = _load(checkout, "miossl/losses.py")
     for tau_p, tau_n, weight in ((0.5, 0.5, 1.0), (0.5, 0.5, 0.0), (0.2, 0.4, 1.0)):
         theirs = {"p_temperature": tau_p, "n_temperature": tau_n, "lambda_loss": weight}
@@ -162,7 +162,7 @@ def mio_peers(checkout: Path) -> Iterator[Peer]:
 
 
 def _load(checkout: Path, file: str) -> tuple[ModuleType, str]:
-    """A module of a cloned repository, and where it is from."""
+    """A module of a cloned repository, and its source."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, checkout / file)
     assert spec is not None
     assert spec.loader is not None
@@ -174,14 +174,14 @@ def _load(checkout: Path, file: str) -> tuple[ModuleType, str]:
 
 
 def main() -> None:
-    """Write the file."""
+    """Write the file of stored losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--miossl", type=Path, required=True, help="a clone of miossl/miossl")
     parser.add_argument("--spectral", type=Path, required=True, help="a clone of spectral_contrastive_learning")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     import_torchvision()
-    warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # of lightly's DCLW
+    warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # from lightly's DCLW
     peers = [
         *lightly_peers(),
         *lightly_moment_peers(),
@@ -197,7 +197,7 @@ def main() -> None:
         for seed in SHAPES
         for dtype in DTYPES
     ]
-    # A seed gives the same numbers only as long as NumPy keeps the stream: sums tell if it does not.
+    # A seed gives the same numbers only while NumPy keeps the stream: the sums reveal a change.
     sums = {str(seed): [float(x.sum()) for x in draw_inputs(seed)] for seed in SHAPES}
     text = ",\n".join("  " + json.dumps(entry) for entry in entries)
     header = {"torch": torch.__version__, "numpy": np.__version__, "shapes": SHAPES, "input_sums": sums}

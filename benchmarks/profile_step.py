@@ -2,9 +2,9 @@
 
     python benchmarks/profile_step.py --cfg configs/X.yaml --set data.train=X.beton --trace step.json --out step.csv
 
-The trainer is built as training builds it, and the same run of steps is looked at three times: timed alone, with
-every operation reported that makes the host wait for the device, and under torch.profiler. Without a GPU operators
-stand for kernels, and reads of a tensor's value for synchronisations: a rehearsal, whose figures say nothing of a GPU.
+The trainer is built as in training. The same number of steps is run three times: timed only, with a report of every
+operation that makes the host wait for the device, and under torch.profiler. Without a GPU, operators are counted in
+place of kernels, and reads of a tensor's value in place of synchronisations; such figures say nothing about a GPU.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from pipelines.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "torchvision", "deepspeed", "ffcv", "numba", "numpy")
-# A profile saves nothing, and never comes to its last step.
+# A profile saves nothing and never reaches its last step.
 OVERRIDES = ("run.resume=never", "train.num_epochs=1000000", "run.checkpoint_every_epochs=1000000")
 OWN_FOLDERS = tuple(str(ROOT / name) for name in ("fastssl", "pipelines", "kernels"))
-NOT_A_SOURCE = (__file__, warnings.__file__, "torch/_dynamo/eval_frame.py")  # frames of the looking itself
-READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}  # these wait on a GPU
+NOT_A_SOURCE = (__file__, warnings.__file__, "torch/_dynamo/eval_frame.py")  # frames of the profiling itself
+READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}  # on a GPU, these wait
 LAUNCH_NAMES = ("LaunchKernel", "GraphLaunch")
 WAIT_NAMES = ("Synchronize", "cudaMemcpy", "cuMemcpy")
 SHOWN = ("label", "global_batch_size", "img_per_s", "wall_ms", "host_ms", "device_ms", "kernels", "launches", "memcpys")
@@ -51,12 +51,12 @@ SHOWN += ("waits", "host_syncs", "peak_mb")
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Steps without a profiler.
+    """Times of steps without a profiler.
 
     Attributes:
-        wall_ms: Of a step, the device's work included.
-        host_ms: Of a step, until the host had asked for all its work.
-        peak_mb: Most memory that torch's allocator gave out; None on the CPU.
+        wall_ms: Wall time of a step, including the work of the device.
+        host_ms: Time of a step until the host has queued all its work.
+        peak_mb: Peak memory of torch's allocator; None on the CPU.
     """
 
     wall_ms: float
@@ -66,7 +66,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the profiler saw of a step; `device_ms` is the time in which at least one kernel or copy ran."""
+    """The profiler's counts of a step; `device_ms` is the time in which at least one kernel or copy ran."""
 
     device_ms: float
     kernels: float
@@ -77,7 +77,7 @@ class Counts:
 
 
 class Steps:
-    """A trainer, and batches for it without end."""
+    """A trainer with an endless iterator of batches."""
 
     def __init__(self, cfg: Config) -> None:
         self.trainer = start_alone(cfg)
@@ -85,11 +85,11 @@ class Steps:
         self._batches = self._endless()
 
     def take(self, num: int) -> None:
-        """Take steps as training does, and return as soon as the host is done with them."""
+        """Take steps as in training; return as soon as the host has queued them."""
         self.trainer.fit_batches(islice(self._batches, num))
 
     def start(self) -> None:
-        """Begin to count time, as `Trainer.fit` does."""
+        """Start the timer, as `Trainer.fit` does."""
         self.trainer.epoch_stats.timer.start()
 
     def close(self) -> None:
@@ -124,8 +124,8 @@ def time_steps(steps: Steps, num: int) -> Timing:
 
 
 def profile_steps(steps: Steps, num: int, trace: Path, num_top: int) -> Counts:
-    """Take steps under torch.profiler; its chrome trace is written to `trace`."""
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # replaying a CUDA graph after its teardown has crashed
+    """Take steps under torch.profiler and write its Chrome trace to `trace`."""
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # else replaying a CUDA graph after CUPTI's teardown has crashed
     activities = [torch.profiler.ProfilerActivity.CPU]
     if steps.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -138,9 +138,9 @@ def profile_steps(steps: Steps, num: int, trace: Path, num_top: int) -> Counts:
 
 
 def count_events(events: Sequence[dict[str, Any]], num_steps: int, num_top: int) -> Counts:
-    """Read a chrome trace of `num_steps` steps; without any kernel, as on the CPU, operators stand for kernels.
+    """Read a Chrome trace of `num_steps` steps; without kernels, as on the CPU, count operators in their place.
 
-    Times are in microseconds there. Launches and waits are the calls of CUDA's runtime or driver; the one
+    Times in the trace are in microseconds. Launches and waits are calls of the CUDA runtime or driver; the
     synchronisation at the end of the window is not counted.
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -175,7 +175,7 @@ def _is_wait(name: str) -> bool:
 
 
 def _outermost(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that are not inside of another one of their thread."""
+    """The events that are not inside another event of their thread."""
     outermost, ends = [], defaultdict(float)
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
         if event["ts"] >= ends[event["tid"]]:
@@ -185,7 +185,7 @@ def _outermost(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _busy_us(events: Sequence[dict[str, Any]]) -> float:
-    """Length of the union of the events' times."""
+    """The length of the union of the events' time intervals."""
     busy, end = 0.0, 0.0
     for event in sorted(events, key=lambda event: event["ts"]):
         start, stop = event["ts"], event["ts"] + event["dur"]
@@ -194,11 +194,11 @@ def _busy_us(events: Sequence[dict[str, Any]]) -> float:
     return busy
 
 
-# -- synchronisations and where they come from
+# -- synchronisations and their source lines
 
 
 def find_syncs(steps: Steps, num: int) -> Counter[str]:
-    """Operations that make the host wait, by the line of this project that they come from, in `num` steps."""
+    """The operations in `num` steps that make the host wait, by the source line of this project."""
     found: Counter[str] = Counter()
     with _cuda_syncs(found) if steps.device.type == "cuda" else _Reads(found):
         steps.take(num)
@@ -208,7 +208,7 @@ def find_syncs(steps: Steps, num: int) -> Counter[str]:
 @contextlib.contextmanager
 def _cuda_syncs(found: Counter[str]) -> Iterator[None]:
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
-        if "called a synchronizing" in str(message):  # not that the mode is a prototype
+        if "called a synchronizing" in str(message):  # skip the warning that the mode is a prototype
             found[source_line()] += 1
 
     with warnings.catch_warnings():
@@ -223,7 +223,7 @@ def _cuda_syncs(found: Counter[str]) -> Iterator[None]:
 
 
 class _Reads(TorchDispatchMode):
-    """Notes the operators that read a tensor's value, which on a GPU would wait."""
+    """Records the operators that read a tensor's value, which would wait on a GPU."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class _Reads(TorchDispatchMode):
 
 
 def source_line() -> str:
-    """The innermost line of this project on the stack, and the function that it called, if that is another's."""
+    """The innermost line of this project on the stack, and the function it called, if that is external code."""
     stack = [frame for frame in traceback.extract_stack() if not frame.filename.endswith(NOT_A_SOURCE)]
     for i, frame in reversed(list(enumerate(stack))):
         if frame.filename.startswith(OWN_FOLDERS):
@@ -250,7 +250,7 @@ def source_line() -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    environment = environment_columns(PACKAGES)  # before the run: the commit that is measured
+    environment = environment_columns(PACKAGES)  # before the run, to record the commit that is measured
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(args.cfg, [*args.set, *OVERRIDES, f"run.dir={folder}/run"])
         started = time.perf_counter()
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
 def build_row(
     args: argparse.Namespace, cfg: Config, device: torch.device, timing: Timing, counts: Counts, syncs: Counter[str]
 ) -> dict[str, Any]:
-    """The CSV row: figures are of one step unless named otherwise."""
+    """The CSV row; figures are per step unless named otherwise."""
     is_cuda = device.type == "cuda"
     return {
         "label": args.label or "+".join(path.stem for path in args.cfg),
@@ -315,7 +315,7 @@ def main() -> int:
     """Measure and print.
 
     Returns:
-        Exit code: 0, or 2 for bad input, after one line.
+        Exit code: 0, or 2 for bad input, after printing one line.
     """
     args = _parse()
     try:

@@ -1,13 +1,13 @@
-"""One row of a table, from images to accuracies: convert, train, choose a checkpoint, judge it on the test images.
+"""Reproduce a row of a table from the images: convert, train, choose a checkpoint, evaluate it on the test images.
 
     python benchmarks/reproduce.py --row cifar10-mio-exp --data data --out runs/reproduce
 
-Of the checkpoints that are kept, the one with the best weighted kNN on held-out training images is chosen. Then the
-last one and the chosen one are judged on the test images, once each, by kNN and a linear classifier. After a kill the
-same command goes on: what is finished is not done again.
+Of the kept checkpoints, the one with the best weighted kNN on held-out training images is chosen. Then the last one and
+the chosen one are evaluated on the test images, once each, with kNN and a linear classifier. After a kill, the same
+command continues and does not repeat finished parts.
 
-What OUT holds: results.csv, a row for every accuracy; data/, the converted images; ROW_EPOCHSep_seedSEED/, the run, and
-in it curve.csv, a row for every epoch, and curve.png.
+OUT contains results.csv, with a row for every accuracy; data/, the converted images; and ROW_EPOCHSep_seedSEED/, the
+run, which includes curve.csv, with a row for every epoch, and curve.png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-if __name__ == "__main__":  # run as a script, Python puts benchmarks/ first on the path: the packages lie beside it
+if __name__ == "__main__":  # as a script, only benchmarks/ is on Python's path: add the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from fastssl.config import Config, load_config
@@ -45,7 +45,7 @@ from pipelines.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR10 = "data/cifar10.yaml"
-# Name of a row: the files of its configuration, and what is changed in it.
+# The name of a row -> the files of its configuration, and its overrides.
 ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cifar10-mio-exp": ((CIFAR10, "loss/mio_small.yaml"), ()),
     "cifar10-mio-exp-b512": (("mio_resnet18_cifar10_200ep_b512.yaml",), ()),
@@ -56,7 +56,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cifar10-minc": ((CIFAR10, "loss/minc_small.yaml"), ()),
     "cifar10-spectral": ((CIFAR10, "loss/spectral_small.yaml"), ()),
 }
-# Keys that an option of this program sets.
+# Keys that are set by an option of this program.
 TAKEN = {
     "run.dir": "--out",
     "run.seed": "--seed",
@@ -69,8 +69,8 @@ TAKEN = {
 }
 PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "ffcv", "numpy")
 HELD_OUT, TEST = "held-out training images", "test images"
-CHECKPOINT_EVERY_EPOCHS = 10  # at most: what a kill costs
-MIN_IMAGES = 300  # of which 30 are held out, and 200 can be neighbours
+CHECKPOINT_EVERY_EPOCHS = 10  # a kill loses at most this many epochs
+MIN_IMAGES = 300  # 30 of them are held out, and 200 can be neighbours
 SHOWN = ("row", "seed", "epochs", "metric", "percent", "scored_on", "checkpoint", "checkpoint_step")
 
 Split = Literal["train", "test"]
@@ -79,18 +79,18 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be reproduced.
+    """The row to reproduce, and its settings.
 
     Attributes:
-        row: Its name in ROWS.
-        config: The configuration's files.
+        row: The name in ROWS.
+        config: The files of the configuration.
         cfg: The configuration of the run, with all overrides.
-        overrides: Those that the training is started with.
-        data: Where the images are found.
+        overrides: The overrides that the training is started with.
+        data: Folder of the images.
         out: Folder of the results.
-        keep_every: A checkpoint of every so many epochs is kept and judged.
-        limit: Images of each file, the first ones; 0: all.
-        device: Where the run and its evaluation take place.
+        keep_every: A checkpoint is kept and evaluated every `keep_every` epochs.
+        limit: Use only the first `limit` images of each file; 0: all.
+        device: Device of the run and its evaluation.
     """
 
     row: str
@@ -117,7 +117,7 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reproduce one row and print its table; 2 after one line on stderr for bad input."""
+    """Reproduce one row and print its table; for bad input, print one line to stderr and return 2."""
     try:
         print(reproduce(_job(_parse(argv))), flush=True)
     except (UserError, DataError) as error:
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reproduce(job: Job) -> str:
-    """Do what is left to do, and return the table of the row's accuracies."""
+    """Run the unfinished parts and return the table of the row's accuracies."""
     with _alone(job.out):
         prepare(job.data, "train", Path(job.cfg.data.train), job.limit)
         prepare(job.data, "test", Path(str(job.cfg.data.test)), job.limit)
@@ -140,15 +140,15 @@ def reproduce(job: Job) -> str:
     best = best_step(job, steps)
     for name, step in (("last", steps[-1]), ("best", best)):
         judge(job, step, TEST, ["knn", "linear"], name)
-    shutil.rmtree(job.folder.features, ignore_errors=True)  # 120 MB a checkpoint
+    shutil.rmtree(job.folder.features, ignore_errors=True)  # 120 MB per checkpoint
     return f"{format_table(_rows_of(job), SHOWN)}\n{job.out / 'results.csv'}, {job.folder.path}"
 
 
 def prepare(data: Path, split: Split, out: Path, limit: int) -> None:
-    """Make the .beton file of a split where it is missing, of the first `limit` images (0: all).
+    """Make the .beton file of a split from the first `limit` images (0: all), unless it exists.
 
     Raises:
-        DataError: no images of it are found.
+        DataError: If no images of the split are found.
     """
     if out.exists():
         return
@@ -162,13 +162,14 @@ def prepare(data: Path, split: Split, out: Path, limit: int) -> None:
 
 
 def load_cifar10(data: Path, split: Split, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The first `limit` images (0: all) uint8 [N, 32, 32, 3] and labels int64 [N], from what is there of:
+    """Load the first `limit` images (0: all) uint8 [N, 32, 32, 3] and labels int64 [N].
 
-    cifar10_SPLIT.beton; cifar10_SPLIT.npz with arrays x and y; WebP strips SPLIT_*.webp of images one above the other
-    with labels.npz (arrays y_train and y_test), here or in cifar10/; cifar-10-batches-py, which torchvision reads.
+    The first existing source is used: cifar10_SPLIT.beton; cifar10_SPLIT.npz with arrays x and y; WebP strips
+    SPLIT_*.webp of vertically stacked images with labels.npz (arrays y_train and y_test), in `data` or in cifar10/;
+    cifar-10-batches-py, which torchvision reads.
 
     Raises:
-        DataError: none of them is there, or it cannot be read.
+        DataError: If there is no source, or if it cannot be read.
     """
     wanted = slice(limit or None)
     if (beton := data / f"cifar10_{split}.beton").exists():
@@ -193,11 +194,11 @@ def load_cifar10(data: Path, split: Split, limit: int = 0) -> tuple[np.ndarray, 
 
 
 def train(job: Job) -> None:
-    """Train to the last epoch in a process of its own, which ends with this one.
+    """Train to the last epoch in a child process, which ends with this process.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
-        UserError: it did not come to its end; its own message is above.
+        ConfigError: If the folder contains a run with another configuration.
+        UserError: If the training did not finish; its own message is printed above.
     """
     job.folder.check_claim(job.cfg)
     from fastssl.checkpoint.save_load import last_checkpoint, step_of
@@ -207,9 +208,9 @@ def train(job: Job) -> None:
         return
     start = [sys.executable, str(ROOT / "fastssl/train.py"), "--cfg", *map(str, job.config), "--set"]
     start += job.overrides
-    # A kill of this process takes the training along: it would hold the run's folder.
+    # A kill of this process also kills the training, which would otherwise keep the run folder locked.
     child = subprocess.Popen(start, preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves a checkpoint
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # the child saves a checkpoint
     code = child.wait()
     signal.signal(signal.SIGTERM, before)
     if code:
@@ -219,22 +220,22 @@ def train(job: Job) -> None:
 
 
 def kept_steps(job: Job) -> list[int]:
-    """Steps of the checkpoints to choose from: every `keep_every` epochs, and the last."""
+    """The steps of the checkpoints to choose from: every `keep_every` epochs, and the last."""
     every = job.keep_every * job.steps_per_epoch
     return [*range(every, job.total_steps, every), job.total_steps]
 
 
 def best_step(job: Job, steps: Sequence[int]) -> int:
-    """The step with the best kNN on held-out training images; of equally good ones the later."""
+    """The step with the best kNN on held-out training images; the latest one if several are equal."""
     accuracy = {step: _judged(job, step, HELD_OUT)["knn"]["top1"] for step in steps}
     return max(steps, key=lambda step: (accuracy[step], step))
 
 
 def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpoint: str) -> float:
-    """Judge a checkpoint where it was not yet, and add its rows to results.csv where they are not in it.
+    """Evaluate a checkpoint if needed, and add its rows to results.csv if they are missing.
 
     Returns:
-        Seconds that judging took; 0 where it was judged before.
+        Seconds of the evaluation; 0 if the checkpoint was evaluated before.
     """
     from fastssl.commands.evaluate import evaluate_run
 
@@ -262,7 +263,7 @@ def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpo
 
 
 def write_curve(job: Job) -> None:
-    """RUN/curve.csv: a row for every epoch."""
+    """Write RUN/curve.csv, with a row for every epoch."""
     knn = {step: _judged(job, step, HELD_OUT)["knn"]["top1"] for step in kept_steps(job)}
     path = job.folder.path / "curve.csv"
     path.unlink(missing_ok=True)
@@ -277,7 +278,7 @@ def write_curve(job: Job) -> None:
 
 
 def draw_curve(path: Path, title: str) -> None:
-    """Draw a curve.csv as a .png of its name: accuracies over epochs."""
+    """Plot the accuracies of a curve.csv over the epochs, as a .png with the same name."""
     import csv
 
     import matplotlib
@@ -300,9 +301,10 @@ def draw_curve(path: Path, title: str) -> None:
 
 
 def _row(job: Job, line: Line, scored_on: str, checkpoint: str) -> Row:
-    """A line of eval.jsonl with what the training cost.
+    """A row from a line of eval.jsonl and the cost of the training.
 
-    The seconds are those of the epochs, from the first batch to the last: no start, nothing that a kill undid.
+    The seconds are those of the epochs, from the first batch to the last, without the start and without work that
+    was lost to a kill.
     """
     epochs = _epoch_rows(job)
     rates = [row["img_per_s"] for row in epochs]
@@ -329,7 +331,7 @@ def _row(job: Job, line: Line, scored_on: str, checkpoint: str) -> Row:
 
 
 def _rows_of(job: Job, step: int | None = None) -> list[Row]:
-    """The run's rows in results.csv, of one checkpoint or of all."""
+    """The rows of the run in results.csv, for one checkpoint or for all."""
     import csv
 
     path = job.out / "results.csv"
@@ -341,7 +343,7 @@ def _rows_of(job: Job, step: int | None = None) -> list[Row]:
 
 
 def _judged(job: Job, step: int, scored_on: str) -> dict[str, Line]:
-    """Lines of eval.jsonl, by protocol."""
+    """The lines of eval.jsonl by protocol."""
     return {
         line["name"]: line
         for line in read_rows(job.folder.evaluations)
@@ -369,7 +371,7 @@ def _read_strips(strips: Sequence[Path], limit: int) -> np.ndarray:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """One at a time of the processes that share the folder."""
+    """Allow only one at a time of the processes that share the folder."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -431,7 +433,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _beton(args: argparse.Namespace, split: str) -> Path:
-    """The file in --data where there is a whole one, else one of our own in --out."""
+    """The .beton file in --data if it exists and all its images are used; otherwise a file in --out."""
     found = args.data / f"cifar10_{split}.beton"
     if found.exists() and not args.limit:
         return found

@@ -1,4 +1,4 @@
-"""The time of one call: of the device's work by its own events, and of the host's that starts it."""
+"""The time of one call: of the device, measured with events, and of the host that launches it."""
 
 import time
 from collections.abc import Callable
@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-# The device is kept busy so long before a call: most calls are in its queue by then, and no launch is waited for.
-_BUSY_CYCLES = 2_000_000  # some 1.2 ms
+# The device is kept busy this long before a call, so that most calls are fully queued and it waits for no launch.
+_BUSY_CYCLES = 2_000_000  # about 1.2 ms
 
 
 class CallTime(NamedTuple):
-    """Milliseconds of a call.
+    """The milliseconds of a call.
 
     Attributes:
-        ms: CUDA: from the first of its kernels to the end of the last. CPU: the call.
-        host_ms: Until the call returned; where it is the larger one on CUDA, the device would wait for launches.
+        ms: CUDA: from the start of its first kernel to the end of its last kernel. CPU: the duration of the call.
+        host_ms: Time until the call returned. If it exceeds `ms` on CUDA, the device would wait for launches.
     """
 
     ms: float
@@ -23,7 +23,7 @@ class CallTime(NamedTuple):
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> CallTime:
-    """Time one call, which begins when all earlier work is done."""
+    """Time one call, which starts after all earlier work is done."""
     if device.type != "cuda":
         started_s = time.perf_counter()
         call()

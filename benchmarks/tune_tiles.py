@@ -3,11 +3,11 @@
     python benchmarks/tune_tiles.py --out benchmarks/results/tiles.csv            # on a GPU, about a minute
     python benchmarks/tune_tiles.py --device cpu --smoke                          # in Triton's interpreter
 
-Each case is what one loss asks of the kernel: `exp` and `softplus` of pair losses (sums, slopes and pulls), and the two
-passes of NT-Xent (`exp sums`, `exp weighted pulls`). The error is measured against fp64 on some of the rows.
+Each case is the workload of one loss: `exp` and `softplus` for pair losses (sums, slopes and pulls), and the two passes
+of NT-Xent (`exp sums`, `exp weighted pulls`). The error is measured against fp64 on some of the rows.
 """
 
-# n rows in 2 views of n / 2 samples, D width; n^2 D pairs: a product over them is 2 n^2 D operations
+# n rows in 2 views of n / 2 samples, D width; a matrix product over all n^2 pairs has 2 n^2 D operations
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
     from kernels.similarity.tiles import TileConfig
 
-# Triton decides at its first import whether it interprets: torch and the kernels are imported by the functions.
+# Triton selects its interpreter at its first import, so torch and the kernels are imported inside the functions.
 
 PACKAGES = ("torch", "triton", "numpy")
 NUM_VIEWS = 2
-NUM_CHECKED_ROWS = 256  # of each view: the fp64 logits of these with all rows are 256 MB at n = 65,536
+NUM_CHECKED_ROWS = 256  # of each view: their fp64 logits with all rows are 256 MB at n = 65,536
 MAX_COMPILERS = 8  # processes
 Tiles = tuple[int, int, int, int, int]
 CONFIGS: list[Tiles] = [
@@ -62,14 +62,14 @@ SHOWN += ("tflop_per_s", "error", "registers", "spills", "note")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a loss asks of the kernel.
+    """The workload of a loss.
 
     Attributes:
-        kind: f, see kernels/similarity.
+        kind: The function f, see kernels/similarity.
         wide_range: See `kernels.similarity.Term`.
-        inv_temperature: t.
-        bias: b.
-        outputs: Accumulators that are filled.
+        inv_temperature: The inverse temperature t.
+        bias: The bias b.
+        outputs: The accumulators to compute.
         weighted: Whether the pulls are weighted, as in the second pass of NT-Xent.
     """
 
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def num_products(self) -> int:
-        """Products over all pairs: the logits, and the pulls."""
+        """The number of matrix products over all pairs: one for the logits, one for the pulls."""
         return 1 + ("pulls" in self.outputs)
 
 
@@ -96,7 +96,7 @@ CASES = {
 
 
 class Problem:
-    """Rows, and the sums that a case asks for: z, n and D are the same for every configuration."""
+    """The rows and accumulators of a case; z, n and D are the same for every configuration."""
 
     def __init__(self, case: Case, num_rows: int, width: int, device: str, seed: int) -> None:
         import torch
@@ -120,7 +120,7 @@ class Problem:
         self.z = z
 
     def side(self) -> Any:
-        """Rows with accumulators of zeros."""
+        """The rows, with accumulators of zeros."""
         from kernels.similarity import Side
 
         new = self.z.new_zeros
@@ -128,13 +128,13 @@ class Problem:
         return Side(u=self.u, weights=self.weights, **{name: new(shapes[name]) for name in self.case.outputs})
 
     def run(self, side: Any, config: TileConfig | None) -> None:
-        """Add all pairs to the accumulators; None: with the tiles in use."""
+        """Add all pairs to the accumulators; `config` None uses the default tiles."""
         from kernels.similarity.tiles import accumulate_tiles
 
         accumulate_tiles(side, side, self.term, (0, NUM_VIEWS), (0, NUM_VIEWS), config)
 
     def exact(self) -> dict[str, Tensor]:
-        """The outputs of the first NUM_CHECKED_ROWS of each view in fp64, from z."""
+        """The outputs for the first NUM_CHECKED_ROWS of each view, computed from z in fp64."""
         import torch
         from torch.nn import functional as F
 
@@ -154,14 +154,14 @@ class Problem:
 
 
 def error_of(side: Any, exact: dict[str, Tensor]) -> float:
-    """The largest |output - exact| / |exact| of the outputs, Frobenius."""
+    """The largest |output - exact| / |exact| of the outputs, in the Frobenius norm."""
     return max(
         float((getattr(side, name)[:, :NUM_CHECKED_ROWS].double() - x).norm() / x.norm()) for name, x in exact.items()
     )
 
 
 class _Recorder:
-    """Stands for the kernel and keeps what its last launch returned: the compiled kernel."""
+    """Replaces the kernel and keeps the return value of its last launch, the compiled kernel."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel, self.compiled = kernel, None
@@ -174,7 +174,7 @@ class _Recorder:
 
 
 def tiles_in_use(case: Case, width: int) -> Tiles:
-    """What the kernels take for a case on a GPU, without groups."""
+    """The tiles that the kernels use for a case on a GPU, without groups."""
     from kernels.similarity.tiles import choose_config
 
     return choose_config(
@@ -189,7 +189,7 @@ def tiles_in_use(case: Case, width: int) -> Tiles:
 
 
 def measure(problem: Problem, tiles: Tiles, exact: dict[str, Tensor], seconds: float) -> dict[str, Any]:
-    """One configuration: its columns, with the reason under "note" where it cannot run."""
+    """Measure one configuration; return its columns, with the reason under "note" if it cannot run."""
     from kernels.similarity import tiles as module
 
     config, case = module.TileConfig(*tiles), problem.case
@@ -202,7 +202,7 @@ def measure(problem: Problem, tiles: Tiles, exact: dict[str, Tensor], seconds: f
             problem.run(side, config)
         row["error"] = error_of(side, exact)
         times_ms = time_ms(lambda: problem.run(side, config), problem.z.device, seconds)
-    except Exception as error:  # too much shared memory, or what it is: the other configurations count
+    except Exception as error:  # too much shared memory, for example: continue with the others
         return row | {"note": f"not measured: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"}
     p20, p50, p80 = quantiles(times_ms)
     num_rows = problem.z.shape[0] * problem.z.shape[1]
@@ -215,7 +215,7 @@ def measure(problem: Problem, tiles: Tiles, exact: dict[str, Tensor], seconds: f
 
 
 def time_ms(call: Any, device: torch.device, seconds: float) -> list[float]:
-    """Times of single calls: by events on a GPU, where the host goes on; at least three."""
+    """Times of single calls, at least three; on a GPU from events, without waiting on the host in between."""
     import torch
 
     if device.type != "cuda":
@@ -245,7 +245,7 @@ def quantiles(times_ms: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compile_ahead(cells: Sequence[tuple[str, int, int, Tiles]], seed: int) -> None:
-    """Fill Triton's cache in several processes; what fails there fails again, with a note, where it is measured."""
+    """Fill Triton's cache in several processes; a failure here occurs again, with a note, in the measurement."""
     num = min(MAX_COMPILERS, len(os.sched_getaffinity(0)), len(cells))
     if num < 2:
         return
@@ -263,7 +263,7 @@ def _compile(cell: tuple[str, int, int, Tiles], seed: int) -> None:
 
 
 def fastest(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each case, n and D: the fastest configuration beside the one in use."""
+    """One sentence for each case, n and D, with the fastest configuration and the one in use."""
     lines = []
     for cell in dict.fromkeys((row["case"], row["rows"], row["width"]) for row in rows):
         measured = [row for row in rows if (row["case"], row["rows"], row["width"]) == cell and row["ms_p50"]]
@@ -279,7 +279,7 @@ def fastest(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:
-    """All columns, floats to four digits."""
+    """All columns, with floats rounded to four digits."""
     row = {name: values.get(name) for name in COLUMNS} | {"note": values.get("note", "")}
     return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
 
@@ -310,7 +310,7 @@ def main() -> None:
 
 
 def _tiles(text: str) -> Tiles:
-    """`64,128,4,2,2` -> the numbers."""
+    """Parse the five numbers of a text such as `64,128,4,2,2`."""
     try:
         rows, columns, num_warps, stages, programs = (int(x) for x in text.split(","))
     except ValueError:

@@ -76,5 +76,5 @@ def test_gpu_tests_are_collected():
     """All files with such a test; those whose code needs one of the packages are skipped."""
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     collected = run_without_packages(COLLECT, *files)
-    for name in ("kernels/similarity", "kernels/augment", "kernels", "pipelines"):
+    for name in ("kernels/similarity", "kernels/augment", "kernels", "pipelines/engines"):
         assert f"tests/{name}/test_" in collected

@@ -1,4 +1,4 @@
-"""Adam that counts its steps where NVIDIA apex's optimizers do; apex itself runs on GPUs only."""
+"""Adam that stores its step count where NVIDIA apex's optimizers do; apex itself runs on GPUs only."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 class AdamByGroup(torch.optim.Optimizer):
-    """One count a group, in `param_groups` and not in the state, raised at each step, with gradients or without."""
+    """One count per group, in `param_groups` and not in the state, incremented at each step even without gradients."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})

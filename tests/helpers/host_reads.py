@@ -1,11 +1,11 @@
-"""Finds, on the CPU, what would make a step wait for a GPU: values read on the host, and host data copied to it.
+"""Detects, on the CPU, what would make a step wait for a GPU: values read on the host, and copies of host data.
 
-| seen in                 | what                                                                             |
+| detected in             | what                                                                             |
 |-------------------------|----------------------------------------------------------------------------------|
 | dispatched operators    | item(), bool(), float(), also from C++; nonzero, masks as indices, torch.tensor() |
 | called tensor functions | cpu(), tolist(), numpy(), to("cpu"): on a CPU tensor these reach no operator      |
 
-What runs inside of a Triton or numba kernel is not seen.
+Operations inside a Triton or numba kernel are not detected.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _READS = {
     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
     "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::allclose",
 }  # fmt: skip
-_COPIES = {"aten::lift_fresh"}  # of torch.tensor(numbers) and of indices that are Python lists
+_COPIES = {"aten::lift_fresh"}  # from torch.tensor(numbers) and from indices that are Python lists
 _METHODS = {"cpu", "tolist", "numpy", "__array__"}
 
 
@@ -55,6 +55,6 @@ def _is_mask(x: Any) -> bool:
 
 @contextlib.contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Inside, what would wait for a GPU raises HostReadError."""
+    """Within this context, an operation that would wait for a GPU raises HostReadError."""
     with _Called(), _Dispatched():
         yield

@@ -1,7 +1,7 @@
-"""Two hosts on one machine: network namespaces, joined by a cable (a veth pair) that can be cut.
+"""Two hosts on one machine: network namespaces, connected by a cable (a veth pair) that can be cut.
 
-They share the file system and the clock, as the hosts of a cluster do; each has an address, a loopback and a routing
-table of its own, and no other way to the other than the cable.
+They share the file system and the clock, as the hosts of a cluster do. Each has its own address, loopback and routing
+table, and the cable is the only connection between them.
 """
 
 import os
@@ -16,11 +16,11 @@ from pathlib import Path
 from tests.helpers.processes import ROOT, environment
 
 _PREFIX = "fastssl"
-PORT = "29400"  # nobody else is in these namespaces
+PORT = "29400"  # free, because nothing else runs in these namespaces
 
 
 class Host:
-    """One of them: a namespace, its end of the cable, and the programs that run in it."""
+    """One of the two hosts: a namespace, its end of the cable, and the programs that run in it."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -29,7 +29,7 @@ class Host:
         self.address = f"10.77.0.{rank + 1}"
 
     def start(self, *command: str | Path, log: Path) -> subprocess.Popen[bytes]:
-        """Run a program here; stdout and stderr go to `log`.out and `log`.err."""
+        """Start a program on this host; stdout and stderr go to `log`.out and `log`.err."""
         with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace, *map(str, command)],
@@ -41,27 +41,27 @@ class Host:
             )
 
     def deepspeed(self, hostfile: Path, *arguments: str | Path, log: Path) -> subprocess.Popen[bytes]:
-        """DeepSpeed's launcher on this host alone, as a scheduler starts it on each: no ssh."""
+        """Start DeepSpeed's launcher on this host only, without ssh, as a scheduler does on each host."""
         where = ["--hostfile", hostfile, "--no_ssh", "--node_rank", str(self.rank)]
         master = ["--master_addr", "10.77.0.1", "--master_port", PORT]
         return self.start("deepspeed", *where, *master, "fastssl/train.py", *arguments, log=log)
 
     def pids(self) -> list[str]:
-        """What runs here."""
+        """The ids of the processes on this host."""
         return _output("ip", "netns", "pids", self.namespace).split()
 
     def kill(self) -> None:
-        """Kill -9 everything that runs here."""
+        """Kill all processes on this host (kill -9)."""
         if pids := self.pids():
             subprocess.run(["kill", "-9", *pids], stderr=subprocess.DEVNULL)
 
     def unplug(self) -> None:
-        """Cut the cable: nothing passes any more, and nobody is told."""
+        """Cut the cable: packets are lost without a notice to either side."""
         _ip("-n", self.namespace, "link", "set", self.cable, "down")
 
 
 def why_not() -> str | None:
-    """Why there can be no such hosts here; None: there can."""
+    """The reason why this machine cannot have such hosts; None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     if shutil.which("ip") is None:
@@ -74,7 +74,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Make them, and take them away again with all that runs there."""
+    """Make the two hosts; at the end, remove them and all their processes."""
     _remove_left_over()
     a, b = hosts = Host(0), Host(1)
     try:
@@ -94,7 +94,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def wait_for(condition, *, timeout_s: float, what: str) -> None:
-    """Until `condition()` holds."""
+    """Wait until `condition()` is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
@@ -102,7 +102,7 @@ def wait_for(condition, *, timeout_s: float, what: str) -> None:
 
 
 def _remove_left_over() -> None:
-    """Those of a test that was killed, whose process is no more."""
+    """Remove the hosts of a killed test, whose process no longer exists."""
     for line in _output("ip", "netns", "list").splitlines():
         name, _, _ = line.partition(" ")
         prefix, _, rest = name.partition("-")
@@ -112,7 +112,7 @@ def _remove_left_over() -> None:
 
 
 def _remove(namespace: str) -> None:
-    subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)  # its end of the cable goes with it
+    subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)  # this also removes its end of the cable
 
 
 def _ip(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""What a training imports, for a process that is forked again and again."""
+"""The imports of a training, for a process that is forked repeatedly."""
 
 # ruff: noqa: E402, F401
 from kernels.torchvision_cpu import import_torchvision

@@ -1,6 +1,6 @@
-"""Test cases of Triton kernels where there is no GPU: in Triton's interpreter.
+"""Test cases of Triton kernels without a GPU, in Triton's interpreter.
 
-Triton decides at its first import whether it interprets, for the whole process: hence another process.
+Triton selects its interpreter at its first import, for the whole process. The cases therefore run in another process.
 """
 
 import os
@@ -13,7 +13,7 @@ from tests.helpers.processes import ROOT, environment
 
 
 def run_cases(path: str, mark: str) -> None:
-    """Run the cases of a file that have the mark (an expression as pytest's -m takes it); fail with its output."""
+    """Run the cases of a file that match the mark (an expression for pytest's -m); on failure, report the output."""
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--maxfail=5", "-m", mark, path]
     run = subprocess.run(

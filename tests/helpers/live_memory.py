@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at once, on any device."""
+"""The peak number of bytes of live tensors, on any device."""
 
 import weakref
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """Within it, `peak` is the most bytes that tensors made within it have held at once; a storage counts once."""
+    """`peak` is the maximum of the live bytes of all tensors made within this mode; a storage counts once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The criterion of similarity/three_way.py for whole losses: the value, and the gradient in everything learned.
+"""The criterion of tests/helpers/three_way.py for whole losses: the value and the gradients of all learned inputs.
 
 # V views of B samples, D width; t inverse temperature, b bias
 """
@@ -33,13 +33,13 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def exact_shift(n: int) -> float:
-    """An inverse temperature whose shift, e^{40 - t}, is 2^n: with or without it, slopes have the same digits."""
+    """An inverse temperature whose shift e^{40 - t} is 2^n, so that it does not change the digits of the slopes."""
     return 40 - n * LN_2
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossCase:
-    """A loss with its settings, the rows that it gets, and what of it is learned."""
+    """A loss with its settings, its input rows, and its learned parameters."""
 
     loss: Literal["pair", "partition", "spectral", "quadratic"]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -67,11 +67,11 @@ class LossCase:
 
 
 def run_loss(case: LossCase, form: Form, device: str, z: Tensor | None = None) -> dict[str, Tensor]:
-    """The value and the gradients: `value` [], `z` [V, B, D], `inv_temperature` [] and `bias` [] where learned."""
+    """The value and the gradients: `value` [], `z` [V, B, D], and, if learned, `inv_temperature` [] and `bias` []."""
     dtype = torch.float64 if form == "exact" else torch.float32
     z = case.make_z(device) if z is None else z
     z = (z.double() if form == "exact" else z).detach().requires_grad_()
-    # fp32 first, as a model's parameters are: every form has the same number.
+    # Rounded to fp32 first, like a model's parameters, so that every form uses the same number.
     learned = {name: torch.tensor(x, device=device).to(dtype).requires_grad_() for name, x in case.learned.items()}
     impl = {"fused": "fused", "torch": "chunked", "exact": "reference"}[form]
     with torch_with_rounded_operands() if form == "torch" else contextlib.nullcontext():
@@ -82,7 +82,7 @@ def run_loss(case: LossCase, form: Form, device: str, z: Tensor | None = None) -
 
 @contextlib.contextmanager
 def torch_with_rounded_operands() -> Iterator[None]:
-    """`chunked` computes with the operands of the fused kernels: fp16, and TF32 in Gram losses."""
+    """Let `chunked` compute with the operands of the fused kernels: fp16, and TF32 in Gram losses."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("normalize", "accumulate"):
             patch.setattr(chunked, name, getattr(rounded, name))
@@ -100,7 +100,7 @@ def add_rows_of_rounded_operands(
     square: float,
     pulls: Tensor | None,
 ) -> Tensor:
-    """gram_loss/chunked.py, the factors of its product rounded to TF32."""
+    """`add_rows` of kernels/gram_loss/chunked.py, with the factors of its product rounded to TF32."""
     rows = x[view]
     product = to_tf32(rows) @ to_tf32(second)
     sums = (rows * (square * product + linear * first)).sum(1)
@@ -115,16 +115,16 @@ def add_rows_of_rounded_operands(
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """fp32 with 10 bits after the leading one."""
+    """Round to TF32: fp32 with 10 bits after the leading one."""
     mantissa, exponent = torch.frexp(x.double())
     return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent).float()
 
 
 def errors(case: LossCase, actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors: of the worst row of dz, and of each number.
+    """The relative errors of the worst row of dz and of each scalar.
 
-    dL/dt is the difference of a mean similarity of positives and one of negatives, a loss with a linear positive term
-    that of t times them: where these cancel, the error is relative to what cancels.
+    dL/dt is the difference between a mean similarity of positives and one of negatives. A loss with a linear positive
+    term is t times such a difference. If the two parts cancel, the error is relative to the size of the positive part.
     """
     z = case.make_z("cpu").double()
     positive = float(F.cosine_similarity(z[0], z[1]).mean().abs())

@@ -1,4 +1,4 @@
-"""Machine code of Triton kernels for compute capability 9.0, made and read without a GPU."""
+"""Machine code of Triton kernels for compute capability 9.0, compiled and read without a GPU."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def compile_kernel(
     options: dict[str, int],
     divisible: tuple[str, ...] = (),
 ) -> Any:
-    """types: of the arguments that are no constants; pointers and strides divisible by 16 as in a real call."""
+    """Compile for the given argument types; pointers, strides and `divisible` are multiples of 16, as in real use."""
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = [
         i
@@ -71,5 +71,5 @@ def disassemble(compiled: Any, folder: Path) -> MachineCode:
                 loops.append(body)
     registers = re.search(r"REG:(\d+)", output("cuobjdump", "--dump-resource-usage"))
     assert registers
-    # The first loop with products that is not around another one: the one without masks comes first.
+    # The first innermost loop with matrix products; the loop without masks comes first.
     return MachineCode(instructions, min(loops, key=len, default=[]), int(registers[1]), compiled.metadata.shared)

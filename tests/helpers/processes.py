@@ -1,4 +1,4 @@
-"""Starting this project's programs as a user would, and trainings in processes that have imported everything."""
+"""Starts this project's programs as a user would, and trainings in processes that have imported everything."""
 
 import multiprocessing
 import os
@@ -14,22 +14,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
-    """The environment of a user who called the virtual environment's programs."""
+    """The environment variables of a user who calls the programs of the virtual environment."""
     bin_folder = str(Path(sys.executable).parent)
     return os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": device}
 
 
 def free_port() -> str:
-    """A TCP port of this machine that nobody listens on."""
+    """A TCP port of this machine without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def start_training(arguments: Sequence[str], *, num_ranks: int, log: Path) -> list[BaseProcess]:
-    """`fastssl train ARGUMENTS` on so many gloo ranks, each forked from a process that has the imports behind it.
+    """Start `fastssl train ARGUMENTS` on `num_ranks` gloo ranks, each forked from a process that has done the imports.
 
-    A start takes a second or two in place of the five to eight that the launchers need; the processes are real.
+    A start takes one or two seconds; the launchers need five to eight. The ranks are real processes.
     """
     port = free_port()
     ranks = [
@@ -42,7 +42,7 @@ def start_training(arguments: Sequence[str], *, num_ranks: int, log: Path) -> li
 
 
 def forkserver() -> multiprocessing.context.ForkServerContext:
-    """Makes processes that have the imports of a training behind them."""
+    """The context for processes that have already done the imports of a training."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.imported", "tests.helpers.processes"])
@@ -50,7 +50,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 def train_as_rank(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path) -> None:
-    """`train_in_this_process` as one of the ranks that meet at a port of this machine."""
+    """Run `train_in_this_process` as one of the ranks, with the rendezvous at a port of this machine."""
     if num_ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
@@ -58,7 +58,7 @@ def train_as_rank(arguments: list[str], rank: int, num_ranks: int, port: str, lo
 
 
 def train_in_this_process(arguments: list[str], log: Path) -> None:
-    """`fastssl train ARGUMENTS` from the repository's root, its output added to a file; ends the process."""
+    """Run `fastssl train ARGUMENTS` from the repository's root, append its output to a file, and exit."""
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -69,9 +69,9 @@ def train_in_this_process(arguments: list[str], log: Path) -> None:
 
 
 def start_ranks(program: str, world_size: int, folder: Path, timeout_s: float = 240) -> list[Any]:
-    """Run `program RANK WORLD_SIZE FOLDER` in a process a rank; what each saved as FOLDER/rank<RANK>.pt.
+    """Run `program RANK WORLD_SIZE FOLDER` in one process per rank; return what each saved as FOLDER/rank<RANK>.pt.
 
-    `join_ranks` is how a program begins.
+    A program starts with a call of `join_ranks`.
     """
     import torch
 

@@ -1,11 +1,12 @@
-"""torch with the operands that the fused kernels have, rows and slopes in fp16, and everything else in fp32.
+"""torch with the operands of the fused kernels: rows and slopes in fp16, and everything else in fp32.
 
-What the fused kernels are measured against: an implementation like `reference`, on the whole matrix of pairs. Its
-products are torch's of fp16 operands into fp32, on a GPU those of the tensor cores. They add 16 products to a partial
-sum at a time, each cut, not rounded, two bits below the last place of the largest, and then the sum at its last place
-(Khattak and Mikaitis 2025, arXiv:2512.07004): 16 / 8 + 1 / 2 = 2.5 last places towards zero on average where all
-have one sign. A sum over D = 256 is short by 1e-6 of itself, and e^l at l = 20 by 2e-5, at D = 768 by 7e-5, for
-whoever multiplies there; with products in plain fp32 the comparison would find that and not the kernels' errors.
+The baseline for the fused kernels: an implementation like `reference`, on the whole matrix of pairs. Its matrix
+products are torch's products of fp16 operands with fp32 results; on a GPU they use the tensor cores. Tensor cores add
+16 products at a time to a partial sum. They truncate (not round) each product two bits below the last place of the
+largest one, and then the sum at its last place (Khattak and Mikaitis 2025, arXiv:2512.07004). If all have the same
+sign, this is 16 / 8 + 1 / 2 = 2.5 last places towards zero on average. A sum over D = 256 is too small by a relative
+1e-6, and e^l at l = 20 by 2e-5, at D = 768 by 7e-5. Every program that uses tensor cores has this error. With products
+in plain fp32, the comparison would measure this error and not the errors of the kernels.
 """
 
 # rows [V, B, D], columns [Q, B, D]; m = V B, n = Q B
@@ -23,17 +24,17 @@ from kernels.similarity.rows import normalize as normalize_exactly
 
 __all__ = ["accumulate", "finish", "largest_errors", "normalize"]
 
-LARGEST = 2.0**15  # slopes of a row are scaled below it: sixteen powers of two then remain among fp16's normal numbers
+LARGEST = 2.0**15  # slopes of a row are scaled below it: 2^-16 of it is still a normal fp16 number
 
 
-# fp32 knows a slope e^x to |x| 2^-23 or so: one half way between two numbers of fp16 may be rounded either way, and
-# where few pairs make up a row, that is most of its error.
+# A slope e^x in fp32 has a relative error of about |x| 2^-23: a slope halfway between two fp16 numbers may be rounded
+# up or down. If few pairs contribute to a row, this is most of its error.
 NUDGES = (0.0, 2.0**-17, -(2.0**-17))
 nudge = NUDGES[0]
 
 
 def largest_errors(errors: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Errors of something that accumulates here, each the largest of rounding such slopes up, down and as they come."""
+    """Errors of a function that uses `accumulate`: the largest over rounding halfway slopes up, down and unchanged."""
     found = []
     for x in NUDGES:
         with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +44,7 @@ def largest_errors(errors: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
-    """torch's, but for u: the bits of the fused kernel, whose rounding has a test of its own."""
+    """torch's `normalize`, except that u has the bits of the fused kernel, whose rounding has a separate test."""
     return normalize_exactly(z, inv_temperature)._replace(u=fused.normalize(z, inv_temperature).u)
 
 
@@ -56,14 +57,14 @@ def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
         slopes = reference._slope(logits, term.kind) * is_counted
         if rows.weights is not None and columns.weights is not None:
             slopes *= rows.weights.flatten()[:, None] + columns.weights.flatten()
-        length = (term.inv_temperature * math.log2(math.e)).sqrt()  # of u
+        length = (term.inv_temperature * math.log2(math.e)).sqrt()  # length of u
         _add(rows, columns, values, slopes, length)
         if columns is not rows:
             _add(columns, rows, values.T, slopes.T, length)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[m, k] x [k, n] in fp16 -> fp32."""
+    """The product [m, k] x [k, n] of fp16 operands in fp32."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind, for tests that hold two runs against each other."""
+"""The results of a run, for tests that compare two runs."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ TIMING = (
 
 
 def losses(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl without what a clock says."""
+    """The rows of metrics.jsonl without times."""
     return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run / "metrics.jsonl")]
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    """Every tensor and number that a run ends with: weights, optimizer, each rank's buffers, the probe."""
+    """All tensors and numbers at the end of a run: weights, optimizer, each rank's buffers, the probe."""
     folder = last_checkpoint(run / "checkpoints")
     assert folder is not None
     found: dict[str, Any] = {}
@@ -29,7 +29,7 @@ def final_state(run: Path) -> dict[str, Any]:
 
 
 def collect(value: Any, name: str, found: dict[str, Any]) -> None:
-    """Put the leaves of nested dictionaries and lists into `found`, by their paths."""
+    """Store the leaves of nested dictionaries and lists in `found`, by their paths."""
     if isinstance(value, dict):
         for key, item in value.items():
             collect(item, f"{name}/{key}", found)
@@ -41,7 +41,7 @@ def collect(value: Any, name: str, found: dict[str, Any]) -> None:
 
 
 def assert_same_end(run_a: Path, run_b: Path) -> None:
-    """Two runs ended bit for bit alike, with the same rows."""
+    """Assert that two runs have the same final state, bit for bit, and the same rows."""
     a, b = final_state(run_a), final_state(run_b)
     assert a.keys() == b.keys()
     assert sum(isinstance(value, torch.Tensor) for value in a.values()) > 20

@@ -1,4 +1,4 @@
-"""FFCV's own Loader in a process of its own: in it numba's one type of uint8 arrays becomes read-only for good."""
+"""FFCV's own Loader in a separate process: it makes numba's type of uint8 arrays read-only for the whole process."""
 
 import subprocess
 import sys
@@ -10,14 +10,16 @@ from tests.helpers.processes import ROOT, environment
 
 
 def read(path: Path, decoder: str, *, os_cache: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """All images and labels of a .beton in its order, batches of four, FFCV as plain Python: no minute of compilation.
+    """Read all images and labels of a .beton in file order, in batches of four.
+
+    FFCV runs as plain Python, which saves a minute of compilation.
 
     Args:
-        path: The .beton.
+        path: The .beton file.
         decoder: "whole", or "centre_16px": a centre crop.
-        os_cache: FFCV's: the operating system's page cache, or FFCV's own of pages.
+        os_cache: FFCV's option: the page cache of the operating system, or FFCV's own cache of pages.
     Returns:
-        (uint8 [N, H, W, 3], int64 [N])
+        Images uint8 [N, H, W, 3] and labels int64 [N].
     """
     out = path.with_suffix(".npz")
     command = [sys.executable, "-m", __spec__.name, str(path), decoder, str(int(os_cache)), str(out)]

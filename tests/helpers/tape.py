@@ -1,7 +1,7 @@
-"""What a CUDA graph does, on the CPU: the operators of one call, replayed on the same memory without Python.
+"""A CUDA graph emulated on the CPU: the operators of one call, replayed on the same memory without Python.
 
-A function that is called again runs its Python again, so a number that a graph would freeze (a learning rate, a
-schedule, "is this the first step") stays right, and no test sees it. A tape freezes it.
+A function that is called again also runs its Python code again. A number that a graph would freeze (a learning rate, a
+schedule, "is this the first step") then stays correct, and no test finds the error. A tape freezes such numbers too.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 class Tape(TorchDispatchMode):
     """`with tape: function()` runs the function and records it; `replay()` runs what was recorded again.
 
-    Unlike a CUDA capture the recording runs the function. Random operators draw again in a replay, as on a GPU.
+    Unlike a CUDA capture, the recording runs the function. Random operators draw new numbers in a replay, as on a GPU.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        # Lists are copied, as their owners change them; tensors are kept alive, as a graph's memory is.
+        # Lists are copied, because their owners change them; tensors are kept alive, like the memory of a graph.
         recorded_args, recorded_kwargs = tree_map(_detached, (args, kwargs or {}))
         self._calls.append((func, recorded_args, recorded_kwargs, [_detached(x) for x in _tensors(outputs)]))
         return outputs
@@ -34,7 +34,7 @@ class Tape(TorchDispatchMode):
         """Run every operator again on the tensors of the recording."""
         for func, args, kwargs, outputs in self._calls:
             for kept, new in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
-                if kept.data_ptr() != new.data_ptr():  # else it was written in place, or is a view
+                if kept.data_ptr() != new.data_ptr():  # if equal, it was written in place or is a view
                     kept.copy_(new)
 
     def __len__(self) -> int:

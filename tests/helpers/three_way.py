@@ -1,4 +1,4 @@
-"""The criterion of the fused kernels: no further from fp64 than torch is with the same fp16 operands, fp32 inside.
+"""The criterion of the fused kernels: error against fp64 at most torch's, with the same fp16 operands and fp32 sums.
 
 # V views of B samples, D width; Q blocks of columns; m = V B
 """
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from kernels.similarity import Implementation, Kind, Side, Term, fused, reference
 from tests.helpers import rounded
 
-# Beyond the rounding of the operands and the tensor cores' sums, which both have: fp32 sums in another order, and 2^-22
-# of each special function.
+# Allowed in addition to the errors that both have (rounding of the operands, sums of the tensor cores): fp32 sums in
+# another order, and 2^-22 for each special function.
 TOLERANCE = 2e-5
 ACCUMULATORS = ("sums", "slopes", "pulls")
 
@@ -31,9 +31,9 @@ FORMS: dict[Form, tuple[Implementation, torch.dtype]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Rows are blocks own .. own + V of the columns, or where `own` is None V blocks of other samples.
+    """A test case. Rows are blocks own .. own + V of the columns, or, if `own` is None, V blocks of other samples.
 
-    e^b is a power of two: where a kernel leaves it out of its slopes, it rounds the same digits all the same.
+    e^b is a power of two, so that a kernel that omits it from its slopes still rounds the same digits.
     """
 
     kind: Kind
@@ -71,7 +71,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     shape = (case.num_blocks + (0 if case.own is not None else case.num_views), case.num_samples)
     z = torch.randn(*shape, case.width, generator=generator, dtype=torch.float64)
-    if case.clustered:  # eight tight groups, as trained projections are: many similarities near 1
+    if case.clustered:  # eight tight clusters, like trained projections: many similarities are near 1
         centers = F.normalize(torch.randn(8, case.width, generator=generator, dtype=torch.float64), dim=1)
         z = centers[torch.randint(0, 8, shape, generator=generator)] + 0.1 * F.normalize(z, dim=2)
     z = (3 * z).to(case.dtype).to(case.device)
@@ -85,7 +85,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def make_sides(case: Case, inputs: Inputs, row_u: Tensor, column_u: Tensor, dtype: torch.dtype) -> tuple[Side, Side]:
-    """The two sides with accumulators of zeros; the very same one where the case is symmetric."""
+    """The two sides with accumulators of zeros; the same object twice if the case is symmetric."""
 
     def side(u: Tensor, groups: Tensor, weights: Tensor) -> Side:
         shapes = {"sums": u.shape[:2], "slopes": u.shape[:2], "pulls": (*u.shape[:2], case.width)}
@@ -101,7 +101,7 @@ def make_sides(case: Case, inputs: Inputs, row_u: Tensor, column_u: Tensor, dtyp
 
 
 def run(form: Form, case: Case, inputs: Inputs) -> tuple[Side, Side]:
-    """The two sides with what a form adds up for them; `exact` in fp64, the others in fp32."""
+    """The two sides with the accumulators of a form; `exact` in fp64, the others in fp32."""
     module, dtype = FORMS[form]
     term = case.term(dtype)
     z = [z.double() if form == "exact" else z for z in (inputs.row_z, inputs.column_z)]
@@ -112,7 +112,7 @@ def run(form: Form, case: Case, inputs: Inputs) -> tuple[Side, Side]:
 
 
 def exact_slope_lengths(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """sum |f'| of the rows and of the columns: what their slopes are made of, which cancel for `square`."""
+    """sum |f'| of the rows and of the columns: the size of the terms of the slopes, which cancel for `square`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_slope", lambda logits, kind, slope=reference._slope: slope(logits, kind).abs())
         rows, columns = run("exact", case, inputs)
@@ -122,10 +122,12 @@ def exact_slope_lengths(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def worst_row_error(actual: Tensor, exact: Tensor, length: Tensor | None = None) -> float:
-    """The largest error of a row relative to its length, or to 1 % of the rms length where its sum cancels.
+    """The largest error of a row relative to its length, or to 1 % of the rms length if its sum cancels.
 
-    length: Of each row, where its sum is no measure of the terms: two computations with the same operands differ by
-    fp32's last places of those, which may be any multiple of a sum that cancels.
+    Args:
+        length: The length of each row, for sums that do not show the size of their terms: two computations with the
+            same operands differ by the last places of the terms in fp32, which may be any multiple of a sum that
+            cancels.
     """
     actual, exact = (x.double().reshape(*x.shape[:2], -1) for x in (actual, exact))
     error = (actual - exact).norm(dim=2)
@@ -155,10 +157,10 @@ def assert_three_way(case: Case, seed: int = 0) -> None:
 
 
 def assert_no_further(ours: dict[str, float], torchs: Callable[[], dict[str, float]], what: str) -> None:
-    """Our errors are at most torch's, `rounded`'s, whose ties are looked at only where they may decide."""
+    """Assert that our errors are at most those of `rounded`; its ties are examined only if they may decide."""
     allowed = torchs()
     if any(error > allowed[name] + TOLERANCE for name, error in ours.items()):
         allowed = rounded.largest_errors(torchs)
-    print(what, {name: f"{error:.1e} / {allowed[name]:.1e}" for name, error in ours.items()})  # pytest -rP shows it
+    print(what, {name: f"{error:.1e} / {allowed[name]:.1e}" for name, error in ours.items()})  # shown by pytest -rP
     for name, error in ours.items():
         assert error <= allowed[name] + TOLERANCE, f"{name}: {error:.2e} off fp64, torch {allowed[name]:.2e} ({what})"

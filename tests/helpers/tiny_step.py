@@ -1,4 +1,4 @@
-"""A tiny training step with everything in it: batch norm, a probe with held-out samples, sums; no DeepSpeed."""
+"""A tiny but complete training step without DeepSpeed: batch norm, a probe with held-out samples, epoch sums."""
 
 import torch
 
@@ -20,7 +20,7 @@ OPTIMIZERS = {"sgd": 0.1, "adamw": 1e-3, "lars": 0.1, "lamb": 1e-2}
 
 
 class FakeEngine:
-    """What a `TrainStep` that passes DeepSpeed by asks of its engine."""
+    """The parts of the engine that a `TrainStep` uses when it bypasses DeepSpeed."""
 
     enable_backward_allreduce = False
     global_steps = micro_steps = global_samples = 0
@@ -36,7 +36,7 @@ class FakeEngine:
 
 
 def build(loss="mio", optimizer="sgd", precision="fp32", clip=0.0, momentum=0.9, device="cpu"):
-    """A step of its own, as the trainer builds it; with its objective, engine and probe."""
+    """Build a new step as the trainer does; return it with its objective, engine and probe."""
     device = torch.device(device)
     cfg = build_config(
         {
@@ -62,7 +62,7 @@ def build(loss="mio", optimizer="sgd", precision="fp32", clip=0.0, momentum=0.9,
 
 
 def batch_of(step, bad=False, device="cpu"):
-    """The batch of a step (from 0), the same on every device; a bad one makes every gradient infinite or NaN."""
+    """The batch of step `step` (from 0), equal on every device; a bad one makes every gradient infinite or NaN."""
     generator = torch.Generator().manual_seed(step)
     views = [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(2)]
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
@@ -74,5 +74,5 @@ def batch_of(step, bad=False, device="cpu"):
 
 
 def rates_of(step, optimizer):
-    """What `TrainStep.run` takes besides, another in each step."""
+    """The other arguments of `TrainStep.run`, different in each step."""
     return {"learning_rate": OPTIMIZERS[optimizer] * (step + 1) / NUM_STEPS, "target_momentum": 0.9 + 0.01 * step}
