@@ -1,4 +1,4 @@
-"""The `fastssl` command: thin; each sub-command calls one function. Heavy imports wait until they are needed."""
+"""The `fastssl` command. Each sub-command calls one function; slow imports are deferred until they are needed."""
 
 import argparse
 import errno
@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit code: 0, also for a training that a signal ended with a checkpoint; 1 where the doctor found a fault; 2 for
-            bad input, 3 for a run that diverged, 4 for one that lost another of its processes, each of these after one
+        Exit code: 0, also for a training that a signal ended after a checkpoint; 1 if a check of the doctor failed; 2
+            for bad input, 3 for a run that diverged, 4 for a run that lost one of its processes. 2 to 4 come with one
             line on stderr.
     """
     args = _parser().parse_args(argv)
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
         return exit_now(_fail(str(error), PeerLostError.exit_code))
     except KeyboardInterrupt:
         return _fail("interrupted; a training goes on from its last checkpoint with --set run.resume=auto", 130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -69,7 +69,7 @@ def _train(args: argparse.Namespace) -> None:
     from fastssl.config import load_config
 
     cfg = load_config(args.cfg, args.set)
-    from fastssl.trainer import train  # only now: a slip in the config is not to wait for it
+    from fastssl.trainer import train  # slow import, deferred so that config errors show at once
 
     train(cfg, stop_request=stop_request)
 

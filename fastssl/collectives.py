@@ -1,7 +1,7 @@
-"""Rank, world size, and the few collectives that losses and evaluation need; without a process group, world 1.
+"""Rank, world size, and the collectives used by losses and evaluation; the world size is 1 without a process group.
 
-The rule that every gradient here follows: each rank's loss is the mean over its own rows, and the engine AVERAGES
-parameter gradients over ranks. Then the update is that of one process on the global batch; see
+All gradients here follow one rule: each rank's loss is the mean over its own rows, and the engine AVERAGES parameter
+gradients over ranks. Then the update equals that of one process on the global batch; see
 docs/adr/0003-pair-sums-and-gradients-across-ranks.md. Every rank must call these in the same order, with equal shapes.
 """
 
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether a process group exists (also one of a single rank)."""
+    """Whether a process group exists (even one with a single rank)."""
     return torch_dist.is_available() and torch_dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's number among all, 0 without a process group."""
+    """Rank of this process, 0 without a process group."""
     return torch_dist.get_rank() if is_distributed() else 0
 
 
@@ -33,14 +33,14 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until all ranks have reached this call."""
     if world_size() > 1:
         torch_dist.barrier()
 
 
 @torch.no_grad()
 def sum_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over ranks of tensors of one dtype, in one exchange; every rank has the same names and shapes."""
+    """Sum tensors of one dtype over ranks, in one collective; all ranks must pass the same names and shapes."""
     if world_size() == 1 or not tensors:
         return tensors
     total = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
@@ -59,10 +59,10 @@ def broadcast_object(value: T) -> T:
 
 
 def run_on_first_rank(decide: Callable[[], T]) -> T:
-    """What the call returns on the first rank, on every rank; the others do not call.
+    """Call `decide` on the first rank only, and return its result on every rank.
 
     Raises:
-        ConfigError: the call raised it: on every rank, so that none waits for the others.
+        ConfigError: `decide` raised it; it is raised on every rank, so that no rank waits for the others.
     """
     value, error = None, None
     if rank() == 0:
@@ -77,7 +77,7 @@ def run_on_first_rank(decide: Callable[[], T]) -> T:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Every rank's value (plain or picklable), by rank."""
+    """The values of all ranks (plain or picklable), in the order of the ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         torch_dist.all_gather_object(values, value)
@@ -86,7 +86,7 @@ def all_gather_object(value: T) -> list[T]:
 
 @torch.no_grad()
 def names_that_differ(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors whose bits are not the same on every rank; every rank has the same names and shapes."""
+    """Names of tensors that are not bitwise equal on all ranks; all ranks must pass the same names and shapes."""
     if world_size() == 1 or not tensors:
         return []
     pieces = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
@@ -101,7 +101,7 @@ def names_that_differ(tensors: dict[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
-    """Every rank's x, [W, ...] in the order of the ranks, the same on each; no gradient."""
+    """Gather x from all ranks: [W, ...] in the order of the ranks, the same on each rank; no gradient."""
     if world_size() == 1:
         return x[None]
     gathered = x.new_empty(world_size() * x.numel())
@@ -114,19 +114,19 @@ def all_mean_(x: Tensor) -> Tensor:
     """Replace x by its mean over ranks, in place; for BatchNorm buffers and gradients outside the engine.
 
     Raises:
-        ValueError: x is not of a floating dtype (a counter has no mean).
+        ValueError: x does not have a floating dtype (a counter has no mean).
     """
     if not x.is_floating_point():
         raise ValueError(f"all_mean_ needs a floating dtype, got {x.dtype}")
     if world_size() > 1:
-        total = x.contiguous()  # a copy where x is not: collectives take contiguous memory only
+        total = x.contiguous()  # a copy if x is not contiguous: collectives need contiguous memory
         torch_dist.all_reduce(total)
         x.copy_(total / world_size())
     return x
 
 
 def global_mean(x: Tensor) -> Tensor:
-    """Mean over ranks of each rank's x (a mean over as many things on each), gradient passed straight through.
+    """Mean over ranks of x, itself a mean over equally many elements on each rank; the gradient is passed through.
 
     For a term phi(mean over the global batch), the same on every rank. With m = (1/W) sum_r x_r the true gradient is
     d phi/d x_r = phi'(m)/W; the engine divides by W once more when it averages, so each rank hands it
@@ -143,7 +143,7 @@ def global_mean(x: Tensor) -> Tensor:
 
 
 class Exchange:
-    """This process group as `kernels.exchange.Exchange`."""
+    """The default process group as a `kernels.exchange.Exchange`."""
 
     def __init__(self) -> None:
         self._is_checked = False
@@ -154,10 +154,10 @@ class Exchange:
         return world_size()
 
     def check_same_shape(self, z: Tensor) -> None:
-        """Refuse unequal shapes. On a GPU at the first call only: reading the others' shapes waits for the device.
+        """Refuse unequal shapes. On a GPU only at the first call: reading the other ranks' shapes synchronises.
 
         Raises:
-            ValueError: On every rank.
+            ValueError: The shapes differ; raised on every rank.
         """
         if world_size() == 1 or (z.is_cuda and self._is_checked):
             return
@@ -170,7 +170,7 @@ class Exchange:
             raise ValueError(f"z must have one shape on every rank, got {', '.join(map(str, found))}")
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """x [V, B, ...], then the blocks of the ranks before and after this one; the gather runs meanwhile."""
+        """Yield x [V, B, ...], then the blocks of the ranks before and after this one; overlaps with the gather."""
         x = x.detach()
         if world_size() == 1:
             yield x

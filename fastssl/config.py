@@ -29,33 +29,34 @@ from pipelines.views import ViewsConfig, build_view_specs
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lies and how it starts.
+    """Where a run is stored and how it starts.
 
     Attributes:
         dir: The run's folder.
-        seed: Of the weights, the order of the samples and the views.
-        device: "auto" takes the GPU where there is one.
-        resume: "never" refuses a folder that holds a run; "auto" goes on from its last whole checkpoint.
-        init_from: A run's folder or a weights.pt: start from its weights (nothing else is taken).
-        checkpoint_every_minutes: Save at the first end of an epoch after this time since the last save, and in mid
-            epoch where none has ended in 1.25 times as long. 0: 100 times what the last save took, so that saves cost
-            at most 1% of the time, but at most 30 minutes; the first save is at the end of the first epoch, or after 10
-            minutes. `fastssl.checkpoint.schedule`.
-        checkpoint_every_steps: Save at exactly every so many steps instead; 0: not by steps.
-        checkpoint_every_epochs: Save at exactly every so many epochs instead; None: not by epochs. Every run also saves
-            at its end.
-        keep_every_epochs: Save every so many epochs and keep that checkpoint for good; 0: the last two only.
-        log_every_steps: One row of metrics.jsonl for so many steps.
-        diagnose_every_epochs: Epochs from one check of the representation, and for its collapse, to the next
+        seed: Seed of the weights, the sample order and the views.
+        device: "auto" uses a GPU if one is available.
+        resume: "never" refuses a folder that already holds a run; "auto" resumes from its last complete checkpoint.
+        init_from: A run's folder or a weights.pt to initialise the weights from (nothing else is loaded).
+        checkpoint_every_minutes: Save at the first epoch end after this time since the last save, or mid-epoch if no
+            epoch has ended within 1.25 times this time. 0: choose the interval automatically as 100 times the duration
+            of the last save, so that saves cost at most 1% of the time, capped at 30 minutes; the first save is at the
+            end of the first epoch, or after 10 minutes. See `fastssl.checkpoint.schedule`.
+        checkpoint_every_steps: Save every this many steps instead; 0: not by steps.
+        checkpoint_every_epochs: Save every this many epochs instead; None: not by epochs. Every run also saves at its
+            end.
+        keep_every_epochs: Save every this many epochs and never delete that checkpoint; 0: keep the last two only.
+        log_every_steps: Number of steps per row of metrics.jsonl.
+        diagnose_every_epochs: Number of epochs between two checks of the representation, including the collapse check
             (`fastssl.tracking.representation`). On an H200 it takes, together with a checkpoint, .3 s for a ResNet-18
             (the epochs after one in benchmarks/results/cifar10_gpu_curve.csv).
-        num_threads: CPU threads of a process; 0: the machine's cores divided by its processes.
-        peak_tflops: Of a device at train.precision in TFLOP/s, for the utilisation in metrics.jsonl; None: known GPUs'
-            own (`fastssl.tracking.throughput`).
-        rendezvous_timeout_s: How long to wait, at the start, until every process is here.
-        peer_timeout_s: A host that cannot be reached for this long is lost, and the run ends
+        num_threads: CPU threads per process; 0: the machine's cores divided by its number of processes.
+        peak_tflops: Peak TFLOP/s of a device at train.precision, for the utilisation in metrics.jsonl; None: use the
+            built-in value of known GPUs (`fastssl.tracking.throughput`).
+        rendezvous_timeout_s: How long to wait at the start for all processes to join.
+        peer_timeout_s: A host that cannot be reached for this long counts as lost, and the run ends
             (`fastssl.processes.watchdog`).
-        collective_timeout_s: How long a process may keep the others waiting in mid-run, in a slow save or compiling.
+        collective_timeout_s: How long a process may keep the others waiting during the run, for example in a slow save
+            or while compiling.
     """
 
     dir: str = free("runs/default")
@@ -102,24 +103,25 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How the steps are taken.
+    """How the training steps are computed.
 
     Attributes:
         num_epochs: Passes over the training images.
         precision: "bf16" and "fp16" are torch's autocast under DeepSpeed: weights, statistics and the loss stay in
-            fp32. fp16's loss scale is found while training; a step that overflows is not taken.
-        zero_stage: DeepSpeed's ZeRO stage: 1 spreads the optimizer's state over the processes, 2 the gradients too.
-        offload_optimizer: Keep the optimizer's state and its step on the CPU; with ZeRO 1 or 2.
+            fp32. fp16 uses dynamic loss scaling; a step that overflows is skipped.
+        zero_stage: DeepSpeed's ZeRO stage: 1 partitions the optimizer state over the processes, 2 the gradients too.
+        offload_optimizer: Keep the optimizer state and run the optimizer step on the CPU; needs ZeRO 1 or 2.
         grad_clip_norm: Global gradient norm to clip to; 0: no clipping.
-        max_skipped_steps: A step whose gradient is not finite is not taken, and its images are noted in
-            nonfinite.jsonl; more than this many in a row end the run.
+        max_skipped_steps: A step with a non-finite gradient is skipped, and its images are recorded in
+            nonfinite.jsonl; more than this many consecutive skipped steps end the run.
         on_collapse: What to do when the representation has collapsed for two epochs
             (`fastssl.tracking.representation`).
-        num_micro_batches: Parts of the local batch whose activations are held at a time; the loss is that of the whole
-            batch, each part is encoded twice (`fastssl.models.grad_cache`). 1: all at once.
+        num_micro_batches: Number of parts the local batch is split into; the activations of one part are held at a
+            time. The loss is that of the whole batch, and each part is encoded twice (`fastssl.models.grad_cache`).
+            1: no splitting.
         compile: Compile encoder and projector with torch.compile.
-        cuda_graph: Capture the whole step as a CUDA graph (`fastssl.step.cuda_graph`): where small batches leave the
-            GPU waiting for the host. "auto": wherever it can be; true: refuse a run that cannot be captured.
+        cuda_graph: Capture the whole step as a CUDA graph (`fastssl.step.cuda_graph`), which helps when small batches
+            leave the GPU waiting for the host. "auto": whenever possible; true: refuse a run that cannot be captured.
     """
 
     num_epochs: int = 200
@@ -151,12 +153,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of a run.
+    """The complete configuration of a run.
 
     Attributes:
-        ds: Goes to DeepSpeed as it is (`fastssl.step.deepspeed_config` says what can be in it).
-        custom: Written by `fastssl.trainer.Trainer`: the classes of a model, loss or loader that was given to it from
-            Python and not built from the sections above.
+        ds: Passed to DeepSpeed unchanged (`fastssl.step.deepspeed_config` lists the allowed keys).
+        custom: Written by `fastssl.trainer.Trainer`: the classes of a model, loss or loader that was passed to it from
+            Python instead of being built from the sections above.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -201,7 +203,7 @@ def load_config(path: str | Path | Sequence[str | Path], overrides: Mapping[str,
     Args:
         path: A file, or several: a key of a later file replaces that of an earlier one, and a section with another
             `name` (another loss or optimizer) replaces the whole section.
-        overrides: Dotted keys and their values, or strings `key=value` as `--set` takes them.
+        overrides: Dotted keys and their values, or `key=value` strings as for `--set`.
 
     Raises:
         ConfigError: no such file, no YAML mapping, unknown key or bad value; the message names it.
@@ -214,10 +216,10 @@ def load_config(path: str | Path | Sequence[str | Path], overrides: Mapping[str,
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The nested mapping after `key.sub=value` overrides, changed in place.
+    """Apply `key.sub=value` overrides to a nested mapping, in place, and return it.
 
     Raises:
-        ConfigError: an override without key or value, or into what is no section.
+        ConfigError: a malformed override, or a path through a non-section.
     """
     for override in overrides:
         _apply_override(tree, override)
@@ -225,14 +227,14 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 
 def check_built(cfg: Config, *parts: str) -> None:
-    """Refuse a run whose parts cannot be built again from its configuration.
+    """Refuse a run whose parts cannot be rebuilt from its configuration.
 
     Args:
-        cfg: Of the run.
+        cfg: The run's configuration.
         parts: Which of "model", "loss" and "loader" are needed.
 
     Raises:
-        ConfigError: One of them was given from Python.
+        ConfigError: One of them was passed in from Python.
     """
     if own := [f"{name} {cfg.custom[name]}" for name in parts if name in cfg.custom]:
         raise ConfigError(
@@ -281,7 +283,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Seque
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Both trees; where they meet, the second one counts."""
+    """Merge two trees; on conflict, the second one wins."""
     tree = dict(first)
     for key, value in second.items():
         old = tree.get(key)
@@ -292,7 +294,7 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def free_keys() -> tuple[str, ...]:
-    """Dotted keys in which a resumed run may differ, see `pipelines.config_field.free`."""
+    """Dotted keys that may change when a run is resumed, see `pipelines.config_field.free`."""
     return tuple(
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(Config)
@@ -319,7 +321,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _with_recipe_file(views: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section with the content of a recipe file in it, so that a run knows its views without the file."""
+    """The section with the content of a recipe file inlined, so that the resolved config does not depend on it."""
     path = Path(str(views.get("recipe", "")))
     if path.suffix not in (".yaml", ".yml"):
         return views
@@ -331,7 +333,7 @@ def _with_recipe_file(views: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice is an error: the first one would be lost in silence."""
+    """PyYAML's safe loader, but a duplicate key is an error: PyYAML would silently drop the first one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -383,7 +385,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "union_tag_invalid":
         return f"{key}.name must be one of {', '.join(sorted(tags))}, not {first.get('ctx', {}).get('tag')!r}"
     if first["type"] == "value_error":
-        message = str(first.get("ctx", {}).get("error"))  # ours, from a __post_init__: it names the field
+        message = str(first.get("ctx", {}).get("error"))  # our own, from a __post_init__: it names the field
         return message if not key or message.startswith(key) else f"{key}.{message}"
     return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r}"
 
@@ -402,7 +404,7 @@ def _known_keys(section: list[str], tagged: list[str]) -> list[str]:
     level: list[type] = [Config]
     for name in section:
         level = [cls for parent in level for cls in _direct(typing.get_type_hints(parent).get(name))]
-    if len(level) > 1:  # a union: only the one that `name` chose
+    if len(level) > 1:  # a union: only the member selected by `name`
         level = [cls for cls in level if set(_names(cls)) & set(tagged)]
     return sorted({f.name for cls in level for f in dataclasses.fields(cls)})
 

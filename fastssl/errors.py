@@ -1,15 +1,15 @@
-"""The errors that end a command with one line."""
+"""The errors that end a command with a one-line message."""
 
 import os
 import sys
 
 
 class UserError(ValueError):
-    """Something that the user must mend: the message is one line that names it and says what to do (exit code 2)."""
+    """An error that the user must fix; the message is one line that names it and says what to do (exit code 2)."""
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be run; the message names the key."""
+    """An invalid configuration; the message names the key."""
 
 
 class DivergedError(RuntimeError):
@@ -17,17 +17,17 @@ class DivergedError(RuntimeError):
 
 
 class Preempted(Exception):
-    """A signal asked the training to leave, and its checkpoint is written; the message says how it goes on."""
+    """A signal stopped the training after it saved a checkpoint; the message says how to resume."""
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the run does not come, has died, hangs or cannot be reached any more."""
+    """Another process of the run did not start, died, hangs or can no longer be reached (exit code 4)."""
 
     exit_code = 4
 
 
 def print_error(message: str) -> None:
-    """Say on stderr, in one line, why this process ends."""
+    """Print on stderr, in one line, why this process ends."""
     rank = os.environ.get("RANK", "0")
     where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
     print(f"fastssl: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Entry of a training: `deepspeed fastssl/train.py --cfg configs/X.yaml [--set key=value ...]`, torchrun or python."""
+"""Entry point: `deepspeed fastssl/train.py --cfg configs/X.yaml [--set key=value ...]`, torchrun or python."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a script, Python puts fastssl/ itself first on the path: the packages lie beside it.
+    # When run as a script, Python puts fastssl/ itself first on the path; the packages are in its parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from fastssl.cli import main
 

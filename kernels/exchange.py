@@ -1,4 +1,4 @@
-"""How a kernel sees other ranks: as more columns. Process groups are the caller's (`fastssl.collectives`)."""
+"""Interface of kernels to other ranks, whose rows are additional columns. Process groups: `fastssl.collectives`."""
 
 # W ranks; V blocks of B rows on each
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Exchange(Protocol):
-    """The ranks that share a global batch. Every rank calls the same methods in the same order, with equal shapes."""
+    """Communication of the ranks of a global batch. All ranks must make the same calls, in order, with equal shapes."""
 
     @property
     def size(self) -> int:
@@ -17,31 +17,31 @@ class Exchange(Protocol):
         ...
 
     def check_same_shape(self, z: Tensor) -> None:
-        """Refuse a z whose shape is another one on another rank.
+        """Check that z has the same shape on all ranks.
 
         Raises:
-            ValueError: On every rank.
+            ValueError: On every rank, if the shapes differ.
         """
         ...
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """x [V, B, ...] itself, then the blocks of the other ranks in rank order, in at most two pieces [Q, B, ...].
+        """Yield x [V, B, ...] itself, then the other ranks' blocks in rank order, in at most two pieces [Q, B, ...].
 
-        The others are fetched while the consumer works on the first. No gradient.
+        The other blocks are fetched while the consumer works on the first. No gradient.
         """
         ...
 
     def sum_(self, x: Tensor) -> Tensor:
-        """x, replaced by its sum over ranks. No gradient."""
+        """Replace x in place by its sum over ranks and return it. No gradient."""
         ...
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean of x over ranks, the gradient passed straight through to the local x."""
+        """Mean of x over ranks, with the gradient passed straight through to the local x."""
         ...
 
 
 class _Alone:
-    """One process."""
+    """The exchange of a single process."""
 
     size = 1
 

@@ -1,18 +1,18 @@
-"""One import of torchvision that also works beside a CPU-only torch."""
+"""Imports torchvision in a way that also works with a CPU-only torch."""
 
 import sys
 from types import ModuleType
 
 import torch
 
-_nms_declaration: list[torch.library.Library] = []  # a Library undoes its registrations when it is collected
+_nms_declaration: list[torch.library.Library] = []  # a Library undoes its registrations when it is garbage-collected
 
 
 def import_torchvision() -> ModuleType:
     """Import torchvision, declaring the two operators that its C++ library lacks without CUDA.
 
-    PyPI's torchvision wheel is built against CUDA; beside a CPU-only torch its C++ library does not load and
-    the import stops at "operator torchvision::nms does not exist". Models, transforms and data sets work once
+    PyPI's torchvision wheel is built against CUDA. With a CPU-only torch its C++ library does not load, and the
+    import fails with "operator torchvision::nms does not exist". Models, transforms and data sets work once
     the two operators are declared; ops.nms and io.decode_jpeg stay unavailable.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What happens to samples that turn out damaged while training: another takes the place, and too many end the run."""
+"""Handling of samples found damaged during training: each is replaced by another, and too many end the run."""
 
 import sys
 import threading
@@ -8,36 +8,36 @@ import numpy as np
 
 from pipelines.errors import DataError
 
-_MAX_LINES = 20  # on stderr; what comes after is only counted
+_MAX_LINES = 20  # printed to stderr; later ones are only counted
 
 
 class BadSamples:
-    """The damaged samples that a process has met in one file.
+    """The damaged samples that a process has found in one file.
 
-    The next sample of the file that is not known to be bad takes the place, with the same draw: the box moved to its
-    size. So the views stay the same whatever the batches, workers and ranks.
+    A bad sample is replaced by the next sample of the file that is not known to be bad. The replacement uses the same
+    draw, with the crop box rescaled to its size. The views therefore do not depend on batches, workers or ranks.
 
     Attributes:
-        reasons: By sample id, in the order of discovery.
+        reasons: Why each sample is bad, by sample id, in the order of discovery.
     """
 
     def __init__(self, path: Path, num_samples: int, max_fraction: float) -> None:
-        """Know no bad ones yet.
+        """Start with no bad samples.
 
         Args:
             path: The file.
-            num_samples: Its samples.
-            max_fraction: Share of them that may be bad, in [0, 1].
+            num_samples: Number of samples in the file.
+            max_fraction: Fraction of the samples that may be bad, in [0, 1].
         """
         self.reasons: dict[int, str] = {}
         self._path, self._num_samples, self._max_fraction = path, num_samples, max_fraction
         self._lock = threading.Lock()
 
     def replace(self, sample_id: int, reason: str) -> int:
-        """Count a bad sample; returns the one that takes its place. From any thread.
+        """Record a bad sample and return the id of its replacement. Thread-safe.
 
         Raises:
-            DataError: that is one too many.
+            DataError: too many samples are bad.
         """
         with self._lock:
             is_new = sample_id not in self.reasons
@@ -58,25 +58,25 @@ class BadSamples:
 
 
 class Substitutes:
-    """The good samples that take the places of bad ones, where these are known before a batch is made."""
+    """Replacements of bad samples, for engines that find the bad samples before a batch is made."""
 
     def __init__(self, bad_samples: BadSamples, sizes: np.ndarray) -> None:
-        """Know none yet.
+        """Start with no replacements.
 
         Args:
-            bad_samples: Told of bad ones; says which sample takes a place.
+            bad_samples: Records the bad samples and chooses their replacements.
             sizes: Heights and widths of all samples, int32 [N, 2].
         """
         self._bad_samples, self._sizes = bad_samples, sizes
         self._in_place_of: dict[int, int] = {}
 
     def add(self, reasons: dict[int, str]) -> list[int]:
-        """Take up bad samples, by id and why; returns those that take their places, which may be bad themselves.
+        """Add bad samples (id -> reason) and return the ids of their replacements, which may be bad themselves.
 
         Raises:
-            DataError: there are too many.
+            DataError: too many samples are bad.
         """
-        # From the end: what takes a place is then good already, but where the search began again at the file's start.
+        # In descending order: a replacement is then known to be good, unless the search wrapped around to the start.
         for i in sorted(reasons, reverse=True):
             self._in_place_of[i] = self._bad_samples.replace(i, reasons[i])
         for i, good in self._in_place_of.items():
@@ -86,7 +86,7 @@ class Substitutes:
         return sorted({self._in_place_of[i] for i in reasons})
 
     def put_in(self, ids: np.ndarray, params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A batch's sample ids [B] and draw [B, V], both of what takes a bad one's place where one is bad."""
+        """Replace the bad samples of a batch; returns its sample ids [B] and draw [B, V]."""
         rows = np.flatnonzero(np.isin(ids, list(self._in_place_of)))
         if not len(rows):
             return ids, params
@@ -99,12 +99,12 @@ class Substitutes:
 
 
 def move_boxes(boxes: np.ndarray, from_size: np.ndarray, to_size: np.ndarray) -> np.ndarray:
-    """Crop boxes of one image on another: the same share of its height and width, in whole pixels, at least one.
+    """Rescale crop boxes from one image size to another, in whole pixels, with sides of at least one pixel.
 
     Args:
         boxes: top, left, height, width, int32 [..., 4].
-        from_size: Height and width that they were drawn for, [2].
-        to_size: Those of the other image, [2].
+        from_size: Height and width of the image the boxes were drawn for, [2].
+        to_size: Height and width of the other image, [2].
     """
     moved = boxes.astype(np.int64) * np.tile(to_size, 2) // np.tile(from_size, 2)
     moved[..., 2:] = np.maximum(moved[..., 2:], 1)

@@ -1,4 +1,4 @@
-"""What a pipeline yields: the raw batch of an engine and the finished batch of a loader."""
+"""The batch types: the raw batch of an engine and the finished batch of a loader."""
 
 # B local batch, V views, Vg views of one output size, H and W their height and width in pixels
 
@@ -14,11 +14,11 @@ from kernels.augment import StoredImages
 
 @dataclass(frozen=True)
 class RawBatch:
-    """One batch as an engine leaves it: decoded, cropped and resized, nothing else.
+    """One batch as an engine yields it: decoded, cropped and resized, nothing else.
 
     Attributes:
-        views: For each output size, in the order of `views.size_groups`, one uint8 array [B, Vg, H, W, 3] (RGB), or
-            the same as a tensor on the device, or the images there of which the pixel op cuts the views.
+        views: For each output size, in the order of `views.size_groups`: a uint8 array [B, Vg, H, W, 3] (RGB), the
+            same as a tensor on the device, or `StoredImages` on the device, from which the pixel op crops the views.
         params: Drawn parameters, structured `kernels.augment.VIEW_PARAMS` [B, V].
         labels: int64 [B]; -1 where the sample has no label.
         sample_ids: int64 [B], indices into the .beton file.
@@ -46,10 +46,10 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Where a training's batches come from: `pipelines.loader.Loader`, or `pipelines.iterable_loader.IterableLoader`.
+    """The source of training batches: `pipelines.loader.Loader` or `pipelines.iterable_loader.IterableLoader`.
 
     Attributes:
-        num_samples: Images of an epoch, over all ranks.
+        num_samples: Images per epoch, over all ranks.
     """
 
     num_samples: int
@@ -61,22 +61,22 @@ class BatchSource(Protocol):
 
     @property
     def identity(self) -> list[int]:
-        """Numbers that a resumed run must find again, such as images and bytes of the file."""
+        """Numbers that must be the same in a resumed run, such as the file's number of images and bytes."""
         ...
 
     @property
     def num_bad_samples(self) -> int:
-        """Images that turned out damaged so far."""
+        """Number of damaged images found so far."""
         ...
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches per epoch."""
         ...
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch (>= 0) from `first_batch` on, on the device."""
+        """Yield this rank's batches of an epoch (>= 0), starting at `first_batch`, on the device."""
         ...
 
     def close(self) -> None:
-        """Stop what runs in the background."""
+        """Stop all background work."""
         ...

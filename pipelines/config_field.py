@@ -1,14 +1,14 @@
-"""What is said of single fields of a configuration."""
+"""Metadata of single configuration fields."""
 
 from dataclasses import field
 from typing import Any
 
 
 def free(default: Any) -> Any:
-    """A field in which a resumed run may differ from the run that it goes on with.
+    """A field whose value may change when a run is resumed.
 
-    It changes no event of the training: the images, the order, the views and the sizes of steps stay. Where it changes
-    how numbers are computed (a device, a ZeRO stage, parts of a batch, a compiler), last bits may differ, and random
-    numbers that the model itself draws, such as dropout's.
+    Changing it does not change the course of the training: the images, their order, the views and the step sizes stay
+    the same. If it changes how numbers are computed (a device, a ZeRO stage, parts of a batch, a compiler), the last
+    bits of results may differ, and so may random numbers drawn by the model itself, such as those of dropout.
     """
     return field(default=default, metadata={"free": True})

@@ -1,4 +1,4 @@
-"""A grid of sample images, to see what a .beton file holds."""
+"""A grid of sample images, to inspect the contents of a .beton file."""
 
 import math
 from pathlib import Path
@@ -16,14 +16,14 @@ GAP_PX = 2
 def contact_sheet(
     reader: BetonReader, out_png: str | Path, num_images: int = 64, cell_px: int = 96, seed: int = 0
 ) -> None:
-    """Write a PNG grid of randomly chosen images, each with its class's name (or label) under it.
+    """Write a PNG grid of randomly chosen images, each with its class name (or label) under it.
 
     Args:
         reader: The file.
         out_png: The picture to write.
-        num_images: How many, at most.
-        cell_px: Side of one cell in pixels; images are fitted into it, small ones enlarged without smoothing.
-        seed: Which images: the same seed gives the same.
+        num_images: Maximum number of images.
+        cell_px: Side of one cell in pixels; images are scaled to fit, and small ones are enlarged without smoothing.
+        seed: Seed of the choice of images.
     Raises:
         ValueError: num_images or cell_px < 1.
         DataError: an image cannot be decoded.

@@ -1,7 +1,7 @@
-"""The draw: what happens to each view of each sample, decided in one place.
+"""The draw: all random augmentation parameters of each view of each sample, drawn in one place.
 
-Randomness is data. `draw` is a pure function of (seed, epoch, sample id, view, op); engines and the pixel op
-only apply what it wrote, so the views do not depend on rank, world size, workers, engine or restarts.
+`draw` is a pure function of (seed, epoch, sample id, view, op). Engines and the pixel op only apply the drawn
+parameters, so the views do not depend on rank, world size, workers, engine or restarts.
 """
 
 # B samples, V views; u are uniform numbers in [0, 1)
@@ -17,28 +17,28 @@ from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_P
 from pipelines.philox import uniform
 from pipelines.view_spec import EvalViewSpec, Range, ViewSpec
 
-# The op's number in the counter (docs/adr/0002-counter-based-draw.md): never reuse or renumber.
+# The op's number in the counter (docs/adr/0002-counter-based-draw.md); must never be reused or renumbered.
 _CROP_OP, _AFFINE_OP, _FLIP_OP, _JITTER_OP, _GRAYSCALE_OP, _BLUR_OP, _SOLARIZE_OP = range(7)
 _ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), np.uint8)
-# RandomResizedCrop's tries after the first, at which most crops fit: (first try, number of tries) computed at once.
+# RandomResizedCrop's tries after the first, which usually fits: (first try, number of tries) computed together.
 _MORE_CROP_TRIES = ((1, 2), (3, 7))
 
 
 def draw(specs: Sequence[ViewSpec], seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Draw every view of every sample of a batch.
+    """Draw the parameters of every view of every sample of a batch.
 
-    Row i depends on (specs, seed, epoch, sample_ids[i], sizes[i]) only.
+    Row i depends only on (specs, seed, epoch, sample_ids[i], sizes[i]).
 
     Args:
-        specs: One a view; the index is part of the random address.
+        specs: One per view; the index is part of the random number's address.
         seed: The run's seed, in [0, 2**64).
         epoch: In [0, 2**32).
         sample_ids: int64 [B].
         sizes: Height and width of the source images in pixels, [B, 2], >= 1.
     Returns:
-        VIEW_PARAMS [B, V]; the fields of an op that is off are zero.
+        VIEW_PARAMS [B, V]; the fields of a disabled op are zero.
     Raises:
-        ValueError: shapes differ, or seed, epoch or an id out of range.
+        ValueError: shapes differ, or the seed, the epoch or an id is out of range.
     """
     sample_ids, sizes = np.asarray(sample_ids), np.asarray(sizes, np.int64)
     if sizes.shape != (len(sample_ids), 2):
@@ -55,7 +55,7 @@ def draw(specs: Sequence[ViewSpec], seed: int, epoch: int, sample_ids: np.ndarra
 
 
 def eval_params(spec: EvalViewSpec, sizes: np.ndarray) -> np.ndarray:
-    """The deterministic view: a centred square of side round(min(h, w) * crop_fraction), every op off.
+    """Parameters of the deterministic view: a centred square of side round(min(h, w) * crop_fraction), all ops off.
 
     Args:
         spec: The eval view.
@@ -83,7 +83,7 @@ def _draw_geometry(spec: ViewSpec, u: Callable[..., np.ndarray], sizes: np.ndarr
 
 
 def _draw_crop(spec: ViewSpec, u: Callable[..., np.ndarray], sizes: np.ndarray) -> np.ndarray:
-    """RandomResizedCrop: the first of ten tries that fits, else the central fall-back; int64 [B, 4]."""
+    """RandomResizedCrop: the first of ten tries that fits, else the central fallback crop; int64 [B, 4]."""
     boxes, fits = (each[:, 0] for each in _try_crops(spec, u(_CROP_OP, 4)[:, None], sizes))
     pending = np.flatnonzero(~fits)
     for first_try, num_tries in _MORE_CROP_TRIES:
@@ -109,7 +109,7 @@ def _try_crops(spec: ViewSpec, u: np.ndarray, sizes: np.ndarray) -> tuple[np.nda
 
 
 def _fallback_crop(spec: ViewSpec, sizes: np.ndarray) -> np.ndarray:
-    """The largest central crop whose ratio is in range; at least one pixel, where torchvision may round to none."""
+    """Largest central crop whose ratio is in range; at least one pixel, whereas torchvision may round to zero."""
     height, width = sizes[:, 0], sizes[:, 1]
     low, high = spec.crop_ratio
     h = np.where(width / height < low, np.rint(width / low).astype(np.int64), height)

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """A file or a sample that cannot be used; the message is one line that names it and says what to do."""
+    """Raised for a file or a sample that cannot be used; the message is one line that names it and a remedy."""

@@ -1,4 +1,4 @@
-"""Loaders: sampler -> engine -> pixel op -> device, one batch after the other."""
+"""Data loaders: sampler -> engine -> pixel op -> device, one batch after the other."""
 
 # N samples, G global batch, B local batch, W world size, V views
 
@@ -31,29 +31,30 @@ if TYPE_CHECKING:
     from pipelines.batch import Batch, RawBatch
 
 _DRAWN_TOGETHER = 2048  # samples
-_READING_ENGINES = ("ffcv", "dali", "torch")  # from the file, while they iterate
+_READING_ENGINES = ("ffcv", "dali", "torch")  # engines that read from the file during iteration
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images come from and how they are read.
+    """The source of the images and how they are read.
 
     Attributes:
         train: The .beton file to train on.
         test: The .beton file to evaluate on; None: a hold-out of the training file.
-        engine: What decodes, crops and resizes.
-        global_batch_size: Images of one step, over all processes.
-        num_workers: Threads of one process that decode; 0: the cores it may use, shared by the processes of a node.
-        prefetch_batches: Batches made ahead.
-        holdout_fraction: Share of the training images kept from the probes.
-        order: "random": any sample may be next. "quasi_random": for files larger than memory and slow disks. Pieces of
-            4 MiB from random places of the file together make a window, of which any sample may be next, then the next
-            window. The pieces are read whole and once an epoch. Files sorted by class should have many pieces a window.
-        window_mb: Stored images of a quasi-random window, in MB; up to two windows lie in memory at a time.
-        cache: What becomes of the file's bytes. "os": they stay in the page cache as long as there is room. "ram": they
-            are brought there before the first batch; the file must fit. "none": they are dropped after use.
-        max_bad_fraction: Share of the training images that may turn out damaged: each is replaced by another and
-            reported; one more ends the run.
+        engine: The engine that decodes, crops and resizes.
+        global_batch_size: Number of images per step, over all processes.
+        num_workers: Decoding threads per process; 0: the available cores, divided by the processes of the node.
+        prefetch_batches: Number of batches prepared ahead.
+        holdout_fraction: Fraction of the training images that the probes are not fitted on.
+        order: "random": a random permutation of all samples. "quasi_random": for slow disks and files larger than
+            memory. Pieces of 4 MiB from random places of the file form a window; samples are shuffled within a window,
+            and one window follows another. Each piece is read whole and once per epoch. If the file is sorted by
+            class, a window should contain many pieces.
+        window_mb: Size of the stored images in a quasi-random window, in MB; up to two windows are in memory at a time.
+        cache: How the page cache is used. "os": the file's bytes stay in it as long as there is room. "ram": the file
+            is loaded into it before the first batch and must fit. "none": bytes are dropped after use.
+        max_bad_fraction: Fraction of the training images that may be damaged. Each damaged image is replaced by
+            another and reported; exceeding the fraction ends the run.
     """
 
     train: str = ""
@@ -79,11 +80,11 @@ class DataConfig:
 
 
 class Loader:
-    """The training batches of one rank; build it with `build_loader`.
+    """Yields the training batches of one rank; build it with `build_loader`.
 
     Attributes:
-        num_samples: Images in the file.
-        bad_samples: Those that turned out damaged so far.
+        num_samples: Number of images in the file.
+        bad_samples: The damaged samples found so far.
     """
 
     def __init__(
@@ -116,24 +117,24 @@ class Loader:
 
     @property
     def identity(self) -> list[int]:
-        """Number of images and bytes of the file: a resumed run must find the same one."""
+        """Number of images and of bytes of the file, which must be the same in a resumed run."""
         return identity_of(self._reader)
 
     @property
     def num_bad_samples(self) -> int:
-        """Images that turned out damaged so far."""
+        """Number of damaged images found so far."""
         return len(self.bad_samples.reasons)
 
     def __len__(self) -> int:
-        """Batches of an epoch: N // G."""
+        """Number of batches per epoch: N // G."""
         return self.num_samples // self._cfg.global_batch_size
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Generator[Batch, None, None]:
-        """The batches of one epoch, which depend on (seed, epoch, rank, world size) only.
+        """Yield the batches of one epoch, which depend only on (seed, epoch, rank, world size).
 
         Args:
             epoch: >= 0.
-            first_batch: Start here, with the batches that the unbroken epoch has from here on.
+            first_batch: Index of the batch to start with; the batches are the same as in an uninterrupted epoch.
         Raises:
             ValueError: first_batch is out of range.
             DataError: more samples cannot be decoded than data.max_bad_fraction allows.
@@ -171,9 +172,9 @@ class Loader:
         return quasi_random_windows(reader.data_ptr, reader.data_bytes, self._seed, epoch, window_bytes)
 
     def _draw_ahead(self, epoch: int, rows: np.ndarray) -> DrawBatch:
-        """The draw of the batches `rows` [num, B] in their order, several at a time.
+        """Return a function that draws the batches `rows` [num, B] in order, several at a time.
 
-        A draw costs some 2 ms however small the batch is: as much as all else that is done to 256 CIFAR images.
+        A draw takes about 2 ms however small the batch is: as long as all other work on 256 CIFAR images.
         """
 
         def draws() -> Iterator[np.ndarray]:
@@ -189,7 +190,7 @@ class Loader:
 
 
 class EvalLoader:
-    """Samples in order, once an iteration, each as its one deterministic view; build it with `build_eval_loader`."""
+    """Yields the samples in order, once per iteration, each as one deterministic view; see `build_eval_loader`."""
 
     def __init__(
         self,
@@ -209,7 +210,7 @@ class EvalLoader:
         self._pixel_op = PixelOpAndTransfer(self._groups, views, device, num_threads)
 
     def __len__(self) -> int:
-        """Batches, the short last one too."""
+        """Number of batches, including a smaller last one."""
         return -(-len(self._sample_ids) // self._local_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -226,12 +227,12 @@ class EvalLoader:
 
 
 def identity_of(reader: BetonReader) -> list[int]:
-    """Number of images and bytes of a file."""
+    """Number of images and of bytes of a file."""
     return [reader.num_samples, len(reader.mmap)]
 
 
 def open_train_reader(cfg: DataConfig) -> BetonReader:
-    """Open data.train.
+    """Open the file `data.train`.
 
     Raises:
         DataError: the path is not set, or the file is not a .beton.
@@ -261,12 +262,12 @@ def build_loader(
         seed: The run's seed.
         rank: In [0, world_size).
         world_size: W.
-        device: Where the batches go.
+        device: The device of the batches.
         num_threads: CPU threads of the pixel op, >= 1.
     Raises:
         ValueError: rank is out of range.
-        DataError: the global batch is larger than the data set, W does not divide it, or the file is larger than the
-            memory that is free where it is to be brought there.
+        DataError: the global batch is larger than the data set or not divisible by W, or the file is to be loaded
+            into memory and does not fit.
     """
     size = cfg.global_batch_size
     if size > reader.num_samples:
@@ -319,10 +320,10 @@ def build_eval_loader(
         reader: The open file.
         views: The views section.
         local_batch_size: B, >= 1.
-        engine: Its name.
-        device: Where the batches go.
-        sample_ids: Which samples, int64 [num]; None: all.
-        num_workers: Threads; 0: the cores this process may use, shared by the processes of a node.
+        engine: Name of the engine.
+        device: The device of the batches.
+        sample_ids: The samples to load, int64 [num]; None: all.
+        num_workers: Decoding threads; 0: the available cores, divided by the processes of the node.
     Raises:
         ValueError: B < 1, or a sample id out of range.
     """
@@ -343,12 +344,12 @@ def build_eval_loader(
 
 
 def cores_per_process() -> int:
-    """Cores this process may use, divided by the processes of the node (torchrun's and DeepSpeed's variables)."""
+    """Number of cores available to this process, divided by the processes of the node (see `_local_world_size`)."""
     return max(1, len(os.sched_getaffinity(0)) // _local_world_size())
 
 
 def _local_world_size() -> int:
-    """Processes of the node (torchrun's and DeepSpeed's variables)."""
+    """Number of processes on the node (from torchrun's and DeepSpeed's environment variables)."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
@@ -362,7 +363,7 @@ class PixelOpAndTransfer:
         self._side_stream: torch.cuda.Stream | None = None
         self._compilation: subprocess.Popen | None = None
         self._pools: list[OutputPool | None] = [None for _ in groups]
-        if device.type == "cpu":  # a GPU's batches need no numba
+        if device.type == "cpu":  # GPU batches do not use numba
             from kernels.augment.cpu import OutputPool, compile_ahead
 
             self._compilation = compile_ahead()
@@ -370,9 +371,9 @@ class PixelOpAndTransfer:
         self._options: dict[str, Any] = {"mean": views.mean, "std": views.std, "num_threads": num_threads}
 
     def each(self, raw_batches: Iterator[RawBatch]) -> Iterator[Batch]:
-        """Finish one batch after the other; on a GPU one ahead of the consumer, on a stream beside its own.
+        """Finish one batch after the other; on a GPU, one batch ahead of the consumer and on a separate stream.
 
-        The host only launches the work, so that copies and pixel op run while the GPU takes the step before.
+        The host only launches the work, so that the copies and the pixel op overlap with the previous training step.
         """
         if self._device.type != "cuda":
             yield from map(self, raw_batches)
@@ -381,7 +382,7 @@ class PixelOpAndTransfer:
 
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(self._device)
-            self._side_stream.wait_stream(torch.cuda.current_stream(self._device))  # an engine's images lie there
+            self._side_stream.wait_stream(torch.cuda.current_stream(self._device))  # engine images are made there
         side = self._side_stream
         waiting: tuple[Batch, torch.cuda.Event] | None = None
         while True:
@@ -405,7 +406,7 @@ class PixelOpAndTransfer:
             self._compilation = None
         finished: dict[int, torch.Tensor] = {}
         for (_, members), pixels, pool in zip(self._groups, raw.views, self._pools, strict=True):
-            if self._device.type == "cuda" and isinstance(pixels, np.ndarray):  # a quarter of what float32 takes
+            if self._device.type == "cuda" and isinstance(pixels, np.ndarray):  # a quarter of the size of float32
                 pixels = self._to_device(pixels)
             finished |= zip(
                 members, augment(pixels, raw.params[:, members], outputs=pool, **self._options), strict=True
@@ -420,12 +421,12 @@ class PixelOpAndTransfer:
         import torch
 
         tensor = torch.from_numpy(array)
-        # torch keeps what it pinned until the copy is done; the engine may overwrite the array at once.
+        # torch keeps the pinned memory until the copy is done; the engine may overwrite the array immediately.
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 
 def _hand_over(batch: Batch, is_ready: torch.cuda.Event) -> Batch:
-    """Let the consumer's stream wait for the batch, and keep its memory until that stream is done with it."""
+    """Make the consumer's stream wait for the batch, and keep the batch's memory until that stream has used it."""
     import torch
 
     stream = torch.cuda.current_stream(batch.labels.device)

@@ -1,7 +1,7 @@
-"""Philox4x32-10, the counter-based generator behind every random choice of a run.
+"""Philox4x32-10, the counter-based generator used for all random choices of a run.
 
-A number depends on its address only: (seed, epoch, sample id, view, op). No state is kept, so the draw of a
-sample does not depend on the batch, the rank, the worker or what was drawn before it.
+A number depends only on its address: (seed, epoch, sample id, view, op). The generator has no state, so the draw of a
+sample does not depend on the batch, the rank, the worker or earlier draws.
 The counter's layout is fixed in docs/adr/0002-counter-based-draw.md; changing it changes every run.
 """
 
@@ -43,17 +43,17 @@ def random_words(
         view: In [0, 2**16).
         op: In [0, 2**8).
         num_blocks: Blocks of four words; first_block + num_blocks <= 2**8.
-        first_block: Where in the op's stream to begin.
+        first_block: First block in the op's stream.
     Returns:
         uint64 [B, 4 * num_blocks], each a 32-bit word.
     Raises:
-        ValueError: a part of the address is out of its range.
+        ValueError: a part of the address is out of range.
     """
     _check_address(seed, epoch, view, op, first_block + num_blocks)
     from pipelines.philox_kernel import philox4x32_in_place
 
     ids = np.asarray(sample_ids).astype(np.uint64)[:, None]
-    words = np.empty((len(ids), num_blocks, 4), np.uint64)  # first the counters
+    words = np.empty((len(ids), num_blocks, 4), np.uint64)  # first contains the counters
     words[..., 0], words[..., 1], words[..., 2] = ids & _LOW_WORD, ids >> _WORD_BITS, epoch
     words[..., 3] = (view << 16 | op << 8 | first_block) + np.arange(num_blocks)
     philox4x32_in_place(words.reshape(-1, 4), np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32))

@@ -1,7 +1,7 @@
-"""Philox's rounds in numba: a tenth of numpy's time, and without the GIL, which the decoding threads need meanwhile.
+"""Philox's rounds in numba: ten times as fast as numpy, and without the GIL, which the decoding threads need.
 
-A file of its own: `pipelines.philox` imports it when the first number is drawn, so that to read a configuration does
-not load numba.
+This is a separate file because `pipelines.philox` imports it when the first number is drawn, so that reading a
+configuration does not load numba.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ _WORD_BITS = np.uint64(32)
 
 @njit("void(uint64[:, ::1], uint64, uint64)", nogil=True, cache=True)
 def philox4x32_in_place(counters: np.ndarray, key_0: np.uint64, key_1: np.uint64) -> None:
-    """Turn every counter into its random words.
+    """Replace every counter by its random words.
 
     Args:
         counters: uint64 [num, 4], each a 32-bit word; overwritten with uniform 32-bit words.

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of a long job: a progress bar on a terminal, otherwise an occasional line."""
 
 import sys
 import time
@@ -10,16 +10,16 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts images or bytes; a context manager. Rates and the time left count from where this process began."""
+    """Counts images or bytes; a context manager. Rates and the remaining time are based on this process's own work."""
 
     def __init__(self, what: str, num_total: int, num_before: int = 0, unit: Literal["img", "B"] = "img") -> None:
-        """Describe the job.
+        """Set the size of the job.
 
         Args:
-            what: Names it at the start of the line.
-            num_total: Images, or bytes, of the whole job.
-            num_before: Those that an earlier process did.
-            unit: What is counted.
+            what: Name of the job, at the start of the line.
+            num_total: Number of images, or bytes, of the whole job.
+            num_before: Number already done by an earlier process.
+            unit: The unit that is counted.
         """
         self._what, self._unit = what, unit
         self._num_total = num_total

@@ -1,4 +1,4 @@
-"""Files larger than memory, and slow disks: the system is told what is read next, and what is not read again."""
+"""Read-ahead for slow disks and files larger than memory: tells the system what is read next and what is not needed."""
 
 import mmap
 import os
@@ -13,29 +13,29 @@ from pipelines.beton import BetonReader
 from pipelines.errors import DataError
 from pipelines.progress import Progress
 
-_RANDOM_GROUP_BYTES = 64 << 20  # of samples in random order: half a second of a disk that reads 128 MB/s
-_MAX_GAP_BYTES = 128 << 10  # read over, rather than asked around
+_RANDOM_GROUP_BYTES = 64 << 20  # group size in random order: half a second of a disk that reads 128 MB/s
+_MAX_GAP_BYTES = 128 << 10  # smaller gaps are read too, rather than splitting the request
 _NUM_PROBES = 16
 _READ_BYTES = 8 << 20
 
 
 class ReadAhead:
-    """Asks for the samples of one epoch ahead of their use, group by group in the order of the file; a context manager.
+    """Requests the samples of one epoch ahead of their use, group by group in file order; a context manager.
 
-    A group is asked for when the one before it begins to be used; one that lies in the page cache is left alone. The
-    asking (posix_fadvise) returns before the data is there, and reading waits for what is still under way.
+    A group is requested when the use of the previous one begins; groups that are already in the page cache are skipped.
+    The request (posix_fadvise) returns before the data has arrived; reading waits for data that is still in transfer.
     """
 
     def __init__(
         self, reader: BetonReader, sample_ids: np.ndarray, windows: np.ndarray | None, *, drop_behind: bool
     ) -> None:
-        """Cut the samples into groups.
+        """Divide the samples into groups.
 
         Args:
             reader: The open file.
-            sample_ids: Those of this rank in their order, int64 [num].
+            sample_ids: The samples of this rank in order, int64 [num].
             windows: `sampler.quasi_random_windows` of all samples, each a group; None: groups of about 64 MiB.
-            drop_behind: Give the page cache back what has been used.
+            drop_behind: Drop used samples from the page cache.
         """
         self._reader, self._ids, self._drop_behind = reader, sample_ids, drop_behind
         group = windows[sample_ids] if windows is not None else self._bytes_before() // _RANDOM_GROUP_BYTES
@@ -55,13 +55,13 @@ class ReadAhead:
         os.close(self._file)
 
     def begin(self, position: int) -> None:
-        """Sample number `position` of the order is about to be read: its group and the next should be on their way."""
+        """Called before sample number `position` of the order is read: requests its group and the next one."""
         while self._num_asked < len(self._bounds) - 1 and self._bounds[max(self._num_asked - 1, 0)] <= position:
             self._thread.submit(self._ask, self._num_asked)
             self._num_asked += 1
 
     def end(self, position: int) -> None:
-        """Samples before number `position` of the order have been used."""
+        """Called when all samples before number `position` of the order have been used: drops their groups."""
         while self._drop_behind and self._num_dropped < len(self._bounds) - 1:
             if self._bounds[self._num_dropped + 1] > position:
                 return
@@ -82,30 +82,30 @@ class ReadAhead:
             os.posix_fadvise(self._file, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def _drop(self, group: int) -> None:
-        """Whole pages, also those that a neighbour shares: it is read again if it is still to come."""
+        """Drop a group's whole pages, including those shared with a neighbour, which is read again if used later."""
         starts, stops = self._ranges(group)
         starts -= starts % mmap.PAGESIZE
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             if self._is_over:
                 return
             num_bytes = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._reader.mmap)) - start
-            # A page that is mapped stays in the cache.
+            # A mapped page stays in the cache.
             self._reader.file_map.madvise(mmap.MADV_DONTNEED, start, num_bytes)
             os.posix_fadvise(self._file, start, num_bytes, os.POSIX_FADV_DONTNEED)
 
     def _is_cached(self, group: int) -> bool:
-        """Whether some samples, taken evenly, are all in the page cache (where the file system can say)."""
+        """Whether some evenly spaced samples of a group are all in the page cache (if the file system can tell)."""
         ids = self._ids_of(group)
         some = ids[:: -(-len(ids) // _NUM_PROBES)]
         middle = self._reader.data_ptr[some] + self._reader.data_bytes[some] // np.uint64(2)
         byte = bytearray(1)
         try:
             return all(os.preadv(self._file, [byte], place, os.RWF_NOWAIT) for place in middle.tolist())
-        except OSError:  # BlockingIOError: it is not there; others: the file system does not know
+        except OSError:  # BlockingIOError: not in the cache; others: the file system cannot tell
             return False
 
     def _ranges(self, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where a group lies in the file: first and end bytes, int64, ascending, near ones as one."""
+        """Byte ranges of a group in the file: start and end offsets, int64, ascending; nearby ranges are merged."""
         ids = self._ids_of(group)
         starts = np.sort(self._reader.data_ptr[ids].astype(np.int64))
         stops = np.sort((self._reader.data_ptr[ids] + self._reader.data_bytes[ids]).astype(np.int64))
@@ -117,14 +117,14 @@ class ReadAhead:
 
 
 def read_whole(reader: BetonReader, part: int = 0, num_parts: int = 1) -> None:
-    """Bring a file into the page cache; the processes of a node take a part each.
+    """Load a file into the page cache; each process of a node reads a part.
 
     Args:
         reader: The open file.
-        part: The one to read, in [0, num_parts).
-        num_parts: Processes of the node.
+        part: The part to read, in [0, num_parts).
+        num_parts: Number of processes on the node.
     Raises:
-        DataError: the file is larger than the memory that is free.
+        DataError: the file is larger than the available memory.
     """
     num_bytes, free_bytes = len(reader.mmap), available_memory_bytes()
     if num_bytes > free_bytes:
@@ -144,10 +144,10 @@ def read_whole(reader: BetonReader, part: int = 0, num_parts: int = 1) -> None:
 
 
 def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that can be had without swapping: the machine's, or what a container's limit leaves of it.
+    """Memory available without swapping: that of the machine, or less if a container's limit applies.
 
     Args:
-        cgroup: Where the kernel shows the limit, of control groups 2 or 1.
+        cgroup: Folder where the kernel exposes the limit, of cgroups v2 or v1.
     """
     available = psutil.virtual_memory().available
     for folder, limit_name, used_name in (
@@ -157,6 +157,6 @@ def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         limit = (folder / limit_name).read_text().strip() if (folder / limit_name).is_file() else "max"
         if limit != "max":
             entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            page_cache = int(entries["inactive_file"]) + int(entries["active_file"])  # given back when it is needed
+            page_cache = int(entries["inactive_file"]) + int(entries["active_file"])  # reclaimed when memory is needed
             available = min(available, int(limit) - int((folder / used_name).read_text()) + page_cache)
     return max(available, 0)

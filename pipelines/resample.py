@@ -1,11 +1,11 @@
-"""Crop, then resize with the antialiased triangle filter, on uint8 images, in numba.
+"""Crops uint8 images and resizes them with the antialiased triangle filter, in numba.
 
 The filter is Pillow's BILINEAR and torch's `interpolate(mode="bilinear", antialias=True)`: its support grows with
-the scale, and what lies outside the crop box is left out and the weights renormalised. Sums are float32 and
+the scale. Pixels outside the crop box are ignored and the weights are renormalised. Sums are float32 and
 rounded once, at the end (Pillow also rounds between its two passes).
 """
 
-# H, W the image's sides, h, w the crop's, S the output's, all in pixels
+# H, W sides of the image, h, w sides of the crop, S side of the output, all in pixels
 
 import functools
 import math
@@ -15,26 +15,26 @@ from numba import njit
 
 from pipelines import simd
 
-Weights = tuple[np.ndarray, np.ndarray]  # what `triangle_weights` returns, of one length or of several
+Weights = tuple[np.ndarray, np.ndarray]  # result of `triangle_weights`, for one length or for several
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def triangle_weights(in_px: int, out_px: int) -> Weights:
-    """Which input pixels make each output pixel along one axis, and with what weight.
+    """Compute the input pixels that contribute to each output pixel along one axis, and their weights.
 
-    Every output pixel has the same number of taps, an even one (some of weight 0), so that the loops over them are
-    predictable.
+    Every output pixel has the same even number of taps (some with weight 0), so that the loops over them have a fixed
+    length.
 
     Args:
         in_px: Length of the input axis, >= 1.
         out_px: Length of the output axis, >= 1.
     Returns:
         (first, weights): first input pixel, int64 [out_px], and the weights, which sum to 1, float32 [out_px, taps].
-        Where the axis is shorter than the taps, those past its end have weight 0.
+        If the axis is shorter than the number of taps, taps past its end have weight 0.
     """
     scale = in_px / out_px
     support = max(scale, 1.0)
-    num_taps = 2 * math.ceil(support)  # the open interval centre +- support holds at most so many pixel centres
+    num_taps = 2 * math.ceil(support)  # the open interval centre +- support contains at most this many pixel centres
     last_first = max(in_px - num_taps, 0)
     first = np.empty(out_px, np.int64)
     weights = np.empty((out_px, num_taps), np.float32)
@@ -46,7 +46,7 @@ def triangle_weights(in_px: int, out_px: int) -> Weights:
         for k in range(num_taps):
             j = start + k
             weights[i, k] = max(1.0 - abs(j - centre) * inv_support, 0.0) if j < in_px else 0.0
-            total += weights[i, k]  # as rounded: a lone weight becomes 1 exactly
+            total += weights[i, k]  # sum of the rounded weights, so that a single weight becomes exactly 1
         for k in range(num_taps):
             weights[i, k] /= total
         first[i] = start
@@ -55,12 +55,12 @@ def triangle_weights(in_px: int, out_px: int) -> Weights:
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def resized_crop(image: np.ndarray, top_px: int, left_px: int, height_px: int, width_px: int, out: np.ndarray) -> None:
-    """Crop a box and resize it into `out`; a box of the output's size is copied.
+    """Crop a box and resize it into `out`; a box that has the output's size is copied.
 
     Args:
         image: uint8 [H, W, 3], C-contiguous.
         top_px, left_px, height_px, width_px: The box; must lie inside the image (not checked).
-        out: uint8 [S, S, 3], C-contiguous; written.
+        out: Output, uint8 [S, S, 3], C-contiguous.
     """
     size_px = out.shape[0]
     rows = image.reshape(image.shape[0], image.shape[1] * 3)[:, 3 * left_px : 3 * (left_px + width_px)]
@@ -75,9 +75,9 @@ def resized_crop(image: np.ndarray, top_px: int, left_px: int, height_px: int, w
         rows_from, columns_from = (first_row, row_weights), (first_column, column_weights)
         small_crop(image, top_px, left_px, height_px, width_px, rows_from, columns_from, out)
         return
-    # Zeros behind the row: taps of weight 0 and the spare lane may reach there.
+    # Zeros after the row: taps of weight 0 and the spare lane may read them.
     blended = np.zeros(3 * (width_px + column_weights.shape[1] + 1), np.float32)
-    levels = np.empty(3 * size_px + 1, np.uint8)  # one more, for the spare lane
+    levels = np.empty(3 * size_px + 1, np.uint8)  # one extra element for the spare lane
     for y in range(size_px):
         top = top_px + first_row[y]
         _blend_rows(rows[top : top + row_weights.shape[1]], row_weights[y], blended[: 3 * width_px])
@@ -87,14 +87,14 @@ def resized_crop(image: np.ndarray, top_px: int, left_px: int, height_px: int, w
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def is_small(height_px: int, width_px: int, size_px: int) -> bool:
-    """Whether `small_crop` can cut such a box: no side longer than the output's, eight numbers in a row, no copy."""
+    """Whether `small_crop` can be used: no side longer than the output's, at least eight numbers per row, no copy."""
     is_copied = height_px == size_px and width_px == size_px
     return max(height_px, width_px) <= size_px and width_px >= 3 and not is_copied
 
 
 @functools.cache
 def small_weights(size_px: int) -> Weights:
-    """`triangle_weights` of every length up to the output's: int64 [S + 1, S] and float32 [S + 1, S, 2]; row 0 is 0."""
+    """`triangle_weights` of all lengths up to the output's: int64 [S + 1, S] and float32 [S + 1, S, 2]; row 0 is 0."""
     first, weights = np.zeros((size_px + 1, size_px), np.int64), np.zeros((size_px + 1, size_px, 2), np.float32)
     for in_px in range(1, size_px + 1):
         first[in_px], weights[in_px] = triangle_weights(in_px, size_px)
@@ -112,26 +112,26 @@ def small_crop(
     columns_from: Weights,
     out: np.ndarray,
 ) -> None:
-    """`resized_crop` of a box for which `is_small` holds: two taps on each axis, so nothing but loads and stores.
+    """`resized_crop` for a box for which `is_small` holds: two taps per axis, so the work is mostly loads and stores.
 
     Args:
         image: uint8 [H, W, 3], C-contiguous.
         top_px, left_px, height_px, width_px: The box; must lie inside the image (not checked).
         rows_from, columns_from: `triangle_weights` of the height and of the width: [S] and [S, 2] each.
-        out: uint8 [S, S, 3], C-contiguous; written.
+        out: Output, uint8 [S, S, 3], C-contiguous.
     """
     first_row, first_column = rows_from[0], columns_from[0]
     row_weights, column_weights = rows_from[1].reshape(2 * out.shape[0]), columns_from[1].reshape(2 * out.shape[1])
     levels, out_levels = image.reshape(image.size), out.reshape(out.size)
     pitch, num, num_out = 3 * image.shape[1], 3 * width_px, 3 * out.shape[1]
-    to_next = pitch if height_px > 1 else 0  # a lone row is blended with itself, with weight 0
-    blended = np.zeros(num + 4, np.float32)  # zeros behind the row, for the spare lane
+    to_next = pitch if height_px > 1 else 0  # a single row is blended with itself, with weight 0
+    blended = np.zeros(num + 4, np.float32)  # zeros after the row, for the spare lane
     resized = np.empty(num_out + 1, np.float32)
     for y in range(out.shape[0]):
         start = (top_px + first_row[y]) * pitch + 3 * left_px
         weight, next_weight = simd.load_same_eight(row_weights, 2 * y), simd.load_same_eight(row_weights, 2 * y + 1)
         for i in range(0, num, 8):
-            at = min(i, num - 8)  # the last eight overlap those before: nothing outside the box is read
+            at = min(i, num - 8)  # the last eight overlap the previous ones: nothing outside the box is read
             next_row = simd.multiply_round(simd.load_eight_levels(levels, start + to_next + at), next_weight)
             row = simd.load_eight_levels(levels, start + at)
             simd.store(simd.multiply_add(row, weight, next_row), blended, at)
@@ -174,7 +174,7 @@ def _blend_rows(rows: np.ndarray, weights: np.ndarray, blended: np.ndarray) -> N
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _resize_row(blended: np.ndarray, first: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> None:
-    """Horizontal pass: float32 [3w + .] -> uint8 [3S + 1], one pixel a step; a mean of levels needs no clamp."""
+    """Horizontal pass: float32 [3w + .] -> uint8 [3S + 1], one pixel per step; a weighted mean needs no clamp."""
     num_taps = weights.shape[1]
     flat_weights = weights.reshape(weights.size)
     for x in range(len(first)):

@@ -1,4 +1,4 @@
-"""Which samples, in which order: pure functions of (seed, epoch), the same on every rank and world size."""
+"""The order of the samples: pure functions of (seed, epoch), the same for every rank and world size."""
 
 # N samples, G global batch, W world size
 
@@ -6,27 +6,27 @@ import numpy as np
 
 from pipelines.philox import random_words
 
-# Views count up from 0; the last view number belongs to the sampler, so its numbers are never a view's.
+# Views are numbered from 0; the last view number is reserved for the sampler, so its random numbers are never a view's.
 _SAMPLER_VIEW = 0xFFFF
 _SHUFFLE_OP, _HOLDOUT_OP, _CHUNK_OP = 0, 1, 2
-# The hold-out must be the same in every run, whatever its seed.
+# The hold-out must be the same in every run, whatever the seed.
 _HOLDOUT_SEED, _HOLDOUT_EPOCH = 0, 0
-# What is read in one piece of a quasi-random order: a disk that turns spends most of the time on it reading.
+# Size of one read in quasi-random order: large enough that a hard disk spends most of the time reading, not seeking.
 CHUNK_BYTES = 4 << 20
 
 
 def epoch_order(ids: np.ndarray, seed: int, epoch: int, windows: np.ndarray | None = None) -> np.ndarray:
-    """The samples in the order in which one epoch visits them.
+    """Return the samples in the order in which one epoch visits them.
 
-    A sample's place is the rank of its 64-bit Philox key: no generator's shuffle is involved, so the order is
-    the same under every version of numpy.
+    A sample's position is the rank of its 64-bit Philox key. No library's shuffle is used, so the order is the same
+    with every version of numpy.
 
     Args:
         ids: Sample ids, int64 [N].
         seed: The run's seed, in [0, 2**64).
         epoch: In [0, 2**32).
         windows: `quasi_random_windows` of all samples: one window after the other, each in random order; None: all
-            in random order.
+            samples in random order.
     Returns:
         A permutation of ids, int64 [N].
     """
@@ -38,19 +38,19 @@ def epoch_order(ids: np.ndarray, seed: int, epoch: int, windows: np.ndarray | No
 def quasi_random_windows(
     data_ptr: np.ndarray, data_bytes: np.ndarray, seed: int, epoch: int, window_bytes: int
 ) -> np.ndarray:
-    """When a quasi-random order visits each sample: the file's chunks in random order, some of them together a window.
+    """Assign each sample to a window of the quasi-random order: the file's chunks are shuffled and form windows.
 
-    A window's chunks come from all over the file, each read in one piece and only once; every sample of the window
-    is as likely as another to be next. It depends on the file and (seed, epoch) only, not on ranks.
+    A window's chunks come from random places of the file, and each is read whole and only once. Within a window,
+    samples are in random order. The result depends only on the file and (seed, epoch), not on ranks.
 
     Args:
         data_ptr: Offsets of the samples in the file, uint64 [N].
-        data_bytes: Their numbers of bytes, uint64 [N].
+        data_bytes: Sizes of the samples in bytes, uint64 [N].
         seed: The run's seed.
         epoch: The epoch.
-        window_bytes: Stored bytes of the samples of a window, about: whole chunks of `CHUNK_BYTES`.
+        window_bytes: Approximate stored size of a window's samples; a window consists of whole chunks of `CHUNK_BYTES`.
     Returns:
-        Window of each sample, int64 [N], from 0.
+        Window index of each sample, int64 [N], from 0.
     """
     chunks, chunk_of = np.unique(data_ptr // np.uint64(CHUNK_BYTES), return_inverse=True)
     order = np.argsort(_sort_keys(chunks.astype(np.int64), seed, epoch, _CHUNK_OP), kind="stable")
@@ -63,7 +63,7 @@ def quasi_random_windows(
 def global_batches(
     ids: np.ndarray, seed: int, epoch: int, global_batch_size: int, windows: np.ndarray | None = None
 ) -> np.ndarray:
-    """One epoch cut into global batches; the last incomplete batch is dropped.
+    """Divide one epoch into global batches; an incomplete last batch is dropped.
 
     Args:
         ids: Sample ids, int64 [N].
@@ -84,16 +84,16 @@ def global_batches(
 
 
 def local_rows(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """The rows of one rank: the contiguous slice `rank` of every global batch.
+    """Return the local batches of one rank: the contiguous slice `rank` of every global batch.
 
     Args:
         batches: int64 [num_batches, G].
         rank: In [0, W).
         world_size: W, a divisor of G.
     Returns:
-        int64 [num_batches, G // W]; concatenated over the ranks they are `batches` again.
+        int64 [num_batches, G // W]; their concatenation over the ranks is `batches`.
     Raises:
-        ValueError: rank out of range, or W does not divide G.
+        ValueError: rank is out of range, or G is not divisible by W.
     """
     global_batch_size = batches.shape[1]
     if not 0 <= rank < world_size:
@@ -105,16 +105,16 @@ def local_rows(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 
 def split_holdout(num_samples: int, fraction: float, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed hold-out, the same for every seed; stratified where labels are known.
+    """Split off a fixed hold-out, the same for every seed; stratified if labels are known.
 
-    Exactly round(N * fraction) samples are held out. Each class gives its share, rounded by largest remainder.
+    Exactly round(N * fraction) samples are held out. Each class contributes its share, rounded by largest remainder.
 
     Args:
         num_samples: N.
-        fraction: Share to hold out, in [0, 1).
-        labels: int64 [N] or None; -1 (no label) counts as a class of its own.
+        fraction: Fraction to hold out, in [0, 1).
+        labels: int64 [N] or None; -1 (no label) counts as a separate class.
     Returns:
-        (fit_ids, holdout_ids), int64, each ascending; disjoint, together 0..N-1.
+        (fit_ids, holdout_ids), int64, each ascending; disjoint, and together 0..N-1.
     Raises:
         ValueError: fraction out of range, or labels of another length.
     """
@@ -126,7 +126,7 @@ def split_holdout(num_samples: int, fraction: float, labels: np.ndarray | None =
     _, class_index, class_counts = np.unique(classes, return_inverse=True, return_counts=True)
     ids = np.arange(num_samples, dtype=np.int64)
     keys = _sort_keys(ids, _HOLDOUT_SEED, _HOLDOUT_EPOCH, _HOLDOUT_OP)
-    grouped = np.lexsort((keys, class_index))  # class by class, random within a class
+    grouped = np.lexsort((keys, class_index))  # sorted by class, in random order within a class
     place_in_class = np.empty(num_samples, np.int64)
     place_in_class[grouped] = ids - np.repeat(np.cumsum(class_counts) - class_counts, class_counts)
     held_out = place_in_class < _class_shares(class_counts, fraction)[class_index]
@@ -134,7 +134,7 @@ def split_holdout(num_samples: int, fraction: float, labels: np.ndarray | None =
 
 
 def _class_shares(class_counts: np.ndarray, fraction: float) -> np.ndarray:
-    """Whole numbers near counts * fraction that sum to round(sum(counts) * fraction): largest remainder."""
+    """Integers near counts * fraction that sum to round(sum(counts) * fraction), by largest remainder."""
     exact = class_counts * fraction
     shares = np.floor(exact).astype(np.int64)
     num_missing = round(float(class_counts.sum()) * fraction) - int(shares.sum())

@@ -1,8 +1,8 @@
-"""Float32 lanes for jitted code: four are one RGB pixel and a spare lane, eight are for contiguous numbers.
+"""Float32 SIMD lanes for jitted code: four for one RGB pixel and a spare lane, eight for contiguous numbers.
 
-LLVM vectorises long loops over contiguous numbers by itself. What it leaves scalar is a loop whose body works on the
-three channels of one pixel, and the rest of a loop after whole blocks of 32, which is most of a small image's row:
-there these functions say what the lanes are. None of them checks an index.
+LLVM vectorises long loops over contiguous numbers by itself. It does not vectorise a loop whose body works on the
+three channels of one pixel, nor the remainder of a loop after whole blocks of 32, which is most of a small image's row.
+In these cases, the functions here make the lanes explicit. They do not check indices.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from numba import extending, types
 from numba.core import cgutils
 from numba.extending import models, register_model
 
-intrinsic: Any = extending.intrinsic  # called with fewer arguments than defined: the first is numba's own
+intrinsic: Any = extending.intrinsic  # called with one argument less than defined: numba passes the first
 
 _CONTRACT = ("contract",)  # a product and a sum may become one fused instruction
 
@@ -86,13 +86,13 @@ def load_same_eight(_context: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def multiply(_context: Any, a: Any, b: Any) -> Any:
-    """a * b. numba lets LLVM make one fused instruction of any product and sum, so of this and an `add` too."""
+    """a * b. numba allows LLVM to fuse any product and sum into one instruction, including this one and an `add`."""
     return a(a, b), lambda _, builder, __, args: builder.fmul(*args)
 
 
 @intrinsic
 def multiply_round(_context: Any, a: Any, b: Any) -> Any:
-    """a * b, rounded: never one instruction with a sum. As c of `multiply_add` it says which product is fused."""
+    """a * b, rounded: never fused with a sum. Used as c of `multiply_add`, it determines which product is fused."""
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         kind = ir.FunctionType(a.vector, [a.vector])
@@ -145,6 +145,6 @@ def store_levels(_context: Any, lanes: Any, array: Any, start: Any) -> Any:
 
 
 def _address(context: Any, builder: Any, signature: Any, args: Any, kind: Any, first: int = 0) -> Any:
-    """The address of (array, index), which are the arguments from `first` on, as a pointer to `kind`."""
+    """Address of array[index], as a pointer to `kind`; array and index are the arguments from `first` on."""
     array = context.make_array(signature.args[first])(context, builder, args[first])
     return builder.bitcast(builder.gep(array.data, [args[first + 1]]), kind.as_pointer())

@@ -1,4 +1,4 @@
-"""Reads a .beton file whole, as a training would: its checksum, and every image through the engines' decoder."""
+"""Verifies a whole .beton file: its checksum, and every image with the engines' decoder."""
 
 import hashlib
 import os
@@ -15,20 +15,20 @@ from pipelines.progress import Progress
 
 NUM_SAMPLES_PER_TASK = 64
 NUM_TASKS_AHEAD = 4
-NUM_NAMED = 5  # bad images that the error names
+NUM_NAMED = 5  # number of bad images listed in the error message
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """A file that is whole.
+    """Report on a file that passed verification.
 
     Attributes:
         path: The file.
-        num_images: All decode, at their recorded sizes.
-        num_jpeg: Those stored as JPEG.
-        num_raw: Those stored as pixels.
+        num_images: Number of images; all can be decoded, at their recorded sizes.
+        num_jpeg: Number of images stored as JPEG.
+        num_raw: Number of images stored as pixels.
         file_bytes: Size of the file.
-        sha256: Its checksum, equal to the sidecar's; None where there is no sidecar to compare with.
+        sha256: Checksum of the file, equal to the sidecar's; None if there is no sidecar to compare with.
     """
 
     path: Path
@@ -47,16 +47,16 @@ class VerifyReport:
 
 
 def verify(path: str | Path, *, num_threads: int | None = None) -> VerifyReport:
-    """Re-read everything: structure, checksum, and every image at its recorded size.
+    """Check the structure, the checksum, and that every image can be decoded at its recorded size.
 
-    Pixels that are stored raw have nothing to decode: their number of bytes is checked, and the checksum covers them.
+    Raw pixels are not decoded: their number of bytes is checked, and the checksum covers them.
 
     Args:
         path: The .beton file.
-        num_threads: None: one a core.
+        num_threads: Number of threads; None: one per core.
     Raises:
-        DataError: the structure is damaged, images cannot be decoded (the first are named), or the checksum is
-            another than the sidecar's.
+        DataError: the structure is damaged, images cannot be decoded (the message lists the first ones), or the
+            checksum differs from the sidecar's.
     """
     reader = BetonReader(path)
     num_threads = num_threads or len(os.sched_getaffinity(0))
@@ -110,7 +110,7 @@ def _bad_images(reader: BetonReader, num_threads: int) -> list[tuple[int, str]]:
 
 
 def _fault(reader: BetonReader, i: int) -> str:
-    """Why the engines would refuse a JPEG; empty: they would not."""
+    """Why the engines would reject a JPEG; empty if they would not."""
     try:
         decode_as_engines_do(reader.image_bytes(i), *map(int, reader.sizes[i]))
     except CorruptImageError as error:

@@ -1,4 +1,4 @@
-"""What may happen to one view: the specs that recipes are made of."""
+"""View specs: the augmentation settings of one view, of which recipes consist."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +10,10 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """What may happen to one view; the ops in their order. Semantics and names as in torchvision v2.
+    """Augmentation settings of one view, with the ops in the order of application; semantics as in torchvision v2.
 
     Raises:
-        ValueError: a field of the wrong type or out of its range; the message names it.
+        ValueError: a field has the wrong type or is out of range; the message names it.
     """
 
     size_px: int = 32  # side of the square output
@@ -26,7 +26,7 @@ class ViewSpec:
     affine_scale: Range = (1.0, 1.0)
     affine_shear_degrees: float = 0.0  # in x and in y, each in [-degrees, degrees]
     flip_p: float = 0.5  # horizontal
-    jitter_p: float = 0.8  # ColorJitter; its four parts in a uniformly drawn order
+    jitter_p: float = 0.8  # ColorJitter; its four parts are applied in a uniformly drawn order
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
@@ -62,7 +62,7 @@ class ViewSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalViewSpec:
-    """The one deterministic view: a centred square, resized. crop_fraction 0.875 is "resize 256, crop 224"."""
+    """The deterministic evaluation view: a resized central square. crop_fraction 0.875 is "resize 256, crop 224"."""
 
     size_px: int = 32
     crop_fraction: float = 1.0  # side of the square / shorter side of the image
@@ -73,7 +73,7 @@ class EvalViewSpec:
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
-    """ValueError unless value has the type of the field's default; a float field takes an int."""
+    """Raise ValueError unless value has the type of the field's default; a float field accepts an int."""
 
     def is_number(x: Any) -> bool:
         return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

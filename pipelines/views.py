@@ -30,7 +30,8 @@ _SWAV_LARGE = ViewSpec(
     size_px=224, crop_scale=(0.14, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur_p=0.5
 )
 _SWAV_SMALL = replace(_SWAV_LARGE, size_px=96, crop_scale=(0.05, 0.14))
-# Our own: what leaves a handwritten digit the same digit. The images are grey: no hue, saturation, grayscale.
+# Our own recipe: augmentations that keep a handwritten digit recognisable. The images are grey, so no hue, saturation
+# or grayscale.
 _DIGITS = ViewSpec(
     crop=False,
     affine_p=1.0,
@@ -62,9 +63,9 @@ class ViewsConfig:
     """The views of a run.
 
     Attributes:
-        recipe: A key of RECIPES; with `specs`, their name.
-        specs: The views themselves, ViewSpec's fields of each, in place of a recipe's.
-        size_px: Side of every view and of the eval view; None: the recipe's.
+        recipe: A key of RECIPES; if `specs` are given, a name for them.
+        specs: The views themselves, as the ViewSpec fields of each, instead of a recipe's.
+        size_px: Side of every view and of the eval view; None: from the recipe.
         mean, std: Per channel (RGB), in [0, 1] units; the defaults are ImageNet's.
         override: ViewSpec fields set in every view, e.g. {"blur_p": 0.5}.
         eval_crop_fraction: See EvalViewSpec.
@@ -93,7 +94,7 @@ class ViewsConfig:
 
 
 def build_view_specs(cfg: ViewsConfig) -> tuple[ViewSpec, ...]:
-    """The recipe's specs, one a view, with size_px and then override applied; ValueError names a bad field."""
+    """Build the recipe's specs, one per view, with size_px and then override applied; ValueError names a bad field."""
     changes = _with_pairs(cfg.override)
     if cfg.size_px is not None:
         changes = {"size_px": cfg.size_px} | changes
@@ -111,7 +112,7 @@ def build_eval_spec(cfg: ViewsConfig) -> EvalViewSpec:
 
 
 def size_groups(specs: Sequence[ViewSpec | EvalViewSpec]) -> list[tuple[int, list[int]]]:
-    """(size_px, indices of the views of that size) for each size, in order of first appearance."""
+    """Return (size_px, indices of the views of that size) for each size, in order of first appearance."""
     groups: dict[int, list[int]] = {}
     for index, spec in enumerate(specs):
         groups.setdefault(spec.size_px, []).append(index)

@@ -1,1 +1,1 @@
-"""What a trained run's loss looks like from where it stands: the Hessian's spectrum, the gradient pair by pair."""
+"""Analyses of a trained run's loss at its current weights: the Hessian's spectrum, the gradient per pair."""

@@ -1,11 +1,12 @@
-"""Products of a vector with the Hessian of a loss with respect to all that a run trains, by double backward.
+"""Hessian-vector products of a loss with respect to all trained parameters of a run, by double backward.
 
-# P parameters of the run: encoder, projector and what the loss learns (a predictor, a temperature)
+# P parameters of the run: encoder, projector and those of the loss (a predictor, a temperature)
 # g(w) the gradient of the mean loss over fixed batches; H v = d/dw (g(w) . v), Pearlmutter 1994
 
-What a loss takes without a gradient (sg) is a constant here, at its value for the weights as they are: H is then the
-Hessian of a scalar function, and symmetric. Where sg hides a part of the network (`HELD`), H is not the Jacobian of the
-field that training follows, which need not be symmetric; it is the curvature of the loss given what is held.
+Quantities that a loss uses without gradient (sg) are constants here, at their values for the current weights: H is then
+the Hessian of a scalar function, and symmetric. If sg covers a part of the network (`HELD`), H is not the Jacobian of
+the gradient field that training follows, which need not be symmetric; it is the curvature of the loss given those
+constants.
 """
 
 from collections.abc import Sequence
@@ -32,10 +33,11 @@ HELD = {
 
 
 def twice_differentiable(cfg: Config) -> Config:
-    """The same configuration with a loss that has a second derivative: sums over pairs by `impl="reference"`.
+    """The same configuration with a twice differentiable loss: sums over pairs use `impl="reference"`.
 
     Raises:
-        ConfigError: the loss's gradient is that of no function, or its surrogate has another second derivative.
+        ConfigError: the loss's gradient is not the gradient of a function, or its surrogate has a different second
+            derivative.
     """
     loss = cfg.loss
     if isinstance(loss, MincConfig) and loss.gha:
@@ -46,16 +48,16 @@ def twice_differentiable(cfg: Config) -> Config:
 
 
 def with_impl(config: LossConfig, impl: Impl) -> LossConfig:
-    """The same loss by other kernels, where it has a choice."""
+    """The same loss with other kernels, if it has an `impl` setting."""
     return replace(config, impl=impl) if hasattr(config, "impl") else config
 
 
 def rebuild_loss(loss: Loss, config: LossConfig, width: int) -> Loss:
-    """A loss of another configuration with what this one learned, on its device.
+    """Build a loss from another configuration with the state of this one, on its device.
 
     Args:
-        loss: Of a run.
-        config: Of the same parameters and buffers.
+        loss: The loss of a run.
+        config: A configuration with the same parameters and buffers.
         width: D.
     """
     rebuilt, state = build_loss(config, width), loss.state_dict()
@@ -64,25 +66,25 @@ def rebuild_loss(loss: Loss, config: LossConfig, width: int) -> Loss:
 
 
 def held_fixed(loss: LossConfig) -> str:
-    """What the Hessian of a loss takes as constant beside the images; "nothing" for most."""
+    """Description of what, besides the images, is constant in a loss's Hessian; "nothing" for most losses."""
     return HELD.get(loss.name, "nothing")
 
 
 class LossHessian:
-    """The Hessian of the mean over batches of an objective's loss, as a product with vectors.
+    """Hessian-vector products of an objective's mean loss over batches.
 
     Attributes:
-        parameters: What is trained, in the order of `objective.parameters()`.
+        parameters: The trained parameters, in the order of `objective.parameters()`.
         size: P.
     """
 
     def __init__(self, objective: Objective, batches: Sequence[list[Tensor]], seed: int = 0) -> None:
-        """Take what `fastssl.analysis.source` made.
+        """Use an objective and batches from `fastssl.analysis.source`.
 
         Args:
-            objective: Its calls change no buffer (`hold_still`), and its loss is `twice_differentiable`.
-            batches: Views of each batch, of equal numbers of images.
-            seed: Of dropout and the like, which are the same in every product.
+            objective: Its calls must not change buffers (`hold_still`); its loss must be `twice_differentiable`.
+            batches: Views of each batch; all batches have the same number of images.
+            seed: Seed of dropout and other randomness, which is the same in every product.
         """
         self.objective, self.batches, self._seed = objective, batches, seed
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -101,7 +103,7 @@ class LossHessian:
         """H v [P] for v [P]: a second backward pass through the gradient of every batch.
 
         Raises:
-            UserError: it is not finite, as where a projection is 0: its direction has no derivative.
+            UserError: the product is not finite, for example because a projection is 0 and cannot be normalised.
         """
         pieces = v.split([p.numel() for p in self.parameters])
         product = self._zeros()

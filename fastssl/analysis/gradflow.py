@@ -1,4 +1,4 @@
-"""`fastssl gradflow RUN`: a loss's closed-form gradient against autograd, and who attracts and repels whom."""
+"""`fastssl gradflow RUN`: a loss's closed-form gradient against autograd, and its attraction and repulsion per pair."""
 
 import copy
 import json
@@ -39,12 +39,12 @@ SHOWN = ("gradient", "max_relative_difference", "mean_relative_difference")
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """Of the closed form from autograd, relative to autograd.
+    """Differences between the closed-form gradient and autograd, relative to autograd.
 
     Attributes:
-        rows: |difference|/|gradient| of dL/dz of every row, in fp64 from the same projections.
-        parameters: Likewise of the gradient of each parameter tensor of the network, in fp32, relative to the whole
-            gradient's norm: the closed dL/dz carried back through the network, against the run's own loss.
+        rows: |difference|/|gradient| of dL/dz for every row, in fp64 from the same projections.
+        parameters: The same for the gradient of each parameter tensor of the network, in fp32, relative to the norm of
+            the whole gradient: the closed-form dL/dz backpropagated through the network, against the run's own loss.
         whole: |difference|/|gradient| over all parameters of the network.
     """
 
@@ -61,17 +61,17 @@ def gradflow(
     settings: BatchSettings,
     out: Path | None = None,
 ) -> str:
-    """Compare closed form and autograd at a checkpoint, and write the coefficients of all objectives over similarity.
+    """Compare closed form and autograd at a checkpoint, and write all objectives' coefficients over similarity.
 
     Args:
         path: The run's folder.
         overrides: `key=value` changes of its configuration.
-        step: Of the checkpoint; None: the last.
-        settings: Which images.
-        out: Folder of the results; None: gradflow/step_XXXXXXXX in the run.
+        step: Step of the checkpoint; None: the last.
+        settings: Which batches to use.
+        out: Folder for the results; None: gradflow/step_XXXXXXXX in the run.
 
     Returns:
-        A table: the largest and the mean relative difference of projections' and parameters' gradients.
+        A table: the maximum and the mean relative difference of the gradients of projections and parameters.
 
     Raises:
         ConfigError: no run or checkpoint, settings that do not fit it, more than two views, or a loss without a closed
@@ -79,7 +79,7 @@ def gradflow(
         DataError: a file cannot be read.
     """
     folder, cfg = open_run(path, overrides)
-    pair_flow(build_loss(cfg.loss, cfg.model.projector_dim), torch.eye(4).view(2, 2, 4))  # refuses what has none
+    pair_flow(build_loss(cfg.loss, cfg.model.projector_dim), torch.eye(4).view(2, 2, 4))  # may raise ConfigError
     checkpoint = checkpoint_of(folder.checkpoints, step)
     out = make_folder(out or folder.gradflow / checkpoint.name)
     source = load_source(folder, cfg, step=step, settings=settings)
@@ -103,7 +103,7 @@ def gradflow(
 
 
 def compare_gradients(source: Source) -> Differences:
-    """Closed form and autograd on every batch, the network's gradient on the first."""
+    """Compare closed form and autograd on every batch; the parameters' gradients on the first batch only."""
     projections = [_project(source, number) for number in range(len(source.batches))]
     rows = [row_differences(source.objective.loss, source.cfg.loss, z) for z in projections]
     parameters, whole = _parameter_differences(source)
@@ -111,11 +111,11 @@ def compare_gradients(source: Source) -> Differences:
 
 
 def row_differences(loss: Loss, config: LossConfig, z: Tensor) -> Tensor:
-    """|closed form - autograd|/|autograd| of dL/dz of every row, in fp64: [2N].
+    """|closed form - autograd|/|autograd| of dL/dz for every row, in fp64: [2N].
 
     Args:
-        loss: Of the run, with what it learned.
-        config: Its settings; fp64 has kernels of its own.
+        loss: The run's loss, with its learned state.
+        config: Its settings; fp64 uses separate kernels.
         z: Projections [2, N, D].
     """
     wide = rebuild_loss(loss, with_impl(config, "chunked"), z.shape[2]).double()
@@ -126,7 +126,7 @@ def row_differences(loss: Loss, config: LossConfig, z: Tensor) -> Tensor:
 
 
 def _parameter_differences(source: Source) -> tuple[Tensor, float]:
-    """Of each parameter tensor, and of all together, on the first batch."""
+    """Relative differences for each parameter tensor, and for all together, on the first batch."""
     network = [p for p in source.objective.model.parameters() if p.requires_grad]
     z = torch.stack(source.objective.model(source.batches[0])[1])
     closed = pair_flow(source.objective.loss, z.double()).gradient().to(z)
@@ -164,7 +164,7 @@ def _summary(found: Differences) -> list[dict[str, Any]]:
 
 
 def objectives_beside(config: LossConfig) -> dict[str, LossConfig]:
-    """The run's own loss, then every other with a closed form, at the run's temperature where both have one."""
+    """The run's own loss, then all others with a closed form, at the run's temperature if both have one."""
     own: float = getattr(config, "temperature_positive", getattr(config, "temperature", MioConfig.temperature_positive))
     negative: float = getattr(config, "temperature_negative", own)
     mio = partial(MioConfig, temperature_positive=own, temperature_negative=negative)
@@ -182,7 +182,7 @@ def _label(config: LossConfig) -> str:
 
 
 def _coefficients(source: Source) -> list[dict[str, Any]]:
-    """Rows: objective, similarity, alpha, beta there, and how many of the run's pairs are near it (first batch)."""
+    """Rows of objective, similarity, its alpha and beta, and the number of the run's pairs near it (first batch)."""
     z = _project(source, 0).double().cpu()
     counts = _count_pairs(z)
     rows: list[dict[str, Any]] = []
@@ -200,7 +200,7 @@ def _coefficients(source: Source) -> list[dict[str, Any]]:
 
 
 def _count_pairs(z: Tensor) -> Tensor:
-    """Positive and negative pairs (each once) nearest to every point of GRID: int [41, 2]."""
+    """Numbers of positive and negative pairs (each counted once) nearest to every point of GRID: int [41, 2]."""
     flow: PairFlow = pair_flow(build_loss(MioConfig()), z)
     s, num_samples = flow.similarities, z.shape[1]
     positive = s.diagonal(num_samples)
@@ -210,11 +210,11 @@ def _count_pairs(z: Tensor) -> Tensor:
 
 
 def draw_coefficients(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """alpha and beta over similarity, a line an objective, the run's own thick; the run's pairs as a shade behind.
+    """Plot alpha and beta over similarity, one line per objective, the run's thick; its pairs as a shaded histogram.
 
     Args:
-        rows: From `coefficients.csv`.
-        path: The PNG.
+        rows: The rows of `coefficients.csv`.
+        path: The PNG file.
     """
     import matplotlib
 

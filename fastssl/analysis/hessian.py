@@ -1,4 +1,4 @@
-"""`fastssl hessian RUN ...`: the eigenvalues of the loss's Hessian where a run stands, its peers beside it."""
+"""`fastssl hessian RUN ...`: the eigenvalues of the loss's Hessian at a checkpoint, for one or several runs."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
 from fastssl.tracking.result_rows import Value, format_table
 
-TOLERANCE = 1e-3  # of a residual's norm, as a share of the largest eigenvalue's size: below it counts as converged
+TOLERANCE = 1e-3  # converged if residual norm / |largest eigenvalue| is below this
 SHOWN = (
     "run", "loss", "step", "value", "largest", "smallest", "negative_share", "trace", "trace_error", "num_converged",
     "held_fixed",
@@ -36,14 +36,14 @@ SHOWN = (
 
 @dataclass(frozen=True, kw_only=True)
 class HessianSettings:
-    """How exact the spectrum is to be.
+    """Accuracy settings of the spectrum.
 
     Attributes:
-        num_probes: Random starts: of the density and of the trace, >= 1.
-        num_iterations: Products for each start, >= 1.
-        top_k: Largest eigenvalues to give, in [1, num_iterations].
-        seed: Of the starts.
-        batches: Which images.
+        num_probes: Number of random start vectors, for the density and the trace, >= 1.
+        num_iterations: Hessian-vector products per start, >= 1.
+        top_k: Number of largest eigenvalues to report, in [1, num_iterations].
+        seed: Seed of the start vectors.
+        batches: Which batches to use.
     """
 
     num_probes: int = 4
@@ -64,15 +64,15 @@ class HessianSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """What is known of a Hessian's eigenvalues.
+    """Estimates of a Hessian's eigenvalues.
 
     Attributes:
-        krylovs: Of each start, without their bases.
-        eigenvalues: The largest, descending, float64 [k]: of the first start.
-        residuals: |H v - lambda v| of each with its Ritz vector of norm 1, measured by one more product: an eigenvalue
-            of H lies within. float64 [k].
-        smallest: The smallest Ritz value of the first start, and its residual by Lanczos' own account.
-        trace: Hutchinson's estimate over the starts, and its standard error (None of a single start).
+        krylovs: The Lanczos result of each start, without its basis.
+        eigenvalues: The largest eigenvalues, descending, float64 [k], from the first start.
+        residuals: |H v - lambda v| of each with its Ritz vector v of norm 1, measured by one more product: an
+            eigenvalue of H lies within this distance. float64 [k].
+        smallest: The smallest Ritz value of the first start, and its residual as computed by Lanczos.
+        trace: Hutchinson's estimate over the starts, and its standard error (None for a single start).
     """
 
     krylovs: list[Krylov]
@@ -83,7 +83,7 @@ class Spectrum:
 
     @property
     def is_converged(self) -> np.ndarray:
-        """Which of the largest are within TOLERANCE, bool [k]."""
+        """Which of the largest eigenvalues are within TOLERANCE, bool [k]."""
         return self.residuals <= TOLERANCE * np.abs(self.eigenvalues).max()
 
 
@@ -94,9 +94,9 @@ def find_spectrum(
 
     Args:
         product: v [P] -> H v [P].
-        like: [P], gives size, dtype and device of the vectors.
-        settings: How many of what.
-        say: Told of the progress.
+        like: [P], a tensor with the size, dtype and device of the vectors.
+        settings: Numbers of probes, iterations and eigenvalues.
+        say: Called with progress messages.
 
     Raises:
         ConfigError: the matrix has fewer eigenvalues than top_k.
@@ -123,7 +123,7 @@ def find_spectrum(
 
 
 def _measured(product: Callable[[Tensor], Tensor], krylov: Krylov, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest Ritz values, fewer where the Krylov space ended before, and the norms of their residuals."""
+    """The top_k largest Ritz values (fewer if the Krylov space is smaller), and the norms of their residuals."""
     indices = range(len(krylov.values) - 1, max(len(krylov.values) - top_k, 0) - 1, -1)
     values = krylov.values[list(indices)]
     vectors = [krylov.ritz_vector(index) for index in indices]
@@ -140,19 +140,19 @@ def hessian_of_runs(
     out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> str:
-    """The Hessian's spectrum of a checkpoint of every run, written as tables and a plot.
+    """Compute the Hessian's spectrum at a checkpoint of every run, and write tables and a plot.
 
     Args:
         runs: Folders of runs.
         overrides: `key=value` changes of their configurations.
-        step: Of the checkpoints; None: the last of each.
-        settings: How exact.
-        out: Folder of the results; None: hessian/step_XXXXXXXX in the run. Of several runs, that of the table and the
-            plot of all; None: hessian/compared in the first.
-        say: Told of the progress.
+        step: Step of the checkpoints; None: the last of each run.
+        settings: Accuracy settings.
+        out: Folder for the results; None: hessian/step_XXXXXXXX in the run. With several runs, the folder for the
+            common table and plot; None: hessian/compared in the first run.
+        say: Called with progress messages.
 
     Returns:
-        A table with a row for each run.
+        A table with one row per run.
 
     Raises:
         ConfigError: no run or checkpoint, or settings that do not fit it, or a loss without a Hessian.
@@ -162,7 +162,7 @@ def hessian_of_runs(
         raise ConfigError(f"{max(runs, key=runs.count)} is given twice")
     opened = [(path, *open_run(path, overrides)) for path in runs]
     targets: list[Path] = []
-    for _, folder, cfg in opened:  # everything that can be wrong before the hours
+    for _, folder, cfg in opened:  # check everything before the long computation
         twice_differentiable(cfg)
         own = folder.hessian / checkpoint_of(folder.checkpoints, step).name
         targets.append(make_folder(own if len(runs) > 1 or out is None else out))
@@ -184,7 +184,7 @@ def hessian_of_runs(
 def _analyse(
     source: Source, cfg: Config, settings: HessianSettings, out: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Value], Spectrum, Density]:
-    """One run: its row, and its files in `out`."""
+    """Analyse one run: return its row, and write its files to `out`."""
     hessian = LossHessian(source.objective, source.batches, cfg.run.seed)
     value, gradient = hessian.loss_and_gradient()
     if not torch.isfinite(gradient).all():
@@ -224,17 +224,17 @@ def _analyse(
 
 
 def negative_share(krylovs: Sequence[Krylov], width: float) -> float:
-    """The share of eigenvalues below -width: those that are 0 but for rounding are not among them."""
+    """The fraction of eigenvalues below -width, which excludes those that are 0 up to rounding."""
     return float(np.mean([krylov.weights[krylov.values < -width].sum() for krylov in krylovs]))
 
 
 def density_moments(krylovs: Sequence[Krylov]) -> list[float]:
-    """Estimates of tr(H^k)/P for k = 1 to 4, without the width of the drawn density."""
+    """Estimates of tr(H^k)/P for k = 1 to 4, without the smoothing of the plotted density."""
     return [float(np.mean([krylov.weights @ krylov.values**k for krylov in krylovs])) for k in range(1, 5)]
 
 
 def _difference_of_gradients(source: Source, cfg: Config, gradient: Tensor) -> float:
-    """|g - g'|/|g'| of the gradient that was differentiated again and the one that the run's own kernels make, g'."""
+    """|g - g'|/|g'|: g is the gradient that is differentiated again, g' that of the run's own kernels."""
     source.objective.loss = rebuild_loss(source.objective.loss, cfg.loss, cfg.model.projector_dim)
     hold_still(source.objective)
     _, trained = LossHessian(source.objective, source.batches, cfg.run.seed).loss_and_gradient()
@@ -269,11 +269,11 @@ def _rounded(row: dict[str, Value]) -> dict[str, Value]:
 
 
 def draw_densities(densities: dict[str, tuple[Density, np.ndarray]], path: Path) -> None:
-    """Densities over the eigenvalue, log over symlog; the largest eigenvalues as ticks below.
+    """Plot densities over the eigenvalue, log over symlog, with the largest eigenvalues as ticks below.
 
     Args:
-        densities: By the name in the legend: the density, and the largest eigenvalues [k].
-        path: The PNG.
+        densities: Legend name -> the density, and the largest eigenvalues [k].
+        path: The PNG file.
     """
     import matplotlib
 

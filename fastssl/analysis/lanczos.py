@@ -1,4 +1,4 @@
-"""The spectrum of a symmetric matrix that is known by its products only: Lanczos, and quadrature with its Ritz values.
+"""The spectrum of a symmetric matrix given only matrix-vector products: Lanczos, and quadrature with Ritz values.
 
 # P rows of the matrix H, m iterations; T [m, m] tridiagonal, T = Q^T H Q, Q [P, m] orthonormal, from the start q_1
 # theta_j, s_j the eigenpairs of T: Ritz values; tau_j = s_1j^2 their weights
@@ -18,24 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WIDTH = 1e-5**0.5  # of a Ritz value in a density, as a share of the spectrum's range: PyHessian's 1e-5 of a variance
-NUM_POINTS = 2048  # of a density: six a width
-# In the dtype's epsilons, times the largest number so far. In an exhausted space rounding leaves 1 to 16 (six random
-# matrices of rank 3, fp32 and fp64), more or less on another CPU.
+WIDTH = 1e-5**0.5  # std of a Ritz value's normal curve / range of the spectrum; PyHessian has a variance of 1e-5
+NUM_POINTS = 2048  # grid points of a density: six per width
+# Threshold for an exhausted space, in units of the dtype's epsilon times the largest number so far. Rounding leaves 1
+# to 16 there (six random matrices of rank 3, fp32 and fp64); this may differ on another CPU.
 _EXHAUSTED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Krylov:
-    """What Lanczos found from one start.
+    """The result of Lanczos from one start vector.
 
     Attributes:
         values: Ritz values theta, ascending, float64 [m].
-        weights: tau, float64 [m], of sum 1.
-        residuals: |beta_m s_mj|, the norms of the residuals, float64 [m]: an eigenvalue lies within each of its value.
+        weights: tau, float64 [m], with sum 1.
+        residuals: |beta_m s_mj|, the norms of the residuals, float64 [m]: an eigenvalue lies within this distance of
+            each Ritz value.
         first_moment: q_1^T H q_1.
-        basis: Q^T [m, P], of the start's dtype and device; None where it was not to be kept.
-        vectors: s, float64 [m, m], a column a Ritz value.
+        basis: Q^T [m, P], with the start's dtype and device; None if it was not kept.
+        vectors: s, float64 [m, m], one column per Ritz value.
     """
 
     values: np.ndarray
@@ -46,7 +47,7 @@ class Krylov:
     vectors: np.ndarray
 
     def ritz_vector(self, index: int) -> Tensor:
-        """Q s_j, of norm 1: [P]."""
+        """The Ritz vector Q s_j, with norm 1: [P]."""
         assert self.basis is not None
         return torch.from_numpy(self.vectors[:, index]).to(self.basis) @ self.basis
 
@@ -56,13 +57,13 @@ def lanczos(
 ) -> Krylov:
     """Lanczos with full re-orthogonalisation: each new vector is made orthogonal to all before it, twice.
 
-    It ends early where the Krylov space is exhausted: then its Ritz values are eigenvalues.
+    It ends early if the Krylov space is exhausted; then its Ritz values are eigenvalues.
 
     Args:
         product: v [P] -> H v [P], H symmetric.
         start: [P], any length > 0, fp32 or fp64.
-        num_iterations: m, >= 1; at most P are made.
-        keep_basis: Whether Ritz vectors will be asked for.
+        num_iterations: m, >= 1; at most P iterations are run.
+        keep_basis: Whether to keep the basis, which `Krylov.ritz_vector` needs.
     """
     num_iterations = min(num_iterations, len(start))
     basis = start.new_empty(num_iterations, len(start))
@@ -72,7 +73,7 @@ def lanczos(
     for i in range(num_iterations):
         w = product(basis[i])
         alphas.append(float(w.double() @ basis[i].double()))
-        for _ in range(2):  # once leaves what cancellation made of it
+        for _ in range(2):  # a single pass leaves cancellation errors
             w = w - (basis[: i + 1] @ w) @ basis[: i + 1]
         betas.append(float(w.norm()))
         largest = max(map(abs, [*alphas, *betas]))
@@ -92,18 +93,18 @@ def lanczos(
 
 
 def random_signs(size: int, seed: int, number: int, like: Tensor) -> Tensor:
-    """Start `number` of a seed: +-1 with equal chances, [size], of the dtype and on the device of `like`."""
+    """Start vector `number` of a seed: +-1 with equal probability, [size], with the dtype and device of `like`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     return (2.0 * torch.randint(2, (size,), generator=generator) - 1).to(like)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Density:
-    """The density of a spectrum, each Ritz value a normal curve.
+    """The density of a spectrum, a sum of normal curves at the Ritz values.
 
     Attributes:
-        eigenvalues: Where, float64 [NUM_POINTS].
-        density: Of eigenvalues at these places, of integral 1, float64 [NUM_POINTS].
+        eigenvalues: Grid of eigenvalues, float64 [NUM_POINTS].
+        density: Density of eigenvalues on the grid, with integral 1, float64 [NUM_POINTS].
         width: Standard deviation of the curves.
     """
 
@@ -115,7 +116,7 @@ class Density:
 def spectral_density(krylovs: Sequence[Krylov]) -> Density:
     """The mean over starts of sum_j tau_j N(theta_j, width^2)."""
     low, high = min(k.values[0] for k in krylovs), max(k.values[-1] for k in krylovs)
-    width = WIDTH * (high - low) or 1e-12  # all eigenvalues equal
+    width = WIDTH * (high - low) or 1e-12  # 1e-12 if all eigenvalues are equal
     grid = np.linspace(low - 5 * width, high + 5 * width, NUM_POINTS)
     density = sum((k.weights * np.exp(-0.5 * ((grid[:, None] - k.values) / width) ** 2)).sum(1) for k in krylovs) / (
         len(krylovs) * width * np.sqrt(2 * np.pi)
@@ -124,6 +125,6 @@ def spectral_density(krylovs: Sequence[Krylov]) -> Density:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of independent estimates and its standard error; None of a single one."""
+    """Mean of independent estimates and its standard error; None as the error of a single estimate."""
     error = None if len(values) < 2 else float(np.std(values, ddof=1) / np.sqrt(len(values)))
     return float(np.mean(values)), error

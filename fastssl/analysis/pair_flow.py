@@ -1,12 +1,12 @@
-"""The gradient of a loss over pairs in closed form: who pulls a projection, who pushes it, and how hard.
+"""The gradient of a pairwise loss in closed form: attraction and repulsion coefficients of every pair of projections.
 
 # N samples in two views, rows x_i [2N, D] of view a, then of view b; p(i) the other view of row i; s_ik cosines
-# Neg(i) the rows that i is compared with, n = |Neg(i)|: 2N - 2, or N - 1 where views a and b are compared only (cross)
+# Neg(i) the rows that i is compared with, n = |Neg(i)|: 2N - 2, or N - 1 if only views a and b are compared (cross)
 
     N dL/dx_i = -alpha_i x_p(i) + (1/n) sum_{k in Neg(i)} beta_ik x_k
 
-alpha attracts the two views of a sample, beta_ik repels two samples (a negative one attracts). Both are free of N, so
-that losses can be compared. x = u = z/|z| and dL/dz = (I - u u^T) (dL/du)/|z|; the spectral loss has its own x.
+alpha attracts the two views of a sample, beta_ik repels two samples (attracts if negative). Both are independent of N,
+so that losses can be compared. x = u = z/|z| and dL/dz = (I - u u^T) (dL/du)/|z|; the spectral loss has its own x.
 
 | loss                  | alpha                                 | beta                                     |
 |-----------------------|---------------------------------------|------------------------------------------|
@@ -21,8 +21,8 @@ that losses can be compared. x = u = z/|z| and dL/dz = (I - u u^T) (dL/du)/|z|; 
 
 c = (c_i + c_k)/2 with 1/c_i = 1 (`exp`), 1 + the mean of e^{s/tau_n} over all pairs (`jensen`) or over Neg(i) (with
 per_anchor), the sum of e^{s/tau} over all k != i (simclr) or over Neg(i) (dcl, dclw), divided by 2N - 2. An
-alignment weight adds 2 lambda/D to alpha. All of it is [derived] here and held to autograd by a test; carried through
-the network by the chain rule it is the paper's parameter gradient flow: for a last linear layer z = W h,
+alignment weight adds 2 lambda/D to alpha. All formulas are [derived] here and tested against autograd; with the chain
+rule through the network they are the paper's parameter gradient flow: for a last linear layer z = W h,
 dL/dW = sum_i (dL/dz_i) h_i^T.
 """
 
@@ -51,10 +51,10 @@ class PairFlow:
 
     Attributes:
         rows: x [2N, D].
-        jacobian_scale: What (I - u u^T) is multiplied by in dx/dz [2N]; 0: dx/dz is the identity.
+        jacobian_scale: The factor of (I - u u^T) in dx/dz [2N]; 0: dx/dz is the identity.
         counted: Whether k is in Neg(i), bool [2N, 2N].
-        scales: c_i [2N]; of the spectral loss |x_i|.
-        of_pair: c of two rows from c_i and c_k, elementwise.
+        scales: c_i [2N]; |x_i| for the spectral loss.
+        of_pair: (c_i, c_k) -> c of the pair, elementwise.
         attraction: (s, c) -> alpha, elementwise.
         repulsion: (s, c) -> beta, elementwise.
     """
@@ -74,18 +74,18 @@ class PairFlow:
         return u @ u.T
 
     def alpha(self) -> Tensor:
-        """Of every row [2N]."""
+        """alpha of every row [2N]."""
         partner = self._partner
         similarities = self.similarities.gather(1, partner[:, None])[:, 0]
         return self.attraction(similarities, self.of_pair(self.scales, self.scales[partner]))
 
     def beta(self) -> Tensor:
-        """Of every pair [2N, 2N], 0 where it is not counted."""
+        """beta of every pair [2N, 2N], 0 for pairs that are not counted."""
         beta = self.repulsion(self.similarities, self.of_pair(self.scales[:, None], self.scales))
         return torch.where(self.counted, beta, 0.0)
 
     def over_similarity(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and beta of pairs of similarities s [n] whose c is the batch's geometric mean: [n] each."""
+        """alpha and beta at similarities s [n], with c set to the batch's geometric mean: [n] each."""
         typical = self.scales.log().mean().exp()
         scale = self.of_pair(typical, typical).expand_as(s)
         return self.attraction(s, scale), self.repulsion(s, scale)
@@ -107,8 +107,8 @@ def pair_flow(loss: Loss, z: Tensor) -> PairFlow:
     """The closed form of a loss at projections z.
 
     Args:
-        loss: With what it learned, in z's dtype.
-        z: [2, N, D], fp32 or fp64; no gradient is kept.
+        loss: The loss with its learned parameters, in z's dtype.
+        z: [2, N, D], fp32 or fp64; detached inside.
 
     Raises:
         ConfigError: the loss has no closed form here.
@@ -216,7 +216,7 @@ def _siglip(loss: SigLip, z: Tensor) -> PairFlow:
 
 
 def _spectral(loss: Spectral, z: Tensor) -> PairFlow:
-    """Rows longer than sqrt(mu) are shortened to it; shorter ones stay, and so does their gradient."""
+    """Rows longer than sqrt(mu) are rescaled to it; shorter rows and their gradients are unchanged."""
     mu, longest = loss.config.mu, math.sqrt(loss.config.mu)
     norm = torch.linalg.vector_norm(z.flatten(0, 1), dim=1)
     rows = z.flatten(0, 1) * (longest / norm.clamp_min(longest))[:, None]

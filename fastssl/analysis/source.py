@@ -1,4 +1,4 @@
-"""What of a run is analysed: its objective as a checkpoint has it, and batches that are the same every time."""
+"""Input of the analyses: the objective of a run's checkpoint, and batches that are the same every time."""
 
 # V views, B images of a batch
 
@@ -27,11 +27,11 @@ MAX_DEFAULT_BATCHES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """Which batches.
+    """Which batches to use.
 
     Attributes:
-        num_images: Images of all batches together; None: four batches, or all that the file has.
-        batch_size: Images of a batch, >= 2; None: the run's global batch.
+        num_images: Total number of images; None: four batches, or as many as the file has.
+        batch_size: Images per batch, >= 2; None: the run's global batch size.
     """
 
     num_images: int | None = None
@@ -46,12 +46,12 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint of a run and what it is looked at with.
+    """A checkpoint of a run, and the batches for its analysis.
 
     Attributes:
-        folder: The run's.
+        folder: The run's folder.
         cfg: Its configuration, with the overrides.
-        step: Of the checkpoint.
+        step: Step of the checkpoint.
         objective: Model, loss and target of the checkpoint, in training mode, see `hold_still`.
         batches: The views of each batch, V tensors [B, 3, H, W].
     """
@@ -64,7 +64,7 @@ class Source:
 
     @property
     def num_images(self) -> int:
-        """Images of all batches."""
+        """Total number of images in the batches."""
         return sum(len(batch[0]) for batch in self.batches)
 
 
@@ -72,7 +72,7 @@ def open_run(path: Path, overrides: Sequence[str]) -> tuple[RunFolder, Config]:
     """A run's folder and its configuration with `key=value` changes.
 
     Raises:
-        ConfigError: no run lies there, or a bad override.
+        ConfigError: the folder holds no run, or an override is invalid.
     """
     folder = RunFolder(path)
     cfg = folder.load_config(overrides)
@@ -84,7 +84,7 @@ def load_source(folder: RunFolder, cfg: Config, *, step: int | None, settings: B
     """Rebuild the objective of a checkpoint and draw its batches, on the device of run.device.
 
     Raises:
-        ConfigError: no such checkpoint, one of another model or loss, or fewer images than are asked for.
+        ConfigError: no such checkpoint, a checkpoint of another model or loss, or fewer images than requested.
         DataError: the file cannot be read.
     """
     checkpoint = checkpoint_of(folder.checkpoints, step)
@@ -100,7 +100,7 @@ def load_objective(cfg: Config, checkpoint: Path) -> Objective:
     """Model, loss and target of a checkpoint, on the CPU.
 
     Raises:
-        ConfigError: it is of another model or loss, damaged, or of an older format while the loss has state of its own.
+        ConfigError: it is of another model or loss, damaged, or in an older format that lacks the loss's state.
     """
     weights = load_weights(checkpoint)
     model = build_model(cfg, weights["image_px"])
@@ -117,7 +117,7 @@ def load_objective(cfg: Config, checkpoint: Path) -> Objective:
 
 
 def make_folder(path: Path) -> Path:
-    """A folder for results, made where it is not there.
+    """Create a folder for results if it is missing, and return it.
 
     Raises:
         ConfigError: it cannot be written.
@@ -132,15 +132,15 @@ def make_folder(path: Path) -> Path:
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Write a CSV file, in the place of one that was there."""
+    """Write a CSV file, replacing an existing one."""
     path.unlink(missing_ok=True)
     append_rows(path, rows)
 
 
 def hold_still(objective: Objective) -> None:
-    """Training mode, in which no call changes a buffer: batch norm takes the batch's statistics and keeps none.
+    """Set training mode without buffer updates: batch norm uses the batch's statistics and does not track them.
 
-    A loss that averages a moment in training (MINC, TiCo) uses it and leaves it; its own layers stay in training mode.
+    A loss with a running moment (MINC, TiCo) uses but does not update it; its layers stay in training mode.
     """
     objective.train()
     for module in objective.modules():
@@ -150,10 +150,10 @@ def hold_still(objective: Objective) -> None:
 
 
 def draw_batches(cfg: Config, settings: BatchSettings, device: torch.device) -> list[list[Tensor]]:
-    """The first batches of epoch 0, as a training of one process with this seed, file and recipe draws them.
+    """The first batches of epoch 0, as in a single-process training with this seed, file and recipe.
 
     Raises:
-        ConfigError: --num-images is more than the file holds, or not a number of whole batches.
+        ConfigError: --num-images exceeds the file's images, or is not a multiple of the batch size.
         DataError: the file cannot be read.
     """
     reader = open_train_reader(cfg.data)
@@ -168,7 +168,7 @@ def draw_batches(cfg: Config, settings: BatchSettings, device: torch.device) -> 
     data = replace(cfg.data, global_batch_size=size)
     loader = build_loader(reader, data, cfg.views, seed=cfg.run.seed, **process)
     try:
-        with closing(loader.epoch(0)) as batches:  # cloned: the loader uses its memory again
+        with closing(loader.epoch(0)) as batches:  # cloned: the loader reuses its memory
             return [[view.clone() for view in batch.views] for batch in islice(batches, num_images // size)]
     finally:
         loader.close()

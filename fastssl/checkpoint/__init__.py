@@ -1,1 +1,1 @@
-"""Saving and restoring: files of a checkpoint, their checksums, the engine's state, and when one falls due."""
+"""Saving and restoring: files of a checkpoint, their checksums, the engine's state, and when to save."""

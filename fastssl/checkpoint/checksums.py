@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds: manifest.json has size and SHA-256 of each file, so that damage is seen."""
+"""Checksums of a checkpoint: manifest.json has size and SHA-256 of each file, so that damage is detected."""
 
 import hashlib
 import json
@@ -18,23 +18,23 @@ _OLD_FORMAT_FILES = "*_model_states.pt"
 
 
 class DamagedError(ConfigError):
-    """A file of a checkpoint is not as it was written; the message is one line that names it."""
+    """A file of a checkpoint differs from what was written; the message is one line that names the file."""
 
 
 def save_file(value: Any, path: Path) -> dict[str, Any]:
-    """`torch.save` to a file that is on the disk on return; hashed on the way, so that it is not read again.
+    """`torch.save` to a file, synced to disk before returning; hashed while writing, so that it is not read again.
 
     Returns:
         Its entry in a manifest: "bytes" and "sha256".
     Raises:
-        ConfigError: it cannot be written, as where the disk is full.
+        ConfigError: the file cannot be written, for example because the disk is full.
     """
     try:
         with path.open("wb") as file:
             hashing = _Hashing(file)
             torch.save(value, hashing)  # pyright: ignore[reportArgumentType] it only writes, from start to end
             sync_file(file)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError where a write fails in its hands
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails inside it
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or str(error)
         raise ConfigError(f"{path} cannot be written ({reason}): make room, then go on with run.resume=auto") from None
     return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
@@ -44,8 +44,8 @@ def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], *, worl
     """Write manifest.json, the last file of a checkpoint.
 
     Args:
-        folder: The checkpoint's.
-        files: By name, from `save_file`.
+        folder: The checkpoint's folder.
+        files: File name -> entry from `save_file`.
         world_size: Number of processes that saved.
     """
     content = {
@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The content of manifest.json.
 
     Raises:
-        DamagedError: it is missing or not as it was written.
+        DamagedError: it is missing or damaged.
         ConfigError: the checkpoint has a format that this version does not read.
     """
     path = folder / MANIFEST
@@ -90,10 +90,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Read every file of a checkpoint and hold it against the manifest.
+    """Read every file of a checkpoint and compare it with the manifest.
 
     Raises:
-        DamagedError: one is missing, cut off or changed.
+        DamagedError: a file is missing, truncated or changed.
         ConfigError: the checkpoint has a format that this version does not read.
     """
     for name, entry in read_manifest(folder)["files"].items():
@@ -101,10 +101,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """The same for one file; one without a manifest beside it, such as a copied weights.pt, is not checked.
+    """Check one file; a file without a manifest in its folder, such as a copied weights.pt, is not checked.
 
     Raises:
-        DamagedError: it is missing, cut off or changed.
+        DamagedError: it is missing, truncated or changed.
         ConfigError: the checkpoint has a format that this version does not read.
     """
     if (path.parent / MANIFEST).exists():
@@ -135,7 +135,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 class _Hashing:
-    """What `torch.save` writes to: the file, and the hash of what went there."""
+    """File wrapper for `torch.save` that hashes what is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,12 +1,12 @@
-"""What DeepSpeed's engine holds, by the parameters' names and unpartitioned: the same under every stage and world size.
+"""State of DeepSpeed's engine, unpartitioned and by parameter name: independent of ZeRO stage and world size.
 
-Stage 0 has one optimizer state for each parameter. ZeRO 1 and 2 lay the parameters of a group one after the other, pad
-them, cut that into one piece a rank, and give the client's optimizer the rank's fp32 piece as its only parameter: its
-state is of the piece. Here the pieces are gathered to the first rank and cut into parameters again, and the other way
-round; nothing is computed, so nothing is rounded.
+Stage 0 has one optimizer state per parameter. ZeRO 1 and 2 concatenate the parameters of a group, pad them, split the
+result into one piece per rank, and give the client's optimizer the rank's fp32 piece as its only parameter, so its
+state belongs to the piece. To save, the pieces are gathered on the first rank and split into parameters again; to
+restore, the other way round. Values are only copied, so nothing is rounded.
 """
 
-# W world size, K elements of one rank's piece; a group's flat tensor has W * K, its end is padding
+# W world size, K elements of one rank's piece; a group's flat tensor has W * K elements and ends with padding
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]
     """The engine's state on the CPU (all ranks call it).
 
     Returns:
-        What all ranks share: "parameters" (fp32, by name; ZeRO's master weights where there are such), "buffers" (by
-        name; the mean over ranks of those that differ), "optimizer" (by name, then by key), "counters" and, where the
-        optimizer's groups count their steps as NVIDIA apex's do, "group_steps"; of parameters and optimizer a rank
-        other than the first gets a part only. And this rank's buffers that differ.
+        The state shared by all ranks: "parameters" (fp32, by name; ZeRO's master weights if it has them), "buffers" (by
+        name; the mean over ranks of those that differ), "optimizer" (by name, then by key), "counters" and, if the
+        optimizer's groups count their steps as NVIDIA apex's do, "group_steps". "parameters" and "optimizer" are
+        complete on the first rank only. And, second, this rank's buffers that differ between ranks.
     """
     parameters = {name: _on_cpu(value) for name, value in engine.module.named_parameters()}
     optimizer: OptimizerState = {}
@@ -58,12 +58,12 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]
 
 @torch.no_grad()
 def restore_engine_state(engine: Any, shared: Mapping[str, Any], own_buffers: Mapping[str, Tensor]) -> None:
-    """Put back what `collect_engine_state` found, into an engine of any ZeRO stage and world size.
+    """Restore the result of `collect_engine_state` into an engine of any ZeRO stage and world size.
 
     Args:
-        engine: Newly built on the same module.
-        shared: Whole, on every rank.
-        own_buffers: This rank's; of the others the shared ones are taken.
+        engine: A newly built engine for the same module.
+        shared: The complete shared state, on every rank.
+        own_buffers: This rank's buffers; buffers that are not in it are taken from `shared`.
     """
     for name, parameter in engine.module.named_parameters():
         parameter.copy_(shared["parameters"][name])
@@ -80,10 +80,10 @@ class _FlatGroup:
     """A parameter group under ZeRO 1 or 2.
 
     Attributes:
-        piece: This rank's fp32 master weights, [K]; what the client's optimizer steps.
+        piece: This rank's fp32 master weights, [K]; the parameter that the client's optimizer updates.
         numel: W * K.
-        places: Name, parameter and offset in the flat tensor of each.
-        device: Where the process group exchanges tensors (the piece is on the CPU under offload).
+        places: Name, parameter and offset in the flat tensor, for each parameter.
+        device: Device of the process group's collectives (with offloading, the piece itself is on the CPU).
     """
 
     piece: Tensor
@@ -97,7 +97,7 @@ def _is_partitioned(engine: Any) -> bool:
 
 
 def _client_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The one that was given to DeepSpeed; its groups are the same at every stage, their parameters are not."""
+    """The optimizer passed to DeepSpeed; its groups are the same at every stage, but their parameters differ."""
     return engine.optimizer.optimizer if _is_partitioned(engine) else engine.optimizer
 
 
@@ -106,7 +106,7 @@ def _names(engine: Any) -> dict[int, str]:
 
 
 def _optimized(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Name and parameter in the order of the client's groups (stage 0)."""
+    """Names and parameters in the order of the client optimizer's groups (stage 0)."""
     names = _names(engine)
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
@@ -125,14 +125,14 @@ def _collect_group(group: _FlatGroup, state: Mapping[str, Any], found: Optimizer
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == group.piece.shape:
             by_name: dict[str, Any] = _gather(group, value)
-        else:  # a step: the group's is each parameter's; copies, since a loaded alias would be counted up twice
+        else:  # a step count, shared by the group; copied, since a loaded alias would be incremented twice
             by_name = {name: _on_cpu(value) for name, _, _ in group.places}
         for name, item in by_name.items():
             found.setdefault(name, {})[key] = item
 
 
 def _gather(group: _FlatGroup, piece: Tensor) -> dict[str, Tensor]:
-    """The parameters' parts of a flat tensor, from each rank's piece [K]; {} on other ranks than the first."""
+    """Gather the ranks' pieces [K] and split them by parameter; {} on all ranks but the first."""
     own = piece.detach().to(group.device).contiguous()
     pieces = [torch.empty_like(own) for _ in range(collectives.world_size())] if collectives.rank() == 0 else None
     torch_dist.gather(own, pieces)
@@ -143,7 +143,7 @@ def _gather(group: _FlatGroup, piece: Tensor) -> dict[str, Tensor]:
 
 
 def _cut(group: _FlatGroup, values: Mapping[str, Tensor]) -> Tensor:
-    """This rank's piece [K] of the flat tensor of the values by name; zeros where there is none."""
+    """This rank's piece [K] of the flat tensor built from `values`; zeros where a value is missing."""
     flat = torch.zeros(group.numel, dtype=group.piece.dtype)
     for name, parameter, offset in group.places:
         if name in values:
@@ -180,16 +180,16 @@ def _piece_state(group: _FlatGroup, saved: OptimizerState) -> dict[str, Any]:
 def _load_states(
     optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]], group_steps: Sequence[int | None]
 ) -> None:
-    """Give each parameter of the optimizer its state; torch creates what is not there and moves it to the device."""
+    """Load the state of each parameter; torch creates missing entries and moves them to the device."""
     groups = optimizer.state_dict()["param_groups"]
-    for index, step in enumerate(group_steps):  # none at all, where the optimizer counts by parameter
+    for index, step in enumerate(group_steps):  # all None if the optimizer counts steps per parameter
         if step is not None:
             groups[index]["step"] = step
     optimizer.load_state_dict({"state": {i: s for i, s in enumerate(states) if s}, "param_groups": groups})
 
 
 def _collect_buffers(module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The buffers that a state dict has: the same on every rank, by the mean of those that differ; then these alone."""
+    """The state dict's buffers, averaged over ranks where they differ; and this rank's values of those that differ."""
     saved = module.state_dict().keys()
     buffers = {name: value for name, value in module.named_buffers() if name in saved}
     differing = collectives.names_that_differ(buffers)
@@ -202,5 +202,5 @@ def _collect_buffers(module: torch.nn.Module) -> tuple[dict[str, Tensor], dict[s
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy that shares no storage: `torch.save` writes the whole storage of a view."""
+    """A CPU copy with its own storage: `torch.save` writes the whole storage of a view."""
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

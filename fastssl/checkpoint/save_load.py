@@ -1,17 +1,17 @@
-"""What a run must remember, written so that a kill at any moment leaves a whole checkpoint behind.
+"""Saves and loads checkpoints such that a kill at any moment leaves a complete checkpoint behind.
 
-One folder a checkpoint, checkpoints/step_XXXXXXXX, of plain tensors by name, so that a run may go on with another
-number of processes and under another ZeRO stage:
+Each checkpoint is a folder, checkpoints/step_XXXXXXXX, of plain tensors by name, so that a run may resume with another
+number of processes and another ZeRO stage:
 
 | file          | what                                                                               |
 |---------------|------------------------------------------------------------------------------------|
-| state.pt      | every parameter and buffer, the optimizer's state, what else is equal on all ranks |
-| rank_N.pt     | what one rank alone knows: batch-norm buffers, random state, sums of the epoch     |
+| state.pt      | all parameters and buffers, the optimizer's state, other state equal on all ranks  |
+| rank_N.pt     | state of one rank: batch-norm buffers, random state, sums of the epoch             |
 | weights.pt    | plain weights for users                                                            |
 | manifest.json | size and SHA-256 of each file                                                      |
 
-It is written under a temporary name and renamed when every rank is done; files are read with weights_only=True. The
-last two are kept, so that a damaged one has another before it.
+A checkpoint is written under a temporary name and renamed when all ranks are done; files are read with
+weights_only=True. The last two checkpoints are kept, as a fallback if the newest is damaged.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ def save_checkpoint(
         root: The run's checkpoints folder.
         engine: DeepSpeed's engine.
         step: Number of optimizer steps taken.
-        state: What else the run must remember, equal on all ranks; tensors and plain values.
-        sums: Tensors of this rank, by group and name, that mean something when they are added up over ranks.
+        state: Other state of the run, equal on all ranks; tensors and plain values.
+        sums: Tensors of this rank, by group and name, whose sum over ranks is meaningful.
         weights: Content of weights.pt, from `plain_weights`.
     """
     temporary, final = root / f".{_PREFIX}{step:08d}.tmp", root / f"{_PREFIX}{step:08d}"
@@ -84,20 +84,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(root: Path, engine: Any, *, seed: int) -> dict[str, Any] | None:
-    """Restore the engine and the random state from the newest whole checkpoint (all ranks call it).
+    """Restore the engine and the random state from the newest complete checkpoint (all ranks call it).
 
-    With the number of processes and the kind of device of the save, on the CPU, a run goes on bit for bit. With another
-    number each rank gets the mean of the batch-norm buffers, and the first one the total of the sums, the others zeros.
-    With another number or device, random states are derived from (seed, step, rank).
+    With the same number of processes and type of device as at the save, a run on the CPU continues bit for bit. With
+    another number of processes, each rank gets the mean of the batch-norm buffers; the first rank gets the total of the
+    sums, the others zeros. With another number or device, random states are derived from (seed, step, rank).
 
     Args:
         root: The run's checkpoints folder.
         engine: DeepSpeed's engine, newly built.
-        seed: The run's.
+        seed: The run's seed.
     Returns:
-        `state` of the save, "step", this rank's "sums" and the "world_size" of the save; None: there is no checkpoint.
+        The saved `state`, with "step", this rank's "sums" and the "world_size" of the save; None: no checkpoint exists.
     Raises:
-        ConfigError: there are checkpoints, but none is whole or of a format that can be read.
+        ConfigError: there are checkpoints, but none is complete and in a readable format.
     """
     name = collectives.run_on_first_rank(lambda: path.name if (path := newest_whole(root)) else None)
     if name is None:
@@ -118,11 +118,11 @@ def load_objective_state(path: str | Path) -> dict[str, Tensor]:
     """Every parameter and buffer of a run's `Objective` by name, on the CPU: model, loss (predictor, moment), target.
 
     Args:
-        path: A run's folder (its newest checkpoint) or a checkpoint's.
+        path: A run's folder (for its newest checkpoint) or a checkpoint's folder.
     Returns:
-        What `Objective.load_state_dict` takes. Batch-norm statistics are the mean over ranks.
+        State dict for `Objective.load_state_dict`. Batch-norm statistics are the mean over ranks.
     Raises:
-        ConfigError: no checkpoint there, a damaged one, or one of another format.
+        ConfigError: there is no checkpoint, or it is damaged or in another format.
     """
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
@@ -134,7 +134,7 @@ def load_objective_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def last_checkpoint(root: Path) -> Path | None:
-    """The newest finished checkpoint of a run, by its name: its files are not looked at."""
+    """The newest finished checkpoint of a run, by its name; its files are not checked."""
     return max(_finished(root), default=None)
 
 
@@ -142,7 +142,7 @@ def checkpoint_of(root: Path, step: int | None) -> Path:
     """The checkpoint of a step; None: the newest.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such checkpoint.
     """
     steps = sorted(map(step_of, _finished(root)))
     if not steps:
@@ -160,29 +160,29 @@ def step_of(path: Path) -> int:
 
 
 def _finished(root: Path) -> list[Path]:
-    """The checkpoints in a run's folder; a user's copy, of another name, is none."""
+    """The checkpoints in a run's folder; a user's copy under another name is ignored."""
     return [path for path in root.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
 
 
 def prune(root: Path, *, keep_every_steps: int) -> None:
-    """Delete what is not needed (rank 0): half-written ones, and all but the last two and each `keep_every_steps`."""
+    """Delete incomplete checkpoints, and all but the last two and every `keep_every_steps`-th (rank 0)."""
     drop_incomplete(root)
     for path in sorted(_finished(root))[:-_NUM_KEPT]:
         if not (keep_every_steps and step_of(path) % keep_every_steps == 0):
-            # Renamed first: half deleted it must not pass for whole. A network file system may keep what is being read.
+            # Renamed first: half deleted, it must not look complete. Network file systems may keep files being read.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")), ignore_errors=True)
 
 
 def drop_incomplete(root: Path) -> None:
-    """Delete what a killed save left behind (rank 0)."""
+    """Delete incomplete checkpoints left by a killed save (rank 0)."""
     for path in root.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: int) -> dict[str, Any]:
-    """The content of weights.pt (all ranks call it): "backbone" loads into the torchvision or timm model as it is.
+    """The content of weights.pt (all ranks call it): "backbone" loads directly into the torchvision or timm model.
 
-    Each rank's batch norm saw its own images: running statistics are averaged over the ranks.
+    Each rank's batch norm saw different images, so running statistics are averaged over the ranks.
     """
     contiguous = torch.contiguous_format
     state = {name: value.detach().clone(memory_format=contiguous) for name, value in model.state_dict().items()}
@@ -194,10 +194,10 @@ def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: i
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:
-    """Read the weights.pt of a run's folder, a checkpoint's folder, or a file itself, on the CPU.
+    """Read weights.pt onto the CPU from a run's folder, a checkpoint's folder, or the file itself.
 
     Raises:
-        ConfigError: nothing there, not a fastssl weights file, or one that is not as its checkpoint wrote it.
+        ConfigError: the file is missing, not a fastssl weights file, or damaged.
     """
     file = _find_weights(Path(path))
     check_file(file)
@@ -222,7 +222,7 @@ def _load(path: Path) -> Any:
 
 
 def newest_whole(root: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; newer ones are named on stderr and moved aside."""
+    """The newest undamaged checkpoint; newer, damaged ones are reported on stderr and moved aside."""
     damage: dict[Path, DamagedError] = {}
     for path in sorted(_finished(root), reverse=True):
         try:
@@ -247,7 +247,7 @@ def newest_whole(root: Path) -> Path | None:
 
 
 def _move_aside(path: Path) -> Path:
-    """Out of the way of the checkpoint that will be saved at the same step; not deleted, as a disk may recover."""
+    """Rename it, since another checkpoint will be saved at its step; it is not deleted, as a disk may recover."""
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)
@@ -259,7 +259,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
 
 
 def _restore_random_state(saved: Mapping[str, Any], device: torch.device, key: str) -> None:
-    """The saved state; where there is none for this rank and kind of device, one derived from the key."""
+    """Restore the saved state or, if there is none for this rank and type of device, derive one from the key."""
     if saved.get("device") != device.type:
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
         return
@@ -285,7 +285,7 @@ def _strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a finished checkpoint its name; one that has it already is of the same step of the same run, and stays."""
+    """Rename a finished checkpoint; an existing one of that name is of the same run and step, and is kept."""
     if final.exists():
         shutil.rmtree(temporary)
         return

@@ -1,4 +1,4 @@
-"""When a checkpoint falls due: at counted steps, or by the clock of the first rank."""
+"""When to save a checkpoint: at fixed steps, or by the clock of the first rank."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,17 +6,17 @@ from contextlib import contextmanager
 
 from fastssl.config import RunConfig
 
-# Automatic interval: this many times what the last save took, so that saves cost at most 1% of the run.
+# Automatic interval: this many times the duration of the last save, so that saves cost at most 1% of the run.
 INTERVAL_PER_COST = 100
 MAX_INTERVAL_S = 30 * 60.0
-# Before any save was measured: the end of the first epoch, or after this time in a longer one.
+# Before any save has been measured: save at the end of the first epoch, or after this time if the epoch is longer.
 FIRST_INTERVAL_S = 10 * 60.0
-# An epoch that ends within a quarter of an interval is waited for: a checkpoint there has no epoch half done.
+# Wait up to a quarter of an interval for the end of an epoch: a checkpoint there has no unfinished epoch.
 MID_EPOCH_FACTOR = 1.25
 
 
 class CheckpointRule:
-    """Decides after each step; `is_due_at` is the same on all ranks, `is_due_by_clock` is the first rank's to ask."""
+    """Decides after each step; `is_due_at` is equal on all ranks, `is_due_by_clock` is for the first rank only."""
 
     def __init__(
         self, cfg: RunConfig, *, steps_per_epoch: int, total_steps: int, clock: Callable[[], float] = time.monotonic
@@ -24,10 +24,10 @@ class CheckpointRule:
         """Start the clock.
 
         Args:
-            cfg: Has the `checkpoint_every_*` and `keep_every_epochs`.
-            steps_per_epoch: Optimizer steps.
-            total_steps: Of the whole run.
-            clock: Seconds.
+            cfg: Provides `checkpoint_every_*` and `keep_every_epochs`.
+            steps_per_epoch: Optimizer steps per epoch.
+            total_steps: Optimizer steps of the whole run.
+            clock: Returns the time in seconds.
         """
         self._cfg, self._clock = cfg, clock
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
@@ -36,7 +36,7 @@ class CheckpointRule:
         self._cost_s: float | None = None  # of the last save
 
     def is_due_at(self, step: int) -> bool:
-        """Whether this step (1-based, done) must have a checkpoint whatever the clock says."""
+        """Whether a checkpoint is due after this step (1-based), independently of the clock."""
         epoch, step_in_epoch = divmod(step, self._steps_per_epoch)
         by_epochs = (self._cfg.checkpoint_every_epochs, self._cfg.keep_every_epochs)
         at_epoch_end = step_in_epoch == 0 and any(every and epoch % every == 0 for every in by_epochs)
@@ -44,7 +44,7 @@ class CheckpointRule:
         return step == self._total_steps or at_epoch_end or bool(every and step % every == 0)
 
     def is_due_by_clock(self, step: int) -> bool:
-        """Whether the interval has passed by this step; ranks that ask get different answers."""
+        """Whether the interval has passed at this step; the answer may differ between ranks."""
         if not self._uses_clock:
             return False
         at_epoch_end_s, mid_epoch_s = self._intervals_s()
@@ -53,14 +53,14 @@ class CheckpointRule:
 
     @contextmanager
     def measured_save(self) -> Iterator[None]:
-        """Measures a save, from whose end the next interval is counted."""
+        """Measure the duration of a save; the next interval starts at its end."""
         began_s = self._clock()
         yield
         self._last_save_s = self._clock()
         self._cost_s = self._last_save_s - began_s
 
     def _intervals_s(self) -> tuple[float, float]:
-        """From the last save to the next one: at the end of an epoch, and in mid-epoch."""
+        """Time from the last save to the next, in seconds: at the end of an epoch, and mid-epoch."""
         if self._cfg.checkpoint_every_minutes:
             interval_s = 60 * self._cfg.checkpoint_every_minutes
             return interval_s, MID_EPOCH_FACTOR * interval_s

@@ -1,1 +1,1 @@
-"""What the command line offers besides training: one module per subcommand that is more than a call."""
+"""Sub-commands of the command line other than training: one module for each that is more than a single call."""

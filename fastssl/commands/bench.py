@@ -27,15 +27,15 @@ def bench_loader_on(
     device: str,
     out: Path | None,
 ) -> None:
-    """Measure the engines on a .beton, print one table and what bounds this machine; with `out`, append rows there.
+    """Measure the engines on a .beton file, print a table and the machine's bottleneck; append rows to `out` if given.
 
     Args:
-        beton: The file.
-        recipe: A recipe's name, or a .yaml file of one.
+        beton: The .beton file.
+        recipe: Name of a recipe, or a .yaml file with one.
         size_px: Side of every view; None: the recipe's.
         engines: Names of engines.
-        batch_size: Images of a batch.
-        num_threads: Cores to use; None: those of this process.
+        batch_size: Images per batch.
+        num_threads: Number of cores to use; None: all cores available to this process.
         seconds: Length of a timing window.
         device: "auto", "cpu" or "cuda".
         out: CSV file.
@@ -53,7 +53,7 @@ def bench_loader_on(
         seed=cfg.run.seed,
         device=_choose_device(cfg.run.device),
     )
-    environment = environment_columns(_PACKAGES) if out else {}  # before the run: the commit that is measured
+    environment = environment_columns(_PACKAGES) if out else {}  # before the run, so that it has the measured commit
     report = bench_loader(job, engines, window_s=seconds, say=_say)
     print(format_table(report.rows, list(report.rows[0])))
     print(f"\n{' '.join(report.sentences)}")

@@ -1,7 +1,7 @@
-"""`fastssl compare`: several configurations under several seeds, each trained, judged and set beside the others.
+"""`fastssl compare`: train and evaluate several configurations with several seeds, and compare the results.
 
-Judged on images held out of the training file, so that what is chosen by the table (a form of a loss, a temperature) is
-not chosen on test labels; --on-test reads data.test, once everything is chosen.
+Runs are evaluated on images held out of the training file, so that choices made from the table (a variant of a loss, a
+temperature) do not depend on test labels; --on-test uses data.test, for after all choices have been made.
 """
 
 import shlex
@@ -38,16 +38,16 @@ def compare(
     launcher: str = "",
     say: Callable[[str], None] = print,
 ) -> str:
-    """Train every configuration with the seeds 0, 1, ... and judge the encoders; what is complete is not done again.
+    """Train every configuration with the seeds 0, 1, ... and evaluate the encoders; complete runs are not repeated.
 
     Args:
         configs: YAML files; a file's stem is its name in the table.
-        out: Folder of the runs (NAME/seed_S), of compare.csv and compare.png.
-        num_seeds: Seeds each, >= 1.
-        overrides: `key=value`, for all of them.
-        on_test: Judge on data.test; otherwise on data.holdout_fraction of the training file.
-        launcher: What starts a training, such as "deepspeed --num_gpus 8"; empty: this Python, one process.
-        say: Told of the progress.
+        out: Folder for the runs (NAME/seed_S), compare.csv and compare.png.
+        num_seeds: Seeds per configuration, >= 1.
+        overrides: `key=value` changes for all configurations.
+        on_test: Evaluate on data.test; otherwise on data.holdout_fraction of the training file.
+        launcher: Command that starts a training, such as "deepspeed --num_gpus 8"; empty: this Python, one process.
+        say: Called with progress messages.
 
     Returns:
         The table: mean, standard deviation and Student's 95% interval over the seeds of each protocol's top-1.
@@ -74,7 +74,7 @@ def compare(
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One row for each configuration and metric, by metric, the best mean first."""
+    """One row per configuration and metric, grouped by metric, best mean first."""
     groups: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         groups.setdefault((row["metric"], row["config"]), []).append(row["percent"])
@@ -84,7 +84,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(summary: Sequence[Row], path: Path) -> None:
-    """Means with their standard deviations, a panel a metric."""
+    """Plot means with their standard deviations, one panel per metric."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +106,7 @@ def draw(summary: Sequence[Row], path: Path) -> None:
 
 
 def _check(configs: Sequence[Path], overrides: Sequence[str], num_seeds: int, *, on_test: bool) -> None:
-    """Everything that can be wrong before the hours."""
+    """Check all inputs before the long trainings."""
     if num_seeds < 1:
         raise UserError(f"--seeds must be >= 1, got {num_seeds}")
     names = [config.stem for config in configs]
@@ -138,7 +138,7 @@ def _train(config: Path, run: Path, overrides: Sequence[str], launcher: str) -> 
 
 
 def _judged(name: str, run: Path, seed: int, *, on_test: bool) -> list[Row]:
-    """A row for each protocol; judged once."""
+    """One row per protocol; the run is evaluated if it has not been already."""
     folder = RunFolder(run)
     if not (lines := _lines(folder, on_test=on_test)):
         evaluate_run(run, [] if on_test else ["data.test=null", "eval.baselines=false"])
@@ -157,7 +157,7 @@ def _judged(name: str, run: Path, seed: int, *, on_test: bool) -> list[Row]:
 
 
 def _lines(folder: RunFolder, *, on_test: bool) -> list[dict[str, Any]]:
-    """What the last checkpoint's encoder was judged by, the last line of each protocol."""
+    """The results of the last checkpoint's encoder, the last line of each protocol."""
     last_step = step_of(checkpoint_of(folder.checkpoints, None))
     lines = [
         line

@@ -1,4 +1,4 @@
-"""`fastssl eval RUN`: a checkpoint's encoder, beside the baselines, on the run's own data or on another data set."""
+"""`fastssl eval RUN`: evaluate a checkpoint's encoder and the baselines on the run's data or on another data set."""
 
 import json
 import time
@@ -33,12 +33,12 @@ from pipelines.views import build_eval_spec
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """What is judged.
+    """An encoder to evaluate.
 
     Attributes:
-        name: As in the results.
+        name: Name in the results.
         module: Images -> features.
-        identity: What tells its features from others, JSON values; None: they are not kept.
+        identity: Identifies its features in the cache, JSON values; None: they are not cached.
     """
 
     name: str
@@ -57,16 +57,16 @@ def evaluate_run(
 ) -> str:
     """Evaluate one checkpoint of a run, append the results to eval.jsonl and return a table.
 
-    Classifiers learn from the labelled images of the training part and are read once on the test part; their settings
-    were chosen on a part of the training part. See `choose_parts` for the two.
+    Classifiers are trained on the labelled images of the training part and evaluated once on the test part; their
+    settings are chosen on a validation part of the training part. See `choose_parts` for the two parts.
 
     Args:
         path: The run's folder.
         overrides: `key=value` changes of the run's configuration, such as eval.knn_k=10 or data.test=other.beton.
-        what: Protocols, in the place of eval.what.
-        on: Another data set to judge on.
+        what: Protocols, instead of eval.what.
+        on: Another data set to evaluate on.
         test: The test file.
-        step: Of the checkpoint; None: the last one.
+        step: Step of the checkpoint; None: the last one.
 
     Raises:
         ConfigError: no run, no such checkpoint, no labels, or settings that do not fit the data.
@@ -110,12 +110,12 @@ def _check_settings(cfg: Config, train: Part) -> None:
 
 
 def _encoders(cfg: Config, checkpoint: Path) -> Iterator[Encoder]:
-    """The baselines where they are wanted, then the checkpoint's."""
+    """The baselines if requested, then the checkpoint's encoder."""
     weights = load_weights(checkpoint)
     image_px = weights["image_px"]
     if cfg.eval.baselines:
         yield Encoder(name="raw pixels", module=nn.Flatten(), identity=None)
-        torch.manual_seed(cfg.run.seed)  # the encoder as the run's seed made it (run.init_from is not taken)
+        torch.manual_seed(cfg.run.seed)  # the encoder as initialised by the run's seed (ignores run.init_from)
         untrained, _ = build_backbone(cfg.model, image_px)
         identity = {"untrained": asdict(cfg.model), "image_px": image_px, "seed": cfg.run.seed}
         yield Encoder(name="untrained encoder", module=untrained, identity=identity)
@@ -156,7 +156,7 @@ def _judge(
 
 
 def _features(cfg: Config, encoder: Encoder, part: Part, device: torch.device, folder: Path) -> np.ndarray:
-    """float32 [n, F] of a part."""
+    """Features of a part, float32 [n, F]."""
 
     def encode() -> Iterator[np.ndarray]:
         loader = build_plain_loader(cfg.eval, cfg.data, cfg.views, part.reader, device)
@@ -177,7 +177,7 @@ def _features(cfg: Config, encoder: Encoder, part: Part, device: torch.device, f
 
 
 def _feature_key(cfg: Config, encoder: Encoder, reader: BetonReader, device: torch.device) -> dict[str, Any]:
-    """All that features depend on (the batch size and the number of threads may change their last bits)."""
+    """Everything that features depend on (except batch size and thread count, which may change the last bits)."""
     view = asdict(build_eval_spec(cfg.views)) | {"mean": cfg.views.mean, "std": cfg.views.std}
     made_by = {"engine": cfg.data.engine, "device": device.type, "torch": torch.__version__}
     data = data_identity(reader)

@@ -1,1 +1,1 @@
-"""How good an encoder is: the protocols, their data, their results."""
+"""Evaluation of an encoder: the protocols, their data, their results."""

@@ -1,4 +1,4 @@
-"""Accuracy and how sure it is. The one place that reads test labels."""
+"""Accuracy and its confidence intervals. The only place that reads test labels."""
 
 # M test images, C classes, R ranked classes, S repetitions
 
@@ -17,17 +17,17 @@ Interval = tuple[float, float]
 
 
 def judge(ranked: Sequence[np.ndarray], test_y: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Compare a protocol's answers with the test labels.
+    """Compare a protocol's predictions with the test labels.
 
     Args:
-        ranked: For each of S repetitions int64 [M, R].
+        ranked: For each of S repetitions, the ranked classes, int64 [M, R].
         test_y: Labels int64 [M].
         num_classes: C.
 
     Returns:
-        JSON values, accuracies as fractions: top1 and top5 (means over the repetitions; top5 None where C <= 5: it
-        would be 1), top1_each, top1_sd (None for one repetition), per_class (mean top-1 of each class; None for one
-        without test images), interval95_repetitions (None for one) and interval95_test_images.
+        JSON values, accuracies as fractions: top1 and top5 (means over the repetitions; top5 is None if C <= 5,
+        where it would be 1), top1_each, top1_sd (None for one repetition), per_class (mean top-1 of each class; None
+        for a class without test images), interval95_repetitions (None for one repetition) and interval95_test_images.
     """
     hits = np.stack([answer == test_y[:, None] for answer in ranked])
     first = hits[:, :, 0]
@@ -48,7 +48,7 @@ def judge(ranked: Sequence[np.ndarray], test_y: np.ndarray, num_classes: int) ->
 
 
 def t_interval(values: Sequence[float]) -> Interval | None:
-    """Student's interval for the mean of values that are normal and independent; None for a single one.
+    """Student's confidence interval for the mean of independent, normal values; None for a single value.
 
     mean -+ t(n - 1) s / sqrt(n), Student 1908, "The probable error of a mean", Biometrika 6.
     """
@@ -60,10 +60,10 @@ def t_interval(values: Sequence[float]) -> Interval | None:
 
 
 def over_seeds(percents: Sequence[float]) -> dict[str, Any]:
-    """Columns of a table: mean, standard deviation and Student's interval of runs that differ in their seed only.
+    """Columns of a table: mean, standard deviation and Student's interval of runs that differ only in their seed.
 
     Args:
-        percents: One a seed; of a single one the last two are None.
+        percents: One value per seed; for a single value, the last two columns are None.
     """
     interval = t_interval(percents)
     return {
@@ -75,7 +75,7 @@ def over_seeds(percents: Sequence[float]) -> dict[str, Any]:
 
 
 def wilson_interval(fraction: float, num: int) -> Interval:
-    """The score interval of a share of `num` independent trials.
+    """The Wilson score interval of a success fraction in `num` independent trials.
 
     Wilson 1927, "Probable inference", J. Am. Stat. Assoc. 22, p. 209: the probabilities p with
     |fraction - p| <= z sqrt(p (1 - p) / num).

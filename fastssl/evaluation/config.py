@@ -11,33 +11,34 @@ ProtocolName = Literal["knn", "linear", "logistic", "few_label", "linear_augment
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How an encoder is judged.
+    """How an encoder is evaluated.
 
-    Where several values are given, one is chosen on images held out of the training part.
+    If several values are given for a setting, one is chosen on images held out of the training part.
 
     Attributes:
         what: The protocols.
-        knn_k: Neighbours of the weighted kNN, or several numbers to choose from.
-        knn_temperature: Of its weights exp(similarity / temperature), or several to choose from.
-        few_labels: Numbers of labels per class to be judged at, such as (5, 20); empty: none.
-        num_draws: Random draws of the labelled images, averaged over.
-        num_seeds: Repetitions of what is random in linear, linear_augmented and finetune, after one choice of settings.
-        baselines: Also judge raw pixels and the untrained encoder.
-        local_batch_size: Images in one forward pass of the extraction.
-        feature_dtype: Of the features that are kept in the run's folder.
-        sgd_batch_size: Images of one step in linear, linear_augmented and finetune.
+        knn_k: Number of neighbours of the weighted kNN, or several numbers to choose from.
+        knn_temperature: Temperature in the weights exp(similarity / temperature), or several to choose from.
+        few_labels: Numbers of labels per class for the few-label evaluation, such as (5, 20); empty: none.
+        num_draws: Number of random draws of the labelled images; results are averaged over them.
+        num_seeds: Number of repetitions of linear, linear_augmented and finetune with different seeds; settings are
+            chosen once.
+        baselines: Also evaluate raw pixels and the untrained encoder.
+        local_batch_size: Images per forward pass of the feature extraction.
+        feature_dtype: Dtype of the features cached in the run's folder.
+        sgd_batch_size: Images per step in linear, linear_augmented and finetune.
         linear_lrs: Peak learning rates to choose from, for standardised features.
-        linear_weight_decays: Likewise.
-        linear_epochs: Passes over the features; the epoch to stop at is chosen too.
+        linear_weight_decays: Weight decays to choose from.
+        linear_epochs: Passes over the features; the epoch to stop at is also chosen.
         augmented_epochs: Passes of linear_augmented over the images.
-        augment: Fields of the random views of linear_augmented and finetune, such as {"flip_p": 0}; the rest is
-            RandomResizedCrop's default and the flip.
+        augment: Changes to the random views of linear_augmented and finetune, such as {"flip_p": 0}; the default is
+            RandomResizedCrop's defaults and the flip.
         finetune_lrs: Peak learning rates to choose from.
         finetune_weight_decay: Not applied to biases and norm parameters.
-        finetune_layer_decay: The learning rate of a layer is this to the power of its distance from the classifier
-            times the classifier's; 1: one for all.
-        finetune_epochs: Passes over the images; the epoch to stop at is chosen too.
-        probe_lr: Learning rate of the linear probe that learns beside the training.
+        finetune_layer_decay: The learning rate of a layer is the classifier's times this value to the power of its
+            distance from the classifier; 1: the same learning rate for all layers.
+        finetune_epochs: Passes over the images; the epoch to stop at is also chosen.
+        probe_lr: Learning rate of the online linear probe, trained alongside pre-training.
     """
 
     what: tuple[ProtocolName, ...] = ("knn", "linear", "logistic", "few_label")
@@ -89,10 +90,10 @@ class EvalConfig:
 
 
 def values_of(value: Any) -> Sequence[Any]:
-    """One value or several, as several."""
+    """Return one or several values as a sequence."""
     return value if isinstance(value, tuple | list) else (value,)
 
 
 def with_pairs(fields: dict[str, Any]) -> dict[str, Any]:
-    """YAML's lists of two as the pairs that ViewSpec takes."""
+    """Convert YAML's two-element lists to the tuples that ViewSpec expects."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

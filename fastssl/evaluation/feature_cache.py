@@ -1,4 +1,4 @@
-"""Features of a whole file, computed once and kept in the run's folder as a memory map."""
+"""Features of a whole file, computed once and cached in the run's folder as a memory map."""
 
 # N images of the file, F features
 
@@ -16,30 +16,30 @@ import numpy as np
 from fastssl.errors import ConfigError
 from pipelines.beton import BetonReader
 
-FORMAT_VERSION = 1  # part of every key: what is written under another version is not found
+FORMAT_VERSION = 1  # part of every key: files of another version are not found
 
 
 def cached_features(
     folder: Path, name: str, key: Mapping[str, Any], num_images: int, encode: Callable[[], Iterable[np.ndarray]]
 ) -> np.ndarray:
-    """The features that `key` describes: read where they lie in the folder, else computed and written.
+    """The features that `key` describes: read from the folder if cached, else computed and written.
 
     The file's name ends in a digest of the key, so features of another key are never found. The folder may be
     deleted at any time.
 
     Args:
-        folder: Where the files lie; made where it is not there.
-        name: First part of the file's name, for people.
-        key: All that the features depend on, JSON values; "dtype" is that of the file.
+        folder: Folder of the cache; created if missing.
+        name: First, human-readable part of the file's name.
+        key: Everything that the features depend on, JSON values; "dtype" is the dtype of the file.
         num_images: N.
-        encode: Gives the features in order, blocks [B, F] whose B sum to N; called only where nothing is found.
+        encode: Returns the features in order, in blocks [B, F] whose B sum to N; called only if nothing is cached.
 
     Returns:
-        [N, F] in key["dtype"]: a private memory map, what is written into it does not reach the file.
+        [N, F] in key["dtype"]: a copy-on-write memory map: writes to it do not change the file.
 
     Raises:
         ConfigError: the folder cannot be written.
-        ValueError: other than N rows came.
+        ValueError: `encode` did not return N rows.
     """
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, key], sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{name}_{digest}.npy"
@@ -52,25 +52,25 @@ def cached_features(
 
 
 def data_identity(reader: BetonReader) -> dict[str, Any]:
-    """What tells a data file from others, as JSON values: bytes, images, and the checksum in its sidecar.
+    """Identity of a data file, as JSON values: size in bytes, number of images, and the checksum in its sidecar.
 
-    A file without a sidecar has the time of its last change in the place of the checksum: raw images of one size
-    make files of equal length.
+    Without a sidecar, the modification time replaces the checksum, because files of raw images of one size have equal
+    lengths.
     """
     checksum = reader.sidecar.get("sha256") or f"changed {reader.path.stat().st_mtime_ns}"
     return {"file_bytes": len(reader.mmap), "num_images": reader.num_samples, "checksum": checksum}
 
 
 def _read(path: Path, num_images: int, dtype: str) -> np.ndarray | None:
-    """None where there is no whole file."""
+    """Read a cached file; None if it is missing or incomplete."""
     try:
         features = np.load(path, mmap_mode="c")
         header_bytes = features.offset
         is_whole = features.ndim == 2 and len(features) == num_images and features.dtype == np.dtype(dtype)
         is_whole = is_whole and path.stat().st_size == header_bytes + features.nbytes
-    except OSError:  # not there; what else it may be shows when it is written
+    except OSError:  # missing; any other cause shows up when it is written
         return None
-    except (ValueError, EOFError, AttributeError):  # a header or a map cut short; an array without a map
+    except (ValueError, EOFError, AttributeError):  # a truncated header or map; an array that cannot be mapped
         is_whole = False
     if not is_whole:
         print(f"fastssl: warning: {path} is damaged and is made anew", file=sys.stderr, flush=True)
@@ -79,7 +79,7 @@ def _read(path: Path, num_images: int, dtype: str) -> np.ndarray | None:
 
 
 def _write(path: Path, num_images: int, dtype: str, blocks: Iterable[np.ndarray]) -> None:
-    """Under a temporary name, then renamed. Not through a map: on a full disk that would kill the process."""
+    """Write under a temporary name, then rename. Not through a memory map: a full disk would kill the process."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Features of images from a frozen encoder."""
 
-# N images, B of a batch, F features
+# N images, B batch size, F features
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ def encode_batches(encoder: nn.Module, eval_loader: Iterable[Batch]) -> Iterator
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each part's own mode comes back."""
+    """Context with the module in eval mode; each submodule's own mode is restored afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

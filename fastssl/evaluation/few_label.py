@@ -1,4 +1,4 @@
-"""Accuracy with a few labels per class: what an encoder without labels is for."""
+"""Accuracy with a few labels per class, the main use of an encoder trained without labels."""
 
 # N training images, M test images, F features, n labels per class, C classes
 
@@ -16,7 +16,7 @@ _CHUNK_ROWS = 4096
 
 
 def check_few_label(cfg: EvalConfig, train_y: np.ndarray) -> None:
-    """Refuse more labels per class than there are.
+    """Refuse more labels per class than are available.
 
     Raises:
         ValueError: names the key.
@@ -31,12 +31,12 @@ def check_few_label(cfg: EvalConfig, train_y: np.ndarray) -> None:
 def few_label(task: Task) -> dict[str, Outcome]:
     """Logistic regression (C = 1) and the nearest neighbour from n labelled training images of each class.
 
-    Nothing is chosen. One convention for features and raw pixels alike: rows are centred by the training part's mean
-    and divided by ONE standard deviation over all its values (no labels are used). The scale of an encoder's features
-    then does not matter, and no column is blown up as pixels at the border would be: on scikit-learn's digits raw
-    pixels score up to 5 points higher this way than standardised column by column, and within half a point of the
-    best among that, unit rows and levels in [0, 1]. The neighbour is the nearest in Euclidean distance, which
-    the convention leaves as it is.
+    No setting is tuned. Features and raw pixels are scaled in the same way: rows are centred by the training part's
+    mean and divided by ONE standard deviation over all its values (no labels are used). Then the scale of an encoder's
+    features does not matter, and no column is amplified, as nearly constant border pixels would be: on scikit-learn's
+    digits, raw pixels score up to 5 points higher this way than standardised per column, and within half a point of the
+    best of per-column standardisation, unit rows and levels in [0, 1]. The nearest neighbour is by Euclidean distance;
+    this scaling does not change it.
 
     Draw d of the labelled images is the same in every call and for every kind of features.
     """
@@ -63,7 +63,7 @@ def draw_labelled(labels: np.ndarray, num_per_class: int, draw: int) -> np.ndarr
     Args:
         labels: int64 [N]; no class has fewer than n images.
         num_per_class: n.
-        draw: Its number.
+        draw: Number of the draw.
     """
     order = epoch_order(np.arange(len(labels)), seed=draw, epoch=0)
     return np.concatenate([order[labels[order] == label][:num_per_class] for label in np.unique(labels)])
@@ -75,7 +75,7 @@ def _rank_by_logistic(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarr
 
 
 def _rank_by_distance(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, num_classes: int) -> np.ndarray:
-    """Classes by the distance of their nearest labelled image."""
+    """Rank classes by the distance of their nearest labelled image."""
     labelled = torch.as_tensor(train_x)
     index = torch.as_tensor(train_y)
     nearest = []

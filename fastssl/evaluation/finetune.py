@@ -1,6 +1,6 @@
-"""Fine-tuning: the whole encoder and a linear classifier learn from the labels, for a few epochs."""
+"""Fine-tuning: the whole encoder and a linear classifier are trained on the labels for a few epochs."""
 
-# B of a batch, F features, C classes, E epochs
+# B batch size, F features, C classes, E epochs
 
 import copy
 import itertools
@@ -20,10 +20,10 @@ from fastssl.evaluation.task import Outcome, Task, rank_classes, split_validatio
 
 
 def finetune(task: Task) -> dict[str, Outcome]:
-    """Choose learning rate and epoch on the validation part, then start anew and learn from the whole part.
+    """Choose learning rate and epoch on the validation part, then train from the start on the whole training part.
 
-    SGD with momentum, cosine schedule, random crops and flips. Of settings that are equally good the later epoch and
-    the smaller learning rate count.
+    SGD with momentum, cosine schedule, random crops and flips. Ties go to the later epoch and the smaller learning
+    rate.
     """
     images, cfg = task.images, task.cfg
     assert images is not None
@@ -41,14 +41,14 @@ def finetune(task: Task) -> dict[str, Outcome]:
 
 
 def _choose(task: Task, images: Images) -> tuple[float, int, float]:
-    """The best learning rate on the validation part, its best epoch (from 0), and the accuracy there."""
+    """The best learning rate on the validation part, its best epoch (0-based), and the accuracy there."""
     lrs = task.cfg.finetune_lrs
     fit, validation = split_validation(task.train_y)
     top1 = np.empty((task.cfg.finetune_epochs, len(lrs)))
     for index, lr in enumerate(lrs):
         for epoch, model in enumerate(_learn(task, images, fit, lr, seed=0)):
             logits = _logits(model, images.plain_train(validation))
-            hits = (logits.argmax(1) == task.train_y[validation]) & np.isfinite(logits).all(1)  # none once it diverged
+            hits = (logits.argmax(1) == task.train_y[validation]) & np.isfinite(logits).all(1)  # none if it diverged
             top1[epoch, index] = hits.mean()
     epoch, index = max(np.ndindex(*top1.shape), key=lambda at: (top1[at], at[0], -lrs[at[1]]))
     return lrs[index], epoch, float(top1[epoch, index])
@@ -58,9 +58,9 @@ def parameter_groups(model: nn.Sequential, lr: float, cfg: EvalConfig) -> list[d
     """Groups of the optimizer: learning rates by layer; no weight decay on biases and norm parameters.
 
     The classifier has the learning rate `lr`, the layer before it eval.finetune_layer_decay times that, and so on
-    (as in Bao et al. 2021 (BEiT), arXiv:2106.08254). Layers are the encoder's direct children with parameters, and
-    the blocks of those that are sequences; what lies in the encoder itself, such as a class token, belongs to the
-    first one.
+    (as in Bao et al. 2021 (BEiT), arXiv:2106.08254). Layers are the encoder's direct children with parameters, or the
+    blocks of a child that is a sequence. Parameters of the encoder itself, such as a class token, belong to the first
+    layer.
 
     Args:
         model: Encoder and classifier.
@@ -91,9 +91,9 @@ def _layers(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _learn(task: Task, images: Images, positions: np.ndarray, lr: float, seed: int) -> Iterator[nn.Module]:
-    """Yields the model after each epoch; the classifier starts at zero."""
+    """Yield the model after each epoch; the classifier is initialised to zero."""
     cfg = task.cfg
-    torch.manual_seed(seed)  # of dropout
+    torch.manual_seed(seed)  # for dropout
     classifier = nn.Linear(task.train_x.shape[1], task.num_classes, device=task.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
@@ -104,7 +104,7 @@ def _learn(task: Task, images: Images, positions: np.ndarray, lr: float, seed: i
     for epoch in range(cfg.finetune_epochs):
         num_batches, batches = images.augmented(positions, seed, epoch)
         for number, (view, rows) in enumerate(batches):
-            if len(rows) < 2:  # a batch norm has no statistics of one image
+            if len(rows) < 2:  # batch norm needs more than one image
                 continue
             factor = cosine(epoch * num_batches + number, cfg.finetune_epochs * num_batches)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -116,6 +116,6 @@ def _learn(task: Task, images: Images, positions: np.ndarray, lr: float, seed: i
 
 
 def _logits(model: nn.Module, views: Iterator[Tensor]) -> np.ndarray:
-    """[M, C] of plain views."""
+    """Logits [M, C] of plain views."""
     with eval_mode(model), torch.inference_mode():
         return np.concatenate([model(view).float().cpu().numpy() for view in views])

@@ -1,6 +1,6 @@
-"""The images of a task, plain and augmented, through the project's own loaders."""
+"""The images of a task, plain and augmented, read by the project's own loaders."""
 
-# B of a batch, n images of a part
+# B batch size, n images of a part
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +17,7 @@ from pipelines.loader import DataConfig, EvalLoader, Loader, build_eval_loader, 
 from pipelines.view_spec import ViewSpec
 from pipelines.views import ViewsConfig, build_eval_spec
 
-# Supervised training's views: RandomResizedCrop's defaults and the flip (torchvision's references).
+# Views of supervised training: RandomResizedCrop's defaults and the flip (as in torchvision's references).
 PLAIN_AUGMENTATION: dict[str, Any] = {"crop_scale": (0.08, 1.0), "jitter_p": 0.0, "grayscale_p": 0.0}
 _EPOCHS_OF_SEED = 1 << 16  # epochs of different repetitions must not have the same number
 
@@ -28,7 +28,7 @@ class Part:
 
     Attributes:
         reader: The open file.
-        ids: Which of its samples, int64 [n], ascending.
+        ids: Ids of its samples in this part, int64 [n], ascending.
     """
 
     reader: BetonReader
@@ -41,10 +41,10 @@ class Part:
 
 
 class Images:
-    """Training images in random views, images of both parts in plain ones; no label.
+    """Random views of training images, and plain views of both parts; no labels.
 
     Attributes:
-        encoder: The encoder to judge; its user must leave it as it is.
+        encoder: The encoder to evaluate; users must not modify it.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Images:
     ) -> tuple[int, Iterator[tuple[Tensor, np.ndarray]]]:
         """One epoch of random views of some training images.
 
-        The loader reads the whole file; what is not asked for is left out of its batches, which differ in size.
+        The loader reads the whole file; other images are removed from its batches, which therefore differ in size.
 
         Args:
-            positions: Which of the training part, int64.
-            seed: Of the repetition.
-            epoch: Its number, < 65,536.
+            positions: Positions in the training part, int64.
+            seed: Seed of the repetition.
+            epoch: Number of the epoch, < 65,536.
 
         Returns:
             The number of batches, and an iterator of views [B, 3, H, W] on the device and positions int64 [B].
@@ -97,7 +97,7 @@ class Images:
             self._loader.close()
 
     def _iterate(self, loader: Loader, positions: np.ndarray, epoch: int) -> Iterator[tuple[Tensor, np.ndarray]]:
-        is_wanted = np.zeros(len(self._train.ids) + 1, dtype=bool)  # the last one stands for position -1
+        is_wanted = np.zeros(len(self._train.ids) + 1, dtype=bool)  # the last entry is that of position -1
         is_wanted[positions] = True
         with closing(loader.epoch(epoch)) as batches:
             for batch in batches:
@@ -114,14 +114,14 @@ class Images:
     def _build_loader(self) -> Loader:
         reader = self._train.reader
         size = min(self._cfg.sgd_batch_size, reader.num_samples)
-        # A damaged image ends the evaluation: its substitute could be one that is held out.
+        # A damaged image ends the evaluation, since its substitute could be a held-out image.
         data = replace(self._data, global_batch_size=size, max_bad_fraction=0.0)
         process = {"rank": 0, "world_size": 1, "device": self._device, "num_threads": torch.get_num_threads()}
         return build_loader(reader, data, augmented_views(self._cfg, self._views), seed=0, **process)
 
 
 def augmented_views(cfg: EvalConfig, views: ViewsConfig) -> ViewsConfig:
-    """One random view of the size of the plain one: crop and flip, changed by eval.augment."""
+    """One random view of the plain view's size: crop and flip, with the changes of eval.augment."""
     size = {"size_px": build_eval_spec(views).size_px}
     fields: dict[str, Any] = PLAIN_AUGMENTATION | size | with_pairs(cfg.augment)
     spec = asdict(ViewSpec(**fields))

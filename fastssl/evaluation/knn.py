@@ -17,7 +17,7 @@ _CHUNK_ROWS = 1024  # at ImageNet's 1.28 M training images one chunk of similari
 
 
 def check_knn(cfg: EvalConfig, train_y: np.ndarray) -> None:
-    """Refuse more neighbours than there are.
+    """Refuse more neighbours than there are training images.
 
     Raises:
         ValueError: names the key.
@@ -29,9 +29,9 @@ def check_knn(cfg: EvalConfig, train_y: np.ndarray) -> None:
 
 
 def knn(task: Task) -> dict[str, Outcome]:
-    """The configured k and temperature; of several the pair that is best on the validation part.
+    """kNN with the configured k and temperature; if there are several, with the best pair on the validation part.
 
-    Of equally good pairs the first in the configuration's order counts.
+    Ties go to the first pair in the configuration's order.
     """
     cfg, chosen = task.cfg, {}
     settings: dict[str, Any] = {"num_classes": task.num_classes, "device": task.device}
@@ -56,21 +56,21 @@ def knn_votes(
     num_classes: int,
     device: torch.device | None = None,
 ) -> list[np.ndarray]:
-    """Votes of the k most similar training images, each weighing exp((cosine - 1) / temperature).
+    """Votes of the k most similar training images, each with weight exp((cosine - 1) / temperature).
 
     Wu et al. 2018, arXiv:1805.01978, section 3.4; k = 200 and temperature .1 as in their code for CIFAR-10. The -1
-    scales all votes of an image alike and keeps the weights in (0, 1].
+    scales all votes for an image by the same factor and keeps the weights in (0, 1].
 
     Args:
         train_x: Features [N, F]; normalised inside.
         train_y: Labels int64 [N] in [0, num_classes).
         test_x: Features [M, F].
-        pairs: (k in [1, N], temperature > 0, dimensionless), for each of which there is an answer.
+        pairs: Pairs (k in [1, N], temperature > 0, dimensionless).
         num_classes: C.
-        device: Where similarities and votes are computed, in fp32; None: the CPU.
+        device: Device on which similarities and votes are computed, in fp32; None: the CPU.
 
     Returns:
-        For each pair float32 [M, C].
+        The votes for each pair, float32 [M, C].
 
     Raises:
         ValueError: k outside of [1, N], or temperature <= 0.

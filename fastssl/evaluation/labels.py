@@ -1,4 +1,4 @@
-"""Whether files can be judged, and judged together: labels, classes."""
+"""Checks that files have labels, and that training and test file have the same classes."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from pipelines.beton import BetonReader
 
 
 def num_labelled_classes(reader: BetonReader) -> int:
-    """Number of different labels; images without one (-1) do not count."""
+    """Number of distinct labels; images without a label (-1) are ignored."""
     return len(_classes(reader))
 
 
 def check_test_data(test: str | None, train: BetonReader) -> None:
-    """Refuse a test file on which the run could not be evaluated, before training and not after it.
+    """Refuse a test file on which the run could not be evaluated; called before training, to fail early.
 
     Args:
         test: data.test of the configuration.
@@ -27,12 +27,12 @@ def check_test_data(test: str | None, train: BetonReader) -> None:
 
 
 def check_same_classes(train: BetonReader, test: BetonReader, test_key: str) -> None:
-    """Refuse test images that classifiers of the training file cannot be judged by.
+    """Refuse a test file on which classifiers of the training file cannot be evaluated.
 
     Args:
-        train: The training file; one without labels is judged by nothing and passes.
+        train: The training file; if it has no labels, nothing is evaluated and the check passes.
         test: The test file.
-        test_key: What named it, for the message.
+        test_key: The option or key that named it, for the error message.
 
     Raises:
         ConfigError: it has no labels, or other classes than the training file.

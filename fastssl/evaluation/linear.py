@@ -1,4 +1,4 @@
-"""A linear classifier by SGD on features of plain views, with a sweep over learning rate and weight decay."""
+"""A linear classifier trained by SGD on features of plain views, with a sweep over learning rate and weight decay."""
 
 from collections.abc import Iterator
 
@@ -12,12 +12,12 @@ from pipelines.sampler import epoch_order
 
 
 def linear(task: Task) -> dict[str, Outcome]:
-    """See `sweep`; each image has one view, the plain one."""
+    """See `sweep`; each image has a single, plain view."""
 
-    features = torch.from_numpy(task.train_x).to(task.device)  # on the CPU no copy is made
+    features = torch.from_numpy(task.train_x).to(task.device)  # no copy on the CPU
 
     def batches(positions: np.ndarray, seed: int, epoch: int) -> tuple[int, Iterator[tuple[Tensor, np.ndarray]]]:
-        # Batches of nearly one size: no image is left out, and no small last batch is a noisy step.
+        # Batches of nearly equal size: no image is dropped, and there is no noisy step on a small last batch.
         order = epoch_order(positions, seed, epoch)
         pieces = np.array_split(order, -(-len(order) // task.cfg.sgd_batch_size))
         return len(pieces), ((features[torch.from_numpy(rows).to(task.device)], rows) for rows in pieces)

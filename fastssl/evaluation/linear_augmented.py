@@ -14,8 +14,8 @@ from fastssl.evaluation.task import Outcome, Task
 def linear_augmented(task: Task) -> dict[str, Outcome]:
     """See `sweep`; each epoch encodes every training image in a new random view.
 
-    The protocol of Chen et al. 2020 (SimCLR), arXiv:2002.05709, but all candidates learn from one encoding, and
-    features are standardised by the training part's plain views.
+    The protocol of Chen et al. 2020 (SimCLR), arXiv:2002.05709, except that all candidates are trained on the same
+    encodings, and features are standardised with the statistics of the training part's plain views.
     """
     images = task.images
     assert images is not None

@@ -1,6 +1,6 @@
-"""Linear classifiers that learn side by side from the same batches, so that a sweep costs little more than one."""
+"""Linear classifiers trained in parallel on the same batches, so that a sweep costs little more than one classifier."""
 
-# K classifiers, B of a batch, N images, F features, C classes, E epochs
+# K classifiers, B batch size, N images, F features, C classes, E epochs
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ class Candidate:
     weight_decay: float
 
 
-# (positions to learn from, seed, epoch) -> how many batches, and the batches: features [B, F], positions [B]
+# (training positions, seed, epoch) -> number of batches, and the batches: features [B, F], positions [B]
 Batches = Callable[[np.ndarray, int, int], tuple[int, Iterable[tuple[Tensor, np.ndarray]]]]
 
 
@@ -34,9 +34,9 @@ class LinearHeads:
     """K softmax classifiers, each with its own learning rate and weight decay.
 
     Plain SGD with momentum on the mean cross-entropy, in closed form: with p = softmax(x W + b) and the one-hot labels
-    t the gradients are x^T (p - t) / B and the column means of p - t. The K weights lie side by side in one matrix
-    [F, K C], so each batch takes two products however many candidates there are. Weights start at zero; biases have
-    no weight decay.
+    t the gradients are x^T (p - t) / B and the column means of p - t. The K weight matrices are columns of one matrix
+    [F, K C], so each batch takes two matrix products, independently of K. Weights start at zero; biases have no weight
+    decay.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class LinearHeads:
         self._weight_decay = self._columns([candidate.weight_decay for candidate in candidates])
 
     def step(self, x: Tensor, y: Tensor, lr_factor: float) -> None:
-        """Learn from one batch.
+        """Take one SGD step on a batch.
 
         Args:
             x: Standardised features, fp32 [B, F].
             y: Labels int64 [B].
-            lr_factor: Share of the peak learning rates to take.
+            lr_factor: Factor on the peak learning rates.
         """
         error = self.scores(x).softmax(2)
         error.scatter_add_(2, y[:, None, None].expand(-1, self._num, 1), error.new_full((len(y), self._num, 1), -1.0))
@@ -75,10 +75,10 @@ class LinearHeads:
 
 
 class Standardiser:
-    """Centres columns and divides them by their standard deviation; constant ones are only centred."""
+    """Centres columns and divides them by their standard deviation; constant columns are only centred."""
 
     def __init__(self, x: np.ndarray, positions: np.ndarray, device: torch.device) -> None:
-        """Take the statistics of some rows of x [N, F], in double precision and in pieces; kept on `device`."""
+        """Compute statistics of the rows of x [N, F] at `positions`, in fp64 and in chunks; stored on `device`."""
         pieces = np.array_split(positions, -(-len(positions) // _CHUNK_ROWS))
         mean = np.sum([x[piece].sum(0, dtype=np.float64) for piece in pieces], axis=0) / len(positions)
         squares = np.sum([((x[piece] - mean) ** 2).sum(0) for piece in pieces], axis=0)
@@ -87,20 +87,20 @@ class Standardiser:
         self._mean, self._scale = (torch.tensor(column, dtype=torch.float32, device=device) for column in (mean, scale))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Of x [B, F] anywhere, fp32 [B, F] on the device."""
+        """Standardise x [B, F], on any device; returns fp32 [B, F] on `device`."""
         return (x.to(self._mean) - self._mean) / self._scale
 
 
 def sweep(task: Task, batches: Batches, num_epochs: int) -> Outcome:
-    """Choose learning rate, weight decay and epoch on the validation part, then learn anew from the whole part.
+    """Choose learning rate, weight decay and epoch on the validation part, then retrain on the whole training part.
 
-    Validation and test images are scored by the features of their plain views. Of settings that are equally good
-    the later epoch, the stronger weight decay and the smaller learning rate count. The schedule is a cosine over
-    `num_epochs`, also where it is left at an earlier epoch.
+    Validation and test images are scored with the features of their plain views. Ties go to the later epoch, the
+    stronger weight decay and the smaller learning rate. The schedule is a cosine over `num_epochs`, even if training
+    stops at an earlier epoch.
 
     Args:
         task: Features and labels.
-        batches: Where the features to learn from come from.
+        batches: Provides the training features.
         num_epochs: E.
     """
     cfg = task.cfg
@@ -118,13 +118,13 @@ def sweep(task: Task, batches: Batches, num_epochs: int) -> Outcome:
     return Outcome(ranked=ranked, chosen=chosen, repeated_over="seeds")
 
 
-Scores = Callable[[np.ndarray], Iterator[Tensor]]  # features [N, F] -> pieces of the logits [B, K, C]
+Scores = Callable[[np.ndarray], Iterator[Tensor]]  # features [N, F] -> chunks of the logits [B, K, C]
 
 
 def _learn(
     task: Task, batches: Batches, positions: np.ndarray, candidates: Sequence[Candidate], *, seed: int, num_epochs: int
 ) -> Iterator[Scores]:
-    """Yields after each epoch what scores features."""
+    """Yield, after each epoch, a function that scores features."""
     standardise = Standardiser(task.train_x, positions, task.device)
     heads = LinearHeads(task.train_x.shape[1], task.num_classes, candidates, task.device)
     labels = torch.from_numpy(task.train_y).to(task.device)
@@ -144,7 +144,7 @@ def _learn(
 def _choose(
     task: Task, batches: Batches, candidates: Sequence[Candidate], num_epochs: int
 ) -> tuple[Candidate, int, float]:
-    """The best candidate on the validation part, its best epoch (from 0), and its accuracy there."""
+    """The best candidate on the validation part, its best epoch (0-based), and its accuracy there."""
     fit, validation = split_validation(task.train_y)
     top1 = np.empty((num_epochs, len(candidates)))
     for epoch, scores_of in enumerate(_learn(task, batches, fit, candidates, seed=0, num_epochs=num_epochs)):
@@ -156,12 +156,12 @@ def _choose(
 
 
 def cosine(step: int, num_steps: int) -> float:
-    """Share of the peak learning rate: 1 at step 0, 0 after the last."""
+    """Cosine schedule as a fraction of the peak learning rate: 1 at step 0, 0 after the last step."""
     return learning_rate(step, base_lr=1.0, global_batch_size=256, warmup_steps=0, total_steps=num_steps)
 
 
 def _top1(scores_of: Scores, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[K]; a classifier that has diverged has 0."""
+    """Top-1 accuracy of each classifier [K]; 0 for a classifier that has diverged."""
     hits, first = 0, 0
     for scores in scores_of(x):
         best, predicted = scores.cpu().max(2)
@@ -172,7 +172,7 @@ def _top1(scores_of: Scores, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _at_edge(best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Settings whose best value is the first or last of the grid: a wider one might be better."""
+    """Settings whose best value is the first or last of the grid: a wider grid might be better."""
     edges = []
     for name in ("lr", "weight_decay"):
         values = sorted({getattr(candidate, name) for candidate in candidates})

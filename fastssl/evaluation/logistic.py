@@ -13,14 +13,14 @@ from threadpoolctl import threadpool_limits
 
 from fastssl.evaluation.task import Outcome, Task, rank_classes, split_validation
 
-C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strength of the L2 penalty, on a sum over the images
+C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strength of the L2 penalty; the loss is a sum over images
 MAX_ITERATIONS = 1000
 
 
 def logistic(task: Task) -> dict[str, Outcome]:
     """Choose C on the validation part, fit the whole training part, and score the test part once."""
-    # L-BFGS makes thousands of small BLAS calls: a second thread only waits (30 times slower beside another busy
-    # process, 2 cores), and with one the result does not depend on the number of cores.
+    # L-BFGS makes thousands of small BLAS calls, for which a second thread only adds waiting (30 times slower next to
+    # another busy process on 2 cores); with one thread the result does not depend on the number of cores.
     with threadpool_limits(1, user_api="blas"):
         c, validation_top1 = choose_c(task.train_x, task.train_y)
         model = fit_logistic(task.train_x, task.train_y, c)
@@ -33,7 +33,7 @@ def logistic(task: Task) -> dict[str, Outcome]:
 def choose_c(train_x: np.ndarray, train_y: np.ndarray) -> tuple[float, float]:
     """The C of C_GRID with the best accuracy on the validation part, and that accuracy.
 
-    Equal ones: the smallest, the strongest penalty.
+    Ties go to the smallest C, the strongest penalty.
     """
     fit, validation = split_validation(train_y)
 
@@ -54,9 +54,9 @@ def fit_logistic(x: np.ndarray, y: np.ndarray, c: float) -> Pipeline:
 
 
 def class_scores(model: LogisticRegression | Pipeline, x: np.ndarray, num_classes: int) -> np.ndarray:
-    """Logits [M, C] of a fitted model; -inf for classes that it has not met."""
+    """Logits [M, C] of a fitted model; -inf for classes missing in its training data."""
     found = model.decision_function(x)
-    if found.ndim == 1:  # of two classes scikit-learn gives the second one's alone
+    if found.ndim == 1:  # for two classes scikit-learn returns the second's only
         found = np.stack([-found, found], 1)
     scores = np.full((len(x), num_classes), -np.inf)
     scores[:, model.classes_] = found

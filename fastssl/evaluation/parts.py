@@ -1,4 +1,4 @@
-"""Which images an encoder is judged on: the part that classifiers learn from, and the test part."""
+"""Chooses the images for an evaluation: the training part for classifiers, and the test part."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
     """Open the files and split them.
 
     Args:
-        data: Its train, test and holdout_fraction count.
-        on: Another data set to judge on, in the place of data.train and data.test.
-        test: The test file, in the place of data.test.
+        data: Its train, test and holdout_fraction are used.
+        on: Another data set to evaluate on, instead of data.train and data.test.
+        test: The test file, instead of data.test.
 
     Returns:
-        Training part, test part, and in words where the test part comes from: a file of its own, or, without one,
-        images of the training file that are held out.
+        Training part, test part, and a description of where the test part comes from: its own file or, without one,
+        held-out images of the training file.
 
     Raises:
         ConfigError: too few labels, or classes that differ; the message names the option or the key.

@@ -1,4 +1,4 @@
-"""A linear probe that learns beside the training, from features whose gradient it never touches."""
+"""A linear probe trained alongside pre-training on detached features, so that it does not affect the encoder."""
 
 # B local batch, V views, F features, C classes
 
@@ -16,11 +16,11 @@ from fastssl.optim.skipping import prepare_state, skipped_unless
 class OnlineProbe(nn.Module):
     """Linear classifier on detached fp32 features, with its own SGD (momentum .9, no weight decay).
 
-    It learns from the labelled samples outside of the hold-out and is scored on those inside, so its accuracy is
-    not that of memorised samples. The state dict carries the optimizer too.
+    It is trained on the labelled samples outside of the hold-out and scored on those inside, so its accuracy does not
+    measure memorised samples. The state dict includes the optimizer state.
     """
 
-    COUNTS = ("online_correct", "online_total")  # the names of what a step counts
+    COUNTS = ("online_correct", "online_total")  # keys of the counts that `step` returns
 
     def __init__(self, num_features: int, num_classes: int, cfg: EvalConfig) -> None:
         super().__init__()
@@ -28,21 +28,21 @@ class OnlineProbe(nn.Module):
         self.optimizer = torch.optim.SGD(self.linear.parameters(), lr=cfg.probe_lr, momentum=0.9, fused=True)
 
     def step(self, h: list[Tensor], labels: Tensor, is_holdout: Tensor, taken: Tensor) -> dict[str, Tensor]:
-        """Score one batch, then learn from it. Copies nothing to the host.
+        """Score one batch, then train on it. Copies nothing to the host.
 
         Args:
             h: V features [B, F], of any precision; detached inside.
-            labels: int64 [B]; -1 (no label) is left out of everything.
+            labels: int64 [B]; samples with -1 (no label) are ignored.
             is_holdout: bool [B].
-            taken: bool, 0-dim: False leaves the classifier as it is.
+            taken: bool, 0-dim: False leaves the classifier unchanged.
 
         Returns:
-            Scalars of this rank by the names of COUNTS, over the views of the hold-out samples.
+            Scalars of this rank with the keys of COUNTS, over the views of the hold-out samples.
         """
         features = torch.cat([view.detach() for view in h]).float()
         labels, is_holdout = labels.repeat(len(h)), is_holdout.repeat(len(h))
         is_labelled = labels >= 0
-        with torch.autocast(features.device.type, enabled=False):  # the backward, too, would run in low precision
+        with torch.autocast(features.device.type, enabled=False):  # otherwise forward and backward run in low precision
             logits = self.linear(features)
             losses = cross_entropy(logits, labels, reduction="none", ignore_index=-1)
             self._learn(losses, is_labelled & ~is_holdout, taken)
@@ -51,13 +51,13 @@ class OnlineProbe(nn.Module):
         return dict(zip(self.COUNTS, (is_correct.sum(), is_scored.sum()), strict=True))
 
     def _learn(self, losses: Tensor, learns: Tensor, taken: Tensor) -> None:
-        # Sums and their number are averaged over the ranks together, and divided only then: the exact gradient
-        # of the mean over the global batch, however unevenly the hold-out fell on the ranks.
+        # Sums and counts are averaged over the ranks first and divided afterwards: this is the exact gradient of the
+        # mean over the global batch, however unevenly the hold-out is distributed over the ranks.
         parameters = list(self.linear.parameters())
         gradients = torch.autograd.grad(torch.where(learns, losses, 0.0).sum(), parameters)
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), learns.sum().float()[None]])
         collectives.all_mean_(flat)
-        mean = flat[:-1] / flat[-1].clamp(min=1e-6)  # no sample at all: the sum is zero as well
+        mean = flat[:-1] / flat[-1].clamp(min=1e-6)  # without samples the sum is also zero
         for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         if not self.optimizer.state:
@@ -72,7 +72,7 @@ class OnlineProbe(nn.Module):
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up the optimizer's state, for `load_state_dict`."""
+        """Load the optimizer's state, for `load_state_dict`."""
         self.optimizer.load_state_dict(state)
         for group in self.optimizer.param_groups:
             group["fused"] = True

@@ -18,7 +18,7 @@ from fastssl.evaluation.task import Outcome, Task, split_validation
 
 
 def check_choice(_: EvalConfig, train_y: np.ndarray) -> None:
-    """Refuse a training part of which nothing can be held out; ValueError."""
+    """Raise a ValueError if no validation part can be held out of the training part."""
     split_validation(train_y)
 
 
@@ -27,9 +27,9 @@ class Protocol:
     """How one kind of evaluation runs.
 
     Attributes:
-        run: Task -> the outcome, or outcomes, by name.
-        check: (eval section, training labels) -> ValueError where the protocol could not run: before the hours.
-        needs_images: It encodes images itself, so it cannot judge raw pixels.
+        run: Task -> outcomes by name.
+        check: (eval section, training labels) -> raises ValueError if the protocol cannot run, to fail early.
+        needs_images: Whether it encodes images itself and therefore cannot evaluate raw pixels.
     """
 
     run: Callable[[Task], dict[str, Outcome]]
@@ -48,15 +48,15 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
 
 
 def evaluate(task: Task, test_y: np.ndarray, names: Iterable[ProtocolName]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Run protocols, and only then show their answers the test labels.
+    """Run protocols, and compare their predictions with the test labels only afterwards.
 
     Args:
-        task: Has no test labels in it.
+        task: Contains no test labels.
         test_y: Labels int64 [M].
-        names: Protocols; those that need images are left out where the task has none.
+        names: Protocols; those that need images are skipped if the task has none.
 
     Yields:
-        The outcome's name, and: protocol, chosen, repeated_over, and what `judge` returns. JSON-ready.
+        The outcome's name, and a JSON-serialisable dict: protocol, chosen, repeated_over, and the result of `judge`.
 
     Raises:
         ValueError: too few images for a protocol.

@@ -1,4 +1,4 @@
-"""What evaluations leave behind: one JSON line each, and a table."""
+"""Results of evaluations: one JSON line each, and a table."""
 
 import json
 import os
@@ -16,7 +16,7 @@ LEGEND = (
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Add one result to a file of JSON lines, in one write.
+    """Append one result to a file of JSON lines, in one write.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -32,7 +32,7 @@ def append_line(path: Path, line: Line) -> None:
 
 
 def format_table(lines: Sequence[Line]) -> str:
-    """Accuracies in per cent as plain text, one row for each result, and what the intervals mean."""
+    """Accuracies in percent as a text table, one row per result, with an explanation of the intervals."""
     header = ["encoder", "protocol", "top-1 in %", "top-5", "95%: test images", "95%: repetitions", "settings"]
     rows = [header, *map(_cells, lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]

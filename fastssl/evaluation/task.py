@@ -1,4 +1,4 @@
-"""What a protocol is given and what it answers. No label of the test part is in it: no choice can depend on one."""
+"""Input and output of a protocol. The input contains no test labels, so that no choice can depend on them."""
 
 # N training images, M test images, F features, C classes, R = min(5, C)
 
@@ -30,8 +30,8 @@ class Task:
         train_y: Labels int64 [N] in [0, C).
         test_x: Features [M, F].
         num_classes: C.
-        images: What the features were made of; None where there are only features.
-        device: Where classifiers learn by SGD.
+        images: The images of the features; None if there are only features.
+        device: Device on which classifiers are trained by SGD.
     """
 
     cfg: EvalConfig
@@ -45,12 +45,12 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A protocol's answer.
+    """A protocol's result.
 
     Attributes:
-        ranked: For each repetition the R most likely classes of each test image, int64 [M, R], the first one first.
-        chosen: Settings, those chosen on the validation part among them; JSON values.
-        repeated_over: What differs from one repetition to the next.
+        ranked: For each repetition, the R most likely classes of each test image, int64 [M, R], most likely first.
+        chosen: The settings, including those chosen on the validation part; JSON values.
+        repeated_over: What differs between the repetitions.
     """
 
     ranked: list[np.ndarray]
@@ -59,10 +59,10 @@ class Outcome:
 
 
 def split_validation(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to fit and to choose settings on, int64: a fixed, stratified tenth of the training part is held out.
+    """Positions for fitting and for validation, int64: a fixed, stratified tenth of the training part is held out.
 
     Args:
-        labels: Of the training part, int64 [N].
+        labels: Labels of the training part, int64 [N].
 
     Raises:
         ValueError: fewer than 10 images, or fewer than two classes.
@@ -75,7 +75,7 @@ def split_validation(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rank_classes(scores: np.ndarray) -> np.ndarray:
-    """The R classes with the highest scores, int64 [M, R]; of equal ones the lower number first.
+    """The R classes with the highest scores, int64 [M, R]; ties go to the lower class number.
 
     Args:
         scores: [M, C].

@@ -1,4 +1,4 @@
-"""The losses by the name that stands in a configuration: one file for each, and one line in `CLASSES`."""
+"""The losses by their name in a configuration: each has one file, and one line in `CLASSES`."""
 
 from typing import TYPE_CHECKING, Any, Union
 
@@ -62,7 +62,7 @@ CLASSES: tuple[type[Loss], ...] = (
     TiCo,
 )
 
-# By `loss.name`: the class of its settings, and that of the loss.
+# `loss.name` -> (settings class, loss class).
 LOSSES: dict[str, tuple[type[LossConfig], type[Loss]]] = {
     config.__dataclass_fields__["name"].default: (config, loss) for loss in CLASSES for config in loss.configs
 }
@@ -77,11 +77,11 @@ def build_loss(config: LossConfig, projector_dim: int | None = None) -> Loss[Any
     """The loss module of a configuration; call it with the projections of each view [B, D].
 
     Args:
-        config: Of one loss.
-        projector_dim: D, for a loss that holds something of this width: a predictor or a moment.
+        config: The settings of one loss.
+        projector_dim: D, for a loss with a predictor or a moment of this width.
 
     Raises:
-        ValueError: `loss.name` is not one of LOSSES, or the loss needs the width.
+        ValueError: `loss.name` is not one of LOSSES, or the loss needs `projector_dim` and it is None.
     """
     if config.name not in LOSSES:
         raise ValueError(f"loss.name: unknown {config.name!r}, known: {', '.join(LOSSES)}")

@@ -5,7 +5,7 @@
     C = (1/N) sum_i x_a,i x_b,i^T  [D, D]
     L = sum_d (1 - C_dd)^2 + lambda sum_{d != e} C_de^2
 
-With more views: the mean over every two of them.
+With more than two views: the mean over all pairs of views.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from fastssl.losses.moments import center, covariances, variances
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.view_pairs import check_weights
 
-EPSILON = 1e-5  # of the batch norm without parameters in the authors' code
+EPSILON = 1e-5  # eps of the parameter-free batch norm in the authors' code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,12 @@ class BarlowTwinsConfig(LossConfig):
 
 
 class BarlowTwins(Loss[BarlowTwinsConfig]):
-    """Brings the cross-correlation of two views, over the batch, to the identity."""
+    """Pushes the cross-correlation matrix of two views over the batch towards the identity."""
 
     configs = (BarlowTwinsConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss, of statistics of the global batch.
+        """The loss, from statistics of the global batch.
 
         Args:
             z: Projections of each view [B, D], any floating dtype.
@@ -71,5 +71,5 @@ class BarlowTwins(Loss[BarlowTwinsConfig]):
 
 
 def _views(x: Tensor, views: tuple[int, ...]) -> Tensor:
-    """These views of x [V, ...]; an index that is a list would be copied from the host."""
+    """Select views of x [V, ...]; indexing with a list would copy the index from the host."""
     return torch.stack([x[view] for view in views])

@@ -4,7 +4,7 @@
 
     L = [2 - 2 cos(q(z_a), sg(z'_b))] + [2 - 2 cos(q(z_b), sg(z'_a))]
 
-With more views: the mean over every two of them, each in both directions.
+With more than two views: the mean over all pairs of views, each in both directions.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class ByolConfig(LossConfig):
     Attributes:
         name: Selects this loss.
         predictor_hidden: Width of the predictor's hidden layer, 4096 in the paper.
-        target_momentum: tau at the first step, rising to 1 on a cosine; .996 in the paper, .99 for its 300 epochs.
+        target_momentum: Initial tau, increased to 1 on a cosine; .996 in the paper, .99 for its 300 epochs.
     """
 
     takes_width: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class LinearByolConfig(LossConfig):
 
     Attributes:
         name: Selects this loss.
-        target_momentum: As BYOL's.
+        target_momentum: As in `ByolConfig`.
     """
 
     takes_width: ClassVar[bool] = True
@@ -58,7 +58,7 @@ class LinearByolConfig(LossConfig):
 
 
 class Byol(Loss[ByolConfig | LinearByolConfig]):
-    """The online network's prediction of what the target makes of another view."""
+    """The online network predicts the target network's projection of another view."""
 
     configs = (ByolConfig, LinearByolConfig)
 

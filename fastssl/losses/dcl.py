@@ -5,7 +5,7 @@
     DCL   (Eq. 5)   L = mean_i [ -s_p/tau + log sum_{k in Neg(i)} e^{s_ik/tau} ]
     DCLW  (Eq. 7)   the same with w_i s_p for s_p,   w_i = 2 - N softmax_i(s_p/sigma), sigma = .5, no gradient
 
-NT-Xent without the positive in the sum, which makes its gradient vanish once a positive is easy.
+NT-Xent without the positive in the sum: with it, the gradient vanishes once a positive is easy.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class DclConfig(LossConfig):
 
     Attributes:
         name: Selects this loss.
-        temperature: tau, at least .0167; .1 is the paper's.
-        impl: How the pairs are summed, see `kernels.similarity`.
+        temperature: tau, at least .0167; .1 in the paper.
+        impl: Implementation of the sum over pairs, see `kernels.similarity`.
     """
 
     name: Literal["dcl"] = "dcl"
@@ -41,23 +41,23 @@ class DclConfig(LossConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DclwConfig(DclConfig):
-    """Settings of `Dcl` with weighted positives, DCLW: those of DclConfig."""
+    """Settings of `Dcl` with weighted positives (DCLW); same fields as `DclConfig`."""
 
     max_views: ClassVar[int] = 2
     name: Literal["dclw"] = "dclw"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class Dcl(Loss[DclConfig]):
-    """Attraction to the partner and repulsion from all other samples, each at full strength."""
+    """Attraction to the positive and repulsion from all other samples, decoupled from each other."""
 
     configs = (DclConfig, DclwConfig)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The mean loss of this rank's 2B rows against every rank's.
+        """The mean loss of this rank's 2B rows against the rows of all ranks.
 
         Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside; rows i of all views are positives
-                of each other.
+            z: Projections of each view [B, D], any floating dtype; normalised inside; row i of every view is from the
+                same sample (positives).
 
         Returns:
             Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.

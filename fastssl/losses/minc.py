@@ -21,8 +21,8 @@ D x D matrix.
 t_alpha(v) = (|sqrt(alpha/2) v|^(2 (alpha - 1)/alpha) - 1)/(alpha - 1), and log(v^2/2) at alpha = 1, whose divergence is
 the mutual information in nats. At alpha = 2 v stands for |v|, and l is without the constant 1/2.
 
-tril(Lambda) is not symmetric, and the gradient of phi^T tril(Lambda) phi is another direction that ends in another
-subspace: what is differentiated is phi . sg(A phi), whose gradient is A phi, while the value keeps its 1/2.
+With A = tril(Lambda), which is not symmetric, the gradient of phi^T A phi would be a different direction and converge
+to a different subspace. Therefore phi . sg(A phi) is differentiated, whose gradient is A phi; the value keeps its 1/2.
 """
 
 import math
@@ -47,10 +47,11 @@ class MincConfig(LossConfig):
         name: Selects this loss.
         scale: s, the squared norm of phi; 10 [second-hand].
         moment_momentum: beta of Lambda's average, in [0, 1); .8 [second-hand].
-        target_momentum: Of the target network's average at the first step, rising to 1 on a cosine; .996 [second-hand].
-        gha: The lower triangle of Lambda (generalized Hebbian algorithm): ordered eigenfunctions; with alpha 2 only.
-        alpha: Of the alpha-divergence, >= 1 [derived]; 2 is MINC.
-        alpha_floor: For alpha != 2 |v| is taken to be at least this, > 0: the slope of t_alpha ends there.
+        target_momentum: Initial momentum of the target network, increased to 1 on a cosine; .996 [second-hand].
+        gha: Use the lower triangle of Lambda (generalized Hebbian algorithm), which gives ordered eigenfunctions; only
+            with alpha = 2.
+        alpha: Order of the alpha-divergence, >= 1 [derived]; 2 is MINC.
+        alpha_floor: For alpha != 2, |v| is clamped from below to this value, > 0, which bounds the slope of t_alpha.
     """
 
     takes_width: ClassVar[bool] = True
@@ -77,7 +78,7 @@ class MincConfig(LossConfig):
 
 
 class Minc(Loss[MincConfig]):
-    """Mean of l over every two different views.
+    """Mean of l over all ordered pairs of different views.
 
     Attributes:
         moment: Lambda/s, the moving average of the second moment of the target's unit rows.
@@ -96,15 +97,15 @@ class Minc(Loss[MincConfig]):
         return self.config.target_momentum
 
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The loss of this rank's rows. In training Lambda takes the batch in, after it was used.
+        """The loss of this rank's rows. In training mode Lambda is updated with the batch after it was used.
 
         Args:
             z: Projections of each view [B, D], any floating dtype; normalised inside.
             targets: The target network's projections of the first T views.
 
         Returns:
-            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch. Its gradient holds
-            the targets and Lambda fixed.
+            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch. The targets and
+            Lambda are constants in its gradient.
 
         Raises:
             ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
@@ -125,7 +126,7 @@ class Minc(Loss[MincConfig]):
 
     @staticmethod
     def _gha_form(u: Tensor, moment: Tensor) -> Tensor:
-        """u^T A u/2 for A = tril(moment) as its value, and A u as its gradient, [V, B]."""
+        """[V, B]: its value is u^T A u/2 with A = tril(moment), its gradient A u."""
         surrogate = (u * (u @ moment.tril().T).detach()).sum(-1)
         return surrogate - surrogate.detach() / 2
 
@@ -135,11 +136,11 @@ class Minc(Loss[MincConfig]):
         if alpha == 2:
             return v
         size = v.abs()
-        size = size + (size.clamp_min(self.config.alpha_floor) - size).detach()  # below the floor: the floor's slope
+        size = size + (size.clamp_min(self.config.alpha_floor) - size).detach()  # below the floor: its slope
         if alpha == 1:
             return (size.square() / 2).log() + 1
         return ((math.sqrt(alpha / 2) * size) ** (2 * (alpha - 1) / alpha) - 1) / (alpha - 1) + 1 / alpha
 
     def bound_nats(self, value: float) -> float | None:
-        """A lower bound on the mutual information of two views in nats, for alpha = 1, as far as Lambda is current."""
+        """Lower bound in nats on the mutual information of two views for alpha = 1, provided that Lambda is current."""
         return -value if self.config.alpha == 1 else None

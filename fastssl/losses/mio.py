@@ -14,7 +14,7 @@ name two edits (drop the repulsion between positives, bound the negative term fr
 | `quadratic` | -mean s_p/tau_p      | mean_N (log 2 + x/2 + x^2/8)   | chi^2, not in nats                        |
 | `softplus`  | -mean s_p/tau_p      | mean_N sp(x)                   | nothing: for ablation only                |
 
-`jensen` with per_anchor takes one logarithm a row: mean_i log(1 + mean_{k in Neg(i)} e^x_ik).
+`jensen` with per_anchor takes one logarithm per row: mean_i log(1 + mean_{k in Neg(i)} e^x_ik).
 JSD and KL are those of the joint distribution of two views against the product of its marginals; KL is their mutual
 information.
 """
@@ -46,12 +46,13 @@ class MioConfig(LossConfig):
 
     Attributes:
         name: Selects this loss.
-        negative: The form, a row of the table above; `exp` was best on held-out images (benchmarks/results/study.csv).
+        negative: The variant, a row of the table above; `exp` was best on held-out images
+            (benchmarks/results/study.csv).
         per_anchor: `jensen` only: one logarithm per row instead of one for the batch [derived].
         temperature_positive: tau_p, .5 [paper].
         temperature_negative: tau_n, .5 [paper]; at least .0167 for `exp` and `jensen`.
-        alignment_weight: lambda of lambda * mean((u_a - u_b)^2) over pairs of views, the paper uses 0 or 1 [paper].
-        impl: How the pairs are summed, see `kernels.similarity`.
+        alignment_weight: lambda in lambda * mean((u_a - u_b)^2) over pairs of views; the paper uses 0 or 1 [paper].
+        impl: Implementation of the sum over pairs, see `kernels.similarity`.
     """
 
     name: Literal["mio"] = "mio"
@@ -82,11 +83,11 @@ class Mio(Loss[MioConfig]):
     configs = (MioConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss of this rank's rows against the negatives of every rank.
+        """The loss of this rank's rows against the negatives of all ranks.
 
         Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside; rows i of all views are positives
-                of each other.
+            z: Projections of each view [B, D], any floating dtype; normalised inside; row i of every view is from the
+                same sample (positives).
 
         Returns:
             Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
@@ -124,11 +125,11 @@ class Mio(Loss[MioConfig]):
         )
 
     def bound_nats(self, value: float) -> float | None:
-        """The lower bound that a loss value puts on the dependence of two views, in nats, or None if it puts none.
+        """Lower bound in nats on the dependence of two views implied by a loss value, or None if there is none.
 
-        `naive`: of the Jensen-Shannon divergence, at most log 2. `exp`, `jensen`: of the mutual information. They hold
-        for the expectation over batches (`jensen` takes the log of a batch mean: up to its bias). With an
-        alignment weight the value, and so the bound, only becomes weaker.
+        `naive` bounds the Jensen-Shannon divergence, which is at most log 2. `exp` and `jensen` bound the mutual
+        information. The bounds hold for the expectation over batches (`jensen` takes the log of a batch mean, so its
+        bound holds up to the bias of that). An alignment weight makes the bound weaker, but not wrong.
         """
         config = self.config
         if config.temperature_positive != config.temperature_negative:  # two critics: no variational bound

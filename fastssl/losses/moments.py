@@ -1,4 +1,4 @@
-"""Second moments of projections over the global batch, and their running average: D x D, never a pair of samples.
+"""Second moments (D x D) of projections over the global batch, and their running average; no pairs of samples.
 
 # V views of B samples on this rank, N samples over all ranks, D projection
 """
@@ -12,7 +12,7 @@ MAX_WIDTH = 16384  # 1 GiB of fp32 for one D x D moment
 
 
 def check_moment_width(width: int, loss_name: str) -> None:
-    """Refuse a D whose D x D moment would fill the memory; the ValueError names `model.projector_dim`."""
+    """Refuse a D whose D x D moment would not fit in memory; the ValueError names `model.projector_dim`."""
     if width > MAX_WIDTH:
         raise ValueError(
             f"model.projector_dim: {width} needs moments of {width} x {width} for loss {loss_name}, "
@@ -21,11 +21,11 @@ def check_moment_width(width: int, loss_name: str) -> None:
 
 
 def center(z: Tensor) -> Tensor:
-    """z [V, B, D] less each view's mean over the global batch, in fp32 (fp64 for fp64 rows).
+    """z [V, B, D] minus each view's mean over the global batch, in fp32 (fp64 for fp64 rows).
 
-    Over several ranks the mean has no gradient: sums of products of centred rows do not change with it to first order,
-    so what `covariances` makes of these rows has the complete gradient all the same. To second order they do change
-    with it, and one process, the only one to make Hessians, keeps it.
+    With several ranks the mean has no gradient: to first order, sums of products of centred rows do not depend on it,
+    so the gradient of `covariances` of these rows is still exact. To second order they do depend on it; with a single
+    process, the only case in which Hessians are computed, the mean keeps its gradient.
     """
     wide = z if z.dtype == torch.float64 else z.float()
     mean = wide.mean(1, keepdim=True)
@@ -35,7 +35,8 @@ def center(z: Tensor) -> Tensor:
 def covariances(x: Tensor, y: Tensor) -> Tensor:
     """Mean of x_i y_i^T over the global batch, [V, D, D], for centred x and y [V, B, D]; divided by N, not N - 1.
 
-    The same on every rank, and so is what a loss makes of it: see `fastssl.collectives.global_mean` for the gradient.
+    The result is the same on every rank, and so is a loss computed from it: see `fastssl.collectives.global_mean` for
+    the gradient.
     """
     return collectives.EXCHANGE.mean(x.mT @ y / x.shape[1])
 
@@ -43,11 +44,12 @@ def covariances(x: Tensor, y: Tensor) -> Tensor:
 class MovingMoment(nn.Module):
     """The exponential moving average of E[u u^T] over the rows of each step's global batch, kept in fp32.
 
-    In bf16 it would stop short of the moment that it follows, see `fastssl.models.ema.Ema`.
+    In bf16 small updates would be rounded away, see `fastssl.models.ema.Ema`.
 
     Attributes:
-        average: beta * average + (1 - beta) * moment of the batch, from 0; [D, D].
-        weight: 1 - beta^(number of updates), what the average's weights sum to; [1], as DeepSpeed sends no 0-dim.
+        average: beta * average + (1 - beta) * moment of the batch, starting at 0; [D, D].
+        weight: 1 - beta^(number of updates), the sum of the average's weights; shape [1], as DeepSpeed cannot broadcast
+            0-dim tensors.
     """
 
     average: Tensor
@@ -61,9 +63,9 @@ class MovingMoment(nn.Module):
 
     @torch.no_grad()
     def corrected(self, batch_moment: Tensor) -> Tensor:
-        """The average, unbiased while it is young (Kingma and Ba 2015, arXiv:1412.6980, section 3).
+        """The average with bias correction for its start at 0 (Kingma and Ba 2015, arXiv:1412.6980, section 3).
 
-        Before the first update it has seen nothing (0/0): then it is the batch's own moment.
+        Before the first update, where the correction is 0/0, this is the batch's own moment.
         """
         has_seen = self.weight > 0
         average = self.average / torch.where(has_seen, self.weight, 1.0)
@@ -71,7 +73,7 @@ class MovingMoment(nn.Module):
 
     @torch.no_grad()
     def update(self, batch_moment: Tensor) -> None:
-        """Take one step's moment in."""
+        """Add the moment of one step's batch to the average."""
         self.average.lerp_(batch_moment.to(self.average), 1 - self.momentum)
         self.weight.lerp_(torch.ones_like(self.weight), 1 - self.momentum)
 

@@ -25,7 +25,7 @@ class NtXentConfig(LossConfig):
     Attributes:
         name: Selects this loss.
         temperature: tau, at least .0167; .5 is the paper's best on CIFAR-10 (appendix B.9).
-        impl: How the pairs are summed, see `kernels.similarity`.
+        impl: Implementation of the sum over pairs, see `kernels.similarity`.
     """
 
     name: Literal["simclr"] = "simclr"
@@ -38,16 +38,16 @@ class NtXentConfig(LossConfig):
 
 
 class NtXent(Loss[NtXentConfig]):
-    """Cross-entropy of finding each row's partner among all other rows of the global batch."""
+    """Cross-entropy of identifying each row's positive among all other rows of the global batch."""
 
     configs = (NtXentConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The mean loss of this rank's 2B rows against every rank's.
+        """The mean loss of this rank's 2B rows against the rows of all ranks.
 
         Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside; rows i of all views are positives
-                of each other.
+            z: Projections of each view [B, D], any floating dtype; normalised inside; row i of every view is from the
+                same sample (positives).
 
         Returns:
             Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.

@@ -1,8 +1,8 @@
-"""What losses over all pairs of the global batch share: their input, and the checks of their settings.
+"""Shared by losses over all pairs of the global batch: input checks and checks of their settings.
 
 # B local batch, N global batch, D projection; a rank holds the 2B rows z = [view a; view b], all ranks 2N
-# u_i = z_i / |z_i|;  s_ik = u_i . u_k;  p(i) the other view of row i;  Neg(i) every row but i and p(i): 2N - 2 of them
-# With V views (multi-crop) every pair of a sample's views is a positive one, and Neg(i) has V (N - 1) rows.
+# u_i = z_i / |z_i|;  s_ik = u_i . u_k;  p(i) the other view of row i;  Neg(i) all rows but i and p(i): 2N - 2 of them
+# With V views (multi-crop) every pair of views of a sample is a positive pair, and Neg(i) has V (N - 1) rows.
 """
 
 import math
@@ -16,10 +16,10 @@ from kernels.similarity.exponent import MAX_EXP_INV_TEMPERATURE
 
 
 def stack_views(*z: Tensor) -> Tensor:
-    """All views as one tensor [V, B, D], in the dtype that they have, also under autocast.
+    """All views as one tensor [V, B, D], with their dtype unchanged, also under autocast.
 
     Args:
-        z: Projections of each view [B, D], any floating dtype; rows i of all views belong together.
+        z: Projections of each view [B, D], any floating dtype; row i of every view comes from the same sample.
 
     Raises:
         ValueError: Fewer than two views, not 2-D, shapes or dtypes differ, no floating dtype, or fewer than two samples
@@ -35,12 +35,12 @@ def stack_views(*z: Tensor) -> Tensor:
     num_samples = len(z[0]) * collectives.world_size()
     if num_samples < 2:
         raise ValueError(f"the global batch must have at least 2 samples, got {num_samples}")
-    with torch.autocast(z[0].device.type, enabled=False):  # autocast knows its own low precision only
+    with torch.autocast(z[0].device.type, enabled=False):  # autocast would cast to its own low precision
         return torch.stack(z)
 
 
 def check_temperature(field: str, temperature: float, *, of_exp: bool) -> None:
-    """Refuse a temperature that is not a positive number, or at which e^{s/temperature} leaves fp32's range.
+    """Refuse a temperature that is not a positive number, or for which e^{s/temperature} overflows fp32.
 
     Raises:
         ValueError: Names `field`, a dotted config key.

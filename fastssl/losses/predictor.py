@@ -1,12 +1,12 @@
-"""The predictor of objectives that compare a prediction with a target; it is trained as a part of the loss."""
+"""The predictor of objectives that compare a prediction with a target; it is trained as part of the loss."""
 
 from torch import nn
 
 
 def build_predictor(projector_dim: int, hidden_dim: int) -> nn.Sequential:
-    """D-hidden-BN-ReLU-D, as BYOL's and SimSiam's; the layer before the batch norm has no bias.
+    """D-hidden-BN-ReLU-D, as in BYOL and SimSiam; the layer before the batch norm has no bias.
 
-    The norm's statistics are over all views of the local batch.
+    The batch-norm statistics are over all views of the local batch.
     """
     return nn.Sequential(
         nn.Linear(projector_dim, hidden_dim, bias=False),

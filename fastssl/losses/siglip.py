@@ -26,9 +26,9 @@ class SigLipConfig(LossConfig):
 
     Attributes:
         name: Selects this loss.
-        initial_inv_temperature: t at the start, 10 in the paper; t = e^{t'}, t' is learned.
-        initial_bias: b at the start, -10 in the paper: most pairs are negative.
-        impl: How the pairs are summed, see `kernels.similarity`.
+        initial_inv_temperature: Initial t, 10 in the paper; t = e^{t'}, and t' is learned.
+        initial_bias: Initial b, -10 in the paper, because most pairs are negative.
+        impl: Implementation of the sum over pairs, see `kernels.similarity`.
     """
 
     max_views: ClassVar[int] = 2
@@ -46,19 +46,19 @@ class SigLipConfig(LossConfig):
 
 
 class SigLip(Loss[SigLipConfig]):
-    """Each pair of a row of view a and a row of view b is classified as same sample or not."""
+    """Classifies each pair of a row of view a and a row of view b as the same sample or not."""
 
     configs = (SigLipConfig,)
 
     def __init__(self, config: SigLipConfig | None = None, **settings: Any) -> None:
         super().__init__(config, **settings)
         config = self.config
-        # [1] and not 0-dim, which DeepSpeed cannot send to the other ranks.
+        # Shape [1], because DeepSpeed cannot broadcast 0-dim parameters to the other ranks.
         self.log_inv_temperature = nn.Parameter(torch.tensor([math.log(config.initial_inv_temperature)]))
         self.bias = nn.Parameter(torch.tensor([float(config.initial_bias)]))
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """The loss of this rank's rows of view a against every rank's of view b.
+        """The loss of this rank's rows of view a against all ranks' rows of view b.
 
         Args:
             z_a: Projections of view a [B, D], any floating dtype; normalised inside.

@@ -4,8 +4,8 @@
 
     L = -1/2 [cos(p_a, sg(z_b)) + cos(p_b, sg(z_a))]
 
-With more views: the mean over every two of them, in both directions. (The paper keeps the predictor's learning rate
-constant for its best number; here it follows the schedule as all else.)
+With more than two views: the mean over all pairs of views, in both directions. (For its best result the paper keeps the
+predictor's learning rate constant; here it follows the schedule, as that of all other parameters does.)
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class SimSiamConfig(LossConfig):
 
 
 class SimSiam(Loss[SimSiamConfig]):
-    """The prediction of another view's projection; the network is its own target."""
+    """Predicts the projection of another view; the target is the network itself, without gradient."""
 
     configs = (SimSiamConfig,)
 

@@ -1,10 +1,10 @@
-"""The spectral contrastive loss: HaoChen et al. 2021, arXiv:2106.04156, Eq. 6, as its authors' code has it.
+"""The spectral contrastive loss: HaoChen et al. 2021, arXiv:2106.04156, Eq. 6, as in the authors' code.
 
-# N global batch, D projection; x = z, shortened to the norm sqrt(mu) where it is longer; a, b the views
+# N global batch, D projection; x = z, rescaled to the norm sqrt(mu) if it is longer; a, b the views
 
     L = (1/mu) [ -(2/N) sum_i x_a,i . x_b,i + 1/(N (N - 1)) sum_{i != j} (x_a,i . x_b,j)^2 ]
 
-From D x D moments, without any pair: O(N D^2).
+Computed from D x D moments without enumerating pairs: O(N D^2).
 """
 
 import math
@@ -26,8 +26,8 @@ class SpectralConfig(LossConfig):
 
     Attributes:
         name: Selects this loss.
-        mu: The squared norm that rows are shortened to, > 0; 1 is the authors' default.
-        impl: How the sums are made, see `kernels.gram_loss.terms.gram_terms`.
+        mu: Maximum squared norm; longer rows are rescaled to it, > 0; 1 is the authors' default.
+        impl: Implementation of the sums, see `kernels.gram_loss.terms.gram_terms`.
     """
 
     has_moments: ClassVar[bool] = True
@@ -48,11 +48,11 @@ class Spectral(Loss[SpectralConfig]):
     configs = (SpectralConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss of this rank's rows of view a against every rank's of view b.
+        """The loss of this rank's rows of view a against all ranks' rows of view b.
 
         Args:
-            z: Projections of each view [B, D], any floating dtype; rows i of all views are positives
-                of each other.
+            z: Projections of each view [B, D], any floating dtype; row i of every view comes from
+                the same sample (positives).
 
         Returns:
             Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.

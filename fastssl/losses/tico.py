@@ -6,8 +6,8 @@
     C <- beta C + (1 - beta) B,  from 0
     L = 1 - mean [u_a . t_b + u_b . t_a]/2 + rho mean u^T sg(C) u
 
-C takes the batch in before it is used. With more views: the first mean is over every two of them. MINC's loss divided
-by its scale s is this with rho = s/2, but for the constant, and for what C and Lambda are averages of.
+C is updated with the batch before it is used. With more than two views, the first mean is over all pairs of views.
+MINC's loss divided by its scale s is this loss with rho = s/2, up to the constant and to what C and Lambda average.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class TiCoConfig(LossConfig):
         name: Selects this loss.
         covariance_weight: rho, 8 [second-hand: Lightly's default].
         moment_momentum: beta of C's average, in [0, 1); .9 [second-hand].
-        target_momentum: Of the target network's average at the first step, rising to 1 on a cosine; .99 [second-hand].
+        target_momentum: Initial momentum of the target network, increased to 1 on a cosine; .99 [second-hand].
     """
 
     takes_width: ClassVar[bool] = True
@@ -48,10 +48,10 @@ class TiCoConfig(LossConfig):
 
 
 class TiCo(Loss[TiCoConfig]):
-    """Agreement with the target, and rows spread over the directions that are used least.
+    """Agreement with the target, and a penalty that moves rows towards the directions used least.
 
     Attributes:
-        moment: C, without a correction for its start at 0, as the paper has it.
+        moment: C, without bias correction for its start at 0, as in the paper.
     """
 
     configs = (TiCoConfig,)
@@ -67,7 +67,7 @@ class TiCo(Loss[TiCoConfig]):
         return self.config.target_momentum
 
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The loss, with C of the global batch. In training C takes the batch in.
+        """The loss, with C over the global batch. In training mode C is updated with the batch.
 
         Args:
             z: Projections of each view [B, D], any floating dtype; normalised inside.

@@ -1,13 +1,13 @@
-"""VICReg: Bardes et al. 2022, arXiv:2105.04906, Eq. 6, as its authors' code has it.
+"""VICReg: Bardes et al. 2022, arXiv:2105.04906, Eq. 6, as in the authors' code.
 
-# N global batch, D projection; a, b two views; Cov the covariance over the batch, by N - 1; S = sqrt(Cov_dd + 1e-4)
+# N global batch, D projection; a, b two views; Cov the covariance over the batch, / (N - 1); S = sqrt(Cov_dd + 1e-4)
 
     s(a, b) = mean over i and d of (z_a - z_b)^2        invariance
     v(z)    = mean_d max(0, 1 - S_d)                    variance
     c(z)    = (1/D) sum_{d != e} Cov_de^2               covariance
     L = lambda s(a, b) + mu [v(a) + v(b)]/2 + nu [c(a) + c(b)]
 
-With more views: the mean over every two of them.
+With more than two views: the mean over all pairs of views.
 """
 
 import itertools
@@ -48,12 +48,12 @@ class VicRegConfig(LossConfig):
 
 
 class VicReg(Loss[VicRegConfig]):
-    """Views agree, every column varies over the batch, no two columns vary together."""
+    """Makes views agree, keeps every column's variance over the batch up, and decorrelates columns."""
 
     configs = (VicRegConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss, of statistics of the global batch.
+        """The loss, from statistics of the global batch.
 
         Args:
             z: Projections of each view [B, D], any floating dtype.

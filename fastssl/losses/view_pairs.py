@@ -1,6 +1,6 @@
-"""What losses share that compare each view with a target of the other views.
+"""Shared by losses that compare each view with a target computed from the other views.
 
-# V views, of which the target network sees the first T (T = V where there is none); B local batch, D projection
+# V views; the target network sees the first T of them (T = V without a target network); B local batch, D projection
 """
 
 import math
@@ -16,9 +16,9 @@ def unit_rows(z: Tensor) -> Tensor:
 
 
 def ordered_pairs(num_views: int, num_targets: int) -> list[tuple[int, int]]:
-    """(view, view of the target) for every two different views: both directions of two views.
+    """(view, view of the target) for all ordered pairs of different views; for two views, both directions.
 
-    With crops of several sizes the target sees the large ones only, and every view is held against each of them
+    With crops of several sizes the target sees only the large ones, and every view is compared with each of them
     (Caron et al. 2021, arXiv:2104.14294, Eq. 3).
     """
     return [(v, w) for v in range(num_views) for w in range(num_targets) if v != w]
@@ -29,7 +29,7 @@ def mean_cosine(p: Tensor, t: Tensor) -> Tensor:
 
     Args:
         p: Predictions [V, B, D], any floating dtype.
-        t: Targets [T, B, D]; without gradient, whatever they have.
+        t: Targets [T, B, D]; detached inside.
     """
     with torch.autocast(p.device.type, enabled=False):
         u, t = unit_rows(p), unit_rows(t.detach())
@@ -37,7 +37,7 @@ def mean_cosine(p: Tensor, t: Tensor) -> Tensor:
 
 
 def check_momentum(field: str, momentum: float, *, below_one: bool = False) -> None:
-    """Refuse a momentum of a moving average that is outside of [0, 1], or of [0, 1) where the average must move.
+    """Refuse a moving-average momentum outside of [0, 1], or outside of [0, 1) with `below_one`.
 
     Raises:
         ValueError: Names `field`, a dotted config key.
@@ -47,7 +47,7 @@ def check_momentum(field: str, momentum: float, *, below_one: bool = False) -> N
 
 
 def check_weights(config: object, *names: str) -> None:
-    """Refuse weights of terms that are negative or no numbers; the ValueError names the dotted config key."""
+    """Refuse term weights that are negative or NaN; the ValueError names the dotted config key."""
     for name in names:
         weight = getattr(config, name)
         if not (math.isfinite(weight) and weight >= 0):

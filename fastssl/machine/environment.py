@@ -1,6 +1,6 @@
-"""Versions, hardware and commit of this process: what a run folder and benchmark rows say of where they were made.
+"""Versions, hardware and commit of this process, recorded in run folders and benchmark rows.
 
-Neither configuration nor data is imported: a benchmark of the kernels needs torch alone.
+This module imports neither configuration nor data code, so that benchmarks of the kernels need only torch.
 """
 
 import os

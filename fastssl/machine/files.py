@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new one."""
+"""Writing files so that a crash leaves either the old or the new content."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import IO, Any
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: readers see the old or the new text, never a part."""
+    """Write a file under a temporary name, then rename it: readers see either the old or the new text."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(text)
@@ -15,6 +15,6 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sync_file(file: IO[Any]) -> None:
-    """Return when all that was written to the file is on the disk."""
+    """Flush the file and sync it to disk."""
     file.flush()
     os.fsync(file.fileno())

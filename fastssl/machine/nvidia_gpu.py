@@ -1,4 +1,4 @@
-"""Whether torch can use a GPU here, and whether it is new enough; if not, why, with what to do."""
+"""Whether torch can use a GPU here, and whether it is new enough; if not, the reason and how to fix it."""
 
 import ctypes
 import re
@@ -13,14 +13,14 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def has_gpu() -> bool:
-    """Whether torch finds one; without torch's own warning of an old driver, which fills several lines."""
+    """Whether torch finds a GPU; suppresses torch's multi-line warning about an old driver."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.cuda.is_available()
 
 
 def why_no_gpu() -> str | None:
-    """Why torch finds no GPU, in one line with what to do; None: it finds one."""
+    """Why torch finds no GPU and how to fix it, in one line; None: it finds one."""
     if has_gpu():
         return None
     driver = driver_version()
@@ -32,7 +32,7 @@ def why_no_gpu() -> str | None:
             "(FASTSSL_BUILD=gpu make install)"
         )
     supported = cuda_of_driver()
-    if supported and supported[0] < int(torch.version.cuda.split(".")[0]):  # newer minor versions are compatible
+    if supported and supported[0] < int(torch.version.cuda.split(".")[0]):  # minor versions are compatible
         cuda = ".".join(map(str, supported))
         return (
             f"NVIDIA driver {driver} supports CUDA {cuda}, too old for torch {torch.__version__}, which is built for "
@@ -45,7 +45,7 @@ def why_no_gpu() -> str | None:
 
 
 def why_too_old(device: int) -> str | None:
-    """Why a GPU that torch finds is too old for this project, in one line; None: it is not."""
+    """Why a GPU is too old for this project, in one line; None: it is not too old."""
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_CAPABILITY:
         return None
@@ -56,7 +56,7 @@ def why_too_old(device: int) -> str | None:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver, such as "535.104.05"; None: no driver is installed."""
+    """Version of NVIDIA's driver, such as "535.104.05"; None: no driver is installed."""
     try:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER_FILE.read_text())
     except OSError:
@@ -65,14 +65,14 @@ def driver_version() -> str | None:
 
 
 def cuda_of_driver() -> tuple[int, int] | None:
-    """The newest CUDA that the driver supports, major and minor; None: there is no driver library."""
+    """The newest CUDA version that the driver supports, (major, minor); None: there is no driver library."""
     version = ctypes.c_int()
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):
             return None
     except OSError:
         return None
-    return version.value // 1000, version.value % 1000 // 10  # 12020 is 12.2
+    return version.value // 1000, version.value % 1000 // 10  # 12020 means 12.2
 
 
 def _driver_of_nvidia_smi() -> str | None:

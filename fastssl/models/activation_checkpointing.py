@@ -1,12 +1,12 @@
-"""Activation checkpointing: the backbone keeps the inputs of its blocks; the backward pass computes the rest again.
+"""Activation checkpointing: the backbone stores only the inputs of its blocks; the backward pass recomputes the rest.
 
-Chen et al. 2016, arXiv:1604.06174. Each block is run twice; its activations live while it is differentiated.
+Chen et al. 2016, arXiv:1604.06174. Each block runs twice; its activations exist only while it is differentiated.
 """
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Where torchvision's models hold their blocks, one after the other; timm's models know it themselves.
+# Attributes of torchvision's models that hold their blocks in order; timm's models implement this themselves.
 _BLOCKS = {
     "ResNet": ("layer1", "layer2", "layer3", "layer4"),
     "VisionTransformer": ("encoder.layers",),
@@ -17,7 +17,7 @@ _BLOCKS = {
 
 
 class CheckpointedBlocks(nn.Sequential):
-    """A sequence of blocks that keeps their inputs only; without gradients it is a plain sequence."""
+    """A sequence of blocks that stores only their inputs; without gradients it is a plain sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
@@ -26,22 +26,22 @@ class CheckpointedBlocks(nn.Sequential):
 
 
 def checkpoint_activations(backbone: nn.Module, name: str) -> None:
-    """Let a torchvision or timm model recompute its activations, in place; its parameters and their names stay.
+    """Make a torchvision or timm model recompute its activations, in place; parameter names do not change.
 
-    The forward passes of the recomputation move batch norm's running statistics again, as the first ones did:
-    see `fastssl.models.grad_cache.unchanged_buffers`.
+    The recomputing forward passes update batch norm's running statistics a second time: see
+    `fastssl.models.grad_cache.unchanged_buffers`.
 
     Args:
         backbone: The model.
-        name: As in model.backbone, for the message.
+        name: Its name in model.backbone, for the error message.
 
     Raises:
-        ValueError: it is neither a timm model that can, nor one of torchvision's that are known here.
+        ValueError: it is neither a timm model that supports this nor one of the torchvision models known here.
     """
     if hasattr(backbone, "set_grad_checkpointing"):
         try:
             backbone.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
-        except AssertionError:  # timm's word for a model that cannot
+        except AssertionError:  # timm raises this for unsupported models
             raise ValueError(f"model.activation_checkpointing: timm has none for {name}") from None
         return
     paths = _BLOCKS.get(type(backbone).__name__)

@@ -1,4 +1,4 @@
-"""Any torchvision or timm classification model as an encoder: its classifier gone, its parameter names kept."""
+"""Any torchvision or timm classification model as an encoder: classifier removed, parameter names kept."""
 
 # B images, H = W = image_px, F features
 
@@ -17,9 +17,9 @@ TIMM_PREFIX = "timm/"
 def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
     """Build the encoder and measure its features on one blank image.
 
-    Modules are replaced where they stand, never wrapped, so the state dict loads into the plain torchvision or
-    timm model with `strict=False`, where only the classifier is missing (and the first convolution has another
-    shape under the "cifar" stem).
+    Modules are replaced in place, never wrapped, so the state dict loads into the plain torchvision or timm model
+    with `strict=False`: only the classifier is missing (and the first convolution has another shape with the "cifar"
+    stem).
 
     Args:
         cfg: The model section.
@@ -29,8 +29,8 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
         The encoder, images [B, 3, H, W] -> features [B, F], and F.
 
     Raises:
-        ValueError: unknown name (the nearest known ones are named), arguments the model does not take, a stem or
-            pool_px that it has no place for, or no [B, F] output at image_px.
+        ValueError: unknown name (the message suggests the closest known ones), arguments that the model does not
+            accept, a stem or pool_px that it does not support, or an output at image_px that is not [B, F].
     """
     torchvision = import_torchvision()  # before timm, which imports torchvision itself
     if cfg.backbone.startswith(TIMM_PREFIX):
@@ -57,14 +57,14 @@ def _build_torchvision(cfg: ModelConfig) -> nn.Module:
     if cfg.backbone not in known:
         raise _unknown_backbone(cfg.backbone, known)
     model = _call_builder(models.get_model, cfg.backbone, cfg)
-    if getattr(model, "aux_logits", False):  # GoogLeNet and Inception give a tuple in training only
+    if getattr(model, "aux_logits", False):  # GoogLeNet and Inception return a tuple in training mode only
         raise ValueError(f"model.backbone: {cfg.backbone} needs model.backbone_kwargs: {{aux_logits: false}}")
     _drop_classifier(model, cfg.backbone)
     return model
 
 
 def _build_timm(cfg: ModelConfig) -> tuple[nn.Module, bool]:
-    import timm  # heavy, and many runs do without it
+    import timm  # slow to import, and many runs do not need it
     from timm.models.resnet import ResNet
 
     name = cfg.backbone.removeprefix(TIMM_PREFIX)
@@ -89,7 +89,7 @@ def _unknown_backbone(name: str, known: list[str]) -> ValueError:
 
 
 def _drop_classifier(model: nn.Module, name: str) -> None:
-    # In every torchvision classifier the last linear layer to be registered is the one that gives the classes.
+    # In every torchvision classifier, the last registered linear layer is the one that outputs the class logits.
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise ValueError(f"model.backbone: {name} has no linear classifier to take off")
@@ -98,13 +98,13 @@ def _drop_classifier(model: nn.Module, name: str) -> None:
 
 
 def _put_cifar_convolution(model: Any) -> None:
-    width = len(model.bn1.weight)  # of any norm; also when timm's deep stem of three convolutions stands there
+    width = len(model.bn1.weight)  # works for any norm, also with timm's deep stem of three convolutions
     model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _put_pool(model: Any, pool_px: int) -> None:
-    if hasattr(model, "global_pool"):  # timm's pooling flattens too
+    if hasattr(model, "global_pool"):  # timm's pooling also flattens
         model.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(pool_px), nn.Flatten(1))
     else:
         model.avgpool = nn.AdaptiveAvgPool2d(pool_px)
@@ -115,12 +115,12 @@ def count_features(model: nn.Module, name: str, image_px: int) -> int:
     """F, measured on one blank image.
 
     Args:
-        model: Left in training mode.
-        name: For messages.
+        model: The backbone; left in training mode.
+        name: Its name, for error messages.
         image_px: Side of the image.
 
     Raises:
-        ValueError: The model does not take such an image, or does not give features [1, F].
+        ValueError: The model does not accept such an image, or does not return features [1, F].
     """
     model.eval()  # one blank image has no batch statistics, and must not move the running ones
     try:

@@ -11,24 +11,24 @@ class ModelConfig:
     """The encoder and its projector.
 
     Attributes:
-        backbone: A torchvision classification model by name, or `timm/<name>`; random initial weights.
+        backbone: Name of a torchvision classification model, or `timm/<name>`; random initial weights.
         stem: "cifar": a 3x3 stride-1 first convolution and no max-pooling, for images of about 32 px and less
-            (SimCLR, arXiv:2002.05709, appendix B.9). "no_pool": the model's own first convolution, no max-pooling,
-            which halves the resolution once and not twice. Both for ResNets only. "imagenet": as the model comes.
-        backbone_kwargs: Passed on to the model's builder, such as timm's `layers` and `channels`. A timm ResNet's
-            first width is 64, or twice its `stem_width` with `stem_type: deep`; the "cifar" stem keeps it.
+            (SimCLR, arXiv:2002.05709, appendix B.9). "no_pool": the model's own first convolution without max-pooling,
+            which halves the resolution once instead of twice. Both for ResNets only. "imagenet": the unchanged model.
+        backbone_kwargs: Passed to the model's builder, such as timm's `layers` and `channels`. A timm ResNet's
+            first width is 64, or twice its `stem_width` with `stem_type: deep`; the "cifar" stem keeps that width.
         pool_px: Features are average-pooled to pool_px x pool_px and flattened; more than 1 with ResNets only.
             1: the backbone's own pooling.
         projector_hidden: Widths of the projector's hidden layers, each followed by batch norm and ReLU.
         projector_dim: Width D of the projections.
-        projector_last_norm: Batch norm after the last layer too.
-        batch_norm: Where every batch norm, the projector's and a predictor's too, takes its statistics from while
-            pre-training: "per_rank", the images of one process; "sync", those of all processes.
-        activation_checkpointing: Pre-training keeps only the inputs of the backbone's blocks and computes the rest
-            again in the backward pass: less memory for a second forward pass. Torchvision's ResNets, ViTs, Swin,
-            ConvNeXt and EfficientNet, and the timm models that can.
-        layer_norm: "apex": NVIDIA apex's kernel in the place of the layer norms while training (GPU); the names and the
-            content of the weights do not change.
+        projector_last_norm: Whether the last layer is also followed by batch norm.
+        batch_norm: Batch-norm statistics during pre-training, also in the projector and predictor: "per_rank", over the
+            images of one process; "sync", over those of all processes.
+        activation_checkpointing: Pre-training stores only the inputs of the backbone's blocks and recomputes the rest
+            in the backward pass: saves memory at the cost of a second forward pass. Supported by torchvision's ResNets,
+            ViTs, Swin, ConvNeXt and EfficientNet, and by the timm models that implement it.
+        layer_norm: "apex": use NVIDIA apex's kernel for the layer norms while training (GPU); names and values of the
+            weights do not change.
     """
 
     backbone: str = "resnet18"

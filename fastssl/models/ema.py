@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A copy of a module that follows it slowly.
+    """An exponential moving average of a module's parameters and buffers.
 
-    The copy is fp32 whatever the module is: at momentum .996 a bf16 copy does not move, because the step of .004
-    times the difference is below half of bf16's spacing (8 bits) and is rounded away.
+    The copy is fp32 whatever the module's dtype is: at momentum .996 a bf16 copy would not move, because the step of
+    .004 times the difference is below half of bf16's spacing (8 bits) and is rounded away.
 
     Attributes:
         module: The averaged copy, without gradients; a target network or a module to evaluate.
@@ -22,11 +22,11 @@ class Ema:
         self.module = copy.deepcopy(module).float().requires_grad_(False)
 
     def update(self, module: nn.Module, momentum: float) -> None:
-        """Move to momentum * average + (1 - momentum) * module.
+        """Update the average to momentum * average + (1 - momentum) * module.
 
         Args:
-            module: The followed module, of the same structure, in any precision.
-            momentum: In [0, 1]; 1 leaves the average as it is.
+            module: The averaged module, of the same structure, in any precision.
+            momentum: In [0, 1]; 1 leaves the average unchanged.
 
         Raises:
             ValueError: momentum outside of [0, 1].
@@ -38,18 +38,18 @@ class Ema:
 
     @torch.no_grad()
     def follow(self, module: nn.Module, weight: Tensor) -> None:
-        """Move to (1 - weight) * average + weight * module; reads nothing on the host.
+        """Update the average to (1 - weight) * average + weight * module, without a host synchronisation.
 
         Floating-point parameters and buffers are averaged; counters are copied.
 
         Args:
-            module: As in `update`; finite, also where the weight is 0.
+            module: As in `update`; its values must be finite even if the weight is 0.
             weight: In [0, 1], fp32, 0-dim.
         """
         pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
         averages = [average for average, _ in pairs if average.is_floating_point()]
         values = [value.to(average) for average, value in pairs if average.is_floating_point()]
-        # A list of weights: `_foreach_lerp_` reads a single 0-dim one on the host.
+        # A list of weights, because `_foreach_lerp_` reads a single 0-dim weight on the host.
         weights = [weight.to(average.dtype).expand_as(average) for average in averages]
         torch._foreach_lerp_(averages, values, weights)  # pyright: ignore[reportPrivateImportUsage]
         for average, value in pairs:
@@ -61,7 +61,7 @@ class Ema:
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved average."""
+        """Load a saved average."""
         self.module.load_state_dict(state)
 
 

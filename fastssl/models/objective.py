@@ -1,4 +1,4 @@
-"""What a training step minimises: model, loss and, where the loss wants one, a target network."""
+"""What a training step minimises: model, loss and, if the loss needs one, a target network."""
 
 # B local batch, H and W a view's height and width, F features, D projection, V views
 
@@ -16,18 +16,18 @@ from fastssl.optim.schedules import ema_momentum
 
 
 class Objective(nn.Module):
-    """The one module that the engine trains: all of it is moved, saved and restored together.
+    """The single module that the engine trains; it is moved, saved and restored as a whole.
 
-    What the loss learns (a temperature, a predictor) is trained, averaged over ranks and clipped with the model. The
-    target has no gradients; its weights are fp32 whatever the precision, `follow` moves them. It takes batch
-    norm's statistics from the batch, as the online network does.
+    The loss's parameters (a temperature, a predictor) are trained, averaged over ranks and clipped with the model's.
+    The target has no gradients; its weights are fp32 in every precision and are updated by `follow`. Like the online
+    network, it uses the batch-norm statistics of the batch.
 
     Attributes:
-        model: Images to features and projections.
-        loss: Projections to a scalar.
-        target: The moving average of `model`, where the loss has a `target_momentum`; else None.
-        num_micro_batches: In how many parts a batch is encoded, see `fastssl.models.grad_cache`.
-        recomputes: Whether the backward pass encodes images a second time.
+        model: Maps images to features and projections.
+        loss: Maps projections to a scalar.
+        target: The moving average of `model` if the loss has a `target_momentum`; else None.
+        num_micro_batches: Number of parts in which a batch is encoded, see `fastssl.models.grad_cache`.
+        recomputes: Whether the backward pass encodes the images a second time.
     """
 
     def __init__(
@@ -57,32 +57,32 @@ class Objective(nn.Module):
         return h, z, self.loss(*z, targets=targets)
 
     def target_momentum(self, step: int, total_steps: int) -> float | None:
-        """Momentum of the target after a step; None: there is no target.
+        """Momentum for updating the target after a step; None: there is no target.
 
         Args:
-            step: Of the optimizer step, from 0.
-            total_steps: Of the run: the momentum rises to 1 there.
+            step: Number of the optimizer step, starting at 0.
+            total_steps: Number of steps of the run; the momentum reaches 1 there.
         """
         return None if self._momentum is None else ema_momentum(step, total_steps, self._momentum)
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Let the target follow the model after an optimizer step that was taken, see `target_momentum`."""
+        """Update the target after an optimizer step that was not skipped, see `target_momentum`."""
         momentum = self.target_momentum(step, total_steps)
         if momentum is not None:
             device = next(self.parameters()).device
             self.follow(torch.full((), 1.0 - momentum, device=device))
 
     def follow(self, weight: Tensor) -> None:
-        """Let the target follow the model after a step; the engine calls nothing of itself.
+        """Update the target after a step. Must be called explicitly: the engine does not do it.
 
         Args:
-            weight: 1 - `target_momentum`, fp32, 0-dim on the device; 0 after a step that was not taken.
+            weight: 1 - `target_momentum`, fp32, 0-dim on the device; 0 after a skipped step.
         """
         if self._ema is not None:
             self._ema.follow(self.model, weight)
 
     def preserve_buffers(self) -> AbstractContextManager[None]:
-        """Around a backward pass: batch norm must not count images twice where they are encoded a second time."""
+        """Context for the backward pass, so that batch norm does not count images twice if they are re-encoded."""
         return unchanged_buffers(self.model) if self.recomputes else nullcontext()
 
     def _encode(self, model: nn.Module, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -92,5 +92,5 @@ class Objective(nn.Module):
 
 
 def leading_views(views: list[Tensor]) -> list[Tensor]:
-    """The first view and those of its size that follow it: what a target sees, the large crops of a multi-crop."""
+    """The first view and the following views of equal size: the target's input, the large crops of multi-crop."""
     return list(itertools.takewhile(lambda view: view.shape == views[0].shape, views))

@@ -1,22 +1,23 @@
 """Batch norm over the batches of all ranks, in any precision, on any backend.
 
-# W ranks; C channels; n_r values of a channel on rank r, n on all; mu_r, M_r a rank's mean and sum of (x - mu_r)^2
-# x^ = (x - mu) / sqrt(v + eps); gamma, beta weight and bias; gy the gradient of y that a rank gets
+# W ranks; C channels; n_r values per channel on rank r, n in total; mu_r, M_r a rank's mean and sum of (x - mu_r)^2
+# x^ = (x - mu) / sqrt(v + eps); gamma, beta weight and bias; gy the gradient of y that a rank receives
 
     mu = sum n_r mu_r / n,   v = [sum M_r + sum n_r (mu_r - mu)^2] / n,   y = gamma x^ + beta
 
-Chan, Golub and LeVeque 1979: no difference of large squares, as in E[x^2] - E[x]^2. One gather of 2C + 1 numbers
-forward, one sum of 2C numbers back. Statistics, their gradients and the normalisation itself are fp32 (fp64 for fp64
-inputs) whatever x is; of its size, x alone is kept for the backward pass.
+Chan, Golub and LeVeque 1979: avoids the cancellation of E[x^2] - E[x]^2. The forward pass gathers 2C + 1 numbers, the
+backward pass sums 2C numbers. Statistics, their gradients and the normalisation are fp32 (fp64 for fp64 inputs)
+whatever x's dtype is; x is the only tensor of its size kept for the backward pass.
 
     dL/dx = gamma / sqrt(v + eps) [gy - (1/n) sum gy - (x^/n) sum gy x^],   sums over all ranks
 
-Gradients of gamma and beta are each rank's own sums: the engine averages them, as it does all others. That engine wants
-W dL/dy from each rank (docs/adr/0003-pair-sums-and-gradients-across-ranks.md); dL/dx is linear in gy, so with sums over
-ranks, not means, each rank has its W dL/dx.
+Gradients of gamma and beta are each rank's own sums: the engine averages them, like all other gradients. The engine
+expects W dL/dy from each rank (docs/adr/0003-pair-sums-and-gradients-across-ranks.md); dL/dx is linear in gy, so with
+sums over ranks, not means, each rank gets its W dL/dx.
 
-torch.nn.SyncBatchNorm refuses CPU tensors. torch's plain batch norm takes E[x^2] - E[x]^2 of channels-last fp32 tensors
-on the CPU, so one process alone normalises here too: as many of them do. On a GPU it takes cuDNN's.
+torch.nn.SyncBatchNorm refuses CPU tensors. On the CPU, torch's plain batch norm computes E[x^2] - E[x]^2 for
+channels-last fp32 tensors, so a single process also uses this code and matches several processes. On a GPU a single
+process uses cuDNN's.
 """
 
 from typing import Any
@@ -30,16 +31,16 @@ from fastssl import collectives
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose statistics are those of all ranks together; in eval mode, or alone on a GPU, torch's own.
+    """Batch norm with statistics over all ranks; torch's own in eval mode, and for a single process on a GPU.
 
-    Ranks may hold unequal numbers of images. Children, such as the activation of a timm layer, are applied after it.
+    Ranks may have different numbers of images. Child modules, such as a timm layer's activation, are applied after it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [B, C, ...] of x, in its dtype and memory format; all ranks must call it, in the same order.
+        """y [B, C, ...] in x's dtype and memory format; all ranks must call it, in the same order.
 
         Raises:
-            ValueError: x has fewer than two dimensions, or one value of a channel while training.
+            ValueError: x has fewer than two dimensions, or only one value per channel in training mode.
         """
         is_own = self.training and (collectives.world_size() > 1 or x.device.type == "cpu")
         y = self._normalize(x) if is_own else super().forward(x)
@@ -47,7 +48,7 @@ class SyncBatchNorm(_BatchNorm):
             y = after(y)
         return y
 
-    @torch.compiler.disable()  # a compiler would have to trace the collectives
+    @torch.compiler.disable()  # torch.compile would have to trace the collectives
     def _normalize(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if collectives.world_size() == 1 and x.numel() <= x.shape[1]:
@@ -71,15 +72,15 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether any layer takes statistics from the batch that it sees."""
+    """Whether any layer computes statistics over the batch."""
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:
-    """Turn every batch norm below into a `SyncBatchNorm`, in place: parameters, buffers and their names stay.
+    """Convert every batch norm in the module to `SyncBatchNorm`, in place: parameters, buffers and names are kept.
 
     Raises:
-        ValueError: One of them does more than normalise (and is not timm's, which adds an activation).
+        ValueError: A batch norm does more than normalise (and is not timm's, which adds an activation).
     """
     for norm in module.modules():
         if isinstance(norm, _BatchNorm) and not isinstance(norm, SyncBatchNorm):
@@ -90,7 +91,7 @@ def synchronize_batch_norms(module: nn.Module) -> None:
 
 
 class _Normalize(torch.autograd.Function):
-    """x, gamma, beta, eps -> y, and without gradient mu [C], v [C] (divided by n) and n."""
+    """x, gamma, beta, eps -> y with gradient, and mu [C], v [C] (divided by n) and n without gradient."""
 
     @staticmethod
     def forward(
@@ -124,7 +125,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """mu [C], v [C] and n, 0-dim, of all ranks; the same bits on each."""
+    """mu [C], v [C] and n (0-dim) over all ranks; bitwise equal on each rank."""
     num_channels, num_values = x.shape[1], x.numel() // x.shape[1]
     variance, mean = torch.var_mean(_wide(x), _but_channels(x), correction=0)
     own = torch.cat([mean, variance * num_values, mean.new_full((1,), num_values)])
@@ -132,7 +133,7 @@ def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         [num_channels, num_channels, 1], dim=1
     )  # [W, C], [W, C], [W, 1]
     total = counts.sum()
-    mean = means[0] + (counts * (means - means[0])).sum(0) / total  # differences: means may be large
+    mean = means[0] + (counts * (means - means[0])).sum(0) / total  # differences, since means may be large
     squares = squares + counts * (means - mean).square()
     return mean, squares.sum(0) / total, total
 
@@ -146,5 +147,5 @@ def _but_channels(x: Tensor) -> list[int]:
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
-    """[C] as [C, 1, ...], to be broadcast along the channels of x."""
+    """Reshape [C] to [C, 1, ...], to broadcast over the channels of x."""
     return values.view(-1, *[1] * (x.ndim - 2))

@@ -22,15 +22,15 @@ class TwoViewModel(nn.Module):
     """
 
     def __init__(self, cfg: ModelConfig, image_px: int, backbone: nn.Module | None = None) -> None:
-        """Build both parts, with random weights.
+        """Build backbone and projector with random weights.
 
         Args:
             cfg: The model section.
             image_px: Side of the training images in pixels.
-            backbone: Images [B, 3, H, W] -> features [B, F], in the place of the one that `cfg` names.
+            backbone: Images [B, 3, H, W] -> features [B, F], instead of the one that `cfg` names.
 
-        The weights stay contiguous, DeepSpeed's broadcast and ZeRO's flat buffers need them so; channels-last images
-        make the convolutions run in that layout all the same.
+        The weights stay contiguous, as DeepSpeed's broadcast and ZeRO's flat buffers require; with channels-last images
+        the convolutions still run in the channels-last layout.
 
         Raises:
             ValueError: see `build_backbone`.
@@ -45,9 +45,9 @@ class TwoViewModel(nn.Module):
     def forward(self, views: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Encode all views.
 
-        Neighbouring views of equal size go through the backbone in ONE call on their concatenation, so its batch
-        norm takes its statistics over all of them (SimCLR does so; Barlow Twins and BYOL call once per view). The
-        projector is called on the same concatenation.
+        Consecutive views of equal size are concatenated and go through the backbone in ONE call, so batch-norm
+        statistics are over all of them (as in SimCLR; Barlow Twins and BYOL call once per view). The projector is
+        called on the same concatenation.
 
         Args:
             views: V tensors [B, 3, H, W], channels-last in memory.
@@ -67,7 +67,7 @@ class TwoViewModel(nn.Module):
 def build_projector(num_features: int, cfg: ModelConfig) -> nn.Sequential:
     """Linear layers with batch norm and ReLU between them: F-512-BN-ReLU-128-BN by default.
 
-    Layers before a batch norm have no bias: the norm would take it away again.
+    Layers before a batch norm have no bias, because the norm would subtract it again.
     """
     layers: list[nn.Module] = []
     widths = (num_features, *cfg.projector_hidden)

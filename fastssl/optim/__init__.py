@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastssl.optim.config import OptimConfig
 
-if TYPE_CHECKING:  # torch is imported when an optimizer is built: reading a configuration needs none
+if TYPE_CHECKING:  # torch is imported only when an optimizer is built, not to read a configuration
     from torch import nn
     from torch.optim import Optimizer
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:  # torch is imported when an optimizer is built: reading a con
 def build_optimizer(model: "nn.Module", cfg: OptimConfig) -> "Optimizer":
     """Build the optimizer with two groups: weights, then biases and norm parameters.
 
-    Tensors of at most one dimension have no weight decay unless `decay_all` is set, and under LARS and LAMB no
-    adaptation. The groups' "lr" is base_lr until the schedule sets it. Under ZeRO LARS and LAMB need
-    `fastssl.optim.layerwise.bind_partitions` once DeepSpeed has wrapped them.
+    Tensors with at most one dimension have no weight decay unless `decay_all` is set, and no layer-wise adaptation in
+    LARS and LAMB. The groups' "lr" is base_lr until the schedule sets it. Under ZeRO, LARS and LAMB need a call of
+    `fastssl.optim.layerwise.bind_partitions` after DeepSpeed has wrapped them.
 
     Args:
         model: On the device that it will be trained on.
-        cfg: The optim section; "apex" needs `fastssl.build_run.check_apex` before.
+        cfg: The optim section; for "apex", call `fastssl.build_run.check_apex` before.
     """
     import torch
 

@@ -9,19 +9,19 @@ class OptimConfig:
     """Optimizer and learning-rate schedule.
 
     Attributes:
-        name: "sgd", "adamw", "lars" or "lamb"; all of them under ZeRO 0 to 2.
-        impl: "auto": torch's fused kernels for sgd and adamw; "torch": torch's default, which costs a wait for the
-            device in each step; "apex": NVIDIA apex's kernels (GPU; no lars, and lamb without ZeRO only). lars and lamb
-            are this package's own under "auto" and "torch".
+        name: "sgd", "adamw", "lars" or "lamb"; all of them work under ZeRO 0 to 2.
+        impl: "auto": torch's fused kernels for sgd and adamw; "torch": torch's default, which synchronises with the
+            device in each step; "apex": NVIDIA apex's kernels (GPU; no lars, and lamb only without ZeRO). With "auto"
+            and "torch", lars and lamb are this package's own implementations.
         base_lr: Peak learning rate for a global batch of 256; scaled by global_batch_size / 256.
-        momentum: Of SGD and LARS; 0: none.
-        weight_decay: Of every weight with more than one dimension.
-        decay_all: Apply weight_decay to biases, norm parameters and a loss's learned scalars too.
-        betas: Of AdamW and LAMB.
+        momentum: Momentum of SGD and LARS; 0: none.
+        weight_decay: Weight decay of all weights with more than one dimension.
+        decay_all: Also apply weight_decay to biases, norm parameters and a loss's learned scalars.
+        betas: betas of AdamW and LAMB.
         lars_trust_coefficient: Eta of You et al. 2017, arXiv:1708.03888.
-        schedule: When the cosine moves on: at every step, or once an epoch. A warm-up rises at every step.
+        schedule: When the cosine is updated: at every step, or once per epoch. A warm-up is updated at every step.
         warmup_epochs: Epochs of linear warm-up.
-        final_lr_fraction: Where the cosine ends, as a fraction of the peak.
+        final_lr_fraction: Final value of the cosine, as a fraction of the peak.
     """
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"

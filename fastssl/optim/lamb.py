@@ -1,4 +1,4 @@
-"""LAMB: Adam whose step is scaled layer by layer."""
+"""LAMB: Adam with layer-wise scaled steps."""
 
 # torch's own optimizers use its foreach operators, whose names are private.
 # pyright: reportPrivateImportUsage=false
@@ -13,7 +13,7 @@ from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers, 
 
 
 class Lamb(LayerwiseOptimizer):
-    """AdamW whose step takes the length of the layer's weights; correct under ZeRO 1 and 2.
+    """AdamW whose step is scaled to the norm of the layer's weights; correct under ZeRO 1 and 2.
 
     You et al. 2020, arXiv:1904.00962, algorithm 2 with phi the identity, for each layer with weights w, gradient g, at
     step t from 1:
@@ -22,10 +22,10 @@ class Lamb(LayerwiseOptimizer):
         u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + decay w
         w <- w - lr |w| / |u| u                  |w| / |u| is 1 where either is 0
 
-    timm's Lamb gives the same numbers with max_grad_norm=None: clipping is `train.grad_clip_norm` here. Groups with
-    "adapt" False take w <- w - lr u: biases and norm parameters.
+    timm's Lamb gives the same numbers with max_grad_norm=None; for clipping, use `train.grad_clip_norm`. Groups with
+    "adapt" False (biases and norm parameters) use w <- w - lr u.
 
-    State of a parameter: "exp_avg", m, and "exp_avg_sq", v, of its shape (under ZeRO: of the flat partition's), and
+    State per parameter: "exp_avg", m, and "exp_avg_sq", v, of its shape (under ZeRO, of the flat partition's), and
     "step", t, a 0-dim fp32 tensor on the parameter's device.
     """
 
@@ -38,7 +38,7 @@ class Lamb(LayerwiseOptimizer):
         weight_decay: float = 0.0,
         eps: float = 1e-6,
     ) -> None:
-        """Take parameters or groups; eps is that of the authors' code."""
+        """Create from parameters or groups; the default eps is that of the authors' code."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor], layers: WholeLayers | Partition) -> None:
@@ -67,13 +67,13 @@ class Lamb(LayerwiseOptimizer):
 def _adam_updates(
     group: dict[str, Any], grads: list[Tensor], averages: list[Tensor], squares: list[Tensor], steps: list[Tensor]
 ) -> list[Tensor]:
-    """Move both averages on; return m_hat / (sqrt(v_hat) + eps) of each."""
+    """Update both averages; return m_hat / (sqrt(v_hat) + eps) of each."""
     beta1, beta2 = group["betas"]
     torch._foreach_lerp_(averages, grads, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
     denominators = torch._foreach_sqrt(squares)
-    step = torch.stack(steps).double()  # 1 - .999 has no digits to spare in fp32
+    step = torch.stack(steps).double()  # 1 - .999 loses too many digits in fp32
     torch._foreach_div_(denominators, list((1 - beta2**step).sqrt().float().unbind()))
     torch._foreach_add_(denominators, group["eps"])
     updates = torch._foreach_div(averages, list((1 - beta1**step).float().unbind()))

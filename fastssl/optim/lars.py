@@ -13,7 +13,7 @@ from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers, 
 
 
 class Lars(LayerwiseOptimizer):
-    """SGD with momentum whose step is scaled layer by layer; correct under ZeRO 1 and 2.
+    """SGD with momentum and layer-wise scaled steps; correct under ZeRO 1 and 2.
 
     You et al. 2017, arXiv:1708.03888, eq. 6, for each layer with weights w and gradient g:
 
@@ -22,10 +22,10 @@ class Lars(LayerwiseOptimizer):
         w <- w - lr v
 
     Their algorithm 1 has the learning rate inside v. Here it is outside, as in torch's SGD and in Goyal et al. 2017,
-    arXiv:1706.02677, eq. 9: a change of the rate then acts on all of v at once. timm's Lars gives the same numbers.
-    Groups with "adapt" False take ratio = 1: biases and norm parameters.
+    arXiv:1706.02677, eq. 9: a change of the learning rate then applies to all of v at once. timm's Lars gives the same
+    numbers. Groups with "adapt" False (biases and norm parameters) use ratio = 1.
 
-    State of a parameter: "momentum_buffer", v, of its shape (under ZeRO: of the flat partition's), where momentum > 0.
+    State per parameter, if momentum > 0: "momentum_buffer", v, of its shape (under ZeRO, of the flat partition's).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Lars(LayerwiseOptimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
     ) -> None:
-        """Take parameters or groups; trust_coefficient is eta."""
+        """Create from parameters or groups; trust_coefficient is eta."""
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, settings | {"trust_coefficient": trust_coefficient, "eps": eps})
 
@@ -57,7 +57,7 @@ class Lars(LayerwiseOptimizer):
 
 
 def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> Tensor:
-    """Ratio of each layer, [F], from |w| and |g|, [F, 2]."""
+    """Trust ratio of each layer, [F], from |w| and |g|, [F, 2]."""
     w, g = norms.unbind(1)
     ratios = group["trust_coefficient"] * w / (g + w * group["weight_decay"] + group["eps"])
     return torch.where((w > 0) & (g > 0), ratios, 1.0)

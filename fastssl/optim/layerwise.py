@@ -1,6 +1,6 @@
-"""What LARS and LAMB share: the norms of whole layers, also where ZeRO cut the layers into pieces.
+"""Shared by LARS and LAMB: the norms of whole layers, even if ZeRO has split the layers into fragments.
 
-ZeRO 1 and 2 lay the layers of a parameter group end to end, pad the end and hand each rank one stretch of it:
+ZeRO 1 and 2 concatenate the layers of a parameter group, pad the end and give each rank one partition of it:
 
     layers      |----- 0 -----|-- 1 --|--- 2 ---|pad|
     partitions  |--- rank 0 ---|--- rank 1 ---|...      rank 0 has layer 0 and a fragment of layer 1
@@ -9,7 +9,7 @@ ZeRO 1 and 2 lay the layers of a parameter group end to end, pad the end and han
 unpartitioned optimizer would take. docs/adr/0009-layerwise-optimizers-under-zero.md has the reasons.
 """
 
-# L layers of a group, F those of them with elements on this rank (without ZeRO: F = L)
+# L number of layers of a group, F number of those with elements on this rank (without ZeRO: F = L)
 
 # torch's own optimizers use its foreach operators, whose names are private.
 # pyright: reportPrivateImportUsage=false
@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 
 
 class WholeLayers:
-    """The layers of a group where each is a tensor of its own."""
+    """The layers of a group if each is a separate tensor."""
 
     def cut(self, tensors: list[Tensor]) -> list[Tensor]:
-        """One tensor a layer, from one tensor a parameter."""
+        """One tensor per layer, from one tensor per parameter."""
         return tensors
 
     def norms(self, weights: list[Tensor], updates: list[Tensor]) -> Tensor:
@@ -38,14 +38,14 @@ class WholeLayers:
 
 @dataclass(frozen=True)
 class Partition:
-    """One rank's stretch of the group's layers, a flat tensor, and what lies in it.
+    """One rank's partition of the group's layers, a flat tensor, and the layout of the layers in it.
 
     Attributes:
-        num_layers: L, none of them empty.
-        first_layer: Number of the first layer that has elements here; those of the others follow without a gap.
-        spans: F pairs (start, length) in the flat tensor; what no span covers is padding.
-        process_group: The ranks that hold the other stretches.
-        device: Where their collectives run; an offloaded partition is on the CPU, NCCL sums on the GPU only.
+        num_layers: L, the number of non-empty layers.
+        first_layer: Index of the first layer with elements here; the next F - 1 layers follow without a gap.
+        spans: F pairs (start, length) in the flat tensor; elements outside of all spans are padding.
+        process_group: The ranks that hold the other partitions.
+        device: Device for their collectives; an offloaded partition is on the CPU, but NCCL needs the GPU.
     """
 
     num_layers: int
@@ -55,14 +55,14 @@ class Partition:
     device: torch.device
 
     def cut(self, tensors: list[Tensor]) -> list[Tensor]:
-        """This rank's fragments of the layers as views of one flat tensor; of padding alone: the tensor itself."""
+        """This rank's fragments of the layers, as views of one flat tensor; the whole tensor if it is all padding."""
         (flat,) = tensors
         return [flat.narrow(0, start, length) for start, length in self.spans] or [flat]
 
     def norms(self, weights: list[Tensor], updates: list[Tensor]) -> Tensor:
-        """As `WholeLayers.norms`, of the layers that the fragments are of; all ranks of the group call it.
+        """As `WholeLayers.norms`, for the whole layers that the fragments belong to; all ranks of the group call it.
 
-        The table is fp64, so that a layer which is whole on one rank keeps its norm to the last bit.
+        The table is fp64, so that the norm of a layer that is entirely on one rank is exact to the last bit.
         """
         table = torch.zeros(self.num_layers, 2, dtype=torch.float64, device=self.device)
         own = table[self.first_layer : self.first_layer + len(self.spans)]
@@ -74,7 +74,7 @@ class Partition:
 
 
 class LayerwiseOptimizer(Optimizer):
-    """A torch optimizer whose groups say by "adapt" whether their layers' steps are scaled by their norms.
+    """A torch optimizer whose groups have a flag "adapt": whether steps are scaled by layer norms.
 
     Under ZeRO `bind_partitions` must be called after DeepSpeed has wrapped it, before the first step.
     """
@@ -85,7 +85,7 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; nothing waits for the device."""
+        """Update every parameter that has a gradient, without a host synchronisation."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,7 +97,7 @@ class LayerwiseOptimizer(Optimizer):
         return loss
 
     def bind(self, flat: Tensor, partition: Partition) -> None:
-        """Say what lies in a flat parameter of an adapted group."""
+        """Register the layout of a flat parameter of an adapted group."""
         self._partitions[flat] = partition
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor], layers: WholeLayers | Partition) -> None:
@@ -105,7 +105,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _layers(self, group: dict[str, Any], params: list[Tensor]) -> WholeLayers | Partition:
         if not group["adapt"]:
-            return WholeLayers()  # the step is elementwise: it does not matter which layer an element is of
+            return WholeLayers()  # the step is elementwise, so layers do not matter
         if params[0] in self._partitions:
             return self._partitions[params[0]]
         if any(p.ndim < 2 for p in params):
@@ -115,7 +115,7 @@ class LayerwiseOptimizer(Optimizer):
         return WholeLayers()
 
     def _state_of(self, name: str, params: list[Tensor]) -> list[Tensor]:
-        """The named state of each parameter, of its shape, zero at first."""
+        """The named state of each parameter, of its shape, initialised to zero."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
@@ -123,18 +123,18 @@ class LayerwiseOptimizer(Optimizer):
 
 
 def bind_partitions(engine_optimizer: Any) -> None:
-    """Tell a `LayerwiseOptimizer` which layers are in the partitions that ZeRO has made of its groups.
+    """Tell a `LayerwiseOptimizer` which layers are in ZeRO's partitions of its groups.
 
     Args:
-        engine_optimizer: What `deepspeed.initialize` returned. Nothing is done to what is no ZeRO 1 or 2 optimizer
-            around a `LayerwiseOptimizer`.
+        engine_optimizer: The optimizer returned by `deepspeed.initialize`. Does nothing unless it is a ZeRO 1 or 2
+            optimizer that wraps a `LayerwiseOptimizer`.
     """
     optimizer = getattr(engine_optimizer, "optimizer", None)
     if not isinstance(optimizer, LayerwiseOptimizer):
         return
     for index, flat in enumerate(engine_optimizer.single_partition_of_fp32_groups):
         process_group = engine_optimizer.real_dp_process_group[index]
-        layers = engine_optimizer.round_robin_bit16_groups[index]  # in the order in which they lie
+        layers = engine_optimizer.round_robin_bit16_groups[index]  # in memory order
         offsets = engine_optimizer.round_robin_bit16_offsets[index]
         begin = torch_dist.get_rank(process_group) * len(flat)
         bounds = [

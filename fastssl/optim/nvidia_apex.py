@@ -1,7 +1,7 @@
-"""NVIDIA apex where it is wanted and installed: its fused optimizers and its layer norm. Nothing else knows of it.
+"""NVIDIA apex, if requested and installed: fused optimizers and layer norm. No other module uses apex directly.
 
-apex is built from https://github.com/NVIDIA/apex; the package `apex` of the public index is another project. Since 2025
-apex has no mixed precision and no data parallelism of its own: torch's autocast and DeepSpeed serve here.
+apex is built from https://github.com/NVIDIA/apex; the package `apex` on PyPI is another project. Since 2025 apex has no
+mixed precision and no data parallelism of its own: torch's autocast and DeepSpeed are used instead.
 """
 
 import importlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastssl.optim.config import OptimConfig
 
 _HOW = "build it from https://github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
-# Classes whose forward is torch's layer norm over the last dimensions. Others permute, or cast, and stay.
+# Classes whose forward is torch's layer norm over the last dimensions. Others permute or cast, and are not replaced.
 _PLAIN_LAYER_NORMS = {("torch.nn.modules.normalization", "LayerNorm"), ("timm.layers.norm", "LayerNorm")}
 
 
@@ -28,7 +28,7 @@ def why_no_apex() -> str | None:
     if spec is None:
         return f"NVIDIA apex is not installed: {_HOW}"
     folder = Path(next(iter(spec.submodule_search_locations or [spec.origin or "."])))
-    if not (folder / "optimizers").is_dir():  # not imported: nobody knows what another project does then
+    if not (folder / "optimizers").is_dir():  # never import it: another project's code may do anything
         return f"{folder} is not NVIDIA apex but another project of that name{_summary()}: uninstall it and {_HOW}"
     if find_spec("amp_C") is None:
         return f"NVIDIA apex at {folder} was built without its CUDA extensions: {_HOW}"
@@ -40,10 +40,10 @@ def why_no_apex() -> str | None:
 
 
 def build_apex_optimizer(groups: list[dict[str, Any]], cfg: "OptimConfig") -> torch.optim.Optimizer:
-    """apex's counterpart of what `fastssl.optim.build_optimizer` builds, for sgd, adamw and lamb.
+    """apex's counterpart of `fastssl.optim.build_optimizer`, for sgd, adamw and lamb.
 
     Args:
-        groups: Parameter groups with "weight_decay"; the parameters on the GPU already.
+        groups: Parameter groups with "weight_decay"; the parameters must be on the GPU.
         cfg: The optim section.
     """
     optimizers = importlib.import_module("apex.optimizers")
@@ -51,22 +51,22 @@ def build_apex_optimizer(groups: list[dict[str, Any]], cfg: "OptimConfig") -> to
         return optimizers.FusedSGD(groups, lr=cfg.base_lr, momentum=cfg.momentum)
     if cfg.name == "adamw":
         return optimizers.FusedAdam(groups, lr=cfg.base_lr, betas=cfg.betas, adam_w_mode=True)
-    # It would clip to a norm of 1 otherwise; clipping is train.grad_clip_norm.
+    # Otherwise it would clip to a norm of 1; clipping is train.grad_clip_norm's job.
     return optimizers.FusedLAMB(groups, lr=cfg.base_lr, betas=cfg.betas, max_grad_norm=math.inf)
 
 
 def apex_layer_norm() -> type[nn.Module]:
-    """apex's FusedLayerNorm; under bf16 autocast it gives bf16, where torch's gives fp32."""
+    """apex's FusedLayerNorm; under bf16 autocast it returns bf16, while torch's layer norm returns fp32."""
     return importlib.import_module("apex.normalization").FusedLayerNorm
 
 
 def put_layer_norms(model: nn.Module, layer_norm: type[nn.Module]) -> int:
-    """Put another class in the place of torch's layer norms; parameters and their names stay.
+    """Replace torch's layer norms by another class; parameters and their names are kept.
 
-    Those without a bias, and subclasses that do more (channels-first ones), stay as they are.
+    Layer norms without a bias, and subclasses that do more (channels-first ones), are not replaced.
 
     Args:
-        model: Changed in place; its weights may be anywhere.
+        model: Changed in place; its weights may be on any device.
         layer_norm: Called with torch's first three arguments: normalized_shape, eps, elementwise_affine.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What changes over a run, as pure functions of the optimizer step."""
+"""Schedules over a run, as pure functions of the optimizer step."""
 
 import math
 
@@ -15,19 +15,19 @@ def learning_rate(
 ) -> float:
     """Learning rate of a step: linear warm-up, then cosine (Loshchilov and Hutter 2017, arXiv:1608.03983).
 
-    The peak is base_lr * global_batch_size / 256 (Goyal et al. 2017, arXiv:1706.02677). Step 0 takes
-    1/(warmup_steps + 1) of it, never nothing; step warmup_steps takes all of it; step total_steps, the first
-    that is not taken, would take final_fraction of it.
+    The peak is base_lr * global_batch_size / 256 (Goyal et al. 2017, arXiv:1706.02677). Step 0 uses
+    1/(warmup_steps + 1) of it, so it is never 0; step warmup_steps uses all of it; step total_steps, one after the
+    last, would use final_fraction of it.
 
     Args:
-        step: Optimizer steps taken before this one.
+        step: Number of optimizer steps taken before this one.
         base_lr: Peak for a global batch of 256.
-        global_batch_size: Images of a step.
-        warmup_steps: Steps of the warm-up, which rises at every one of them.
-        total_steps: Steps of the run.
-        final_fraction: Where the cosine ends, as a fraction of the peak.
-        steps_per_change: The cosine keeps its value for this many steps; those of an epoch give torch's
-            CosineAnnealingLR stepped once an epoch.
+        global_batch_size: Images per step.
+        warmup_steps: Number of warm-up steps; the rate increases at each of them.
+        total_steps: Number of steps of the run.
+        final_fraction: Final value of the cosine, as a fraction of the peak.
+        steps_per_change: The cosine is constant for this many steps; the steps of an epoch give torch's
+            CosineAnnealingLR stepped once per epoch.
 
     Raises:
         ValueError: a negative step or number of steps.
@@ -46,7 +46,7 @@ def learning_rate(
 
 
 def ema_momentum(step: int, total_steps: int, base: float) -> float:
-    """Momentum of a target network: base at step 0, 1 at total_steps, on a cosine.
+    """Momentum of a target network: from base at step 0 to 1 at total_steps, on a cosine.
 
     Grill et al. 2020 (BYOL), arXiv:2006.07733, section 3.3.
 

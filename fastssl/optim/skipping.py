@@ -1,7 +1,7 @@
-"""Skipping a step of an optimizer without a read on the host.
+"""Skipping an optimizer step without a host synchronisation.
 
-torch's fused SGD and AdamW skip a step where their attribute `found_inf` is 1: weights, momentum and step counts keep
-their values. LARS and LAMB know no such thing: they are stepped, and put back where the step is not to be taken.
+torch's fused SGD and AdamW skip a step if their attribute `found_inf` is 1: weights, momentum and step counts keep
+their values. LARS and LAMB do not support this: they are stepped, and restored if the step is to be skipped.
 """
 
 # torch's own optimizers use its foreach operators, whose names are private.
@@ -19,26 +19,26 @@ from fastssl.optim.layerwise import LayerwiseOptimizer
 
 @contextmanager
 def skipped_unless(taken: Tensor, optimizer: Optimizer, undo: "Undo | None") -> Iterator[None]:
-    """Inside, a step of the optimizer leaves no trace where `taken` is False.
+    """Context in which a step of the optimizer has no effect if `taken` is False.
 
     Args:
         taken: bool, 0-dim.
-        optimizer: One of which `can_skip` is true.
-        undo: Of this optimizer; None: it `is_fused`, and skips by itself.
+        optimizer: An optimizer for which `can_skip` is true.
+        undo: The `Undo` of this optimizer; None: the optimizer `is_fused` and skips by itself.
     """
     if undo is not None:
         undo.keep()
         yield
         undo.put_back_unless(taken)
         return
-    # fp32 and exactly 1: the fused kernels compare with 1, and AdamW's subtract it from the step count.
+    # fp32 and exactly 1: the fused kernels compare it with 1, and AdamW's subtracts it from the step count.
     optimizer.found_inf = (~taken).float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
     yield
 
 
 class Undo:
-    """Puts weights and state of an optimizer back on the device; costs a copy of both before and after the step."""
+    """Restores weights and state of an optimizer on the device; costs a copy of both before and after the step."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._values = [p.detach() for group in optimizer.param_groups for p in group["params"]]
@@ -56,23 +56,23 @@ class Undo:
 
 
 def can_skip(optimizer: Optimizer) -> bool:
-    """Whether a step of the optimizer can be skipped, or put back, without a read on the host."""
+    """Whether a step of the optimizer can be skipped, or undone, without a host synchronisation."""
     return is_fused(optimizer) or isinstance(optimizer, LayerwiseOptimizer)
 
 
 def is_fused(optimizer: Optimizer) -> bool:
-    """Whether it is one of torch's that skip by `found_inf`; its other forms raise."""
+    """Whether the optimizer is a fused torch optimizer, which supports skipping via `found_inf`; other forms raise."""
     is_torchs = type(optimizer) in (torch.optim.SGD, torch.optim.AdamW)
     return is_torchs and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def prepare_state(optimizer: Optimizer) -> None:
-    """Make all state of an optimizer of which `can_skip` is true, in the layout of its parameters.
+    """Create all state of an optimizer for which `can_skip` is true, in the memory layout of its parameters.
 
-    State that the first step makes would lie in a CUDA graph's memory. And torch's fused SGD makes its momentum with
-    `empty_like`, and leaves it so where its first step is skipped: the next one takes that for a momentum. Zeros give
-    the first step that is taken the same bits. AdamW is captured only where its groups say that it can be; its fused
-    kernel is the same either way.
+    State created in the first step would be in a CUDA graph's memory. Moreover, torch's fused SGD creates its momentum
+    with `empty_like` and leaves it uninitialised if the first step is skipped, so the next step would use it as
+    momentum. With zeros, the first taken step is bitwise the same. AdamW is captured only if its groups are marked as
+    capturable; its fused kernel is the same either way.
     """
     match_layout(optimizer)
     for group in optimizer.param_groups:
@@ -91,9 +91,9 @@ def prepare_state(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def match_layout(optimizer: Optimizer) -> None:
-    """Give state of a parameter's shape the strides of the parameter: fused kernels pair them by place in memory.
+    """Give state tensors the strides of their parameters: fused kernels pair elements by memory position.
 
-    Channels-last weights meet contiguous state in the checkpoint of a run under ZeRO, or on another device.
+    Channels-last weights can get contiguous state from the checkpoint of a run under ZeRO or on another device.
     """
     for p, state in optimizer.state.items():
         for name, value in state.items():

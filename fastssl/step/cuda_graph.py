@@ -1,7 +1,7 @@
-"""The training step as one CUDA graph: a replay launches some hundred kernels for the host's price of one.
+"""The training step as one CUDA graph: a replay launches hundreds of kernels at the host cost of one launch.
 
-What is captured is `TrainStep.body`. Batches are copied into tensors that stay, learning rate and momentum lie in
-tensors. DeepSpeed's engine is passed by, docs/adr/0012-captured-step.md says what that means for its hooks.
+`TrainStep.body` is captured. Batches are copied into static tensors; learning rate and momentum are also tensors.
+DeepSpeed's engine is bypassed; docs/adr/0012-captured-step.md explains what that means for its hooks.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -15,23 +15,23 @@ from fastssl.errors import ConfigError
 from fastssl.step.train_step import StepResult, TrainStep
 from pipelines.batch import Batch
 
-# Plain steps before the capture: libraries choose their kernels and Triton and torch.compile compile theirs, which a
-# capture cannot hold. torch's own recipe takes three.
+# Plain steps before the capture: in these, libraries select their kernels, and Triton and torch.compile compile theirs,
+# which cannot be captured. torch's own recipe uses three.
 NUM_PLAIN_STEPS = 3
 
 
 class CapturedStep:
-    """Takes plain steps first, and replays a graph of the step from then on.
+    """Runs plain (eager) steps first, and replays a graph of the step from then on.
 
-    Its results are overwritten by the next step. A batch of another shape than the captured one takes a plain step.
+    The next step overwrites the results. A batch whose shape differs from the captured one takes a plain step.
     """
 
     def __init__(self, step: TrainStep, device: torch.device) -> None:
-        """Give this thread a stream of its own: a capture cannot be on the default one.
+        """Set a separate stream for this thread, because a capture cannot run on the default stream.
 
         Args:
-            step: With a `DeviceUpdate` that is alone.
-            device: CUDA.
+            step: Its update must be a `DeviceUpdate` with `is_alone`.
+            device: The CUDA device.
         """
         self._step = step
         self._num_plain = 0
@@ -61,7 +61,7 @@ class CapturedStep:
         return self._result
 
     def _has_other_shape(self, batch: Batch) -> bool:
-        """Whether a batch does not fit the graph; says so once."""
+        """Whether a batch's shape differs from the graph's; reports this once."""
         if all(view.shape == captured.shape for view, captured in zip(batch.views, self._views, strict=True)):
             return False
         if not self._has_said:
@@ -71,31 +71,31 @@ class CapturedStep:
         return True
 
     def _try_to_capture(self, batch: Batch) -> None:
-        """Capture, or end the run: torch keeps what a capture that CUDA broke off has allocated, and much after it."""
+        """Capture, or end the run: torch never frees memory allocated in, and much of it after, an aborted capture."""
         try:
             self._capture(batch)
-        except RuntimeError as error:  # an operator that a graph cannot hold, such as one of the model's own
-            cause = error.__context__ or error  # the end of a broken capture raises another error
+        except RuntimeError as error:  # an operator that cannot be captured, such as a custom one of the model
+            cause = error.__context__ or error  # ending an aborted capture raises another error
             reason = next(iter(str(cause).splitlines()), type(cause).__name__)
             raise ConfigError(
                 f"train.cuda_graph: the step cannot be captured as a CUDA graph ({reason}): set it to false"
             ) from None
 
     def _capture(self, batch: Batch) -> None:
-        """Record the step; it is not run by this."""
+        """Record the step without running it."""
         self._views = [torch.empty_like(view) for view in batch.views]
         self._labels, self._sample_ids = torch.empty_like(batch.labels), torch.empty_like(batch.sample_ids)
-        # Left as they are, gradients of the body would be added to those of the step before.
+        # Otherwise the captured backward would accumulate into the gradients of the previous step.
         self._step.forget_gradients()
         graph = torch.cuda.CUDAGraph()
-        # The loader's threads may allocate meanwhile: their calls are no part of the capture.
+        # The loader's threads may allocate meanwhile: their calls must not be captured.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             self._result = self._step.body(self._views, self._labels, self._sample_ids)
         self._graph = graph
 
 
 def choose_step(cfg: Config, step: TrainStep, device: torch.device) -> TrainStep | CapturedStep:
-    """The captured step where `train.cuda_graph` and the run allow it.
+    """The captured step if `train.cuda_graph` and the run allow it, else `step`.
 
     Raises:
         ConfigError: train.cuda_graph is true, and the run cannot be captured.
@@ -113,7 +113,7 @@ def choose_step(cfg: Config, step: TrainStep, device: torch.device) -> TrainStep
 
 
 def why_not_captured(cfg: Config, step: TrainStep, device: torch.device) -> str | None:
-    """Why a run's step cannot be a CUDA graph, as the end of a sentence; None: it can."""
+    """Reason why a run's step cannot be captured as a CUDA graph, as the end of a sentence; None: it can."""
     if device.type != "cuda":
         return "the run is not on a GPU"
     if cfg.train.zero_stage:

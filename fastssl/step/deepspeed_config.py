@@ -1,4 +1,4 @@
-"""Config -> DeepSpeed's dictionary: the only place where it is written."""
+"""Builds DeepSpeed's configuration dictionary from a Config; the only place that does."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from fastssl.config import Config
 from fastssl.errors import ConfigError
 
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
-# Sections of DeepSpeed's configuration that `ds` may add to; it takes others in silence, also one that is misspelt.
+# Sections of DeepSpeed's configuration that `ds` may set; DeepSpeed itself silently accepts unknown or misspelt ones.
 PASSED = (
     "aio",
     "comms_logger",
@@ -46,8 +46,8 @@ _REFUSED_IN_ZERO = {
 def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for one run.
 
-    bf16 and fp16 go through torch's autocast, not through DeepSpeed's cast of the parameters: that one leaves batch
-    norm's running statistics in another dtype than its input ("expected scalar type BFloat16 but found Float").
+    bf16 and fp16 use torch's autocast instead of DeepSpeed's parameter cast: the latter leaves batch norm's running
+    statistics in a different dtype from its input ("expected scalar type BFloat16 but found Float").
 
     Args:
         cfg: The run's configuration.
@@ -57,8 +57,8 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
         The dictionary for `deepspeed.initialize(config=...)`.
 
     Raises:
-        ConfigError: `ds` says what another key of the configuration says, what DeepSpeed would not read or cannot do
-            at this stage, or what would make another training of it.
+        ConfigError: `ds` sets something that another key of the configuration sets, that DeepSpeed would ignore or does
+            not support at this stage, or that would change the training.
     """
     zero: dict[str, Any] = {"stage": cfg.train.zero_stage}
     if cfg.train.offload_optimizer:
@@ -67,17 +67,17 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
         "train_batch_size": cfg.data.global_batch_size,
         "train_micro_batch_size_per_gpu": cfg.data.global_batch_size // world_size,
         "gradient_accumulation_steps": 1,
-        # Without ZeRO `fastssl.step` clips: the engine would clip gradients of the loss times fp16's scale.
+        # Without ZeRO, `fastssl.step` clips: the engine would clip gradients that include fp16's loss scale.
         "gradient_clipping": cfg.train.grad_clip_norm if cfg.train.zero_stage else 0.0,
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # SGD: tested here with every stage that the config allows
+        "zero_allow_untested_optimizer": True,  # for SGD, which is tested here at every stage that the config allows
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
             "enabled": cfg.train.precision != "fp32",
             "dtype": _AUTOCAST.get(cfg.train.precision, "bfloat16"),
         },
         "steps_per_print": 10**12,  # fastssl prints its own progress
-        # It would synchronise a GPU twice a step, for a speed that nobody prints.
+        # It would synchronise the GPU twice per step to measure a speed that is not printed.
         "timers": {"throughput": {"enabled": False}},
     }
     for section in cfg.ds:
@@ -92,7 +92,7 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
 
 
 def _merged(own: dict[str, Any], raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Both, section by section; ConfigError where both say something."""
+    """Merge both, section by section; ConfigError if both set the same key."""
     merged = dict(own)
     for name, value in raw.items():
         if name not in own:
@@ -117,7 +117,7 @@ def _check_zero(cfg: Config) -> None:
 
 
 def _check_averaging(cfg: Config) -> None:
-    """What DeepSpeed would end with a traceback at."""
+    """Refuse settings for which DeepSpeed would fail with a traceback."""
     data_type = cfg.ds.get("communication_data_type", "fp32")
     if str(data_type).lower() not in ("fp16", "bf16", "fp32"):
         raise ConfigError(f"ds.communication_data_type: must be fp16, bf16 or fp32, not {data_type!r}")

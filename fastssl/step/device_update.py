@@ -1,4 +1,4 @@
-"""The update without ZeRO in fp32 and bf16: norm, clipping, step and skipping stay on the device."""
+"""The update without ZeRO in fp32 and bf16: gradient norm, clipping, step and skipping stay on the device."""
 
 # torch's own optimizers use its foreach operators, whose names are private.
 # pyright: reportPrivateImportUsage=false
@@ -14,10 +14,10 @@ from fastssl.optim.skipping import Undo, is_fused, prepare_state, skipped_unless
 
 
 class DeviceUpdate:
-    """Backward and optimizer step that read no value on the host; see `HostUpdate` for the other cases.
+    """Backward and optimizer step without a host synchronisation; see `HostUpdate` for the other cases.
 
-    With several processes DeepSpeed's engine averages the gradients. With one it has nothing to do, and is passed by,
-    so that a CUDA graph can hold the update; its counters are moved all the same.
+    With several processes DeepSpeed's engine averages the gradients. With one process it has nothing to do and is
+    bypassed, so that the update can be captured in a CUDA graph; its counters are still updated.
     """
 
     is_searching = False  # there is no loss scale to search for
@@ -28,11 +28,11 @@ class DeviceUpdate:
         """Prepare the state of the optimizer.
 
         Args:
-            engine: DeepSpeed's, at stage 0.
-            optimizer: The one that the engine steps, see `fastssl.optim.skipping.can_skip`.
-            objective: What is trained.
-            max_norm: Of the gradient, to clip to; 0: no clipping.
-            alone: There is one process, and nothing else that the engine was asked to do.
+            engine: DeepSpeed's engine, at stage 0.
+            optimizer: The engine's optimizer; `fastssl.optim.skipping.can_skip` must hold for it.
+            objective: The trained module.
+            max_norm: Gradient norm to clip to; 0: no clipping.
+            alone: Whether there is a single process and the engine has nothing else to do.
         """
         self._engine, self._optimizer, self._max_norm, self.is_alone = engine, optimizer, max_norm, alone
         self._parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -40,18 +40,18 @@ class DeviceUpdate:
         self.bind()
 
     def bind(self) -> None:
-        """Take hold of the optimizer's groups and state; again after they were loaded, which replaces them."""
+        """Store references to the optimizer's groups and state; call again after loading, which replaces them."""
         prepare_state(self._optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate
         self._undo = None if is_fused(self._optimizer) else Undo(self._optimizer)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Of the next step; rounded to fp32."""
+        """Set the learning rate of the next step; rounded to fp32."""
         self._learning_rate.fill_(learning_rate)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss, averaged over ranks by the engine."""
+        """Compute gradients of the loss, averaged over ranks by the engine."""
         if self.is_alone:
             loss.backward()
         else:
@@ -63,7 +63,7 @@ class DeviceUpdate:
         norm = torch.nn.utils.get_total_norm(gradients)
         taken = norm.isfinite()
         if self._max_norm:
-            # In fp64, rounded once. A gradient that is not finite becomes NaN, and is skipped.
+            # In fp64, rounded once. A non-finite gradient becomes NaN, and the step is skipped.
             clip = ((norm.double() + 1e-6) / self._max_norm).clamp_min(1.0)
             torch._foreach_mul_(gradients, clip.reciprocal().to(norm.dtype))
         with skipped_unless(taken, self._optimizer, self._undo):
@@ -76,19 +76,19 @@ class DeviceUpdate:
         return taken, norm
 
     def count(self) -> None:
-        """Move the counters of an engine that was passed by."""
+        """Update the counters of a bypassed engine."""
         if self.is_alone:
             self._engine.global_steps += 1
             self._engine.micro_steps += 1
             self._engine.global_samples += self._engine.train_batch_size()
 
     def metrics(self) -> dict[str, float]:
-        """What a row of metrics says of it: nothing."""
+        """Metrics of the update: none."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: there is no loss scale."""
+        """Empty: there is no loss scale."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take up."""
+        """Does nothing: there is no state."""

@@ -1,7 +1,7 @@
-"""The update under ZeRO 1 and 2, in fp16, and by optimizers that cannot skip on the device: the host reads the norm.
+"""The update under ZeRO 1 and 2, in fp16, and for optimizers that cannot skip on the device: the host reads the norm.
 
-fp16 is torch's autocast under DeepSpeed, with the scale kept here: DeepSpeed 0.19.8 gives ZeRO's ranks a scaler each,
-which see other overflows and then average gradients of different scales.
+fp16 is torch's autocast under DeepSpeed, with the loss scale kept here: in DeepSpeed 0.19.8 each ZeRO rank has its own
+scaler. These see different overflows, and gradients of different scales would be averaged.
 """
 
 import math
@@ -15,18 +15,18 @@ from fastssl.models.objective import Objective
 from fastssl.optim.skipping import match_layout
 
 INITIAL_LOSS_SCALE = 2.0**16
-# Steps without overflow until the scale doubles: torch.amp.GradScaler's default, as the initial scale is.
+# Steps without overflow until the scale doubles. Both values are torch.amp.GradScaler's defaults.
 LOSS_SCALE_WINDOW = 2000
 
 
 class HostUpdate:
-    """Backward and optimizer step of an engine at any of ZeRO's stages 0 to 2; all ranks take or skip it alike.
+    """Backward and optimizer step of an engine at ZeRO stages 0 to 2; either all ranks take a step or all skip it.
 
     A skipped update changes neither weights nor the optimizer's state.
 
     Attributes:
         loss_scale: DeepSpeed's dynamic scaler for fp16, else None.
-        is_searching: Whether the first scale that fits has yet to be found: no step was taken.
+        is_searching: Whether the initial search for a loss scale is still running: no step has been taken yet.
     """
 
     def __init__(self, engine: Any, objective: Objective, cfg: TrainConfig) -> None:
@@ -41,21 +41,21 @@ class HostUpdate:
             engine.optimizer.torch_autocast_gradscaler = None
 
     def bind(self) -> None:
-        """Lay out the optimizer's state as its parameters are; again after it was loaded."""
+        """Give the optimizer state the memory layout of its parameters; call again after loading."""
         if not self._is_partitioned:
             match_layout(self._engine.optimizer)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Of the next step."""
+        """Set the learning rate of the next step."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss times the scale, averaged over ranks by the engine."""
+        """Compute gradients of the loss times the scale, averaged over ranks by the engine."""
         if self.loss_scale is None:
             self._engine.backward(loss)
         elif self._is_partitioned:
-            self._engine.optimizer.override_loss_scale(self.loss_scale.cur_scale)  # it divides before it clips
+            self._engine.optimizer.override_loss_scale(self.loss_scale.cur_scale)  # it unscales before it clips
             self._engine.backward(loss)
         else:
             self._engine.backward(loss * self.loss_scale.cur_scale)
@@ -64,8 +64,8 @@ class HostUpdate:
         """Take the optimizer's step.
 
         Returns:
-            Whether it was taken (bool), and the norm of the gradient over all parameters before clipping (fp32; not
-            finite where it was not), 0-dim on the device.
+            Whether the step was taken (bool), and the gradient norm over all parameters before clipping (fp32;
+            non-finite if the gradient was), both 0-dim on the device.
         """
         norm = self._partitioned_step() if self._is_partitioned else self._plain_step()
         if self.loss_scale is not None:
@@ -73,29 +73,29 @@ class HostUpdate:
             is_least = self.loss_scale.cur_scale <= self.loss_scale.min_scale
             self.is_searching = self.is_searching and norm is None and not is_least
         device = self._parameters[0].device
-        taken = torch.full((), norm is not None, device=device)  # fills: nothing is copied from the host
+        taken = torch.full((), norm is not None, device=device)  # `full` fills on the device: no copy from the host
         return taken, torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=device)
 
     def count(self) -> None:
-        """Nothing: the engine has counted its step."""
+        """Does nothing: the engine counts its own steps."""
 
     def metrics(self) -> dict[str, float]:
-        """What a row of metrics says of it: the loss scale of fp16."""
+        """Metrics of the update: the loss scale of fp16."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cur_scale}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loss scale depends on; empty without one."""
+        """State of the loss scaler; empty without one."""
         if self.loss_scale is None:
             return {}
         return {name: getattr(self.loss_scale, name) for name in _SCALE_STATE} | {"is_searching": self.is_searching}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a saved scale."""
+        """Restore a saved loss scale."""
         if self.loss_scale is None:
             return
         for name in _SCALE_STATE:
             setattr(self.loss_scale, name, state[name])
-        self.is_searching = state.get("is_searching", False)  # older checkpoints do not say
+        self.is_searching = state.get("is_searching", False)  # missing in older checkpoints
 
     def _plain_step(self) -> float | None:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -104,7 +104,7 @@ class HostUpdate:
         if not math.isfinite(norm):
             self._step_without_gradients()
             return None
-        # As DeepSpeed's ZeRO optimizers clip; here it would clip the gradients of the scaled loss.
+        # The formula of DeepSpeed's ZeRO optimizers; at stage 0 DeepSpeed would clip gradients of the scaled loss.
         clip = max(1.0, (norm + 1e-6) / self._max_norm) if self._max_norm else 1.0
         if scale * clip != 1:
             torch._foreach_mul_(gradients, 1 / (scale * clip))  # pyright: ignore[reportPrivateImportUsage]
@@ -112,7 +112,7 @@ class HostUpdate:
         return norm
 
     def _step_without_gradients(self) -> None:
-        """The engine counts a step, and its optimizer takes none; NVIDIA apex's would count it in their groups."""
+        """Make the engine count a step without an optimizer step; NVIDIA apex's optimizers would count it too."""
         for parameter in self._parameters:
             parameter.grad = None
         groups = self._engine.optimizer.param_groups

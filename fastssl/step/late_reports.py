@@ -1,4 +1,4 @@
-"""What steps report to the host, read a step later, so that nothing waits for the device."""
+"""Step reports for the host, read one step late, so that the host does not wait for the device."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from fastssl.step.train_step import StepResult
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One step, on the host.
+    """The values of one step, on the host.
 
     Attributes:
-        step: 1-based.
-        taken: Whether it was taken; the same on all ranks.
+        step: Number of the step, starting at 1.
+        taken: Whether the step was taken; the same on all ranks.
         loss: Mean over ranks.
-        grad_norm: Before clipping.
-        must_stop: Whether a rank was asked to leave; the same on all ranks.
-        must_save: Whether a checkpoint falls due by the first rank's clock; the same on all ranks.
-        is_searching: Whether fp16's loss scale was still searched for.
-        sample_ids: Of the local batch, int64 [B], on the device.
-        settings: What a row of metrics says besides: learning rate, loss scale.
+        grad_norm: Gradient norm before clipping.
+        must_stop: Whether any rank was asked to stop; the same on all ranks.
+        must_save: Whether a checkpoint is due by the first rank's clock; the same on all ranks.
+        is_searching: Whether the initial search for fp16's loss scale was still running.
+        sample_ids: Sample ids of the local batch, int64 [B], on the device.
+        settings: Further values for the row of metrics: learning rate, loss scale.
     """
 
     step: int
@@ -40,11 +40,11 @@ class StepReport:
 
 
 class LateReports:
-    """Copies each step's report to pinned memory, and gives it out once a later step has been launched."""
+    """Copies each step's report to pinned memory, and returns it after a later step has been launched."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Of each step: its values on their way to the host, the event that ends the way (CUDA), what is known already.
+        # Per step: the values being copied to the host, the event that ends the copy (CUDA), the fields known already.
         self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, Any]]] = deque()
         self._free: list[Tensor] = []
 
@@ -59,7 +59,7 @@ class LateReports:
         sample_ids: Tensor,
         settings: dict[str, float],
     ) -> None:
-        """Begin to copy the report of the step just launched (all ranks; a wish of one is a wish of all)."""
+        """Start copying the report of the step just launched (all ranks call it; requests are combined by OR)."""
         values = result.report
         if collectives.world_size() > 1:
             wishes = (torch.full_like(result.loss, float(wish)) for wish in (wants_stop, wants_save))
@@ -76,16 +76,16 @@ class LateReports:
             event.record()
         known = {
             "step": step,
-            "must_stop": wants_stop,  # of one process; several agree below
+            "must_stop": wants_stop,  # of this process; several processes agree below
             "must_save": wants_save,
             "is_searching": is_searching,
-            "sample_ids": sample_ids.clone(),  # on the CPU it may be an engine's array, used again for the next batch
+            "sample_ids": sample_ids.clone(),  # on the CPU it may be an engine's array, which is reused
             "settings": settings,
         }
         self._waiting.append((host, event, known))
 
     def read(self, *, keep: int) -> Iterator[StepReport]:
-        """The reports in order, but for those of the last `keep` steps."""
+        """Yield the reports in order, except those of the last `keep` steps."""
         while len(self._waiting) > keep:
             host, event, known = self._waiting.popleft()
             if event is not None:

@@ -1,8 +1,8 @@
-"""One step of the training, from a batch to moved weights, as one function that a CUDA graph can hold.
+"""One training step, from a batch to updated weights, as one function that can be captured in a CUDA graph.
 
-Whether the step was taken is a tensor on the device, and everything that a step changes is written by it: where a
-gradient is not finite, weights, optimizer, buffers, target, probe and sums keep their values. With `DeviceUpdate`
-nothing here waits for the device, and numbers that change from step to step lie in tensors.
+Whether the step is taken is a tensor on the device, and all updates depend on it: if a gradient is not finite, weights,
+optimizer state, buffers, target, probe and sums keep their values. With `DeviceUpdate` nothing here waits for the
+device, and values that change from step to step are stored in tensors.
 """
 
 # B local batch, F features, D projection
@@ -31,13 +31,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind, on the device; of a captured step until the next one.
+    """The results of a step, on the device; those of a captured step are valid until the next step.
 
     Attributes:
         taken: bool, 0-dim: whether the step was taken.
-        loss: Of this rank, fp32, 0-dim.
-        grad_norm: Before clipping, fp32, 0-dim; the same on all ranks.
-        report: The three above, fp32 [3]: what the host reads of the step.
+        loss: Loss of this rank, fp32, 0-dim.
+        grad_norm: Gradient norm before clipping, fp32, 0-dim; the same on all ranks.
+        report: The three values above, fp32 [3], for the host to read.
         h: Features of each view [B, F], without gradient.
         z: Projections of each view [B, D], without gradient.
     """
@@ -51,13 +51,13 @@ class StepResult:
 
 
 class TrainStep:
-    """Takes a step on each batch.
+    """Runs one training step per batch.
 
     Attributes:
-        update: How gradients become a step: `HostUpdate` or `DeviceUpdate`.
-        sums: fp64, 0-dim: "loss", "grad_norm", "num_steps" and the probe's counts over the steps that were taken.
-        probe: Learns beside the training; None: nothing does.
-        is_direct: Whether DeepSpeed's engine is passed by: it would do nothing that is not done here.
+        update: Backward and optimizer step: `HostUpdate` or `DeviceUpdate`.
+        sums: fp64, 0-dim: "loss", "grad_norm", "num_steps" and the probe's counts, summed over the taken steps.
+        probe: Linear probe trained alongside; None: no probe.
+        is_direct: Whether DeepSpeed's engine is bypassed, because everything that it would do is done here.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class TrainStep:
         """Choose the update.
 
         Args:
-            cfg: The run's.
-            engine: DeepSpeed's around the objective.
-            objective: On its device.
+            cfg: The run's configuration.
+            engine: DeepSpeed's engine for the objective.
+            objective: The trained module, on its device.
             probe: On the same device.
             is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
-            sums: What the steps add to.
+            sums: Sums that each step adds to.
         """
         self._cfg, self._engine, self._objective = cfg, engine, objective
         self.probe, self._is_holdout, self.sums = probe, is_holdout, sums
@@ -99,12 +99,12 @@ class TrainStep:
         self.is_direct = isinstance(self.update, DeviceUpdate) and self.update.is_alone
 
     def run(self, batch: Batch, *, learning_rate: float, target_momentum: float | None) -> StepResult:
-        """One step.
+        """Run one step.
 
         Args:
             batch: The local batch, on the device.
-            learning_rate: Of this step.
-            target_momentum: Of the target's moving average; None: there is no target.
+            learning_rate: Learning rate of this step.
+            target_momentum: Momentum of the target's moving average; None: there is no target.
         """
         self.prepare(learning_rate, target_momentum)
         result = self.body(batch.views, batch.labels, batch.sample_ids)
@@ -112,22 +112,22 @@ class TrainStep:
         return result
 
     def prepare(self, learning_rate: float, target_momentum: float | None) -> None:
-        """Write what changes from step to step into tensors."""
+        """Write the values that change from step to step into tensors."""
         self.update.set_learning_rate(learning_rate)
         if target_momentum is not None:
             self._target_weight.fill_(1.0 - target_momentum)
 
     def forget_gradients(self) -> None:
-        """Let go of what a step that was not finished may have left."""
+        """Discard gradients that an unfinished step may have left."""
         for parameter in self._objective.parameters():
             parameter.grad = None
 
     def count(self) -> None:
-        """Move the counters of the host after a step."""
+        """Update the host's counters after a step."""
         self.update.count()
 
     def body(self, views: list[Tensor], labels: Tensor, sample_ids: Tensor) -> StepResult:
-        """The step itself: what a CUDA graph holds.
+        """The step itself, the part captured in a CUDA graph.
 
         Args:
             views: V tensors [B, 3, H, W], channels-last in memory.
@@ -140,7 +140,7 @@ class TrainStep:
             self.update.backward(loss)
         taken, grad_norm = self.update.step()
         self._buffers.put_back_unless(taken)
-        # A weight of 0 leaves the target as it is: all of the model is finite again by now.
+        # A weight of 0 leaves the target unchanged, since all values of the model are finite again here.
         self._objective.follow(torch.where(taken, self._target_weight, 0.0))
         loss, h, z = loss.detach().float(), [x.detach() for x in h], [x.detach() for x in z]
         values = {"loss": loss, "grad_norm": grad_norm, "num_steps": torch.ones_like(grad_norm)}
@@ -162,20 +162,20 @@ class TrainStep:
         return nullcontext() if dtype is None else torch.autocast(self._engine.device.type, dtype)
 
 
-# cuDNN reads batch norm's statistics in vectors, and takes it that they begin where an allocation could.
+# cuDNN reads batch norm's statistics with vector loads and assumes the alignment of a fresh allocation.
 _ALIGNMENT_BYTES = 256
 
 
 def _padded(buffer: Tensor) -> Tensor:
-    """Its elements in a row, and zeros up to a multiple of the alignment."""
+    """The buffer flattened and zero-padded to a multiple of the alignment."""
     elements = _ALIGNMENT_BYTES // buffer.element_size()
     return torch.nn.functional.pad(buffer.reshape(-1), (0, -buffer.numel() % elements))
 
 
 class FlatBuffers:
-    """All buffers of a module as parts of one tensor a dtype, so that a copy of all of them is one launch.
+    """All buffers of a module as views of one flat tensor per dtype, so that copying them all is one kernel launch.
 
-    A skipped step must not leave its batch in batch norm's statistics or in a moment, which a forward pass writes.
+    The forward pass updates batch norm's statistics and moments; a skipped step must not leave its batch in them.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -188,7 +188,7 @@ class FlatBuffers:
             flat = torch.cat([_padded(buffer) for buffer in buffers])
             starts = accumulate((len(_padded(buffer)) for buffer in buffers), initial=0)
             for buffer, start in zip(buffers, starts, strict=False):
-                # `data`, so that each has a version of its own: autograd may hold one while another is written.
+                # `.data` gives each its own version counter: autograd may have saved one while another is written.
                 part_of[buffer] = flat[start : start + buffer.numel()].view(buffer.shape).data
             self._flat.append(flat)
         for owner in module.modules():
@@ -196,11 +196,11 @@ class FlatBuffers:
         self._kept = [flat.clone() for flat in self._flat]
 
     def keep(self) -> None:
-        """Remember their values."""
+        """Save the current values of the buffers."""
         for flat, kept in zip(self._flat, self._kept, strict=True):
             kept.copy_(flat)
 
     def put_back_unless(self, taken: Tensor) -> None:
-        """Restore what was kept where `taken` (bool, 0-dim) is False."""
+        """Restore the saved values if `taken` (bool, 0-dim) is False."""
         for flat, kept in zip(self._flat, self._kept, strict=True):
             torch.where(taken, flat, kept, out=flat)

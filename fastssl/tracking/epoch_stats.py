@@ -1,4 +1,4 @@
-"""Statistics of an epoch: what its steps add up to on every rank, and the rows that the first rank writes of them."""
+"""Statistics of an epoch: sums over its steps on every rank, and the rows that the first rank writes from them."""
 
 # B local batch, F backbone features, D projection
 
@@ -22,18 +22,18 @@ from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.throughput import CommunicationClock, peak_tflops
 from fastssl.tracking.writers import MetricsWriter, StepTimer
 
-# Every rank's sum of these stands for the whole batch's; of counts of images each rank has its part.
+# Each rank's sum of these describes the global batch; of image counts each rank has only its own part.
 _MEANS = ("loss", "grad_norm", "num_steps")
 
 
 class EpochStats:
-    """Sums over the steps of an epoch, and over the window of its last ones that the diagnostics look at.
+    """Sums over the steps of an epoch, and over the window of its last steps that the diagnostics use.
 
     Attributes:
-        timer: Of the steps and of the waiting for data.
+        timer: Times the steps and the waiting for data.
         metrics: The writer of rows; None on all ranks but the first, and before `open`.
-        sums: fp64, 0-dim, on the device: what the steps of the epoch add up to; `TrainStep` adds, always to these.
-        collapsed_since: Epoch since which each signal of a collapse has been given.
+        sums: fp64, 0-dim, on the device: sums over the steps of the epoch; `TrainStep` adds to these same tensors.
+        collapsed_since: For each collapse signal, the epoch since which it has been on.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class EpochStats:
         bound_nats: Callable[[float], float | None],
         counts: Sequence[str] = (),
     ) -> None:
-        """An empty one, of which nothing is written yet.
+        """Start with empty sums; nothing is written before `open`.
 
         Args:
-            cfg: The run's.
-            device: Where sums are kept.
-            steps_per_epoch: Optimizer steps.
+            cfg: The run's configuration.
+            device: Device of the sums.
+            steps_per_epoch: Optimizer steps per epoch.
             num_views: V.
-            flops_per_image: Of `fastssl.tracking.throughput.flops_per_image`.
-            bound_nats: Of the loss: the bound on mutual information that a mean loss gives.
-            counts: Names of what steps count, beside the loss, the gradient's norm and themselves.
+            flops_per_image: From `fastssl.tracking.throughput.flops_per_image`.
+            bound_nats: The loss's `bound_nats`: mean loss -> bound on the mutual information.
+            counts: Names of further counts per step, in addition to loss, gradient norm and number of steps.
         """
         self.timer = StepTimer()
         self.metrics: MetricsWriter | None = None
@@ -71,7 +71,7 @@ class EpochStats:
         self._window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
 
     def open(self, folder: RunFolder, step: int) -> None:
-        """Begin to write (the first rank does), after the row of this step."""
+        """Start writing rows (first rank only), after the row of this step."""
         if collectives.rank() == 0:
             self.metrics = MetricsWriter(
                 folder,
@@ -81,20 +81,20 @@ class EpochStats:
             )
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Stop writing rows."""
         if self.metrics:
             self.metrics.close()
 
     def communication_measured(self, step: int) -> AbstractContextManager[None]:
-        """Measures the communication of step `step` (0-based) if it is an epoch's last but one: the first warm up."""
+        """Measure communication in `step` (0-based) if it is an epoch's last but one; the first steps are warm-up."""
         return self._communication.measured((step + 2) % self._steps_per_epoch == 0)
 
     def add_to_window(self, result: StepResult, step: int) -> None:
-        """Add a step to the window, if it is one of the last of an epoch that is diagnosed.
+        """Add a step to the window, if it is one of the last steps of an epoch that is diagnosed.
 
         Args:
-            result: Of the step just launched; one that was not taken adds nothing.
-            step: 1-based.
+            result: Result of the step just launched; a skipped step adds nothing.
+            step: Number of the step, starting at 1.
         """
         num_done = -(-step // self._steps_per_epoch)  # epochs at the end of this one
         is_due = num_done % self._cfg.run.diagnose_every_epochs == 0
@@ -109,11 +109,11 @@ class EpochStats:
             self.metrics.advance()
 
     def speed_of_steps(self, step: int) -> dict[str, float]:
-        """Throughput since the last row, where one is due for this step (1-based); else nothing."""
+        """Throughput since the last row if a row is due at this step (1-based), else {}."""
         return {} if step % self._cfg.run.log_every_steps else self.timer.read("step")
 
     def write_step(self, report: StepReport) -> None:
-        """Write the row of a step where one is due."""
+        """Write the row of a step if one is due."""
         if self.metrics is None or report.step % self._cfg.run.log_every_steps:
             return
         row: dict[str, Any] = {"loss": None, "grad_norm": None}
@@ -123,11 +123,11 @@ class EpochStats:
         self.metrics.step_row(report.step, row)
 
     def end_epoch(self, step: int, num_bad_samples: int) -> None:
-        """Write the row of the epoch that ends with this step, and look for a collapse (all ranks).
+        """Write the row of the epoch that ends with this step, and check for a collapse (all ranks).
 
         Args:
-            step: 1-based.
-            num_bad_samples: That this rank has met so far.
+            step: Number of the step, starting at 1.
+            num_bad_samples: Number of bad samples that this rank has found so far.
         Raises:
             DivergedError: The representation has collapsed, and train.on_collapse is stop.
         """
@@ -141,8 +141,8 @@ class EpochStats:
         if self.metrics:
             row = self._step_metrics(sums) | self._throughput()
             if num_bad > 0:
-                row["bad_samples_seen"] = num_bad  # one that two ranks met counts twice
-            if window and window["num_rows"] > 0:  # or no step of it was taken
+                row["bad_samples_seen"] = num_bad  # a sample found by two ranks counts twice
+            if window and window["num_rows"] > 0:  # else no step of it was taken
                 found = representation_metrics(window, num_views=self._num_views)
                 signals = update_alarm(self.collapsed_since, found, epoch)
                 row |= {name: value for name, value in found.items() if math.isfinite(value)}
@@ -151,21 +151,21 @@ class EpochStats:
         self._raise_alarm(signals, step)
 
     def sync(self) -> None:
-        """Return when all rows are on the disk: a checkpoint is not to be there before them."""
+        """Return when all rows are on disk: rows must be written before their checkpoint is."""
         if self.metrics:
             self.metrics.sync()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps of this rank's."""
+        """This rank's sums to be saved in a checkpoint."""
         return {"epoch": self.sums, "window": self._window}
 
     def restore(self, sums: dict[str, dict[str, Tensor]], collapsed_since: dict[str, int], world_size: int) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Args:
-            sums: This rank's, on any device.
-            collapsed_since: As it was.
-            world_size: Of the run that saved them.
+            sums: This rank's sums, on any device.
+            collapsed_since: The saved value.
+            world_size: World size of the run that saved them.
         """
         for name, value in self.sums.items():
             value.copy_(sums["epoch"][name])
@@ -186,7 +186,7 @@ class EpochStats:
         return row
 
     def _throughput(self) -> dict[str, float | int]:
-        """Of the epoch: images a second, waiting, arithmetic, communication, memory."""
+        """Metrics of the epoch: images per second, waiting for data, FLOPs, communication, memory."""
         row: dict[str, float | int] = {**self.timer.read("epoch"), "memory_bytes": self._memory_bytes()}
         if self._flops_per_image is not None:
             tflops = row["img_per_s"] * self._flops_per_image / collectives.world_size() / 1e12

@@ -20,13 +20,13 @@ _CELL_PX = 96  # small views are enlarged to this height, pixel by pixel
 
 
 def draw_views(batch: Batch, views: ViewsConfig, path: Path, num_images: int = 12) -> None:
-    """Write a PNG grid: one column an image, one row a view, as the network sees them (normalisation undone).
+    """Write a PNG grid, one column per image, one row per view, as the network sees them (normalisation undone).
 
     Args:
         batch: Any training batch.
-        views: Gives mean and standard deviation of the normalisation.
-        path: The PNG.
-        num_images: Columns at most.
+        views: Provides mean and standard deviation of the normalisation.
+        path: The PNG file.
+        num_images: Maximum number of columns.
     """
     rows = [_cells(view[:num_images].float().cpu().numpy(), views) for view in batch.views]
     width = max(row.shape[1] for row in rows)
@@ -35,11 +35,11 @@ def draw_views(batch: Batch, views: ViewsConfig, path: Path, num_images: int = 1
 
 
 def preview_views(cfg: Config, path: Path) -> None:
-    """Write a PNG grid of views of the first images of an epoch, as a training with this config sees them.
+    """Write a PNG grid of views of the first images of an epoch, as training with this config sees them.
 
     Args:
-        cfg: data.train, data.global_batch_size images, the views and run.seed count.
-        path: The PNG.
+        cfg: data.train, data.global_batch_size, the views and run.seed are used.
+        path: The PNG file.
     Raises:
         DataError: the file cannot be read, a sample cannot be decoded, or the PNG cannot be written.
     """
@@ -56,7 +56,7 @@ def preview_views(cfg: Config, path: Path) -> None:
 
 
 def draw_curves(folder: RunFolder) -> None:
-    """Write curves.png from metrics.jsonl: loss, online accuracy, RankMe and images a second against the step."""
+    """Write curves.png from metrics.jsonl: loss, online accuracy, RankMe and images per second over the step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,7 +71,7 @@ def draw_curves(folder: RunFolder) -> None:
     _curve(axes[2], epochs, "rankme_z", "RankMe of the projections")
     _curve(axes[3], steps, "img_per_s", "images a second")
     axes[3].set_ylim(bottom=0)
-    figure.suptitle(str(folder.path), parse_math=False)  # a name with $ is no formula
+    figure.suptitle(str(folder.path), parse_math=False)  # a $ in the name does not start a formula
     figure.savefig(folder.curves, dpi=120)
     plt.close(figure)
 
@@ -88,7 +88,7 @@ def _curve(axis: Any, rows: list[dict[str, Any]], key: str, title: str) -> None:
 
 
 def _cells(view: np.ndarray, views: ViewsConfig) -> np.ndarray:
-    """[n, 3, H, W] normalised -> [H', n W', 3] uint8."""
+    """Normalised views [n, 3, H, W] -> uint8 image [H', n W', 3]."""
     levels = view.transpose(0, 2, 3, 1) * np.asarray(views.std) + np.asarray(views.mean)
     pixels = (levels * 255).round().clip(0, 255).astype(np.uint8)
     zoom = max(1, _CELL_PX // pixels.shape[1])

@@ -1,7 +1,7 @@
-"""What the representation looks like while it is trained: how many directions it uses, and whether it collapses.
+"""Diagnostics of the representation during training: how many directions it uses, and whether it collapses.
 
 # B local batch, V views, F features, D projection; h [B, F] features, z [B, D] projections, u = z/|z|
-# n the samples of a window over all steps and ranks; sums add up over both
+# n the number of samples of a window over all steps and ranks; sums are over both
 
 | figure                 | what it is                                                              | source |
 |------------------------|-------------------------------------------------------------------------|--------|
@@ -17,7 +17,8 @@
 [1] RankMe, arXiv:2210.02885 [2] LiDAR, arXiv:2312.04000 [3] alpha-ReQ, arXiv:2202.05808 [4] SimSiam, arXiv:2011.10566
 [5] Wang and Isola 2020, arXiv:2005.10242
 
-LiDAR's authors draw tens of views of a sample; with the V of the training it is lower, and compares runs of one recipe.
+LiDAR's authors draw tens of views per sample; with training's V views the value is lower, and only comparable between
+runs of the same recipe.
 """
 
 import math
@@ -26,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WINDOW_IMAGES = 2048  # the last ones of an epoch: few enough to be of one network, more than most D
+WINDOW_IMAGES = 2048  # the last images of an epoch: few enough that the network barely changes, more than most D
 NUM_BINS = 40  # of similarities, from -1 to 1
-_MAX_ROWS = 512  # whose pairs are looked at, of a local batch
+_MAX_ROWS = 512  # rows of a local batch whose pairs are used
 _LIDAR_DELTA = 1e-4  # added to Sw's diagonal, arXiv:2312.04000
-_ALPHA_FROM, _ALPHA_TO = 4, 100  # eigenvalues that are fitted, from 1: the first few follow no power law
-# A representation is taken for collapsed below these, two epochs in a row.
+_ALPHA_FROM, _ALPHA_TO = 4, 100  # range of fitted eigenvalues, 1-based: the first few do not follow a power law
+# A representation counts as collapsed if it is below one of these in two consecutive epochs.
 COLLAPSE_THRESHOLDS = {"std_z": 0.1, "rankme_z": 2.0, "similarity_gap": 0.01}
 MEANING = {
     "std_z": "the projections hardly differ from each other",
@@ -42,7 +43,7 @@ MEANING = {
 
 @torch.no_grad()
 def window_sums(h: list[Tensor], z: list[Tensor]) -> dict[str, Tensor]:
-    """What one step adds to a window, fp32 (fp64 for fp64 inputs), on the device; waits for nothing.
+    """Sums that one step adds to a window, fp32 (fp64 for fp64 inputs), on the device, without synchronisation.
 
     Args:
         h: Features of each view [B, F].
@@ -56,7 +57,7 @@ def window_sums(h: list[Tensor], z: list[Tensor]) -> dict[str, Tensor]:
     some = u[:, :_MAX_ROWS]
     positive = torch.cat([(some[v] * some[w]).sum(1) for v in range(len(u)) for w in range(v)])
     similarity = some[0] @ some[1].T
-    own = similarity.diagonal()  # of one sample: taken out again
+    own = similarity.diagonal()  # pairs of the same sample, subtracted below
     return {
         "num_rows": rows.new_full((), len(rows)),
         "h": features.sum(0),
@@ -83,10 +84,10 @@ def add_sums(total: dict[str, Tensor], sums: dict[str, Tensor]) -> dict[str, Ten
 
 @torch.no_grad()
 def representation_metrics(sums: dict[str, Tensor], num_views: int) -> dict[str, float]:
-    """The table's metrics of a window, and `similarity_gap`, positive less negative similarity.
+    """The metrics of the table above for a window, and `similarity_gap`, positive minus negative similarity.
 
     Args:
-        sums: Of all steps and ranks.
+        sums: Sums over all steps and ranks.
         num_views: V.
     """
     n, num_samples = sums["num_rows"], sums["num_rows"] / num_views
@@ -110,19 +111,19 @@ def representation_metrics(sums: dict[str, Tensor], num_views: int) -> dict[str,
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    """exp of the entropy of values / their sum, values >= 0 [num]; 1 to num (Roy and Vetterli 2007)."""
+    """exp of the entropy of values / sum(values), values >= 0 [num]; in [1, num] (Roy and Vetterli 2007)."""
     p = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(p).sum().exp()
 
 
 def power_law_exponent(eigenvalues: Tensor, num_rows: int) -> float:
-    """Minus the slope of log eigenvalue over log rank, by least squares, over ranks 4 to 100 that rounding leaves.
+    """Minus the slope of log eigenvalue over log rank, by least squares, over ranks 4 to 100 above rounding error.
 
     Args:
         eigenvalues: Descending [num].
-        num_rows: Samples of the covariance: no more eigenvalues than these are of it.
+        num_rows: Number of samples of the covariance, which limits its rank.
     Returns:
-        nan where fewer than three can be fitted.
+        The exponent; nan if fewer than three eigenvalues can be fitted.
     """
     least = eigenvalues[0] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
     num = min(_ALPHA_TO, num_rows - 1, int((eigenvalues > least).sum()))
@@ -135,12 +136,12 @@ def power_law_exponent(eigenvalues: Tensor, num_rows: int) -> float:
 
 
 def update_alarm(since: dict[str, int], found: dict[str, float], epoch: int) -> list[str]:
-    """Which signals say that the representation has collapsed, in words, if they said so in the epoch before too.
+    """The signals of a collapse that are on in this and the previous epoch, in words.
 
     Args:
-        since: Epoch since which each has said so, changed in place; what a checkpoint keeps.
-        found: Of `representation_metrics`.
-        epoch: From 0.
+        since: For each signal, the epoch since which it has been on; changed in place, saved in checkpoints.
+        found: Result of `representation_metrics`.
+        epoch: Number of the epoch, starting at 0.
     """
     for name, least in COLLAPSE_THRESHOLDS.items():
         if found[name] < least:
@@ -168,7 +169,7 @@ def _histogram(similarities: Tensor) -> Tensor:
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
-    """Of a symmetric matrix, descending, not negative."""
+    """Eigenvalues of a symmetric matrix, descending, clamped to >= 0."""
     return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0).clamp_min(0)
 
 

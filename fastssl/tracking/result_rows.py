@@ -1,6 +1,6 @@
-"""What measurements share: the environment's columns, the statistics of repetitions, the CSV file and the table.
+"""Shared by measurements: environment columns, statistics over repetitions, CSV files and tables.
 
-A benchmark's row is `{its own columns} | environment_columns(packages)`; `append_rows` writes it.
+A benchmark's row is `{its own columns} | environment_columns(packages)`, written by `append_rows`.
 """
 
 import csv
@@ -16,13 +16,13 @@ Row = Mapping[str, Value]
 
 
 def environment_columns(packages: Sequence[str]) -> dict[str, Value]:
-    """The columns that make a figure repeatable.
+    """The columns that make a measurement reproducible.
 
     Args:
         packages: Distributions whose versions matter, e.g. ("torch", "ffcv").
     Returns:
-        command, cpu, num_cpus, gpus (names; empty without), python, one column a package (None where it is not
-        installed), commit (with "-dirty" after changes to tracked files) and time_utc.
+        command, cpu, num_cpus, gpus (names; empty without GPUs), python, one column per package (None if it is not
+        installed), commit (with "-dirty" if tracked files have changes) and time_utc.
     """
     from fastssl.machine.environment import describe_environment, package_version
 
@@ -41,7 +41,7 @@ def environment_columns(packages: Sequence[str]) -> dict[str, Value]:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """`python` or `fastssl` and its arguments; of an absolute path its last name only: the rest is one machine's."""
+    """`python` or `fastssl` and its arguments; absolute paths are cut to their last part, as the rest is local."""
     script = Path(argv[0])
     program = ["python", "/".join(script.parts[-2:])] if script.suffix == ".py" else [script.name]
     return shlex.join([*program, *map(_without_folders, argv[1:])])
@@ -54,16 +54,16 @@ def _without_folders(argument: str) -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest of the repetitions: keys p50, min and max."""
+    """Median, minimum and maximum of the repetitions: keys p50, min and max."""
     return {"p50": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a CSV file, which is created with its folder and its header where it is not there.
+    """Append rows to a CSV file; the file, its folder and its header are created if missing.
 
     Args:
         path: The file.
-        rows: All with the same keys in the same order; None is an empty cell. Round floats before.
+        rows: All with the same keys in the same order; None is an empty cell. Floats must be rounded already.
     Raises:
         ValueError: rows differ in their keys, or the file has other columns.
     """
@@ -82,7 +82,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Some columns of the rows as aligned text: numbers to the right, None as "-"."""
+    """The given columns as an aligned text table: numbers right-aligned, None as "-"."""
     cells = [list(columns), *[["-" if row[name] is None else str(row[name]) for name in columns] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [all(isinstance(row[name], int | float | None) for row in rows) for name in columns]

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed once, never overwritten, and what it needs to be understood later."""
+"""The folder of a run: claimed once, never overwritten, with the files needed to understand the run later."""
 
 import fcntl
 import json
@@ -16,16 +16,16 @@ from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
 
-_LOCKS: dict[Path, IO[str]] = {}  # the lock files of trainings in this process
+_LOCKS: dict[Path, IO[str]] = {}  # lock files held by trainings in this process
 
 
 class RunFolder:
     """Paths of one run.
 
     Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
-    curves.png, features/, eval.jsonl; nonfinite.jsonl where steps were skipped; preempted while a run that a signal
-    ended waits to go on; lock, which the first rank of a training holds; hessian/ and gradflow/ (docs/analysis.md), a
-    folder a checkpoint in each.
+    curves.png, features/, eval.jsonl; nonfinite.jsonl if steps were skipped; preempted, while a run ended by a signal
+    waits to be resumed; lock, held by the first rank of a training; hessian/ and gradflow/ (docs/analysis.md), each
+    with one folder per checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,7 +46,7 @@ class RunFolder:
         self.gradflow = self.path / "gradflow"
 
     def check_claim(self, cfg: Config) -> bool:
-        """Whether the run is to be resumed; refuses to overwrite one.
+        """Whether to resume a run; refuses to overwrite one.
 
         Raises:
             ConfigError: the folder holds a run and run.resume is "never", the run was made with another config, or
@@ -65,17 +65,17 @@ class RunFolder:
         return True
 
     def lock(self) -> str:
-        """Keep other trainings out of the folder until this process ends (rank 0).
+        """Lock the folder against other trainings until this process ends (rank 0).
 
         Returns:
-            A mark of this training, by which other ranks recognise the folder.
+            An identifier of this training, by which other ranks recognise the folder.
         Raises:
-            ConfigError: another training holds it, or the folder cannot be written.
+            ConfigError: another training holds the lock, or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if held := _LOCKS.pop(self.lock_file.resolve(), None):
-                held.close()  # of a training in this process that is over
+                held.close()  # left by a finished training in this process
             file = _LOCKS[self.lock_file.resolve()] = self.lock_file.open("a")
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
@@ -84,7 +84,7 @@ class RunFolder:
         except BlockingIOError:
             who = self.read_lock() or "another process"
             raise ConfigError(f"run.dir: {self.path} is in use by {who}: wait, or choose another run.dir") from None
-        except OSError:  # a file system without locks
+        except OSError:  # the file system does not support locks
             pass
         mark = f"process {os.getpid()} on {socket.gethostname()} ({secrets.token_hex(8)})"
         file.truncate(0)
@@ -93,17 +93,17 @@ class RunFolder:
         return mark
 
     def read_lock(self) -> str | None:
-        """What the training that holds the folder wrote; None: there is none to be seen."""
+        """The identifier written by the training that holds the lock; None: no lock file is visible."""
         try:
             return self.lock_file.read_text()
         except OSError:
             return None
 
     def check_micro_batches(self, cfg: Config) -> None:
-        """Refuse to go on with other parts of a batch than the run was made with; for a model with batch norm.
+        """Refuse to resume with another number of micro-batches than the run used; for a model with batch norm.
 
         Raises:
-            ConfigError: the number of parts is another one.
+            ConfigError: the number of micro-batches differs.
         """
         saved, wanted = self.load_config().train.num_micro_batches, cfg.train.num_micro_batches
         if saved != wanted:
@@ -121,7 +121,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
-            replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: it marks a run
+            replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: its presence marks a run
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
 
@@ -129,14 +129,17 @@ class RunFolder:
         """The resolved configuration of the run, with `key=value` changes.
 
         Raises:
-            ConfigError: no run lies here.
+            ConfigError: the folder holds no run.
         """
         if not self.config.exists():
             raise ConfigError(f"{self.path} is no run folder: it has no config.yaml")
         return load_config(self.config, overrides)
 
     def _check_fresh(self) -> None:
-        """Every rank looks, so that all stop alike: nothing of another run, and a folder that can be made."""
+        """Check that there are no files of another run and that the folder can be created.
+
+        Every rank checks, so that all of them stop.
+        """
         if any(self.checkpoints.glob("step_*")):
             raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run.dir")
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())

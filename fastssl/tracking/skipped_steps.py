@@ -1,4 +1,4 @@
-"""Steps that were not taken because a gradient was not finite: counted, noted with their images, and ended in time."""
+"""Steps skipped because of a non-finite gradient: counted, logged with their images; too many end the run."""
 
 import json
 import math
@@ -16,35 +16,35 @@ class SkippedSteps:
     """The skipped steps of a run; every rank sees the same ones.
 
     Attributes:
-        in_a_row: Skipped since the last step that was taken.
+        in_a_row: Number of consecutive skipped steps so far.
     """
 
     def __init__(self, path: Path, max_in_a_row: int) -> None:
-        """Nothing skipped yet.
+        """Start with no skipped steps.
 
         Args:
-            path: File of one JSON line a skipped step: step, loss, sample_ids of the global batch.
-            max_in_a_row: So many are borne, >= 0.
+            path: File with one JSON line per skipped step: step, loss, sample_ids of the global batch.
+            max_in_a_row: Maximum number of consecutive skipped steps, >= 0.
         """
         self._path = path
         self._max_in_a_row = max_in_a_row
         self.in_a_row = 0
 
     def resume(self, step: int) -> None:
-        """Go on from the checkpoint of a step: forget what came after it."""
+        """Resume from the checkpoint of a step: drop the lines after it."""
         if collectives.rank() == 0 and self._path.exists():
             drop_rows_after(self._path, step)
 
     def note(self, step: int, loss: float, sample_ids: Tensor) -> None:
-        """Write one down (all ranks call it).
+        """Log a skipped step (all ranks call it).
 
         Args:
-            step: Number of steps taken, this one counted.
+            step: Number of the step, starting at 1.
             loss: Mean over ranks.
-            sample_ids: Of the local batch, int64 [B].
+            sample_ids: Sample ids of the local batch, int64 [B].
 
         Raises:
-            DivergedError: Too many in a row.
+            DivergedError: Too many consecutive skipped steps.
         """
         self.in_a_row += 1
         all_ids = collectives.gather(sample_ids).flatten()

@@ -1,4 +1,4 @@
-"""What a run makes of its hardware: arithmetic per image, and the time that a step spends in communication."""
+"""Hardware utilisation of a run: FLOPs per image, and the time that a step spends in communication."""
 
 import copy
 import os
@@ -12,40 +12,40 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl.collectives import world_size
 from fastssl.models.objective import Objective, leading_views
 
-# Dense peaks in TFLOP/s of 16-bit and of fp32 (TF32), by a pattern of the device's name; another has run.peak_tflops.
+# Dense peak TFLOP/s in 16 bits and in fp32 (TF32), by a regex of the device name; for others, set run.peak_tflops.
 _PEAK_TFLOPS = {"A100": (312, 156), "H100 80GB HBM3": (989, 494.5), "H200$": (989, 494.5)}
-_MATMUL_IN_BACKWARD = 2  # of the gradient by the inputs, and by the weights: each as much as the forward pass
+_MATMUL_IN_BACKWARD = 2  # gradients of inputs and of weights, each as much as the forward pass
 
 
 def flops_per_image(objective: Objective, view_shapes: Sequence[tuple[int, int, int]]) -> float | None:
-    """Floating-point operations that one image costs in a training step: convolutions and matrix products.
+    """Floating-point operations per image in a training step: convolutions and matrix products only.
 
-    Forward and backward of every view through backbone and projector, and the target's forward pass. What the loss
-    costs grows with the batch and is left out; so is what is computed twice to save memory.
+    Counts forward and backward of every view through backbone and projector, and the target's forward pass. The loss,
+    whose cost grows with the batch, and recomputation to save memory are not counted.
 
     Args:
-        objective: On any device; a copy without memory is counted.
+        objective: On any device; a copy on the meta device is measured.
         view_shapes: [3, H, W] of every view.
 
     Returns:
-        2 for every multiplication with its addition; None: the model cannot be run without its data.
+        The count, where a multiply-add counts as 2; None: the model cannot run on the meta device.
     """
     views = [torch.empty(2, *shape, device="meta") for shape in view_shapes]
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            online = copy.deepcopy(objective.model).to("meta").eval()  # a copy is not compiled where the original is
+            online = copy.deepcopy(objective.model).to("meta").eval()  # a copy is not compiled, even if the original is
             online(views)
             online_flops = counter.get_total_flops()
             if objective.target is not None:
                 online(leading_views(views))
             target_flops = counter.get_total_flops() - online_flops
-    except (NotImplementedError, RuntimeError):  # a kernel that has no form without data
+    except (NotImplementedError, RuntimeError):  # an operator without a meta kernel
         return None
     return (online_flops * (1 + _MATMUL_IN_BACKWARD) + target_flops) / 2
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """The device's peak in TFLOP/s at this precision; None: not known (a CPU, another GPU)."""
+    """The device's peak in TFLOP/s at this precision; None: unknown (a CPU, another GPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -53,12 +53,12 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
 
 
 class CommunicationClock:
-    """Time that collectives take in one step, as torch's own profiler sees them (gloo's calls, NCCL's kernels).
+    """Time that collectives take in one step, as measured by torch's profiler (gloo's calls, NCCL's kernels).
 
-    Where they overlap with computation, or with each other, all of it counts.
+    Time that overlaps with computation, or with other collectives, counts in full.
 
     Attributes:
-        last_ms: Of the last measured step; None: none yet, or one process alone.
+        last_ms: Communication time of the last measured step in ms; None: none measured yet, or a single process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,12 +67,12 @@ class CommunicationClock:
 
     @contextmanager
     def measured(self, is_due: bool) -> Iterator[None]:
-        """Measure what runs inside, where it is due and there is more than one process."""
+        """Measure the code inside, if `is_due` and there is more than one process."""
         if not is_due or world_size() == 1:
             yield
             return
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say on stderr that it starts and stops
-        # Not torch.profiler: importing what it can do takes seconds.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs start and stop on stderr
+        # Not torch.profiler, whose import takes seconds.
         is_cuda = self._device.type == "cuda"
         found = torch.autograd.profiler.profile(use_device="cuda" if is_cuda else None)
         with found:

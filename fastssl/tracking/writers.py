@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress bar. The only place with .item()."""
+"""Output of a run while it trains: metrics.jsonl, TensorBoard, a progress bar. The only place with .item()."""
 
 import json
 import sys
@@ -26,11 +26,11 @@ class StepTimer:
         self._last: dict[str, tuple[float, float, int]] = {}
 
     def start(self) -> None:
-        """Begin to count, for every reader."""
+        """Start counting, for every reader."""
         self._last = dict.fromkeys(("step", "epoch"), self._now())
 
     def waiting(self, batches: Iterable[T], num_images: int) -> Iterator[T]:
-        """Yield from `batches`, timing how long each one lets the caller wait; num_images in each."""
+        """Yield from `batches`, timing how long the caller waits for each; num_images is the size of a batch."""
         batches = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -43,7 +43,7 @@ class StepTimer:
             yield batch
 
     def read(self, reader: Literal["step", "epoch"]) -> dict[str, float]:
-        """Images a second and data-wait share since this reader last asked."""
+        """Images per second and data-wait share since the last call by this reader."""
         then, now = self._last[reader], self._now()
         self._last[reader] = now
         elapsed_s, wait_s, num_images = (b - a for a, b in zip(then, now, strict=True))
@@ -55,9 +55,9 @@ class StepTimer:
 
 
 class MetricsWriter:
-    """Writes one row for every `log_every_steps` steps, and one for each epoch (rank 0; silent elsewhere).
+    """Writes one row every `log_every_steps` steps, and one per epoch (rank 0; silent elsewhere).
 
-    On resume, rows beyond the checkpoint's step are dropped, so that no step stands twice.
+    On resume, rows beyond the checkpoint's step are dropped, so that no step appears twice.
     """
 
     def __init__(self, folder: RunFolder, *, start_step: int, steps_per_epoch: int, num_epochs: int) -> None:
@@ -79,17 +79,17 @@ class MetricsWriter:
         self._started, self._start_step = time.perf_counter(), start_step
 
     def step_row(self, step: int, values: dict[str, Tensor | float | int | None]) -> None:
-        """Write the row of a step (1-based: the number of steps done); loss None: it was skipped."""
+        """Write the row of a step (1-based: the number of steps done); loss None: the step was skipped."""
         row = {"step": step, "epoch": (step - 1) // self._steps_per_epoch} | {k: _plain(v) for k, v in values.items()}
         self._write(row, prefix="step")
         shown = f"loss {_shown(row['loss'])}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
         self._bar.set_postfix_str(shown)
 
     def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int | list[float] | None]) -> None:
-        """Write the row of an epoch (0-based) and, where there is no terminal, print its line.
+        """Write the row of an epoch (0-based) and, if there is no terminal, print it as a line.
 
-        Loss None: no step of it was taken. A list holds the counts of a histogram of similarities, in equal bins from
-        -1 to 1.
+        Loss None: all steps of the epoch were skipped. A list holds the counts of a histogram of similarities, in equal
+        bins from -1 to 1.
         """
         row: dict[str, Any] = {"kind": "epoch", "step": step, "epoch": epoch}
         row |= {k: _plain(v) for k, v in values.items()}
@@ -102,7 +102,7 @@ class MetricsWriter:
         self._bar.update()
 
     def sync(self) -> None:
-        """Return when all rows are on the disk."""
+        """Return when all rows are on disk."""
         sync_file(self._file)
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The rows of a metrics.jsonl; a last line truncated by a kill is ignored."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -156,7 +156,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Keep only the rows up to a checkpoint's step: a resumed run writes the others again."""
+    """Keep only the rows up to a checkpoint's step; a resumed run writes the later ones again."""
     kept = [row for row in read_rows(path) if row["step"] <= step]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 

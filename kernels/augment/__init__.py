@@ -1,4 +1,4 @@
-"""The pixel op: uint8 views and their drawn parameters to normalised tensors, ready for the network."""
+"""The pixel op: turns uint8 views and their drawn parameters into normalised tensors, ready for the network."""
 
 # B samples, Vg views of one size, H and W height and width in pixels
 
@@ -36,20 +36,20 @@ def augment(
     """Apply the drawn ops of every view, normalise and cast.
 
     Order: affine, flip, jitter in its drawn order, grayscale, blur, solarize, normalise, cast. Each op is
-    torchvision v2's on float32 in [0, 1], clamped as there. A blur kernel that v2's reflect padding cannot
-    serve (kernel // 2 >= side) is cut to the largest that it can, 2 * side - 1.
+    torchvision v2's on float32 in [0, 1], with the same clamping. A blur kernel too large for v2's reflect padding
+    (kernel // 2 >= side) is reduced to the largest possible one, 2 * side - 1.
 
     Args:
         views: Cropped and resized views, uint8 [B, Vg, H, W, 3], RGB: an array, or a tensor on the device; or the
-            images ("fused" only), of which it cuts the views as an engine does.
+            images ("fused" only), from which the views are cropped as an engine does.
         params: Their drawn parameters, VIEW_PARAMS [B, Vg]; the crop box is read for images only.
         mean: Per channel, in [0, 1] units.
         std: Per channel, in [0, 1] units, > 0.
-        dtype: Of the result: float32 (None), bfloat16 or float16; the arithmetic is float32.
+        dtype: The result's dtype: float32 (None), bfloat16 or float16; the arithmetic is float32.
         impl: "fused" is Triton, on the views' device; "numba" is for the CPU; "reference" is torchvision, slow.
-            "auto" is "numba" for arrays and "fused" for the rest.
+            "auto" is "numba" for arrays and "fused" otherwise.
         num_threads: Threads of "numba"; None: every core of this process. The result does not depend on it.
-        outputs: Where "numba" takes its results' memory from; None: from numpy.
+        outputs: The pool from which "numba" allocates its results; None: allocate with numpy.
     Returns:
         Vg tensors [B, 3, H, W], channels-last in memory, on the views' device.
     Raises:

@@ -17,13 +17,13 @@ CONTRAST: tl.constexpr = tl.constexpr(_CONTRAST)
 SATURATION: tl.constexpr = tl.constexpr(_SATURATION)
 HUE: tl.constexpr = tl.constexpr(_HUE)
 
-# Places of a record's numbers; what is off is neutral.
+# Offsets of the fields in a record; ops that are off have neutral values.
 BOX: tl.constexpr = tl.constexpr(0)  # top, left, height, width
 AFFINE: tl.constexpr = tl.constexpr(4)  # 1 or 0, then the matrix
 FLIP: tl.constexpr = tl.constexpr(11)
 ORDER: tl.constexpr = tl.constexpr(12)  # four op codes
 FACTOR: tl.constexpr = tl.constexpr(16)  # four, by op code
-CONTRAST_AT: tl.constexpr = tl.constexpr(20)  # its place in the order; 4: no contrast
+CONTRAST_AT: tl.constexpr = tl.constexpr(20)  # its position in the order; 4: no contrast
 GRAYSCALE: tl.constexpr = tl.constexpr(21)
 RADIUS: tl.constexpr = tl.constexpr(22)  # of the blur, in pixels; 0: none
 SIGMA: tl.constexpr = tl.constexpr(23)
@@ -46,7 +46,7 @@ def _clamp(x, high):
 
 @triton.jit
 def _reflect(i, size):
-    """Index i in (-size, 2 size - 1) mirrored about the first and the last."""
+    """Index i in (-size, 2 size - 1) mirrored about the first and the last index."""
     i = tl.abs(i)
     return size - 1 - tl.abs(size - 1 - i)
 
@@ -65,7 +65,7 @@ def _tap(position, in_px, out_px, tap):
 
 @triton.jit
 def _levels(image, record, y, x, mask, width, size, taps_y, taps_x, STORED: tl.constexpr):
-    """Levels 0..255 of pixels (y, x) of a view, or of a stored image's box as an engine cuts it: r, g, b."""
+    """Levels 0..255 of pixels (y, x) of a view, or of a stored image's box cropped as by an engine: r, g, b."""
     if STORED:
         top = tl.load(record + BOX).to(tl.int32)
         left = tl.load(record + BOX + 1).to(tl.int32)
@@ -147,7 +147,7 @@ def _saturate(r, g, b, factor):
 
 @triton.jit
 def _turn_hue(r, g, b, turns):
-    """Hue turned at fixed saturation and value; each channel is a trapezoid of the hue (kernels/augment/cpu.py)."""
+    """Shift the hue at fixed saturation and value; each channel is a trapezoid of the hue (kernels/augment/cpu.py)."""
     high = tl.maximum(tl.maximum(r, g), b)
     low = tl.minimum(tl.minimum(r, g), b)
     span = high - low
@@ -164,7 +164,7 @@ def _turn_hue(r, g, b, turns):
 
 @triton.jit
 def _jitter(r, g, b, record, begin, end, grey_mean):
-    """Parts begin..end - 1 of colour jitter in the drawn order."""
+    """Apply parts begin..end - 1 of colour jitter in the drawn order."""
     for place in range(begin, end):
         op = tl.load(record + ORDER + place).to(tl.int32)
         factor = tl.load(record + FACTOR + op)
@@ -194,7 +194,7 @@ def sum_grey(
     pixels, image_ids, records, sums, num_views, height, width, image_width, num_levels, taps_y, taps_x, chunk_px,
     NUM_FIELDS: tl.constexpr, STORED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, CHUNKS). Sums of the grey of a view's chunk of pixels before contrast, fp32 [N, CHUNKS]."""
+    """Grid (N, CHUNKS). Sums of the grey before contrast over each chunk of a view's pixels, fp32 [N, CHUNKS]."""
     n = tl.program_id(0)
     chunk = tl.program_id(1)
     record = records + n * NUM_FIELDS
@@ -216,7 +216,7 @@ def sum_grey(
 
 @triton.jit
 def _store(out, y, x, width, mask, r, g, b, threshold, scales, shifts):
-    """Solarized, normalised and cast, three interleaved channels of one view."""
+    """Solarize, normalise, cast and store one view as three interleaved channels."""
     at = out + (y * width + x) * 3
     r = tl.where(r >= threshold, 1.0 - r, r) * tl.load(scales) + tl.load(shifts)
     g = tl.where(g >= threshold, 1.0 - g, g) * tl.load(scales + 1) + tl.load(shifts + 1)
@@ -228,7 +228,7 @@ def _store(out, y, x, width, mask, r, g, b, threshold, scales, shifts):
 
 @triton.jit
 def _sum_taps(plane, at, step, index, size, radius, sigma, mask):
-    """Gaussian of one plane along one axis: at + step * (index + i), the index reflected within size (0: never)."""
+    """Gaussian of a plane along one axis: at + step * (index + i), the index reflected within size (0: not at all)."""
     total = tl.zeros(index.shape, tl.float32)
     weights = 0.0
     for i in range(-radius, radius + 1):
@@ -248,7 +248,7 @@ def augment_rows(
     block_rows, plane_size,
     NUM_FIELDS: tl.constexpr, STORED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs): each takes every programs-th block of rows of all views, and has six planes of scratch."""
+    """Grid (programs): each processes every programs-th block of rows of all views, with six planes of scratch."""
     program = tl.program_id(0)
     made = scratch + program.to(tl.int64) * 6 * plane_size  # pixels as the blur takes them, three planes
     blurred = made + 3 * plane_size  # the same after the blur along rows

@@ -1,9 +1,9 @@
-"""The pixel op in numba: a view streams through every op in pieces of about a thousand pixels, which stay in L1.
+"""The pixel op in numba: a view passes through all ops in pieces of about a thousand pixels, which stay in L1.
 
-No prange: FFCV's thread may be inside numba at the same time, and numba's workqueue layer rejects concurrent
-parallel calls. The functions release the GIL and plain threads share out the samples; no sample depends on
-another, so the result does not depend on the number of threads.
-One file: numba's cache on disk looks at the caller's file only, and would miss a change in another one.
+prange is not used: FFCV's thread may run numba code at the same time, and numba's workqueue layer does not support
+concurrent parallel calls. Instead, the functions release the GIL and the samples are divided among plain threads.
+Samples are independent, so the result does not depend on the number of threads.
+All code is in one file because numba's disk cache checks only the caller's file and would miss a change in another.
 """
 
 # B samples, Vg views of one size, H and W height and width in pixels, P = H * W, R the blur's radius in pixels
@@ -32,36 +32,36 @@ from numba.extending import intrinsic
 
 from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
 
-# Reassociation lets LLVM vectorise the sums; no op divides by zero or meets a NaN or an infinity.
+# Reassociation lets LLVM vectorise the sums; no op divides by zero or produces a NaN or an infinity.
 _jit = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 
-_PIECE_PX = 1024  # three float32 planes of it are 12 KiB: L1
-# The planes' distance is constant, so that LLVM sees without a test that they do not overlap. Not a multiple of
-# 4 KiB: the planes would share their places in L1.
+_PIECE_PX = 1024  # three float32 planes of this size are 12 KiB, which fits in L1
+# The distance between planes is constant, so that LLVM knows without a test that they do not overlap. It is not a
+# multiple of 4 KiB, which would map the planes to the same L1 cache sets.
 _PLANE = _PIECE_PX + 16
-_BLOCK = 32  # floats that the blur sums at once: four AVX2 registers
+_BLOCK = 32  # floats summed at once by the blur: four AVX2 registers
 _DROPPED_WEIGHT = 2e-6  # see _blur_weights
-_SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares even that out
-_MIN_SHARE_PX = 2**18  # 0.6 ms of work: of smaller shares the threads lose more to each other's GIL
+_SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares balance the load
+_MIN_SHARE_PX = 2**18  # 0.6 ms of work: with smaller shares, the threads lose more time waiting for the GIL
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 1, 2, 3, 4, 6))
 _NEVER = np.float32(2)  # a solarize threshold above every value
 _LEVEL = np.float32(1 / 255)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's grey
-_UNCHANGED = np.array([[1, 1, 1], [0, 0, 0]], np.float32)  # scale and shift that do nothing
+_UNCHANGED = np.array([[1, 1, 1], [0, 0, 0]], np.float32)  # identity scale and shift
 
 
 class OutputPool:
-    """Memory of results that nobody holds any more: at 224 px fresh pages cost a quarter of the pixel op.
+    """Pool of result buffers for reuse: at 224 px, touching new pages takes a quarter of the pixel op's time.
 
-    A result's memory comes back when its last tensor, slice or array is gone, and not before: who keeps a batch keeps
-    its pixels. At most two are kept for later, of one size.
+    A buffer is reused only after the last tensor, slice or array that refers to it is dropped. At most two buffers, of
+    one size, are kept for reuse.
     """
 
     def __init__(self) -> None:
         self._free: collections.deque[np.ndarray] = collections.deque(maxlen=2)
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array for one result, float32 of that shape, with whatever lies in it."""
+        """Return an uninitialised float32 array of the given shape for one result."""
         size = math.prod(shape)
         try:
             memory = self._free.pop()
@@ -69,7 +69,7 @@ class OutputPool:
             memory = None
         if memory is None or memory.size != size:
             self._free.clear()
-            # numpy asks for huge pages, torch does not: at 224 px touching 4 KiB pages took longer than the ops.
+            # numpy requests huge pages, torch does not: at 224 px, touching 4 KiB pages took longer than the ops.
             memory = np.empty(size, np.float32)
         out = memory.reshape(shape)
         weakref.finalize(out, self._free.append, memory).atexit = False
@@ -84,7 +84,7 @@ def augment_numba(
     num_threads: int,
     outputs: OutputPool,
 ) -> np.ndarray:
-    """Every op of every view; arguments as in `augment`.
+    """Apply all ops to all views; arguments as in `augment`.
 
     Returns:
         float32 [Vg, B, H, W, 3].
@@ -109,12 +109,13 @@ def augment_numba(
 
 @functools.cache
 def compile_ahead() -> subprocess.Popen | None:
-    """Begin to compile the pixel op in another process, if its compiled code is not cached: 10 s on one core.
+    """Start compiling the pixel op in another process, if its compiled code is not cached: 10 s on one core.
 
-    Wait for the result's end before the first call here, which then finds the code in the cache. Not in this process,
-    for two reasons. The decoder's compilation takes as long, and numba compiles one function at a time in a process.
-    And code that was compiled in a process has given it other last bits than the same code, loaded from the cache, gave
-    later processes (seen with affine views; the arithmetic is fastmath): all processes are to load it.
+    Wait for the returned process to end before the first call here, which then finds the code in the cache. Another
+    process is used for two reasons. First, the decoder's compilation takes as long, and numba compiles one function at
+    a time per process. Second, code compiled in a process has given results whose last bits differ from those of the
+    same code loaded from the cache (observed with affine views; the arithmetic is fastmath), so all processes should
+    load it from the cache.
     """
     cache = _augment_range._cache  # pyright: ignore[reportAttributeAccessIssue]
     index = Path(cache.cache_path) / cache._cache_file._index_name
@@ -126,12 +127,12 @@ def compile_ahead() -> subprocess.Popen | None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,  # what fails here is done again, and heard of, in this process
+        stderr=subprocess.DEVNULL,  # a failure here is repeated, and reported, in this process
     )
 
 
 def compile_now() -> None:
-    """Compile the pixel op, or load it from the cache; one process at a time: several would overwrite its index."""
+    """Compile the pixel op or load it from the cache; one process at a time, as several would overwrite its index."""
     folder = Path(_augment_range._cache.cache_path)  # pyright: ignore[reportAttributeAccessIssue]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "augment.lock").open("w") as lock:
@@ -142,7 +143,7 @@ def compile_now() -> None:
 
 
 def _run_shares(augment_range: Callable[[int, int], Any], edges: list[int], num_threads: int) -> None:
-    """Every range between two edges, taken in turn by this thread and num_threads - 1 others."""
+    """Process every range between two edges, in this thread and num_threads - 1 others."""
     shares = iter(list(itertools.pairwise(edges)))  # the GIL gives each share to one thread
 
     def run() -> None:
@@ -152,7 +153,7 @@ def _run_shares(augment_range: Callable[[int, int], Any], edges: list[int], num_
     jobs = [_pool(num_threads - 1).submit(run) for _ in range(num_threads - 1)]
     run()
     for job in jobs:
-        if not job.cancel():  # a thread that has not begun by now has nothing left to do
+        if not job.cancel():  # a thread that has not started by now has nothing left to do
             job.result()
 
 
@@ -166,14 +167,15 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the 
 
 @_jit
 def _augment_range(levels, params, size, normal, unchanged, out, start, stop):
-    """Views of the samples start..stop-1, uint8 [B * Vg * P * 3], into out, float32 [Vg * B * P * 3].
+    """Process the views of samples start..stop-1, uint8 [B * Vg * P * 3], into out, float32 [Vg * B * P * 3].
 
-    size is (H, W, the largest radius); normal and unchanged are rows of scale and of shift, [2, 3 W] and [2, 3].
+    size is (H, W, largest radius); normal and unchanged each contain a row of scales and one of shifts, [2, 3 W] and
+    [2, 3].
     """
     height, width, max_radius = size
     num_samples, num_views = params.shape
     num_values = 3 * height * width
-    # The ring's 2 R + 1 rows, the blurred row, the padded row; each ends with room for a whole block.
+    # The ring's 2 R + 1 rows, the blurred row, the padded row; each is padded to whole blocks.
     row_size = _whole_blocks(3 * width)
     pieces = np.zeros((height * width // _piece_px(width) + 1) * 3 * _PLANE, np.float32)
     rows = np.zeros((2 * max_radius + 3) * row_size + 6 * max_radius, np.float32)
@@ -187,10 +189,10 @@ def _augment_range(levels, params, size, normal, unchanged, out, start, stop):
             _augment_view(image, params[sample, view], size, scratch, normal, unchanged, target)
 
 
-@njit(inline="always")  # compiled once, in its caller: a sixth less to wait for
+@njit(inline="always")  # compiled only once, in its caller: a sixth less compile time
 def _augment_view(image, record, size, scratch, normal, unchanged, out):
-    """One view, piece by piece. Contrast needs the mean grey of the view as the parts before it leave it: then all
-    pieces first go as far as that, and are kept.
+    """Process one view, piece by piece. Contrast needs the mean grey of the view after the parts before it, so with
+    contrast all pieces are first processed up to that point and stored.
     """
     height, width, max_radius = size
     pieces, _, weights, _ = scratch
@@ -213,7 +215,7 @@ def _augment_view(image, record, size, scratch, normal, unchanged, out):
     for is_output in range(0 if contrast_at < num_parts else 1, 2):
         for first in range(0, num_px, piece_px):
             num = min(piece_px, num_px - first)
-            # Without contrast the pieces follow each other in one place, which stays in L1.
+            # Without contrast all pieces reuse the same buffer, which stays in L1.
             piece = pieces[first // piece_px * 3 * _PLANE if contrast_at < num_parts else 0 :]
             begin, end = 0, num_parts if is_output else contrast_at
             if is_output and contrast_at < num_parts:
@@ -236,7 +238,7 @@ def _augment_view(image, record, size, scratch, normal, unchanged, out):
 
 @_jit
 def _normalise(image, normal, row_size, num_values, out):
-    """A view without an op: uint8 [P * 3] to normalised pixels."""
+    """Process a view without ops: uint8 [P * 3] to normalised pixels."""
     for first in range(0, num_values, row_size):
         levels, row = image[first:], out[first:]
         for i in range(row_size):
@@ -245,7 +247,7 @@ def _normalise(image, normal, row_size, num_values, out):
 
 @_jit
 def _load(image, record, height, width, first, num, piece):
-    """Pixels first..first + num - 1 of the view, after affine and flip, into the piece, in [0, 1]."""
+    """Load pixels first..first + num - 1 of the view, after affine and flip, into the piece, in [0, 1]."""
     if record.affine:
         _load_affine(image, record.affine_matrix, record.flip, height, width, first, num, piece)
         return
@@ -257,13 +259,13 @@ def _load(image, record, height, width, first, num, piece):
             piece[i + 2 * _PLANE] = levels[3 * i + 2] * _LEVEL
         return
     done = 0
-    while done < num:  # row by row, or a part of a row where it is wider than a piece
+    while done < num:  # row by row, or part of a row if it is wider than a piece
         y = (first + done) // width
         x = first + done - y * width
         num_here = min(width - x, num - done)
         levels = image[3 * (y * width + width - x - num_here) :]
         for i in range(num_here):
-            # Unsigned: numba's test for a negative index would stop vectorisation.
+            # Unsigned: numba's test for a negative index would prevent vectorisation.
             j = np.uint64(done + num_here - 1) - np.uint64(i)
             piece[j] = levels[3 * i] * _LEVEL
             piece[j + np.uint64(_PLANE)] = levels[3 * i + 1] * _LEVEL
@@ -273,7 +275,7 @@ def _load(image, record, height, width, first, num, piece):
 
 @_jit
 def _load_affine(image, matrix, flip, height, width, first, num, piece):
-    """Bilinear samples of the view, zeros outside: a tap outside is read at the border with weight 0."""
+    """Bilinear sampling of the view with zeros outside: a tap outside is read at the border with weight 0."""
     for i in range(num):
         y = (first + i) // width
         x = first + i - y * width
@@ -321,16 +323,16 @@ def _sum_grey(piece, num):
 
 @_jit
 def _adjust(piece, num, op, factor, grey_mean):
-    """One part of colour jitter. Saturation with factor 0 is grayscale.
+    """Apply one part of colour jitter. Saturation with factor 0 is grayscale.
 
-    Hue turns at fixed saturation and value, without branches or a division. With hue h in [0, 6) each channel
+    Hue is shifted at fixed saturation and value, without branches or divisions. With hue h in [0, 6) each channel
     is low + span * clamp(.), a trapezoid of h: torchvision's six cases in one formula
     (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative); here `hue` is span * h.
     """
     if op == HUE:
         if factor == _ZERO:
             return
-        # In [1, 7]: added to h in [-1, 5] one wrap leads back to [0, 6].
+        # In [1, 7]: after adding h in [-1, 5], one wrap brings the sum back to [0, 6].
         red_at = _SIX * factor if _SIX * factor >= _ONE else _SIX * factor + _SIX
         for i in range(num):
             r, g, b = piece[i], piece[i + _PLANE], piece[i + 2 * _PLANE]
@@ -368,8 +370,8 @@ def _solarize(value, threshold):
 
 @_jit
 def _store(piece, begin, num, threshold, normal, out, at):
-    """Pixels begin..begin + num - 1 of the piece to interleaved, solarized, normalised ones from out[at]."""
-    # Read once: LLVM cannot know that out does not overlap them.
+    """Solarize, normalise and interleave pixels begin..begin + num - 1 of the piece, and store them from out[at] on."""
+    # Read once: LLVM does not know that out does not overlap them.
     scale_r, scale_g, scale_b = normal[0, 0], normal[0, 1], normal[0, 2]
     shift_r, shift_g, shift_b = normal[1, 0], normal[1, 1], normal[1, 2]
     source, target = piece[begin:], out[at:]
@@ -381,11 +383,11 @@ def _store(piece, begin, num, threshold, normal, out, at):
 
 @_jit
 def _blur_weights(sigma, max_radius, weights):
-    """Half of a symmetric Gaussian into weights[0..R]; returns R.
+    """Write half of a symmetric Gaussian to weights[0..R]; returns R.
 
-    torchvision's weights are exp(-i^2 / (2 sigma^2)), normalised over the kernel. The outermost are left out as
-    long as their share of the whole is below _DROPPED_WEIGHT, and the rest normalised: values in [0, 1] move by
-    less than that on each axis, 4e-6 together, a thousandth of a level of 255. (R is about 4.8 sigma.)
+    torchvision's weights are exp(-i^2 / (2 sigma^2)), normalised over the kernel. The outermost weights are dropped as
+    long as their sum, as a fraction of the total, is below _DROPPED_WEIGHT, and the rest is normalised. Values in
+    [0, 1] change by less than that per axis, 4e-6 in total, a thousandth of a level of 255. (R is about 4.8 sigma.)
     """
     total = 0.0
     for i in range(max_radius + 1):
@@ -404,7 +406,7 @@ def _blur_weights(sigma, max_radius, weights):
 
 @_jit
 def _piece_px(width):
-    """Pixels of a piece: whole rows, or a part of one that is too wide."""
+    """Number of pixels per piece: whole rows, or part of a row that is too wide."""
     return _PIECE_PX // width * width if width < _PIECE_PX else _PIECE_PX
 
 
@@ -415,10 +417,10 @@ def _whole_blocks(num_floats):
 
 @_jit
 def _blur(piece, first, num, size, radius, scratch, threshold, normal, unchanged, out):
-    """Take pixels first..first + num - 1 of the view from the piece, and write every row that is complete.
+    """Blur pixels first..first + num - 1 of the view, from the piece, and write every row that is complete.
 
-    Separable Gaussian with reflected borders. A row is blurred along itself into a ring of the last 2 R + 1
-    rows, from which the row R above it gets its blur across rows.
+    Separable Gaussian with reflected borders. Each row is first blurred horizontally and stored in a ring buffer of the
+    last 2 R + 1 rows. The row R above it is then blurred vertically from the ring.
     """
     height, width, _ = size
     _, rows, weights, places = scratch
@@ -467,7 +469,7 @@ def _sum_taps(rows, places, weights, radius, to, num):
 def _declare_sum_block(_: Any, rows: Any, places: Any, weights: Any, radius: Any, at: Any, to: Any) -> Any:
     """`_sum_taps` for at <= i < at + _BLOCK, written to rows[to...].
 
-    In numba the sums would live in memory, one load and store for each tap; here they stay in registers.
+    In plain numba code the sums would be in memory, with a load and a store per tap; here they stay in registers.
     """
     block, lanes = ir.VectorType(ir.FloatType(), _BLOCK), ir.VectorType(ir.IntType(32), _BLOCK)
 

@@ -2,13 +2,13 @@
 
 # B samples, Vg views of one size, N = B Vg, H and W height and width in pixels, R the blur's radius in pixels
 
-The first kernel sums the grey of each view as the ops before contrast leave it, and only of views with contrast. The
-second applies everything. A program takes a block of rows; where the view is blurred it makes R more rows above and
-below, in scratch memory of its own that it uses again for the next block and that is meant to stay in the device's L2
-cache, and sums the taps from there: along the rows, then across them.
+The first kernel sums the grey of each view after the ops before contrast, only for views with contrast. The second
+kernel applies all ops. A program processes a block of rows. If the view is blurred, the program also computes R rows
+above and below, in its own scratch memory, and sums the taps from there: along the rows, then across them. The scratch
+memory is reused for the next block, so that it stays in the device's L2 cache.
 
-With `StoredImages` in place of views a level is resampled from the image when it is needed: crop, antialiased resize
-and the rounding to a level that every engine does.
+With `StoredImages` instead of views, a level is resampled from the image when it is needed: crop, antialiased resize
+and rounding to a level, as in every engine.
 """
 
 import math
@@ -23,24 +23,24 @@ from triton import knobs
 from kernels.augment import augment_kernels as triton_kernels
 from kernels.augment.params import CONTRAST, StoredImages
 
-BLOCK_PX = 1024  # of a program's step. On a GPU nothing but this and what follows was tried yet (augment_gpu.csv).
+BLOCK_PX = 1024  # pixels per step of a program. Other values of these constants are untested on GPUs (augment_gpu.csv).
 BLOCK_ROWS = 32
-CHUNKS = 8  # into which a view is cut for its mean grey
+CHUNKS = 8  # number of chunks per view in the sum of its grey
 NUM_WARPS = 8
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# Weights beyond are left out: 2e-6 of the whole, as in kernels/augment/cpu.py.
+# Weights beyond this are dropped: 2e-6 of the total, as in kernels/augment/cpu.py.
 RADIUS_IN_SIGMAS = 4.8
 
 
 def augment_fused(
     views: Tensor | StoredImages, params: np.ndarray, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    """Every op of every view; arguments as in `augment`.
+    """Apply all ops to all views; arguments as in `augment`.
 
     Returns:
         `dtype` [Vg, B, H, W, 3], on the views' device.
     Raises:
-        ValueError: the views are not on a CUDA device, and Triton does not interpret.
+        ValueError: the views are not on a CUDA device, and Triton is not in interpreter mode.
     """
     stored = views if isinstance(views, StoredImages) else None
     pixels = (stored.images if stored else cast(Tensor, views)).contiguous()
@@ -86,14 +86,14 @@ def augment_fused(
 
 
 def pack_records(params: np.ndarray, height: int, width: int) -> np.ndarray:
-    """VIEW_PARAMS [B, Vg] -> float32 [B, Vg, FIELDS]: a record as the kernels read it, with what is off neutral."""
+    """VIEW_PARAMS [B, Vg] -> float32 [B, Vg, FIELDS]: records read by the kernels, with neutral values for ops off."""
     at = triton_kernels
     records = np.zeros((*params.shape, at.FIELDS.value), np.float32)
     jitter = params["jitter"][..., None]
     order = np.where(jitter, params["jitter_order"], np.arange(4))
     factor = np.where(jitter, params["jitter_factor"], (1, 1, 1, 0))
     contrast_at = np.where(factor[..., CONTRAST] != 1, (order == CONTRAST).argmax(-1), 4)
-    # A kernel that reflection at the borders cannot serve is cut, as in `augment`.
+    # A blur kernel too large for reflection at the borders is reduced, as in `augment`.
     radius = np.minimum(params["blur_kernel_px"] // 2, min(height, width) - 1)
     radius = np.minimum(radius, np.floor(RADIUS_IN_SIGMAS * params["blur_sigma"]) + 1) * (params["blur_sigma"] > 0)
     for place, values in (
@@ -115,7 +115,7 @@ def pack_records(params: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _num_taps(params: np.ndarray, stored: StoredImages | None) -> tuple[int, int]:
-    """Taps of the triangle filter along height and width that the largest boxes need."""
+    """Number of taps of the triangle filter along height and width for the largest boxes."""
     if stored is None:
         return 0, 0
     sides_px = params["crop_box"][..., 2:].reshape(-1, 2).max(0)

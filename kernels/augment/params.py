@@ -1,4 +1,4 @@
-"""What the pixel op reads: the drawn parameters of each view, and images whose views it cuts itself."""
+"""Inputs of the pixel op: the drawn parameters of each view, and stored images from which it crops views itself."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 # Op codes of `jitter_order`, the order in which colour jitter's four parts are applied.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
 
-# One record a view: what `pipelines.views.draw` writes. An op that is off is recorded as off and its fields are zero,
-# so that an implementation can skip it and still be equal to the reference. Inside a jitter that is on, a part of
-# strength zero has exactly the neutral factor (1, hue 0) and is skipped too, as torchvision skips it.
+# One record per view, as written by `pipelines.views.draw`. An op that is off is marked as off and its fields are zero,
+# so that an implementation can skip it and still equal the reference. If jitter is on, a part of strength zero has
+# exactly the neutral factor (1, hue 0) and is skipped too, as in torchvision.
 VIEW_PARAMS = np.dtype(
     [
         ("crop_box", np.int32, (4,)),  # top, left, height, width in pixels of the source image
         ("affine", np.bool_),
-        # Output pixel (X, Y) takes input point (x, y): x = m0 X + m1 Y + m2, y = m3 X + m4 Y + m5, in pixel indices
-        # of the resized view: (0, 0) is the centre of the top left pixel. Outside the image is 0 (black).
+        # Output pixel (X, Y) samples input point (x, y): x = m0 X + m1 Y + m2, y = m3 X + m4 Y + m5, in pixel indices
+        # of the resized view: (0, 0) is the centre of the top left pixel. Outside the image, values are 0 (black).
         ("affine_matrix", np.float32, (6,)),
         ("flip", np.bool_),  # horizontal
         ("jitter", np.bool_),
@@ -43,11 +43,11 @@ VIEW_PARAMS = np.dtype(
 
 @dataclass(frozen=True)
 class StoredImages:
-    """Images in the device's memory, of which the pixel op cuts a batch's views itself.
+    """Images in device memory, from which the pixel op crops a batch's views itself.
 
     Attributes:
         images: uint8 [N, H, W, 3], RGB.
-        sample_ids: Which of them are the batch's, int64 [B], on the same device.
+        sample_ids: Indices of the batch's images, int64 [B], on the same device.
         size_px: Side of the views.
     """
 

@@ -1,4 +1,4 @@
-"""The pixel op as torchvision v2 defines it: its functional ops on float32 in [0, 1], view by view."""
+"""The pixel op with torchvision v2's functional ops on float32 in [0, 1], view by view."""
 
 # B samples, Vg views of one size, H and W height and width in pixels
 
@@ -14,7 +14,7 @@ from kernels.torchvision_cpu import import_torchvision
 
 
 def augment_reference(views: np.ndarray, params: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Every op of every view through torchvision; arguments as in `augment`.
+    """Apply all ops to all views with torchvision; arguments as in `augment`.
 
     Returns:
         float32 [Vg, B, H, W, 3].
@@ -33,7 +33,7 @@ def augment_reference(views: np.ndarray, params: np.ndarray, mean: Sequence[floa
 
 
 def _apply(v2: Any, image: Tensor, record: Any) -> Tensor:
-    """One view, [3, H, W] in [0, 1]; the ops in their order, without normalisation."""
+    """Apply the ops to one view, [3, H, W] in [0, 1], in order, without normalisation."""
     if record["affine"]:
         image = _affine(image, record["affine_matrix"])
     if record["flip"]:
@@ -57,7 +57,7 @@ def _affine(image: Tensor, matrix: np.ndarray) -> Tensor:
         torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32), indexing="ij"
     )
     m0, m1, m2, m3, m4, m5 = matrix.tolist()
-    # grid_sample wants [-1, 1] from edge to edge (align_corners=False)
+    # grid_sample expects [-1, 1] from edge to edge (align_corners=False)
     grid_x = (2 * (m0 * x + m1 * y + m2) + 1) / width - 1
     grid_y = (2 * (m3 * x + m4 * y + m5) + 1) / height - 1
     grid = torch.stack((grid_x, grid_y), dim=-1)

@@ -1,4 +1,4 @@
-"""Losses that are quadratic in the similarities, in O(N D^2): spectral, and MIO's quadratic form.
+"""Losses that are quadratic in the similarities, computed in O(N D^2): spectral, and MIO's quadratic form.
 
 # V views of B samples on this rank, N samples over all ranks, D width; s_p of a positive pair, s_ik of a negative pair
 
@@ -26,12 +26,12 @@ __all__ = ["gram_terms", "quadratic_loss", "spectral_loss"]
 def spectral_loss(
     z: Tensor, *, mu: float = 1.0, topology: Topology = "cross", exchange: Exchange = ALONE, impl: Impl = "auto"
 ) -> Tensor:
-    """The spectral contrastive loss of HaoChen et al. 2021, arXiv:2106.04156, Eq. 6, as its authors' code has it.
+    """The spectral contrastive loss of HaoChen et al. 2021, arXiv:2106.04156, Eq. 6, as in the authors' code.
 
     Args:
         z: Projections [V, B, D], V >= 2, any floating dtype; longer rows are shortened to sqrt(mu). Differentiable.
         mu: > 0; 1 for small images, 3 for CIFAR in the authors' code.
-        topology: "cross" is the paper's: V = 2, i of view 0, k != i of view 1. "self" takes all rows.
+        topology: "cross", as in the paper: V = 2, i of view 0, k != i of view 1. "self" uses all rows.
         exchange: The other ranks; their z has the same shape.
         impl: See `kernels.gram_loss.terms.gram_terms`.
 
@@ -44,7 +44,7 @@ def spectral_loss(
     if not (math.isfinite(mu) and mu > 0):
         raise ValueError(f"mu must be finite and > 0, got {mu}")
     check_views(z, topology, None, exchange.size)
-    impl = choose_impl(impl, z)  # by the precision that was asked for: the rows below are fp32
+    impl = choose_impl(impl, z)  # chosen by the dtype of the input: the rows below are fp32
     wide = z if z.dtype == torch.float64 else z.float()
     longest = math.sqrt(mu)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -67,7 +67,7 @@ def quadratic_loss(
 
     Args:
         z: Projections [V, B, D], V >= 2, any floating dtype; normalised inside. Differentiable.
-        inv_temperature: t, > 0, dimensionless; a number, as are all here: it cannot be learned.
+        inv_temperature: t, > 0, dimensionless. It must be a number, like all parameters here; it cannot be learned.
         positive_inv_temperature: t_p; None: t.
         topology: See `kernels.pair_loss.pair_loss`.
         exchange: The other ranks; their z has the same shape.

@@ -1,4 +1,4 @@
-"""The equations of gram_loss/terms.py by torch's matrix products: any device."""
+"""The equations of gram_loss/terms.py with torch's matrix products, for any device."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The equations of gram_loss/terms.py in one Triton kernel: sums and gradient of a row tile, fp32 by TF32 products."""
 
-# x [V, B, D]; a program has BM rows of one view, and makes their product with M [D, D] BD columns at a time
+# x [V, B, D]; a program has BM rows of one view, and computes their product with M [D, D] BD columns at a time
 
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ def add_rows(
     num_views, num_rows, width = x.shape
     sums = x.new_empty(num_rows)
     block, num_warps = choose_config(width)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors'
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of the tensors
         cast(Any, _add_rows)[(triton.cdiv(num_rows, block),)](
             x, first.contiguous(), second.contiguous(), sums, pulls, linear, square, view, num_rows, width,
             NUM_VIEWS=num_views, OWN=sum(1 << w for w in own), PULLS=pulls is not None, BM=block, BD=block,
@@ -34,7 +34,7 @@ def add_rows(
 
 
 def choose_config(width: int) -> tuple[int, int]:
-    """Rows and columns of a tile, warps: without spills on sm_90 (test_compile.py); their speed is not measured yet."""
+    """Side of a tile and number of warps: no register spills on sm_90 (test_compile.py); speed not measured yet."""
     return (32, 4) if width <= 32 else (64, 8)
 
 
@@ -93,7 +93,7 @@ def _add_rows(
 def _to_tf32(x):
     """fp32 rounded to the nearest TF32, ties away from zero; NaN is kept.
 
-    The tensor cores would cut the last 13 bits off: every factor too small, and every sum of squares with them.
+    The tensor cores would truncate the last 13 bits, which makes every factor too small, and every sum of squares too.
     """
     rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)

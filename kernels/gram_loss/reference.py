@@ -1,4 +1,4 @@
-"""The sums of gram_loss/terms.py, from the moments, without in-place work: for tests, beside the sum over pairs."""
+"""The sums of gram_loss/terms.py from the moments, without in-place operations. For tests, as is the sum over pairs."""
 
 from torch import Tensor
 

@@ -1,15 +1,15 @@
-"""Sums over pairs of a polynomial of the similarity from D x D moments: no pairs at all.
+"""Sums over pairs of a polynomial of the similarity, from D x D moments, without forming the pairs.
 
-# V views of B samples here, N samples over all ranks, D width; rows x_i, unit rows or as they are; s_ik = x_i . x_k
-# f(s) = c1 s + c2 s^2;  C(i) the rows that row i is compared with, its own sample's included; Neg(i) without those
+# V views of B samples on this rank, N samples over all ranks, D width; rows x_i, normalised or not; s_ik = x_i . x_k
+# f(s) = c1 s + c2 s^2;  C(i) the rows that row i is compared with, including its own sample's; Neg(i) excludes those
 # first moment m = sum_{k in C} x_k [D], second moment M = sum_{k in C} x_k x_k^T [D, D]
 
     sum_{k in C} f(s_ik)      = c1 x_i . m + c2 x_i . M x_i
     sum_{k in C} f'(s_ik) x_k = c1 m + 2 c2 M x_i
 
-and Neg(i) is that less the V (`cross`: one) rows of the sample itself. O(N D^2) operations, O(N D) memory; ranks
-exchange the moments only. HaoChen et al. 2021, arXiv:2106.04156, write the spectral loss so; the exact form for any
-such f is derived here and tested against the sum over pairs.
+The sum over Neg(i) is the sum over C(i) minus the V (`cross`: one) rows of the sample itself. This takes O(N D^2)
+operations and O(N D) memory; ranks exchange only the moments. HaoChen et al. 2021, arXiv:2106.04156, write the spectral
+loss in this form; the exact form for any such f is derived here and tested against the sum over pairs.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from kernels.similarity.rows import finish, normalize, view_pairs, widen
 
 
 class GramImplementation(Protocol):
-    """The function of an implementation module."""
+    """The interface of an implementation module."""
 
     def add_rows(
         self,
@@ -39,17 +39,17 @@ class GramImplementation(Protocol):
         square: float,
         pulls: Tensor | None,
     ) -> Tensor:
-        """sum_{k in Neg(i)} f(s_ik) [B] of one view's rows, and sum_{k in Neg(i)} f'(s_ik) x_k into `pulls`.
+        """Return sum_{k in Neg(i)} f(s_ik) [B] of one view's rows; write sum_{k in Neg(i)} f'(s_ik) x_k to `pulls`.
 
         Args:
             x: The rows of this rank [V, B, D], fp32 or fp64, contiguous.
-            view: Which rows.
-            own: Views whose rows are in the moments.
+            view: The view whose rows are used.
+            own: Views whose rows are included in the moments.
             first: m [D].
             second: M [D, D].
             linear: c1.
             square: c2.
-            pulls: [B, D], contiguous, overwritten; None: not wanted.
+            pulls: [B, D], contiguous, overwritten; None: not computed.
         """
         ...
 
@@ -66,7 +66,7 @@ def gram_terms(
 ) -> PairTerms:
     """Similarities of the positive pairs, and the sum of c1 s + c2 s^2 over the negative pairs.
 
-    As `kernels.pair_loss.pair_terms`, with the same complete gradient, in O(N D^2).
+    Like `kernels.pair_loss.pair_terms`, with the same complete gradient, in O(N D^2).
 
     Args:
         z: Projections [V, B, D], V >= 2, any floating dtype. Differentiable.
@@ -75,8 +75,8 @@ def gram_terms(
         unit: Whether the rows are normalised first.
         topology: See `pair_terms`.
         exchange: The other ranks; their z has the same shape.
-        impl: "chunked" is torch's products, "reference" the same equations without in-place work; "fused" makes the
-            sums and the gradient of a row in one kernel (TF32 products).
+        impl: "chunked" uses torch's products; "reference", the same equations without in-place operations; "fused"
+            computes the sums and the gradient of a row in one kernel (TF32 products).
 
     Raises:
         ValueError: Shapes, dtypes or choices do not fit.
@@ -86,7 +86,7 @@ def gram_terms(
     with_grad = torch.is_grad_enabled() and z.requires_grad
     impl = choose_impl(impl, z)
     settings = (float(linear), float(square), unit, topology, impl, with_grad)
-    if exchange.size == 1 and impl == "reference":  # by autograd: the op has a first derivative only
+    if exchange.size == 1 and impl == "reference":  # uses autograd, since the op has only a first derivative
         positives, total, *_ = _forward(z, *settings[:-1], with_grad=False, exchange=exchange)
     elif exchange.size == 1:
         positives, total, *_ = _gram_terms(z, *settings)
@@ -105,7 +105,7 @@ def _forward(
     with_grad: bool,
     exchange: Exchange,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """positives, total, inv_norm [V, B] (ones for rows as they are), pulls [V, B, D] (empty without gradient)."""
+    """Return positives, total, inv_norm [V, B] (ones without `unit`), pulls [V, B, D] (empty without gradient)."""
     implementation: GramImplementation = importlib.import_module(f"kernels.gram_loss.{impl}")  # pyright: ignore
     with torch.autocast(z.device.type, enabled=False):
         x, inv_norm, positives = _rows(z, unit)
@@ -122,7 +122,7 @@ def _forward(
 
 
 def _rows(z: Tensor, unit: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x, inv_norm, positives."""
+    """Return x, inv_norm, positives."""
     if unit:
         return normalize(z, z.new_empty(()))
     x = widen(z).contiguous()
@@ -189,7 +189,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, _, _, unit, topology, _, _ = inputs
     _, _, inv_norm, pulls = output
     ctx.mark_non_differentiable(inv_norm, pulls)
-    ctx.set_materialize_grads(False)  # zeros of the size of the pulls, which nothing reads
+    ctx.set_materialize_grads(False)  # avoids zeros of the size of the pulls, which are not used
     ctx.save_for_backward(z, inv_norm, pulls)
     ctx.choices = (unit, topology)
 
@@ -204,7 +204,7 @@ _gram_terms.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 
 class _AcrossRanks(torch.autograd.Function):
-    """The same for several ranks. Not an op, as the exchange is the caller's: torch.compile breaks its graph here."""
+    """The same for several ranks. Not a custom op, as the exchange is the caller's: torch.compile breaks the graph."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, settings: tuple, exchange: Exchange) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Losses that are a mean over positive pairs plus a mean over negative pairs: MIO, SigLIP.
 
 # V views of B samples on this rank, N samples over all ranks, D width; u_i = z_i / |z_i|; s_ik = u_i . u_k
-# t, t_p inverse temperatures of negatives and positives, b bias; l = t s + b;  Neg(i) see pair_loss/terms.py
+# t, t_p inverse temperatures of negatives and positives, b bias; l = t s + b;  Neg(i): see pair_loss/terms.py
 
 | `positives` | term, averaged over the ordered positive pairs |
 |-------------|------------------------------------------------|
@@ -49,9 +49,9 @@ def pair_loss(
     exchange: Exchange = ALONE,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The mean positive term plus the mean negative term, in one pass over the pairs.
+    """Compute the mean positive term plus the mean negative term, in one pass over the pairs.
 
-    MIO, arXiv:2111.12664 (`fastssl.losses.mio` says which forms are the paper's); SigLIP, Zhai et al. 2023,
+    MIO, arXiv:2111.12664 (see `fastssl.losses.mio` for the forms used in the paper); SigLIP, Zhai et al. 2023,
     arXiv:2303.15343, Eq. 1: `softplus` twice, `cross`, not balanced, a learned inv_temperature and bias.
 
     Args:
@@ -61,19 +61,19 @@ def pair_loss(
         inv_temperature: t, > 0, dimensionless; a number or a 0-dim tensor, which may be learned.
         positive_inv_temperature: t_p; None: t.
         bias: b, a number or a 0-dim tensor, which may be learned.
-        balanced: Positives and negatives are averaged apart. False: the negatives of a row are summed, as in SigLIP.
+        balanced: Average positives and negatives separately. False: the negatives of a row are summed, as in SigLIP.
         topology: "self": all rows against all rows. "cross": V = 2, rows of view 0 against those of view 1.
-        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other.
+        groups: Integers [B]: samples with equal groups, on any rank, are not negatives of each other.
         exchange: The other ranks; their z has the same shape.
         impl: See `kernels.similarity`.
 
     Returns:
-        0-dim, fp32 (fp64 for fp64 z), nats (`square`: none). Its mean over ranks is the loss of the global batch, and
-        an engine that averages parameter gradients over ranks makes that loss's gradient of it.
+        0-dim, fp32 (fp64 for fp64 z), in nats (`square`: no unit). Its mean over ranks is the loss of the global batch.
+        Averaging the parameter gradients over ranks gives the gradient of that loss.
 
     Raises:
         ValueError: Shapes, dtypes, devices or choices do not fit, there is one sample over all ranks, or a temperature
-            or bias that is a number leaves fp32's range.
+            or bias given as a number leaves fp32's range.
     """
     if negatives not in _KIND:
         raise ValueError(f"negatives must be one of {', '.join(_KIND)}, got {negatives!r}")
@@ -88,7 +88,7 @@ def pair_loss(
     t, t_p = scalar(inv_temperature, z), scalar(positive_inv_temperature, z, name="positive_inv_temperature")
     b = scalar(bias, z, name="bias")
     wide_range = not (is_narrow(inv_temperature) and not isinstance(bias, Tensor) and bias == 0)
-    # Less the bias: the terms are e^{t s + 40 - t} whatever b is, and d/db is that of e^l all the same.
+    # Minus the bias: the terms are e^{t s + 40 - t} for any b, and d/db still equals that of e^l.
     shift = exp_shift(t) - b.detach() if kind == "exp" and wide_range else torch.zeros_like(t)
     terms = pair_terms(
         z,
@@ -114,7 +114,7 @@ def _positive_term(similarities: Tensor, positives: Positives, t_p: Tensor, b: T
 
 
 def _negative_term(mean: Tensor, shift: Tensor, negatives: Negatives, exchange: Exchange) -> Tensor:
-    """From the mean of f; `exp` and `jensen` have it times e^shift."""
+    """Compute the negative term from the mean of f; for `exp` and `jensen` the mean is multiplied by e^shift."""
     if negatives == "exp":
         return torch.exp(-shift) * mean
     if negatives == "jensen":
@@ -123,13 +123,13 @@ def _negative_term(mean: Tensor, shift: Tensor, negatives: Negatives, exchange: 
 
 
 def count_negatives(z: Tensor, topology: Topology, groups: Tensor | None, exchange: Exchange) -> float | Tensor:
-    """The sum of |Neg(i)| over the rows i that `pair_terms` counts; with groups the mean of that over ranks."""
+    """The sum of |Neg(i)| over the rows i counted by `pair_terms`; with groups, its mean over ranks."""
     (num_views, num_local, _), num_samples = z.shape, z.shape[1] * exchange.size
     per_pair_of_samples = num_views**2 if topology == "self" else 1
     if groups is None:
         return per_pair_of_samples * num_local * (num_samples - 1)
     every = torch.sort(torch.cat([piece.flatten() for piece in exchange.blocks(groups[None])])).values
-    own = groups.contiguous()  # searchsorted warns of anything else
+    own = groups.contiguous()  # searchsorted warns if its input is not contiguous
     num_equal = torch.searchsorted(every, own, right=True) - torch.searchsorted(every, own)
     counts = (num_samples - num_equal).sum() * per_pair_of_samples
     return exchange.mean(counts.to(scalar(1.0, z))).clamp_min(1)
@@ -140,5 +140,5 @@ def _num_rows(z: Tensor, topology: Topology) -> int:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), exact: F.softplus turns linear above 20."""
+    """log(1 + e^x), exact: F.softplus becomes linear above 20."""
     return -F.logsigmoid(-x)

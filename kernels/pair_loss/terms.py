@@ -1,7 +1,7 @@
-"""The two sums that a loss over pairs consists of, in one pass; differentiable, also under torch.compile."""
+"""The two sums of a loss over pairs, in one pass; differentiable, also under torch.compile."""
 
 # V views of B samples, D width, W ranks; s, t, b, f, slopes and pulls as in kernels/similarity/__init__.py
-# m = V B rows here; Neg(i): the columns that row i is compared with, without those of its own sample or group
+# m = V B rows on this rank; Neg(i): the columns that row i is compared with, except those of its own sample or group
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,7 +19,7 @@ TOPOLOGIES: tuple[str, ...] = get_args(Topology)
 
 
 class PairTerms(NamedTuple):
-    """What `pair_terms` returns.
+    """Result of `pair_terms`.
 
     Attributes:
         positives: s of the positive pairs [V (V - 1) / 2, B], views v < w in lexical order; fp32, or fp64 for fp64 z.
@@ -44,18 +44,18 @@ def pair_terms(
 ) -> PairTerms:
     """Similarities of the positive pairs, and the sum of f over the negative pairs.
 
-    The gradient in z is complete: pairs whose row is on another rank are in it, as an engine that AVERAGES parameter
-    gradients needs it when each rank's loss is a mean over its own rows. The pass over the pairs makes it along with
-    the value; without a gradient to make it is left out.
+    The gradient in z is complete: it includes pairs whose row is on another rank. This is correct for a trainer that
+    AVERAGES parameter gradients when each rank's loss is a mean over its own rows. The gradient is computed in the same
+    pass over the pairs as the value; if no gradient is needed, it is skipped.
 
     Args:
         z: Projections [V, B, D], V >= 2, any floating dtype; normalised inside. Differentiable.
         kind: f.
-        inv_temperature: t, 0-dim, > 0, of z's device; fp32, or fp64 for fp64 z. Differentiable.
+        inv_temperature: t, 0-dim, > 0, on z's device; fp32, or fp64 for fp64 z. Differentiable.
         bias: b, likewise.
         wide_range: See `kernels.similarity.Term`.
         topology: "self": all rows against all rows. "cross": V = 2, rows of view 0 against those of view 1.
-        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other.
+        groups: Integers [B]: samples with equal groups, on any rank, are not negatives of each other.
         exchange: The other ranks; their z has the same shape.
         impl: See `kernels.similarity`.
 
@@ -67,7 +67,7 @@ def pair_terms(
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, inv_temperature, bias))
     impl = choose_impl(impl, z)
     settings = (kind, topology, impl, wide_range, with_grad)
-    if exchange.size == 1 and impl == "reference":  # by autograd: the ops have a first derivative only
+    if exchange.size == 1 and impl == "reference":  # uses autograd, since the ops have only a first derivative
         positives, total, *_ = _forward(
             z, inv_temperature, bias, groups, *settings[:-1], with_grad=False, exchange=exchange
         )
@@ -79,7 +79,7 @@ def pair_terms(
 
 
 def check_views(z: Tensor, topology: str, groups: Tensor | None, num_ranks: int) -> None:
-    """Refuse what no loss over pairs can work on.
+    """Check the inputs of a loss over pairs.
 
     Raises:
         ValueError: See `pair_terms`.
@@ -102,11 +102,11 @@ def check_views(z: Tensor, topology: str, groups: Tensor | None, num_ranks: int)
 
 
 def meetings(rows: Side, columns: Iterator[Side], topology: str) -> Iterator[tuple[Side, Side, int | None]]:
-    """Which sides meet in `accumulate`: (rows, columns, own).
+    """Yield the arguments of the calls of `accumulate`: (rows, columns, own).
 
     Args:
         rows: All views of this rank [V, B, D], with their accumulators.
-        columns: The own blocks (the same tensors), then those of other ranks [Q, B, D].
+        columns: This rank's blocks (the same tensors), then those of other ranks [Q, B, D].
         topology: As in `pair_terms`.
     """
     next(columns)
@@ -122,12 +122,12 @@ def meetings(rows: Side, columns: Iterator[Side], topology: str) -> Iterator[tup
 
 
 def _view(side: Side, view: int) -> Side:
-    """Every second block, beginning at `view`; parts share memory with the whole."""
+    """Every second block, starting at `view`; shares memory with `side`."""
     return Side(**{name: x[view::2] for name, x in vars(side).items() if x is not None})
 
 
 def counted_rows(x: Tensor, topology: str) -> Tensor:
-    """The rows [..., B] whose sums make the total: each pair of `cross` stands in the sums of both views."""
+    """The rows [..., B] whose sums make up the total: with `cross`, each pair is in the sums of both views."""
     return x if topology == "self" else x[0]
 
 
@@ -143,10 +143,10 @@ def _forward(
     with_grad: bool,
     exchange: Exchange,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """positives, total, inv_norm [V, B], pulls [V, B, D] (empty without gradient), d total / d b."""
+    """Return positives, total, inv_norm [V, B], pulls [V, B, D] (empty without gradient), d total / d b."""
     implementation = load_impl(impl)
     u, inv_norm, positives = implementation.normalize(z, inv_temperature)
-    sums = 0 * inv_norm  # not zeros_like: autograd follows what is added to parts of a tensor that has a graph
+    sums = 0 * inv_norm  # not zeros_like: autograd tracks in-place additions to parts of a tensor that has a graph
     rows = Side(u=u, groups=groups_of_rows(groups, z), sums=sums)
     if with_grad:
         rows.slopes = torch.zeros_like(inv_norm)
@@ -161,7 +161,7 @@ def _forward(
 
 
 def column_sides(exchange: Exchange, rows: Side) -> Iterator[Side]:
-    """The columns of all ranks, the own ones first."""
+    """Yield the columns of all ranks, those of this rank first."""
     inputs = {"groups": rows.groups, "weights": rows.weights}
     pieces = {"u": exchange.blocks(rows.u)} | {name: exchange.blocks(x) for name, x in inputs.items() if x is not None}
     for parts in zip(*pieces.values(), strict=True):
@@ -174,7 +174,7 @@ def groups_of_rows(groups: Tensor | None, z: Tensor) -> Tensor | None:
 
 
 def sum_wide(x: Tensor) -> Tensor:
-    """The sum in fp64: sums over millions of pairs of rows."""
+    """Sum in fp64, since the sums are over millions of pairs of rows."""
     return x.sum(dtype=torch.float64).to(x.dtype)
 
 
@@ -189,8 +189,8 @@ def _backward(
     topology: str,
     impl: Impl,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz, dt, db."""
-    # `self`: a pair of two ranks' rows stands in both totals, and the local rows take the gradient of both.
+    """Return dz, dt, db."""
+    # `self`: a pair of rows on two ranks is in both ranks' totals, and the local rows receive the gradient of both.
     pull_scale = total_grad * inv_temperature * (2 if topology == "self" else 1)
     dz, dots = load_impl(impl).finish(z, inv_norm, pulls, pull_scale, positive_grads)
     assert dots is not None
@@ -250,7 +250,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, inv_temperature, _, _, _, topology, impl, _, _ = inputs
     _, _, inv_norm, pulls, slope = output
     ctx.mark_non_differentiable(inv_norm, pulls, slope)
-    ctx.set_materialize_grads(False)  # zeros of the size of the pulls, which nothing reads
+    ctx.set_materialize_grads(False)  # avoids zeros of the size of the pulls, which are not used
     ctx.save_for_backward(z, inv_temperature, inv_norm, pulls, slope)
     ctx.choices = (topology, impl)
 
@@ -263,7 +263,7 @@ def _backward_of_op(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor 
 
 
 def given_grads(positive_grads: Tensor | None, total_grad: Tensor | None, inv_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `PairTerms`, zeros for what the loss does not use; inv_norm [V, B]."""
+    """The gradients of `PairTerms`, zeros for outputs that the loss does not use; inv_norm [V, B]."""
     num_views, num_samples = inv_norm.shape
     if positive_grads is None:
         positive_grads = inv_norm.new_zeros(num_views * (num_views - 1) // 2, num_samples)
@@ -274,7 +274,7 @@ _pair_terms.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 
 class _AcrossRanks(torch.autograd.Function):
-    """The same for several ranks. Not an op, as the exchange is the caller's: torch.compile breaks its graph here."""
+    """The same for several ranks. Not a custom op, as the exchange is the caller's: torch.compile breaks the graph."""
 
     @staticmethod
     def forward(

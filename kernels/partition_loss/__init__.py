@@ -1,7 +1,7 @@
-"""Losses with the logarithm of a sum over each row's negatives: NT-Xent, DCL, CLIP.
+"""Losses with a log-sum-exp over each row's negatives: NT-Xent, DCL, CLIP.
 
 # V views of B samples on this rank, N samples over all ranks, D width; u_i = z_i / |z_i|; s_ik = u_i . u_k
-# t inverse temperature;  s_p similarity of row i and a positive;  Neg(i) see pair_loss/terms.py
+# t inverse temperature;  s_p similarity of row i and a positive;  Neg(i): see pair_loss/terms.py
 # lse_i = log sum_{k in Neg(i)} e^{t s_ik}
 
 | `form`    | term, averaged over the ordered positive pairs          | source                                       |
@@ -42,24 +42,24 @@ def partition_loss(
     exchange: Exchange = ALONE,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The mean of the form's term over the positive pairs; two passes over the pairs, nothing of their number kept.
+    """Compute the mean of the form's term over the positive pairs, in two passes; no pairwise matrix is stored.
 
     Args:
         z: Projections [V, B, D], V >= 2 (`dclw`: V = 2), any floating dtype; normalised inside. Differentiable.
         form: A row of the table.
         inv_temperature: t, > 0, dimensionless; a number or a 0-dim tensor, which may be learned.
         topology: "self": all rows against all rows. "cross": V = 2, the rows of each view against those of the other.
-        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other. A row
-            without any negative adds 0 to `nt_xent`, and -w_i t s_p alone to `dcl` and `dclw`.
+        groups: Integers [B]: samples with equal groups, on any rank, are not negatives of each other. A row without
+            any negative adds 0 to `nt_xent`, and only -w_i t s_p to `dcl` and `dclw`.
         exchange: The other ranks; their z has the same shape.
         impl: See `kernels.similarity`.
 
     Returns:
-        0-dim, fp32 (fp64 for fp64 z), nats. Its mean over ranks is the loss of the global batch.
+        0-dim, fp32 (fp64 for fp64 z), in nats. Its mean over ranks is the loss of the global batch.
 
     Raises:
         ValueError: Shapes, dtypes, devices or choices do not fit, there is one sample over all ranks, or a temperature
-            that is a number leaves fp32's range.
+            given as a number leaves fp32's range.
     """
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
@@ -74,7 +74,7 @@ def partition_loss(
     logits = torch.cat([logits, logits])
     if form == "nt_xent":
         return softplus(log_sums - logits).mean()
-    log_sums = log_sums.masked_fill(_of_pairs(terms.is_empty), 0.0)  # no constant of fp32's range in the loss
+    log_sums = log_sums.masked_fill(_of_pairs(terms.is_empty), 0.0)  # drops the placeholder of empty sums
     if form == "dclw":
         logits = logits * _dclw_weights(terms.positives, exchange).repeat(2, 1)
     return (log_sums - logits).mean()
@@ -83,7 +83,7 @@ def partition_loss(
 def _of_pairs(x: Tensor) -> Tensor:
     """[V, B] -> [V (V - 1), B]: the first row of each pair of views, then the second of each.
 
-    By views: an index of a list would be copied to the device, and wait for it.
+    Indexes one view at a time: indexing with a list would copy the list to the device and synchronise.
     """
     first, second = zip(*view_pairs(len(x)), strict=True)
     return torch.stack([x[v] for v in first + second])
@@ -91,5 +91,5 @@ def _of_pairs(x: Tensor) -> Tensor:
 
 def _dclw_weights(positives: Tensor, exchange: Exchange) -> Tensor:
     """w_i = 2 - N softmax_i(s_p / sigma), over the samples of all ranks; mean 1, no gradient: [1, B]."""
-    exponentials = torch.exp((positives.detach() - 1) / DCLW_TEMPERATURE)  # in [e^-4, 1]: no need of the maximum
+    exponentials = torch.exp((positives.detach() - 1) / DCLW_TEMPERATURE)  # in [e^-4, 1]: no maximum to subtract
     return 2 - exponentials / exchange.mean(exponentials.mean())

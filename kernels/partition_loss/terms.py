@@ -1,7 +1,7 @@
-"""The logarithm of each row's sum over its negatives: two passes; differentiable, also under torch.compile."""
+"""The log-sum-exp of each row over its negatives, in two passes; differentiable, also under torch.compile."""
 
 # V views of B samples, D width; s, t as in kernels/similarity/__init__.py; Neg(i) as in kernels/pair_loss/terms.py
-# r_i = sum_{k in Neg(i)} e^{t s_ik + b};  b a shift that keeps r in fp32's range;  g_i = dL/dr_i
+# r_i = sum_{k in Neg(i)} e^{t s_ik + b};  b: a shift that keeps r in fp32's range;  g_i = dL/dr_i
 
 from typing import Any, NamedTuple
 
@@ -24,12 +24,12 @@ from kernels.similarity.exponent import exp_shift, log_of_sum
 
 
 class PartitionTerms(NamedTuple):
-    """What `partition_terms` returns.
+    """Result of `partition_terms`.
 
     Attributes:
         positives: s of the positive pairs [V (V - 1) / 2, B], views v < w in lexical order; fp32, or fp64 for fp64 z.
-        log_sums: log sum_{k in Neg(i)} e^{t s_ik} [V, B], same dtype; where the sum is 0 finite, and far below others.
-        is_empty: Where the sum is 0, as no sample is a negative (groups), [V, B], bool.
+        log_sums: log sum_{k in Neg(i)} e^{t s_ik} [V, B], same dtype; if the sum is 0, finite and far below the others.
+        is_empty: Whether the sum is 0, as the row has no negatives (groups), [V, B], bool.
     """
 
     positives: Tensor
@@ -48,14 +48,14 @@ def partition_terms(
 ) -> PartitionTerms:
     """Similarities of the positive pairs, and the log-sum-exp over the negatives of each row.
 
-    The gradient in z is complete, as that of `kernels.pair_loss.pair_terms`: ranks exchange the rows forward, and
-    dL/dr, one number a row, backward.
+    The gradient in z is complete, like that of `kernels.pair_loss.pair_terms`: ranks exchange the rows in the forward
+    pass, and dL/dr, one number per row, in the backward pass.
 
     Args:
         z: Projections [V, B, D], V >= 2, any floating dtype; normalised inside. Differentiable.
-        inv_temperature: t, 0-dim, > 0, of z's device; fp32, or fp64 for fp64 z. Differentiable.
+        inv_temperature: t, 0-dim, > 0, on z's device; fp32, or fp64 for fp64 z. Differentiable.
         topology: "self": all rows against all rows. "cross": V = 2, the rows of each view against those of the other.
-        groups: Integers [B]: samples of equal groups, here or on other ranks, are no negatives of each other.
+        groups: Integers [B]: samples with equal groups, on any rank, are not negatives of each other.
         exchange: The other ranks; their z has the same shape.
         impl: See `kernels.similarity`.
 
@@ -66,7 +66,7 @@ def partition_terms(
     exchange.check_same_shape(z)
     shift = exp_shift(inv_temperature)
     choices = (topology, choose_impl(impl, z))
-    if exchange.size == 1 and choices[1] == "reference":  # by autograd: the ops have a first derivative only
+    if exchange.size == 1 and choices[1] == "reference":  # uses autograd, since the ops have only a first derivative
         positives, sums, _ = _forward(z, inv_temperature, shift, groups, *choices, exchange)
     elif exchange.size == 1:
         positives, sums = _partition_terms(z, inv_temperature, shift, groups, *choices)
@@ -84,7 +84,7 @@ def _forward(
     impl: str,
     exchange: Exchange,
 ) -> tuple[Tensor, Tensor, list[Side]]:
-    """positives, r, and the columns of other ranks."""
+    """Return positives, r, and the columns of other ranks."""
     implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
     u, inv_norm, positives = implementation.normalize(z, inv_temperature)
     rows = Side(u=u, groups=groups_of_rows(groups, z), sums=0 * inv_norm)  # as in pair_loss/terms.py
@@ -117,12 +117,12 @@ def _backward(
     others: list[Side],
     exchange: Exchange,
 ) -> tuple[Tensor, Tensor]:
-    """dz, dt: the pair (i, k) weighs g_i + g_k, as a term of both rows' sums."""
+    """Return dz, dt. The pair (i, k) has weight g_i + g_k, since it is a term of both rows' sums."""
     inv_norm, pulls = _pulls(z, inv_temperature, shift, groups, sum_grads, topology, impl, others, exchange)
     implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
     dz, dots = implementation.finish(z, inv_norm, pulls, inv_temperature, positive_grads)
     assert dots is not None
-    # `self`: summed over all rows, each pair's slope stands there twice.
+    # `self`: in the sum over all rows, each pair's slope is counted twice.
     slope = sum_wide(counted_rows(dots, topology))
     return dz, slope / 2 if topology == "self" else slope
 
@@ -138,9 +138,9 @@ def _pulls(
     others: list[Side],
     exchange: Exchange,
 ) -> tuple[Tensor, Tensor]:
-    """inv_norm [V, B] and pulls [V, B, D]. A function of its own: u is free again when dz is made."""
+    """Return inv_norm [V, B] and pulls [V, B, D]. A separate function, so that u is freed before dz is computed."""
     implementation = load_impl(impl)  # pyright: ignore[reportArgumentType]
-    u, inv_norm, _ = implementation.normalize(z, inv_temperature)  # one more pass over z is cheaper than keeping u
+    u, inv_norm, _ = implementation.normalize(z, inv_temperature)  # recomputing from z is cheaper than keeping u
     rows = Side(
         u=u,
         groups=groups_of_rows(groups, z),
@@ -209,7 +209,7 @@ _partition_terms.register_autograd(_backward_of_op, setup_context=_setup_context
 
 
 class _AcrossRanks(torch.autograd.Function):
-    """The same for several ranks. Not an op, as the exchange is the caller's: torch.compile breaks its graph here."""
+    """The same for several ranks. Not a custom op, as the exchange is the caller's: torch.compile breaks the graph."""
 
     @staticmethod
     def forward(
@@ -222,7 +222,7 @@ class _AcrossRanks(torch.autograd.Function):
         exchange: Exchange,
     ) -> tuple[Tensor, Tensor]:
         positives, sums, others = _forward(z, inv_temperature, shift, groups, *choices, exchange)  # pyright: ignore
-        gathered = [x for side in others for x in (side.u, side.groups)]  # saved: free once the gradient is made
+        gathered = [x for side in others for x in (side.u, side.groups)]  # saved tensors: freed after the backward pass
         ctx.save_for_backward(z, inv_temperature, shift, groups, *gathered)
         ctx.choices, ctx.exchange = choices, exchange
         return positives, sums

@@ -1,16 +1,16 @@
-"""Sums over the pairs of a batch of a function of their similarity, and their gradients, without the matrix of pairs.
+"""Sums of a function of the similarity over all pairs of a batch, and their gradients, without the matrix of pairs.
 
 # W ranks; V views of B samples on each; D width; a block: the B rows of one view on one rank; Q blocks of columns
 # rows u [V, B, D], columns [Q, B, D], unit rows;  s_ik = u_i . u_k;  l_ik = t s_ik + b the logit
 # t the inverse temperature, b the bias, both dimensionless
 
-Every loss over pairs here is made of three steps, and an implementation is a module with these three functions:
+Every loss over pairs here consists of three steps, and an implementation is a module with these three functions:
 
     normalize    u_i = z_i / |z_i|, and the similarities of the positive pairs, in full precision
-    accumulate   for the pairs (i, k) of two sides that are not excluded, add to what each side asks for:
+    accumulate   for the pairs (i, k) of two sides that are not excluded, add to the accumulators of each side:
                      sums_i   += f(l_ik)
                      slopes_i += f'(l_ik)
-                     pulls_i  += f'(l_ik) u_k            f' times (g_i + g_k) where the sides carry weights g
+                     pulls_i  += f'(l_ik) u_k            f' times (g_i + g_k) if the sides have weights g
     finish       dz from the pulls and from the gradients of the positive similarities
 
 | kind       | f(l)         | f'(l)      |
@@ -19,18 +19,19 @@ Every loss over pairs here is made of three steps, and an implementation is a mo
 | `softplus` | log(1 + e^l) | sigmoid(l) |
 | `square`   | l^2          | 2 l        |
 
-One pass is enough where all rows weigh the same: dL/ds_ik is known as soon as s_ik is. Losses with a logarithm for
-each row (NT-Xent) know their weights after the sums only: a second `accumulate`, with weights. f is symmetric, so the
-gradient of the local rows counts each pair as row and as column there, and is complete without any gradient from other
-ranks. No function here waits for the device, and the same inputs give the same bits. These gradients have no derivative
-of their own; `reference` in one process leaves them to autograd, which differentiates any number of times.
+One pass is enough if all rows have the same weight: dL/ds_ik is known as soon as s_ik is. In losses with a logarithm
+per row (NT-Xent), the weights are known only after the sums, so a second `accumulate` with weights is needed. The
+similarity is symmetric, so the gradient of the local rows counts each pair both as row and as column, and is complete
+without any gradient from other ranks. No function here synchronises with the device, and the same inputs give the same
+bits. These gradients cannot be differentiated again; `reference` in one process uses autograd, which supports
+derivatives of any order.
 
-| impl        | what it does                                                    | where                        |
+| impl        | implementation                                                  | used for                     |
 |-------------|-----------------------------------------------------------------|------------------------------|
 | `fused`     | Triton: fp16 operands, fp32 sums, no [rows, columns] in memory  | CUDA, or Triton's interpreter |
 | `chunked`   | torch, a tile of pairs at a time, fp32 or fp64                  | any device                   |
 | `reference` | the equations on the whole matrix, fp32 or fp64                 | tests, second derivatives    |
-| `auto`      | `fused` where it is fast and rounding is welcome, else `chunked` |                             |
+| `auto`      | `fused` if it is fast and rounding is allowed, else `chunked`   |                              |
 """
 
 import importlib
@@ -62,20 +63,20 @@ Impl = Literal["auto", "fused", "chunked", "reference"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-MAX_WIDTH = 2048  # D of the fused kernels
+MAX_WIDTH = 2048  # largest D of the fused kernels
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """f and its logit.
+    """The function f and the parameters of its logit.
 
     Attributes:
-        kind: Which f.
+        kind: The kind of f.
         inv_temperature: t, 0-dim, fp32 (fp64 for fp64 rows), on the device of the rows.
         bias: b, likewise.
-        wide_range: e^l spans more than fp16's normal numbers, so a kernel in fp16 must scale it as it goes.
+        wide_range: e^l spans more than fp16's normal numbers, so a kernel in fp16 must rescale it as it proceeds.
     """
 
     kind: Kind
@@ -85,10 +86,10 @@ class Term:
 
 
 class Rows(NamedTuple):
-    """What `normalize` makes of z [V, B, D].
+    """Result of `normalize` for z [V, B, D].
 
     Attributes:
-        u: Unit rows in the implementation's operand form, contiguous; [V, B, D'], to be gathered as they are.
+        u: Unit rows in the implementation's operand form, contiguous; [V, B, D'], gathered over ranks in this form.
         inv_norm: 1 / |z| [V, B], fp32 (fp64 for fp64 z).
         positives: s of the positive pairs [V (V - 1) / 2, B], views v < w in lexical order, dtype of inv_norm.
     """
@@ -100,12 +101,12 @@ class Rows(NamedTuple):
 
 @dataclass(kw_only=True)
 class Side:
-    """One side of the pairs: rows, what goes with them, and what is to be added up for them (None: nothing).
+    """One side of the pairs: rows, their groups and weights, and their accumulators (None: not accumulated).
 
     Attributes:
-        u: [Q, B, D'] as `normalize` gives it; blocks may lie apart in memory, a block is contiguous.
-        groups: Integers [Q, B]; pairs of equal groups are excluded.
-        weights: g [Q, B], fp32 or fp64; both sides have them or none.
+        u: [Q, B, D'] from `normalize`; each block is contiguous, but blocks need not be adjacent in memory.
+        groups: Integers [Q, B]; pairs with equal groups are excluded.
+        weights: g [Q, B], fp32 or fp64; either both sides have weights or neither.
         sums: [Q, B].
         slopes: [Q, B].
         pulls: [Q, B, D].
@@ -123,19 +124,20 @@ class Implementation(Protocol):
     """The functions of an implementation module."""
 
     def normalize(self, z: Tensor, inv_temperature: Tensor) -> Rows:
-        """z [V, B, D], any floating dtype; inv_temperature as in Term, for forms that fold it into the operands."""
+        """Normalise z [V, B, D], any floating dtype; inv_temperature as in Term, for forms that fold it into u."""
         ...
 
     def accumulate(self, rows: Side, columns: Side, term: Term, own: int | None) -> None:
-        """Add up the pairs of two sides.
+        """Accumulate over the pairs of two sides.
 
         Args:
             rows: [V, B, D'].
-            columns: [Q, B, D']. The very same object as rows: a pair is visited once and counted for both of its
-                rows. Another object with accumulators: those are filled as well, with rows and columns in turned roles.
+            columns: [Q, B, D']. If this is the same object as rows, each pair is visited once and counted for both of
+                its rows. If it is another object with accumulators, they are filled too, with rows and columns
+                swapped.
             term: f.
-            own: The first of the V blocks of columns that belong to the same samples as the rows: the pairs of the
-                same sample are excluded there. None: the columns are of other samples.
+            own: Index of the first of the V blocks of columns that belong to the same samples as the rows. There,
+                pairs of the same sample are excluded. None: the columns belong to other samples.
         """
         ...
 
@@ -149,7 +151,7 @@ class Implementation(Protocol):
             inv_norm: From it.
             pulls: [V, B, D], or None for zeros.
             pull_scale: 0-dim, dtype of the pulls.
-            positive_grads: dL/ds of the positive pairs, as `Rows.positives`.
+            positive_grads: dL/ds of the positive pairs, in the order of `Rows.positives`.
 
         Returns:
             dz [V, B, D] of z's dtype, and <u_i, pulls_i> [V, B] (times t this is sum_k f' t s_ik; None without pulls).
@@ -158,15 +160,15 @@ class Implementation(Protocol):
 
 
 def choose_impl(impl: Impl, z: Tensor) -> Impl:
-    """What "auto" means for z; any other choice is checked and returned.
+    """Resolve "auto" for z; any other choice is checked and returned.
 
     "auto" is "fused" on a CUDA device of at least compute capability 9.0 with Triton, up to MAX_WIDTH, for fp16 and
-    bf16 z, and for fp32 z where torch may round products of fp32 as well (`torch.set_float32_matmul_precision`).
-    Devices of 8.0 to 8.9 run "fused" where it is asked for: they have no engine for its loads, which become loads of
-    single numbers there; whether it is still the faster one is not measured.
+    bf16 z, and for fp32 z if torch may round fp32 products too (`torch.set_float32_matmul_precision`). Devices of
+    compute capability 8.0 to 8.9 run "fused" only on request: they have no hardware engine for its tile loads, which
+    become loads of single numbers. Whether it is still faster there is not measured.
 
     Args:
-        impl: The wish.
+        impl: The requested implementation.
         z: [..., D], on its device.
 
     Raises:
@@ -187,7 +189,7 @@ def choose_impl(impl: Impl, z: Tensor) -> Impl:
 
 
 def load_impl(impl: Impl) -> Implementation:
-    """The module of a choice of `choose_impl`; Triton is imported for "fused" only."""
+    """Import the module of an implementation from `choose_impl`; only "fused" imports Triton."""
     return importlib.import_module(f"kernels.similarity.{impl}")  # pyright: ignore[reportReturnType]
 
 
@@ -200,9 +202,9 @@ def _why_not_fused(z: Tensor) -> str | None:
 
 
 def _constant_when_compiled(function: _Function) -> _Function:
-    """torch.compile cannot look into it, and takes what it says then.
+    """Make torch.compile treat the function's result as a constant instead of tracing it.
 
-    What `torch.compiler.assume_constant_result` does, which imports the compiler: 2 s for every process.
+    Same as `torch.compiler.assume_constant_result`, which however imports the compiler: 2 s in every process.
     """
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function

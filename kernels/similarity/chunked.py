@@ -1,6 +1,6 @@
 """The equations of similarity/__init__.py, one tile of pairs at a time: any device, memory bounded, deterministic.
 
-# a tile: R rows x C columns of one block each; its similarities, its values and a scratch are all that is kept
+# a tile: R rows x C columns of one block each; only its similarities, its values and a scratch buffer are kept
 """
 
 import itertools
@@ -15,8 +15,8 @@ from kernels.similarity.rows import finish, normalize
 
 __all__ = ["TILE_ROWS", "accumulate", "finish", "normalize"]
 
-# R and C at most. CPU: up to three fp32 buffers of 4 MiB (512 is 20 % slower, 2048 takes more memory and is no faster).
-# GPU: the same of 64 MiB, enough pairs to fill the device; not measured yet.
+# Maximum R and C. CPU: up to three fp32 buffers of 4 MiB (512 is 20 % slower, 2048 uses more memory and is no faster).
+# GPU: up to three buffers of 64 MiB, enough pairs to fill the device; not measured yet.
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
@@ -58,7 +58,7 @@ def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
 
 
 class _Buffers:
-    """Memory of the size of the largest tile for each name that is asked for, used again for each tile."""
+    """A buffer of the size of the largest tile for each requested name, reused for all tiles."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -89,11 +89,11 @@ def _tile_pairs(rows: Tensor, columns: Tensor, symmetric: bool) -> Iterator[tupl
 
 
 def _excluded(rows: Side, columns: Side, i: _Tile, k: _Tile, own: int | None) -> Tensor | str | None:
-    """What of a tile is excluded: "diagonal", a boolean mask [R, C], or None."""
+    """The excluded pairs of a tile: "diagonal", a boolean mask [R, C], or None."""
     mask = None
     if rows.groups is not None and columns.groups is not None:
         mask = rows.groups[i.block, i.rows, None] == columns.groups[k.block, k.rows]
-    # Both sides cut their blocks at the same places: pairs of one sample stand on the diagonal of a tile, or nowhere.
+    # The blocks of both sides are split at the same positions, so pairs of one sample can only be on a tile's diagonal.
     if own is not None and own <= k.block < own + len(rows.u) and i.rows == k.rows:
         if mask is None:
             return "diagonal"
@@ -111,7 +111,7 @@ def _exclude(x: Tensor, excluded: Tensor | str | None) -> None:
 def _values_and_slopes(
     logits: Tensor, buffers: _Buffers, kind: Kind, needs_values: bool, needs_slopes: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """f and f' of a tile, in the buffers, the logits' among them; `exp` gives the same tensor twice."""
+    """f and f' of a tile, stored in the buffers, including that of the logits; `exp` returns the same tensor twice."""
     if kind == "exp":
         values = logits.exp_()
         return values, values

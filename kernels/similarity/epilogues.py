@@ -1,10 +1,10 @@
 # type: ignore  (Triton's language is no Python to a type checker)
-"""What a fused kernel makes of a tile of exponents: values f and slopes f', as few instructions as they take.
+"""Epilogues of the fused kernels: values f and slopes f' of a tile of exponents, in as few instructions as possible.
 
 # x = l log2(e): the exponent of e^l = 2^x; a tile is [R, C] pairs of R rows and C columns
-# INTERP: Triton's interpreter knows no inline PTX; the same steps in tl.math then
+# INTERP: use the same steps in tl.math, since Triton's interpreter does not support inline PTX
 
-Slopes become fp16 operands of the product with u, so each kind has a power-of-two scale that keeps them among fp16's
+Slopes become fp16 operands of the product with u, so each kind has a power-of-two scale that keeps them within fp16's
 normal numbers (2^-14 .. 2^16); the kernels undo it in fp32:
 
 | kind       | scale of the slopes                                                                |
@@ -14,8 +14,8 @@ normal numbers (2^-14 .. 2^16); the kernels undo it in fp32:
 | `square`   | of f' / 2 = l: 2^TOP over the least power of two above t + |b|, which bounds |l|    |
 | weighted   | 2^(TOP - n), 2^n above the largest weighted slope of the row so far, for every kind  |
 
-A tile writes its pulls' operand at once, so its scale follows the rows as in flash attention; a strip of slopes that
-stays in memory is scaled there, by row and by column (strips.py).
+A tile uses its slopes immediately as the operand of its pulls, so its scale is updated per row as in flash attention. A
+strip of slopes is kept in memory and scaled there, by row and by column (strips.py).
 """
 
 import triton
@@ -31,7 +31,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 TOP: tl.constexpr = tl.constexpr(15)  # the largest slope of a scaled row is at most 2^TOP; fp16 ends at 2^16
 LEAST_TOP: tl.constexpr = tl.constexpr(-100)  # weighted slopes below 2^LEAST_TOP are not scaled further up
-FOLDED: tl.constexpr = tl.constexpr(4)  # columns that `fold` leaves
+FOLDED: tl.constexpr = tl.constexpr(4)  # number of columns after `fold`
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def ex2(x, INTERP: tl.constexpr):
 
 @triton.jit
 def ex2_of_minus_abs(x, INTERP: tl.constexpr):
-    """2^-|x|: sign and magnitude are modifiers of the one instruction, which ptxas sees in one piece of PTX only."""
+    """2^-|x|: sign and magnitude are modifiers of one instruction, which ptxas finds only within one piece of PTX."""
     if INTERP:
         return tl.math.exp2(-tl.abs(x))
     return tl.inline_asm_elementwise(
@@ -71,14 +71,14 @@ def rcp(x, INTERP: tl.constexpr):
 
 @triton.jit
 def pow2(n):
-    """2^n of whole numbers n, exactly; 0 below 2^-126."""
+    """2^n for integers n, exact; 0 below 2^-126."""
     exponent = tl.minimum(tl.maximum(n, -127.0), 127.0) + 127.0
     return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def fold(x):
-    """Part of the sum along a row, [R, C] -> [R, FOLDED]: only columns that the same thread holds are added."""
+    """Partial sum along a row, [R, C] -> [R, FOLDED]: only columns held by the same thread are added."""
     groups: tl.constexpr = x.shape[1] // (2 * FOLDED)
     return tl.sum(tl.sum(tl.reshape(x, (x.shape[0], groups, FOLDED, 2)), 3), 1)
 
@@ -93,10 +93,10 @@ def softplus(x, INTERP: tl.constexpr):
     """Values log2(1 + 2^x), folded along the rows [R, FOLDED], and slopes sigmoid(l) 2^TOP [R, C].
 
     With e = 2^-|x| nothing overflows: value = max(x, 0) + log2(1 + e), slope = 1 / (1 + e), times e where x < 0.
-    Neighbours share a reciprocal, 1/a = b / (ab), and the columns that a thread holds share a logarithm, of their
-    product. A value is right to 6e-8 absolute, as 1 + e is rounded: pairs with l below -16 add nothing to the sum.
-    Slopes have all their digits. (sum max(x, 0) = sum |x| / 2 + sum x / 2 with the last sum in closed form would save
-    an instruction, and cost the digits of what is left where most logits are far below zero, as with a bias of -10.)
+    Neighbours share a reciprocal, 1/a = b / (ab), and the columns held by a thread share the logarithm of their
+    product. The absolute error of a value is 6e-8, as 1 + e is rounded: pairs with l below -16 add nothing to the sum.
+    Slopes have full precision. (sum max(x, 0) = sum |x| / 2 + sum x / 2 with the last sum in closed form would save
+    an instruction, but lose precision by cancellation if most logits are far below zero, as with a bias of -10.)
     """
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
@@ -116,10 +116,10 @@ def softplus(x, INTERP: tl.constexpr):
 
 @triton.jit
 def softplus_each(x, INTERP: tl.constexpr):
-    """As `softplus`, with the values of each pair, [R, C]; their relative error is at most 1.5e-5.
+    """Like `softplus`, but with the value of each pair, [R, C]; their relative error is at most 1.5e-5.
 
-    Below e = 1/64 log(1 + e) is its series, right to e^3 / 4 < 1e-6: the errors of 1 + e, 2^-24, and of its logarithm,
-    2^-22, are absolute, and with a bias of -10 they would be a thousandth of the value.
+    Below e = 1/64, log(1 + e) is computed by its series, with an error of e^3 / 4 < 1e-6. The errors of 1 + e, 2^-24,
+    and of its logarithm, 2^-22, are absolute, and with a bias of -10 they would be a thousandth of the value.
     """
     e = ex2_of_minus_abs(x, INTERP)
     inverse = rcp(1.0 + e, INTERP) * 32768.0
@@ -130,18 +130,18 @@ def softplus_each(x, INTERP: tl.constexpr):
 
 @triton.jit
 def exponent_above(x):
-    """The least whole number n with x < 2^n, from the bits of normal numbers x > 0."""
+    """The smallest integer n with x < 2^n, from the bits of normal numbers x > 0."""
     return ((x.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
 
 
 @triton.jit
 def square_scale(inv_temperature, bias):
-    """The scale of l in `square`: |l| times it is at most 2^TOP."""
+    """The scale of l in `square`: |l| times the scale is at most 2^TOP."""
     bound = (inv_temperature + tl.abs(bias)) * 1.01
     return pow2(-(exponent_above(tl.maximum(bound, 1e-30)) - TOP))
 
 
 @triton.jit
 def rising_top(top, largest):
-    """The new exponent of a row's scale, never falling: `largest` is below 2 to it."""
+    """The new exponent of a row's scale: `largest` is below 2 to this power, and the exponent never decreases."""
     return tl.maximum(top, exponent_above(tl.maximum(largest, 1e-30)))

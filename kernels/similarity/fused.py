@@ -1,10 +1,10 @@
 """Triton kernels behind the functions of similarity/__init__.py: fp16 operands, fp32 sums, no atomics.
 
 # V views of B samples, D width; u [V, B, D'] fp16, D' = D rounded up to a multiple of 8 (16 bytes, for the copy engine)
-# u = z / |z| sqrt(t log2 e): the product of two rows of it is the exponent of 2 already
+# u = z / |z| sqrt(t log2 e): the product of two rows is directly the exponent of 2
 
-Rows up to 256 wide take one pass (tiles.py); for wider ones the pulls no longer fit in registers, and strips of slopes
-go through memory to torch's products (strips.py).
+Rows up to 256 wide are processed in one pass (tiles.py). For wider rows the pulls do not fit in registers, so strips of
+slopes are written to memory and multiplied with torch's products (strips.py).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from kernels.similarity.tiles import MAX_TILE_WIDTH, accumulate_tiles
 __all__ = ["accumulate", "finish", "normalize"]
 
 WIDTH_MULTIPLE = 8
-# Elements of a program of the row kernels: 16 a thread and view. Not measured yet.
+# Elements per program of the row kernels: 16 per thread and view. Not measured yet.
 ROW_KERNEL_ELEMENTS = 2048
 
 
@@ -49,10 +49,10 @@ def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
 
 
 def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
-    """See `kernels.similarity.Implementation`; accumulators are fp32 with dense rows.
+    """See `kernels.similarity.Implementation`; accumulators are fp32 with contiguous rows.
 
     Raises:
-        ValueError: The sides have blocks of unequal shape, or an accumulator has strided rows.
+        ValueError: The sides have blocks of different shapes, or an accumulator has strided rows.
     """
     if rows.u.shape[1:] != columns.u.shape[1:]:
         raise ValueError(f"blocks of both sides must be alike, got {list(rows.u.shape)} and {list(columns.u.shape)}")
@@ -72,7 +72,7 @@ def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
 def finish(
     z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """See `kernels.similarity.Implementation`; u is computed again from z in fp32."""
+    """See `kernels.similarity.Implementation`; u is recomputed from z in fp32."""
     _check(z)
     z = _with_dense_rows(z)
     num_views, num_samples, width = z.shape
@@ -110,5 +110,5 @@ def _row_grid(z: Tensor) -> tuple[int]:
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever the tensors'."""
+    """Make x's device current: Triton launches on the current device, not on that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

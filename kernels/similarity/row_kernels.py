@@ -2,7 +2,7 @@
 """The Triton kernels of `normalize` and `finish`: one pass over the rows of all views, fp32 inside.
 
 # V views of B samples, D width; V, D are compile-time constants; a program takes ROWS samples of all views
-# WIDTH: the least power of two that holds D; PADDED: the width of u, D rounded up to a multiple of 8
+# WIDTH: the smallest power of two >= D; PADDED: the width of u, D rounded up to a multiple of 8
 """
 
 import triton
@@ -13,7 +13,7 @@ from kernels.similarity.epilogues import LOG2_E
 
 @triton.jit
 def _load(x, view, rows, columns, is_row, stride_view, stride_row, D: tl.constexpr):
-    """[ROWS, WIDTH] of one view in fp32; zeros beyond B and D."""
+    """Load [ROWS, WIDTH] of one view in fp32; zeros beyond B and D."""
     start = x + view * tl.cast(stride_view, tl.int64)
     pointers = start + rows[:, None] * stride_row + columns[None, :]
     return tl.load(pointers, mask=is_row[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
@@ -21,7 +21,7 @@ def _load(x, view, rows, columns, is_row, stride_view, stride_row, D: tl.constex
 
 @triton.jit
 def _pair(v: tl.constexpr, w: tl.constexpr, V: tl.constexpr):
-    """Where the positives of views v < w stand, in lexical order."""
+    """Index of the positives of views v < w, in lexical order."""
     return v * (2 * V - v - 1) // 2 + w - v - 1
 
 
@@ -35,7 +35,7 @@ def normalize_rows(
     z, u, inv_norm, positives, inv_temperature, num_samples, stride_view, stride_row,
     V: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """u = z / |z| sqrt(t log2 e) in fp16: the product of two rows is then the exponent of 2 already."""
+    """u = z / |z| sqrt(t log2 e) in fp16: the product of two rows is directly the exponent of 2."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_samples
     columns = tl.arange(0, WIDTH)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kernels.similarity import Rows
 
-EPS = 1e-12  # of torch.nn.functional.normalize: rows shorter than this are divided by it
+EPS = 1e-12  # as in torch.nn.functional.normalize: rows with a smaller norm are divided by EPS
 
 
 def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
     """See `kernels.similarity.Implementation`."""
-    del inv_temperature  # these forms multiply the similarities by it
+    del inv_temperature  # these implementations multiply the similarities by it later
     wide = widen(z)
     inv_norm = torch.linalg.vector_norm(wide, dim=2).clamp_min(EPS).reciprocal()
     u = _unit(z, wide, inv_norm)
@@ -38,13 +38,13 @@ def finish(
 
 
 def _unit(z: Tensor, wide: Tensor, inv_norm: Tensor) -> Tensor:
-    """u, in the memory of the widened z where that is a copy that autograd does not need."""
+    """u, computed in place in the widened z if that is a copy that autograd does not need."""
     inv_norm = inv_norm[..., None]
     return wide * inv_norm if wide.dtype == z.dtype or wide.requires_grad else wide.mul_(inv_norm)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products of rows, also within an autocast, which would round a vecdot's inputs: [V, B]."""
+    """Inner products of rows, [V, B]; also under autocast, which would round the inputs of vecdot."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.linalg.vecdot(x, y)
 
@@ -55,5 +55,5 @@ def view_pairs(num_views: int) -> list[tuple[int, int]]:
 
 
 def widen(x: Tensor) -> Tensor:
-    """fp64 stays, everything else becomes fp32: a product rounded to bf16 is off by 4e-3, times 1/temperature."""
+    """Convert to fp32, except fp64: a product rounded to bf16 has an error of 4e-3, times 1/temperature."""
     return x if x.dtype == torch.float64 else x.float()

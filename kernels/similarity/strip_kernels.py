@@ -1,10 +1,10 @@
 # type: ignore  (Triton's language is no Python to a type checker)
-"""The Triton kernel for rows more than 256 wide: f and f' of a strip of pairs, whose product with u is torch's.
+"""The Triton kernel for rows wider than 256: f and f' of a strip of pairs, whose product with u is computed by torch.
 
 # a strip: R rows of one block x C columns of one block; x = u_i . u_k + b log2(e), the exponent of e^l
 # BLOCK_R, BLOCK_C: the tile of a program; STEP: how much of the width it multiplies at a time
-# PART: how much of the width the tensor cores sum up. They cut partial sums (tests/helpers/rounded.py): in
-# one sum over D = 2048 e^l at l = 20 comes out 2e-4 too small; sums of parts are added, and rounded, as fp32.
+# PART: how much of the width the tensor cores sum up. They truncate partial sums (tests/helpers/rounded.py): in
+# one sum over D = 2048, e^l at l = 20 is 2e-4 too small. Sums of parts are added, and rounded, in fp32.
 """
 
 import triton
@@ -24,8 +24,8 @@ def pair_strip(
     """Grid (tiles of rows, tiles of columns).
 
     Writes slopes [R, C], those of `softplus` times 2^TOP, and for each tile the sums along its columns
-    (row_parts [tiles of columns, R]) and along its rows (column_parts [tiles of rows, C]), to be added in order; what
-    is None is not made. diagonal: row i and column i of the strip are the same sample.
+    (row_parts [tiles of columns, R]) and along its rows (column_parts [tiles of rows, C]), to be added in order.
+    Outputs that are None are not computed. diagonal: row i and column i of the strip are the same sample.
     """
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

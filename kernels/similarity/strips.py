@@ -1,10 +1,10 @@
-"""Rows more than 256 wide: f and f' of a strip of pairs by a Triton kernel, their product with u by torch.
+"""Rows wider than 256: a Triton kernel computes f and f' of a strip of pairs, and torch their product with u.
 
-# a strip: R rows of one block x C columns of one block, which all fit in a bounded memory
+# a strip: R rows of one block x C columns of one block, limited so that memory is bounded
 
-A strip's slopes are fp16 operands of torch's product. Where they span more than fp16 holds (`exp` with a wide range,
-weighted slopes, `square`), the kernel writes them in fp32, and they are scaled by a power of two for each row, and
-again for each column where the columns are pulled as well.
+A strip's slopes are fp16 operands of torch's product. If they exceed fp16's range (`exp` with a wide range, weighted
+slopes, `square`), the kernel writes them in fp32. They are then scaled by a power of two per row, and again per column
+if the columns have pulls too.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from kernels.similarity.strip_kernels import pair_strip
 
 __all__ = ["accumulate_strips"]
 
-STRIP_BYTES = 128 * 2**20  # slopes of a strip at most, all forms of them together
-# BLOCK_R, BLOCK_C, STEP, warps, stages. Without spills on sm_90; which is fastest is not measured yet.
+STRIP_BYTES = 128 * 2**20  # maximum size of a strip's slopes, all formats together
+# BLOCK_R, BLOCK_C, STEP, warps, stages. No register spills on sm_90; which is fastest is not measured yet.
 CONFIG = (16, 16, 256, 4, 1) if INTERPRETED else (128, 128, 64, 8, 3)
 PART = 512  # a multiple of STEP
 
@@ -38,7 +38,7 @@ class _Strip(NamedTuple):
 
 
 def accumulate_strips(rows: Side, columns: Side, term: Term, own: int | None) -> None:
-    """See `kernels.similarity.Implementation`; u as `fused.normalize` gives it, accumulators fp32."""
+    """See `kernels.similarity.Implementation`; u from `fused.normalize`, accumulators fp32."""
     symmetric = columns is rows
     weighted = rows.weights is not None and columns.weights is not None
     scaled = weighted or term.kind == "square" or (term.kind == "exp" and term.wide_range)
@@ -49,13 +49,13 @@ def accumulate_strips(rows: Side, columns: Side, term: Term, own: int | None) ->
     pull_unit = slope_unit * (term.inv_temperature * LOG2_E.value).rsqrt()
     with torch.autocast(rows.u.device.type, enabled=False):
         for i, k in _strip_pairs(rows.u, columns.u, step, symmetric):
-            # Blocks are cut alike: pairs of one sample stand on the diagonal of a strip, or nowhere.
+            # All blocks are split at the same positions, so pairs of one sample can only be on a strip's diagonal.
             diagonal = own is not None and own <= k.block < own + len(rows.u) and i.rows == k.rows
             sums, slope_sums = _run(rows, i, columns, k, term, diagonal, scratch)
             _add(rows, i, sums[0], slope_sums[0], slope_unit)
             if scratch is not None:
                 _pull(rows, i, k.of(columns.u), scratch.slopes, scratch.operand, pull_unit)
-            if symmetric and i == k:  # the strip has each of these pairs twice: its rows alone are complete
+            if symmetric and i == k:  # the strip contains each of these pairs twice: its rows alone are complete
                 continue
             _add(columns, k, sums[1], slope_sums[1], slope_unit)
             if scratch is not None:
@@ -80,11 +80,11 @@ def _strips(u: Tensor, step: int) -> list[_Strip]:
 
 
 class _Scratch:
-    """Memory for the slopes of a strip [R, C], used again for each.
+    """Memory for the slopes of a strip [R, C], reused for all strips.
 
     Attributes:
-        slopes: As the kernel writes them.
-        operand: fp16, of the product with u: the slopes themselves, or what they become when scaled.
+        slopes: The slopes as written by the kernel.
+        operand: fp16 operand of the product with u: the slopes themselves, or the scaled slopes.
     """
 
     def __init__(self, u: Tensor, step: int, scaled: bool) -> None:
@@ -100,7 +100,7 @@ class _Scratch:
 def _run(
     rows: Side, i: _Strip, columns: Side, k: _Strip, term: Term, diagonal: bool, scratch: _Scratch | None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Slopes into the scratch memory; partial sums of values and of slopes, for each side that asks for them."""
+    """Write the slopes to the scratch memory; return partial sums of values and of slopes for sides that need them."""
     block_r, block_c, step, num_warps, stages = CONFIG
     u_i, u_k = i.of(rows.u), k.of(columns.u)
     (num_rows, padded), num_columns = u_i.shape, len(u_k)
@@ -148,11 +148,11 @@ def _pull(side: Side, strip: _Strip, u: Tensor, slopes: Tensor, operand: Tensor,
 
 
 def _of_both(*sides: tuple[Tensor | None, _Strip]) -> list[Tensor | None]:
-    """What goes with a strip on each side, dense; nothing unless both have it."""
+    """Groups or weights of a strip on each side, made contiguous; None unless both sides have them."""
     cuts = [strip.of(x).contiguous() for x, strip in sides if x is not None]
     return [*cuts] if len(cuts) == len(sides) else [None for _ in sides]
 
 
 def _descriptor(u: Tensor, block: int, step: int) -> TensorDescriptor:
-    u = u if u.data_ptr() % 16 == 0 else u.clone()  # the copy engine wants 16 bytes
+    u = u if u.data_ptr() % 16 == 0 else u.clone()  # the copy engine requires 16-byte alignment
     return TensorDescriptor(u, list(u.shape), [u.shape[1], 1], [block, step])

@@ -1,13 +1,14 @@
 # type: ignore  (Triton's language is no Python to a type checker)
-"""The Triton kernel for rows up to 256 wide: all pairs of a tile of rows in one pass, its pulls in registers.
+"""The Triton kernel for rows up to 256 wide: all pairs of a tile of rows in one pass, with its pulls in registers.
 
 # row blocks [V, B, D'], column blocks [Q, B, D'] fp16 with B samples each; a tile: ROWS x COLUMNS pairs
-# a tile stands within one block, so pairs of one sample stand in the tiles that the diagonal of two blocks crosses
-# x = u_i . u_k + b log2(e), the exponent of e^l; full: tiles of a block without its ragged end
+# a tile is within one block, so pairs of one sample are in the tiles crossed by the diagonal of two blocks
+# x = u_i . u_k + b log2(e), the exponent of e^l; full: tiles of a block without its incomplete last tile
 
-A program owns ROWS rows of one block and a share of the columns. Tiles with nothing to exclude come first, in a loop
-without masks; then, with masks, the ragged end of each block and the tiles that hold pairs of the same sample. With
-groups every tile is masked. The order within a program is fixed and programs share nothing: the same bits every time.
+A program owns ROWS rows of one block and a share of the columns. It first processes the tiles without excluded pairs,
+in a loop without masks; then, with masks, the incomplete last tile of each block and the tiles with pairs of the same
+sample. With groups, every tile is masked. The order within a program is fixed and programs share no data, so the
+results are bitwise reproducible.
 """
 
 import triton
@@ -40,7 +41,7 @@ def _visit(
     SUMS: tl.constexpr, SLOPES: tl.constexpr, PULLS: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Add column tile c of block q to pulls, sums and slope sums; top is the exponent of each row's scale."""
+    """Add column tile c of block q to the pulls, sums and slope sums; top is the exponent of each row's scale."""
     u_k = tl.reshape(columns.load([q, c * COLUMNS, 0]), (COLUMNS, WIDTH))
     if INTERP:
         u_k = u_k.to(tl.float32)
@@ -97,14 +98,14 @@ def _visit(
 
 @triton.jit
 def _store(pointers, x, mask, adds):
-    """adds: to what is there, else it is overwritten."""
+    """Store x; adds: add to the existing values instead of overwriting them."""
     x += tl.load(pointers, mask=mask & adds, other=0.0)
     tl.store(pointers, x, mask=mask)
 
 
 @triton.jit
 def _store_wide(pointers, x, start, is_row, adds, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
-    """Columns start .. start + WIDTH of rows, at most PART at a time: what is added to needs registers as well."""
+    """Store columns start .. start + WIDTH of rows, at most PART at a time: the existing values need registers too."""
     if WIDTH > PART:
         HALF: tl.constexpr = WIDTH // 2
         low, high = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
@@ -129,7 +130,7 @@ def one_pass_rows(
 ):  # fmt: skip
     """Grid (row blocks x tiles of a block, SPLIT).
 
-    Row blocks own_row .. + own_rows and column blocks own_column .. + own_columns are of the same samples. Strides
+    Row blocks own_row .. + own_rows and column blocks own_column .. + own_columns belong to the same samples. Strides
     are from block to block unless named otherwise. Share 0 adds to sums, slopes and pulls; PARTS (SPLIT > 1): share
     s > 0 writes the dense sum_parts[s - 1] [row blocks, B], slope_parts likewise, and pull_parts[s - 1]
     [row blocks, B, D]. WIDE: `exp` with a wide range and no weights.

@@ -1,6 +1,6 @@
-"""Rows up to 256 wide: how their tiles are cut and shared out among the programs of tile_kernels.py.
+"""Rows up to 256 wide: tile sizes, and the distribution of tiles over the programs of tile_kernels.py.
 
-# row blocks [V, B, D'], column blocks [Q, B, D'], as `fused.normalize` gives them
+# row blocks [V, B, D'], column blocks [Q, B, D'], from `fused.normalize`
 """
 
 from typing import Any, NamedTuple, cast
@@ -16,13 +16,13 @@ from kernels.similarity.tile_kernels import one_pass_rows
 __all__ = ["MAX_TILE_WIDTH", "accumulate_tiles"]
 
 MAX_TILE_WIDTH = 256
-# Pulls of the shares after the first, which a batch too small to fill the device may take beside rows and pulls.
+# Maximum extra memory for the pulls of shares after the first, used if a batch is too small to fill the device.
 MAX_SPLIT_BYTES = 8 * 2**20
 MAX_SPLITS = 16
 
 
 class TileConfig(NamedTuple):
-    """How pairs are cut: rows and columns of a tile, warps, stages of loads, programs that fit a multiprocessor."""
+    """Tile settings: rows and columns of a tile, warps, stages of loads, programs that fit on a multiprocessor."""
 
     rows: int
     columns: int  # a multiple of rows
@@ -31,9 +31,9 @@ class TileConfig(NamedTuple):
     programs: int
 
 
-# By width. Chosen from sm_90 machine code (test_compile.py): nothing spilled in the main loop, few instructions a pair,
-# products that stay asynchronous. At 128 measured on an H200 (tune_tiles.py, benchmarks/results/tiles.csv). Fixed
-# rather than tuned at run time: another tile adds in another order, and a run must give the same bits again.
+# By width. Chosen from sm_90 machine code (test_compile.py): no register spills in the main loop, few instructions per
+# pair, products that stay asynchronous. At 128, measured on an H200 (tune_tiles.py, benchmarks/results/tiles.csv). Not
+# tuned at run time: another tile size changes the order of summation, and runs must be bitwise reproducible.
 CONFIGS = {
     16: TileConfig(64, 64, 4, 3, 4),
     32: TileConfig(64, 64, 4, 3, 4),
@@ -41,12 +41,12 @@ CONFIGS = {
     128: TileConfig(64, 64, 4, 3, 3),
     256: TileConfig(64, 64, 4, 2, 2),
 }
-# Triton 3.6 takes 173 registers for weights, 212 for groups: two programs fit.
+# Triton 3.6 uses 173 registers with weights, 212 with groups: two programs fit.
 HEAVY_CONFIGS = CONFIGS | {128: TileConfig(64, 64, 4, 3, 2)}
 WEIGHTED_PULLS_CONFIGS = CONFIGS | {128: TileConfig(64, 128, 4, 2, 2)}
-# Narrow `exp`, and sums alone: registers are left for twice the columns, which share the loop's instructions and the
-# reads of u from shared memory: 5.1 instructions a pair in place of 6.3, 5.9 of 7.7 for the sums of a wide range.
-# At 256 they are not left (exp spills), and a single program would have a multiprocessor.
+# Narrow `exp`, and sums only: there are registers left for twice as many columns, which share the loop's instructions
+# and the reads of u from shared memory: 5.1 instructions per pair instead of 6.3; 5.9 instead of 7.7 for the sums of a
+# wide range. At 256 there are not (exp spills), and only one program would run on a multiprocessor.
 LIGHT_CONFIGS = {
     16: TileConfig(64, 128, 4, 3, 3),
     32: TileConfig(64, 128, 4, 3, 3),
@@ -54,8 +54,8 @@ LIGHT_CONFIGS = {
     128: TileConfig(64, 128, 4, 3, 2),
     256: CONFIGS[256],
 }
-# ptxas waits for each product of a wide range at 64 x 128, and it is 5.8 % faster all the same: 8.1 instructions a pair
-# in place of 10.5.
+# At 64 x 128 with a wide range, ptxas waits for each product, but it is still 5.8 % faster: 8.1 instructions per pair
+# instead of 10.5.
 WIDE_CONFIGS = CONFIGS | {128: TileConfig(64, 128, 4, 3, 2)}
 INTERPRETED_CONFIG = TileConfig(16, 16, 4, 1, 1)
 
@@ -70,16 +70,16 @@ def choose_config(
     wide_exp: bool = False,
     only_sums: bool = False,
 ) -> TileConfig:
-    """The tiles for rows of a width that is a power of two, at least 16.
+    """Choose the tile settings.
 
     Args:
-        width: See above.
+        width: Width of the rows, a power of two, at least 16.
         weighted: The sides have weights.
         groups: The sides have groups.
-        only_pulls: Neither sums nor slopes are asked for.
-        narrow_exp: f is e^l, and its range fits fp16 as it is.
-        wide_exp: f is e^l, and it does not.
-        only_sums: Neither slopes nor pulls are asked for.
+        only_pulls: Neither sums nor slopes are needed.
+        narrow_exp: f is e^l, and its range fits fp16 without scaling.
+        wide_exp: f is e^l, and its range does not fit fp16.
+        only_sums: Neither slopes nor pulls are needed.
     """
     if weighted and only_pulls and not groups:
         return WEIGHTED_PULLS_CONFIGS[width]
@@ -106,9 +106,9 @@ def accumulate_tiles(
         rows: [V, B, D'], D' at most MAX_TILE_WIDTH.
         columns: [Q, B, D'].
         term: f.
-        own_rows: First block of rows and number of blocks of samples that stand on both sides.
-        own_columns: The same of the columns; 0 blocks where the sides share none.
-        config: The tiles; None: those of `choose_config`.
+        own_rows: Index of the first block of rows, and number of blocks, whose samples are on both sides.
+        own_columns: The same for the columns; 0 blocks if the sides share no samples.
+        config: The tile settings; None: those of `choose_config`.
     """
     if rows.sums is None and rows.slopes is None and rows.pulls is None:
         return
@@ -153,21 +153,21 @@ def accumulate_tiles(
     )  # fmt: skip
     for total, shares in zip(totals, parts, strict=True):
         if total is not None and shares is not None:
-            for share in shares:  # one by one: their sum would be another tensor of the pulls' size
+            for share in shares:  # one by one: summing them first would need another tensor of the pulls' size
                 total += share
 
 
 def choose_splits(num_programs: int, num_column_tiles: int, num_slots: int, pulls_bytes: int) -> int:
-    """Into how many shares to cut the columns, so that the last round of programs leaves few slots idle.
+    """Choose the number of shares of the columns, so that the last round of programs leaves few slots idle.
 
     Args:
-        num_programs: Programs of one share.
-        num_column_tiles: What there is to share.
-        num_slots: Programs that the device runs at a time.
-        pulls_bytes: What one share's pulls take; those of the first are the accumulator itself.
+        num_programs: Number of programs per share.
+        num_column_tiles: Number of column tiles to divide.
+        num_slots: Number of programs that the device runs at a time.
+        pulls_bytes: Size of one share's pulls; those of the first share are the accumulator itself.
     """
 
-    def busy(num_splits: int) -> float:  # a share costs a write and a read of its pulls: 2 % as a guess
+    def busy(num_splits: int) -> float:  # a share costs a write and a read of its pulls: estimated as 2 %
         programs = num_programs * num_splits
         return programs / (_ceil_div(programs, num_slots) * num_slots) - 0.02 * num_splits
 
@@ -186,10 +186,10 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _descriptor(u: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Tiles [1, block, width] of u [Q, B, D']; what they hold beyond B and D' is zero."""
+    """Descriptor of tiles [1, block, width] of u [Q, B, D']; elements beyond B and D' are zero."""
     num_blocks, num_samples, padded = u.shape
     between = u.stride(0) if num_blocks > 1 else num_samples * padded
-    if between % 8 or u.data_ptr() % 16:  # the copy engine wants 16 bytes
+    if between % 8 or u.data_ptr() % 16:  # the copy engine requires 16-byte alignment
         u, between = u.clone(memory_format=torch.contiguous_format), num_samples * padded
     return TensorDescriptor(u, [num_blocks, num_samples, padded], [between, padded, 1], [1, block, width])
 

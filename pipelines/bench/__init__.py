@@ -1,5 +1,5 @@
-"""How fast images are loaded, and by what: `fastssl bench loader` on a user's file, and the parts of our benchmarks.
+"""Measures data-loading speed: `fastssl bench loader` on a user's file, and shared parts of our benchmarks.
 
-`streams` is what is measured, `windows` how; `stages` and `disk` are the parts of a loader alone, `verdict` what the
-figures say.
+`streams` defines what is measured and `windows` how. `stages` and `disk` measure the parts of a loader in isolation.
+`verdict` interprets the figures.
 """

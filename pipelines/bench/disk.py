@@ -1,4 +1,4 @@
-"""How fast a .beton comes from its disk, without the page cache: in the order of an epoch, and from end to end."""
+"""Measures how fast a .beton file is read from disk, without the page cache: in epoch order and sequentially."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from pipelines.beton import BetonReader
 from pipelines.read_ahead import ReadAhead
 from pipelines.sampler import epoch_order
 
-_SEQUENTIAL_BYTES = 4 << 20  # of one read
-_MAX_CACHED_FRACTION = 0.05  # more, and it is memory that is measured
+_SEQUENTIAL_BYTES = 4 << 20  # size of one read
+_MAX_CACHED_FRACTION = 0.05  # above this, memory is measured instead of the disk
 
-Range = tuple[int, int]  # offset and number of bytes
+Range = tuple[int, int]  # (offset, number of bytes)
 
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """What reading one way gave."""
+    """Result of one way of reading."""
 
     bytes_per_s: float | None  # None: not measured
     img_per_s: float | None
-    note: str  # why not; empty where it was
+    note: str  # why it was not measured; empty if it was
 
 
 def measure_disk(path: Path, *, seed: int, num_threads: int, seconds: float) -> tuple[DiskSpeed, DiskSpeed]:
-    """Read the images' bytes for at most `seconds`, or the whole file: as an epoch does, then one after the other.
+    """Measure reading the images' bytes in epoch order, then sequentially, each for at most `seconds`.
 
-    Before each, the page cache is emptied of this file. The caches of the disk itself, or of a host of virtual
-    machines, are not.
+    Before each measurement, the file is dropped from the page cache. Caches of the disk itself, or of the host of a
+    virtual machine, are not emptied.
 
     Args:
-        path: The .beton file. Who has it mapped keeps its pages in memory.
-        seed: Of the epoch's order.
-        num_threads: Threads that read in the epoch's order, each an image at a time, behind the loader's own reading
-            ahead; in sequence it is one.
-        seconds: Length of each measurement, > 0.
+        path: The .beton file. Any process that has it mapped keeps its pages in memory.
+        seed: Seed of the epoch's order.
+        num_threads: Threads that read in epoch order, one image at a time each, together with the loader's own
+            read-ahead. The sequential measurement uses one thread.
+        seconds: Maximum length of each measurement, > 0.
     Returns:
-        (in the order of an epoch, sequentially)
+        (speed in epoch order, sequential speed)
     Raises:
         DataError: not a .beton file.
     """
@@ -54,7 +54,7 @@ def measure_disk(path: Path, *, seed: int, num_threads: int, seconds: float) -> 
 
 
 def _epoch_order(path: Path, seed: int, num_threads: int, seconds: float) -> DiskSpeed:
-    """With the loader's own reading ahead."""
+    """Measure reading in epoch order, with the loader's own read-ahead."""
     if reason := drop_from_cache(path):  # before the reader maps the file
         return _not_measured(reason)
     reader = BetonReader(path)
@@ -96,7 +96,7 @@ def _measure(path: Path, waiting: Iterator[Range], num_threads: int, seconds: fl
 
 
 def _read(file: int, waiting: Iterator[Range], lock: threading.Lock, until_s: float) -> int:
-    """Read ranges until there are no more or it is time; returns the bytes read."""
+    """Read ranges until none are left or the time is up; returns the number of bytes read."""
     num_bytes = 0
     while time.perf_counter() < until_s or not num_bytes:
         with lock:
@@ -108,10 +108,10 @@ def _read(file: int, waiting: Iterator[Range], lock: threading.Lock, until_s: fl
 
 
 def drop_from_cache(path: Path) -> str | None:
-    """Drop a file's pages from the page cache, after what was changed there is written to the disk.
+    """Drop a file's pages from the page cache, after writing modified pages to disk.
 
     Returns:
-        None, or why the file is still in memory.
+        None, or the reason why the file is still in memory.
     """
     if not hasattr(os, "posix_fadvise"):
         return "this system cannot drop a file from the page cache"
@@ -133,7 +133,7 @@ def drop_from_cache(path: Path) -> str | None:
 
 
 def cached_fraction(path: Path) -> float:
-    """Share of a file's pages that are in the page cache (mincore; of a file that one may not write it says all)."""
+    """Fraction of a file's pages in the page cache (mincore, which reports all pages of a file we may not write)."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file, mmap.mmap(file.fileno(), num_bytes, prot=mmap.PROT_READ) as mapped:
         states = np.zeros(-(-num_bytes // mmap.PAGESIZE), np.uint8)
@@ -141,7 +141,7 @@ def cached_fraction(path: Path) -> float:
         status = ctypes.CDLL(None, use_errno=True).mincore(
             ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(num_bytes), ctypes.c_void_p(states.ctypes.data)
         )
-        del pages  # the map cannot be closed before
+        del pages  # the map cannot be closed while this view exists
     if status:
         raise OSError(ctypes.get_errno(), "mincore")
     return float((states & 1).mean())

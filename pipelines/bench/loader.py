@@ -1,4 +1,4 @@
-"""`fastssl bench loader`: every engine on a user's own file and machine, in turns, its parts, and what bounds it."""
+"""`fastssl bench loader`: measures every engine and the stages on a user's file and machine; finds the bottleneck."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipelines.views import build_view_specs
 
 ENGINES = tuple(name for name in get_args(EngineName) if name != "synthetic")
 _CEILING, _DECODE = "synthetic ceiling", "libjpeg-turbo alone"
-_MAX_BUSY_ELSEWHERE = 0.1  # more, and the figures say little
+_MAX_BUSY_ELSEWHERE = 0.1  # above this, the figures are unreliable
 _USUAL_WINDOW_S = 2.0
 
 Row = dict[str, str | int | float | None]
@@ -33,12 +33,12 @@ Row = dict[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class LoaderReport:
-    """What `bench_loader` found.
+    """Result of `bench_loader`.
 
     Attributes:
         rows: One for each engine, the ceiling, bare decoding, and each stage; all with the same keys.
-        sentences: At most three: what bounds this machine and what to change.
-        warning: What makes the figures doubtful; None where nothing does.
+        sentences: At most three sentences: the bottleneck of this machine and what to change.
+        warning: Why the figures may be unreliable; None if nothing was found.
     """
 
     rows: list[Row]
@@ -47,10 +47,10 @@ class LoaderReport:
 
 
 def check_job(job: Job, engines: Sequence[str], window_s: float) -> None:
-    """Look at everything that can be wrong before anything is measured.
+    """Check everything that can be checked before measuring.
 
     Raises:
-        DataError: one line says what.
+        DataError: something is wrong; the message is one line.
     """
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown or not engines:
@@ -73,19 +73,19 @@ def bench_loader(
     num_repetitions: int = 3,
     say: Callable[[str], None] = lambda message: None,
 ) -> LoaderReport:
-    """Measure the disk, the engines in turns, and the stages.
+    """Measure the disk, the engines in turn, and the stages.
 
     Args:
         job: What is loaded, and where the batches go.
-        engines: Of ENGINES. One that cannot serve the file here gives a row with the reason.
+        engines: Names from ENGINES. An engine that cannot read the file on this machine gets a row with the reason.
         window_s: Length of one measurement in seconds, > 0.
         num_repetitions: Measurements of each, >= 1.
-        say: Told of the progress.
+        say: Called with progress messages.
     Raises:
-        DataError: the job cannot be done, or no engine can serve the file.
+        DataError: the job cannot be run, or no engine can read the file.
     """
     check_job(job, engines, window_s)
-    say("disk")  # first: what has the file mapped keeps its pages in memory
+    say("disk")  # first: a process that has the file mapped keeps its pages in memory
     disk = measure_disk(Path(job.beton), seed=job.seed, num_threads=job.num_threads, seconds=window_s)
     streams: dict[str, Open] = {_engine(name): partial(open_engine, engine=name) for name in dict.fromkeys(engines)}
     streams |= {_CEILING: partial(open_engine, engine="synthetic"), _DECODE: open_decode}
@@ -175,7 +175,7 @@ def _disk_row(name: str, speed: DiskSpeed) -> Row:
 
 
 def _stage_row(name: str, seconds: float, job: Job) -> Row:
-    """A stage alone: the time of an image on one core, and what all threads would do if they did nothing else."""
+    """Row of one stage: its time per image on one core, and the speed if all threads ran only this stage."""
     on_gpu = job.device != "cpu" and name in ("pixel op", COPY)
     img_per_s = (1 if on_gpu else job.num_threads) / seconds if seconds else None
     return _row(name, (img_per_s, None, None), us_per_image=1e6 * seconds, note="time of the GPU" if on_gpu else "")

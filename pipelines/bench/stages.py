@@ -1,4 +1,4 @@
-"""The stages of our loader, each alone on the same batches: what of the time of an image goes where."""
+"""Measures each stage of our loader separately on the same batches: the breakdown of the time per image."""
 
 # B batch, V views, Vg views of one size, S its side in pixels
 
@@ -23,30 +23,30 @@ from pipelines.views import build_view_specs, size_groups
 
 COPY = "copy to the GPU"
 STAGES = ("draw", "decode", "crop and resize", "pixel op", COPY, "loader")
-# Of the views of all batches: a second of our loader on one core, or two.
+# Pixels in the views of all batches: one or two seconds of our loader on one core.
 _PIXELS = 5e7
 
 
 class _Stage(NamedTuple):
-    """Work on all batches, and the clock in s that shows what it takes."""
+    """Work on all batches, and the clock in s that times it."""
 
     work: Callable[[], Any]
-    clock_s: Callable[[], float] = time.process_time  # of all threads
+    clock_s: Callable[[], float] = time.process_time  # CPU time of all threads
 
 
 def measure_stages(job: Job, *, num_repetitions: int, share: float = 1.0) -> dict[str, float]:
-    """CPU time of our loader and of each of its stages alone, on one core, in turns.
+    """Measure the CPU time of our loader and of each of its stages separately, in turn, on one core.
 
-    Noise only adds to CPU time, so the least of the repetitions counts. What the stages lack of the loader's time is
-    its own: order, threads, hand-over.
+    Noise only adds to CPU time, so the minimum over the repetitions is returned. The loader's time minus the sum of
+    the stages is its own overhead: sample order, threads and hand-over.
 
     Args:
         job: What is loaded; its num_threads is not used.
-        num_repetitions: Timed rounds, >= 1; one before them loads or compiles the kernels.
-        share: Of the usual number of batches; at least one is taken.
+        num_repetitions: Timed rounds, >= 1; one untimed round before them loads or compiles the kernels.
+        share: Fraction of the usual number of batches; at least one batch is used.
     Returns:
-        Seconds an image by stage, in the order of STAGES; without "decode" where not all images are JPEGs. On a GPU
-        its pixel op and the copy are in seconds of the GPU, and COPY is there only then.
+        Seconds per image by stage, in the order of STAGES; without "decode" unless all images are JPEGs. On a GPU,
+        the pixel op and the copy are measured in GPU seconds; COPY is present only there.
     """
     job = replace(job, num_threads=1)
     stages_s: dict[str, float] = {}
@@ -58,7 +58,7 @@ def measure_stages(job: Job, *, num_repetitions: int, share: float = 1.0) -> dic
                 work()
                 if repetition:
                     stages_s[name] = min(stages_s.get(name, math.inf), (clock_s() - start_s) / num_images)
-    # The kernel decodes an image and cuts its views in one call; raw images it only cuts.
+    # The kernel decodes an image and crops its views in one call; for raw images it only crops.
     stages_s["crop and resize"] = max(stages_s.pop("decode, crop and resize") - stages_s.get("decode", 0.0), 0.0)
     return {name: stages_s[name] for name in STAGES if name in stages_s}
 
@@ -77,9 +77,9 @@ def _one_core() -> Iterator[None]:
 
 
 def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _Stage], int]:
-    """The stages, each to be run alone on the same batches as the loader cuts them, and their images.
+    """Build the stages, which run separately on the loader's own batches; also returns the number of images.
 
-    They are the last of an epoch: the loader makes none ahead of the clock, and none for nobody.
+    The batches are the last ones of an epoch, so the loader makes none before the clock starts, and uses all it makes.
     """
     from kernels.augment import augment
     from kernels.augment.cpu import OutputPool
@@ -107,7 +107,7 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
             decoder.start(reader.mmap, ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
 
     def pixel_op(on_device: tuple[Any, ...]) -> None:
-        for drawn in params:  # on the last batch's pixels: the time depends on the draw only
+        for drawn in params:  # always on the last batch's pixels: the time depends only on the draw
             for group, (_, members), pool in zip(on_device, groups, outputs, strict=True):
                 augment(group, drawn[:, members], mean=views.mean, std=views.std, num_threads=1, outputs=pool)
 
@@ -131,7 +131,7 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
 def _gpu_stages(
     device: str, pixels: tuple[np.ndarray, ...], num_batches: int, pixel_op: Callable[[tuple[Any, ...]], None]
 ) -> dict[str, _Stage]:
-    """What a GPU does instead: the pixel op, and the copy of the levels to it as the loader makes it."""
+    """Stages that run on a GPU: the pixel op, and the copy of the pixels to the GPU as in the loader."""
     import torch
 
     def copied() -> tuple[Any, ...]:

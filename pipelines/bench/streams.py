@@ -1,4 +1,4 @@
-"""What is measured: our loader with one of its engines, and bare decoding, as batches without end."""
+"""What is measured, as endless streams of batches: our loader with one of its engines, and bare decoding."""
 
 # B batch
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pipelines.loader import Loader
 
 PREFETCH_BATCHES = 3
-# A small set is gone through several times in an epoch: real epochs are long, and nothing that is measured is to pay
-# for a restart every few batches.
+# A small data set is repeated within an epoch. Real epochs are long, and the measurement should not include a restart
+# every few batches.
 _MIN_EPOCH_IMAGES = 10_000
 _ENGINES_WITHOUT_LOOK_AHEAD = ("torch", "synthetic")
 
@@ -38,24 +38,24 @@ class Job:
     views: ViewsConfig
     batch_size: int  # B
     num_threads: int  # cores to pin to, and threads or workers to use
-    seed: int  # of the order and the draw
+    seed: int  # seed of the order and the draw
     device: str = "cpu"  # where the batches go
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Batches of B images without end."""
+    """An endless stream of batches of B images."""
 
     batches: Iterator[Any]
-    num_ahead: int  # batches that may lie ready while nobody asks
-    synchronise: Callable[[], object] = lambda: None  # returns when the batches handed out are finished
+    num_ahead: int  # batches that may be ready before they are requested
+    synchronise: Callable[[], object] = lambda: None  # returns when all batches yielded so far are complete
 
 
 def open_engine(job: Job, *, engine: str) -> Stream:
-    """This package's loader with that engine.
+    """Open this package's loader with the given engine.
 
     Raises:
-        DataError: the engine cannot serve the file or the device.
+        DataError: the engine does not support the file or the device.
     """
     import torch
 
@@ -67,10 +67,10 @@ def open_engine(job: Job, *, engine: str) -> Stream:
 
 
 def build_job_loader(job: Job, *, engine: str) -> Loader:
-    """The loader of a job, as training builds it but for the file's samples, which come several times over.
+    """Build the loader of a job as in training, except that the file's samples are repeated.
 
     Raises:
-        DataError: the engine cannot serve the file or the device.
+        DataError: the engine does not support the file or the device.
     """
     import torch
 
@@ -97,7 +97,7 @@ def build_job_loader(job: Job, *, engine: str) -> Loader:
 
 
 class _RepeatedEngine:
-    """An engine that takes sample ids past the file's end for those of the next round; it holds each image once."""
+    """An engine that maps sample ids past the end of the file to repeated samples; it holds each image once."""
 
     def __init__(self, engine: Engine, num_samples: int) -> None:
         self._engine, self._num_samples = engine, num_samples
@@ -114,7 +114,7 @@ class _RepeatedEngine:
 
 
 def open_decode(job: Job) -> Stream:
-    """libjpeg-turbo alone: each image decoded once, nothing else.
+    """Open a stream of bare libjpeg-turbo decoding: each image is decoded once, nothing else.
 
     Raises:
         ValueError: the images are not stored as JPEG.
@@ -139,7 +139,7 @@ def open_decode(job: Job) -> Stream:
 
 
 class JpegSamples:
-    """Decodes samples of a .beton with libjpeg-turbo, one after the other, and drops their pixels."""
+    """Decodes samples of a .beton file with libjpeg-turbo, one after the other, and discards the pixels."""
 
     def __init__(self, reader: BetonReader) -> None:
         from pipelines.engines.turbojpeg import JpegDecoder
@@ -159,7 +159,7 @@ class JpegSamples:
 
 
 def repeated_reader(beton: str) -> BetonReader:
-    """The file's samples, several times over where they are few."""
+    """A reader of the file, with its samples repeated if they are few."""
     reader = BetonReader(beton)
     times = -(-_MIN_EPOCH_IMAGES // reader.num_samples)
     for name in ("sizes", "labels", "modes", "data_ptr", "data_bytes"):
@@ -169,5 +169,5 @@ def repeated_reader(beton: str) -> BetonReader:
 
 
 def chained(epoch: Callable[[int], Iterator[Any]]) -> Iterator[Any]:
-    """The batches of epoch 0, 1, 2 and so on."""
+    """Yield the batches of epochs 0, 1, 2 and so on."""
     return itertools.chain.from_iterable(map(epoch, itertools.count()))

@@ -1,4 +1,4 @@
-"""What bounds the loading of images on a machine, and what to change: a pure function of what was measured."""
+"""Finds the bottleneck of data loading on a machine and what to change: a pure function of the measurements."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from pipelines.bench.stages import COPY
 
 Bound = Literal["disk", "decode", "crop and resize", "augmentation", "copy to GPU", "nothing"]
 
-_CEILING_REACHED = 0.9  # of the synthetic engine's speed
-_WORTH_A_CHANGE = 1.05  # times as fast as now
+_CEILING_REACHED = 0.9  # fraction of the synthetic engine's speed
+_WORTH_A_CHANGE = 1.05  # speed-up that makes a change worthwhile
 _WORTH_ANOTHER_ORDER = 1.5
 _DEFAULT_ENGINE = "ffcv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured, and of what.
+    """The measurements and their conditions.
 
     Attributes:
-        engines_img_per_s: Of the engines that were measured, from memory; at least one.
-        synthetic_img_per_s: The ceiling; None: not measured.
-        disk_img_per_s: In the order of an epoch, without the page cache; None: not measured.
-        disk_sequential_img_per_s: The same from end to end.
-        stages_s: `measure_stages`: seconds an image on one core (COPY and, with it, the pixel op: of the GPU).
-        num_threads: What was measured with.
-        num_cores: What this process could use.
+        engines_img_per_s: Speed of each measured engine, reading from memory; at least one.
+        synthetic_img_per_s: Speed of the synthetic engine, the ceiling; None: not measured.
+        disk_img_per_s: Speed of the disk in epoch order, without the page cache; None: not measured.
+        disk_sequential_img_per_s: The same, read sequentially.
+        stages_s: From `measure_stages`: seconds per image on one core (GPU seconds for COPY and, if COPY is there, the
+            pixel op).
+        num_threads: Number of threads in the measurement.
+        num_cores: Number of cores available to this process.
         num_file_bytes: Size of the file.
         fits_in_memory: Whether the page cache can hold the file, so that only the first epoch reads the disk.
         image_px: Median of the images' longer sides.
         view_px: Side of the largest view.
-        blurs: Whether the recipe does.
+        blurs: Whether the recipe uses blur.
     """
 
     engines_img_per_s: Mapping[str, float]
@@ -65,9 +66,9 @@ class Figures:
 
 
 def find_bound(figures: Figures) -> Bound:
-    """What the fastest engine waits for: of disk, cores, copy and GPU that with the least images a second.
+    """Find the bottleneck of the fastest engine: among disk, cores, copy and GPU, the one with the fewest images/s.
 
-    Of the cores' time it is the part that takes most; what is drawn for the augmentation counts as augmentation.
+    For the cores, the largest part of their time is returned; drawing the augmentation counts as augmentation.
     """
     f, stages_s = figures, figures.stages_s
     if f.disk_img_per_s is not None and _reads_disk(f) and f.disk_img_per_s < f.img_per_s:
@@ -89,7 +90,7 @@ def find_bound(figures: Figures) -> Bound:
 
 
 def advice(figures: Figures) -> list[str]:
-    """At most three sentences: what bounds this machine, what to change, and what else there is to know."""
+    """At most three sentences: the bottleneck of this machine, what to change, and further remarks."""
     bound = find_bound(figures)
     remedies = list(_remedies(figures, bound))
     change = f"To change that: {'; or '.join(remedies)}." if remedies else "No setting of the loader changes that."
@@ -115,7 +116,7 @@ def _what_bounds(f: Figures, bound: Bound) -> str:
 
 
 def _share(f: Figures, bound: Bound) -> str:
-    """Of the cores' time for an image, as far as the cores do it."""
+    """The bottleneck's share of the cores' time per image, if the cores do this work."""
     if f.has_gpu or f.fastest != _DEFAULT_ENGINE:
         return ""
     parts = {"augmentation": ("draw", "pixel op")}.get(bound, (bound,))
@@ -124,7 +125,7 @@ def _share(f: Figures, bound: Bound) -> str:
 
 
 def _remedies(f: Figures, bound: Bound) -> Iterator[str]:
-    """What would help, as keys of the configuration and commands."""
+    """Yield changes that would help, as configuration keys and commands."""
     wanted_px = 2 * f.view_px
     if bound in ("disk", "decode", "crop and resize") and f.image_px > wanted_px:
         yield f"smaller images (`fastssl convert --max-px {wanted_px}`; half of them have {f.image_px} px or more)"

@@ -1,4 +1,4 @@
-"""Timing windows: every stream in a process of its own, measured in turns, so that noise hits all of them alike."""
+"""Timing windows: each stream runs in its own process; streams are measured in turn, so noise affects all equally."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from multiprocessing.connection import Connection
 from pipelines.bench.streams import Job, Stream
 from pipelines.errors import DataError
 
-# Starts a stream; DataError, ImportError or ValueError where it cannot serve the job. It is sent to another process.
+# Opens a stream; raises DataError, ImportError or ValueError if it cannot run the job. Must be picklable.
 Open = Callable[[Job], Stream]
 
-_START_TIMEOUT_S = 240.0  # all start at the same time, and stock FFCV compiles for 10 to 50 s on an idle machine
+_START_TIMEOUT_S = 240.0  # all start together, and stock FFCV compiles for 10 to 50 s on an idle machine
 
 
 @dataclass(frozen=True)
 class Window:
-    """What one timing window gave."""
+    """Result of one timing window."""
 
     img_per_s: float  # source images
-    # Share of the pinned cores' time that other programs, or other guests of the same host, took. It does not hit
-    # all alike: what has more threads loses less.
+    # Fraction of the pinned cores' time used by other programs, or by other guests of the same host. It does not affect
+    # all streams equally: those with more threads lose less.
     busy_elsewhere_fraction: float
 
 
 @dataclass
 class Measured:
-    """The windows of one stream, or why there is none."""
+    """The windows of one stream, or the reason why there are none."""
 
     windows: list[Window] = field(default_factory=list)
     reason: str | None = None
@@ -43,14 +43,14 @@ class Measured:
 def measure_in_turns(
     streams: Mapping[str, Open], job: Job, *, num_repetitions: int, window_s: float, say: Callable[[str], None]
 ) -> dict[str, Measured]:
-    """Measure each stream `num_repetitions` times, one after the other and round again.
+    """Measure each stream `num_repetitions` times, in round-robin order.
 
     Args:
         streams: What to measure, by name.
         job: What they load.
         num_repetitions: Windows of each, >= 1.
         window_s: Length of a window in seconds, > 0.
-        say: Told of the progress.
+        say: Called with progress messages.
     """
     names = list(streams)
     measured = {name: Measured() for name in names}
@@ -73,13 +73,13 @@ def measure_in_turns(
 
 
 class Worker:
-    """A stream in its own process, which is stopped whenever it is not starting or being measured.
+    """A stream in its own process, which is stopped (SIGSTOP) whenever it is not starting or being measured.
 
-    Left alone, the workers of a DataLoader go on for seconds to fill their queues, beside the next one's window.
+    Otherwise the workers of a DataLoader would keep filling their queues for seconds, during the next stream's window.
     """
 
     def __init__(self, open_stream: Open, job: Job) -> None:
-        self.reason: str | None = None  # why there is no figure
+        self.reason: str | None = None  # why there is no result
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(open_stream, job, theirs))
@@ -87,12 +87,12 @@ class Worker:
         theirs.close()
 
     def wait_until_ready(self) -> None:
-        """Wait until it has compiled and made its first batches."""
+        """Wait until the stream has compiled and produced its first batches."""
         self._receive(_START_TIMEOUT_S)
         self._signal(signal.SIGSTOP)
 
     def measure(self, window_s: float) -> Window | None:
-        """One window; None where there is no figure, and then `reason` says why."""
+        """Measure one window; None if that failed, with the cause in `reason`."""
         if self.reason:
             return None
         self._signal(signal.SIGCONT)
@@ -102,7 +102,7 @@ class Worker:
         return window
 
     def close(self) -> None:
-        """Ask the process to end, and end it where it does not."""
+        """Ask the process to end, and kill it if it does not."""
         self._signal(signal.SIGCONT)
         self._connection.close()  # which ends its loop
         self._process.join(10)
@@ -110,7 +110,7 @@ class Worker:
         self._process.join()
 
     def _signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and its children, as far as they are still there."""
+        """Send a signal to the process and its children, if they still exist."""
         import psutil
 
         with suppress(psutil.NoSuchProcess):
@@ -127,12 +127,12 @@ class Worker:
         if isinstance(answer, Window):
             return answer
         self.reason = answer
-        self._process.kill()  # it is not to take the cores from the others
+        self._process.kill()  # so that it does not take cores from the other streams
         return None
 
 
 def _serve(open_stream: Open, job: Job, connection: Connection) -> None:
-    """The process of one stream: warm up, say so, then a window for every request until the pipe closes."""
+    """Main loop of a stream's process: warm up, report it, then measure a window per request until the pipe ends."""
     end_with_parent()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.num_threads])
     try:
@@ -140,32 +140,32 @@ def _serve(open_stream: Open, job: Job, connection: Connection) -> None:
         connection.send(_measure(stream, job, 0.0))  # compiles, starts threads and workers
         while True:
             connection.send(_measure(stream, job, connection.recv()))
-    except (EOFError, BrokenPipeError):  # the parent is done, or gone
+    except (EOFError, BrokenPipeError):  # the parent has finished or died
         pass
     except Exception as error:
         connection.send(_explain(error))
-    os._exit(0)  # DataLoader's workers end with their parent; FFCV's threads might never
+    os._exit(0)  # DataLoader's workers end with their parent; FFCV's threads might never end
 
 
 def _explain(error: Exception) -> str:
-    """One line; an error of ours says by itself what is wrong."""
+    """Describe an error in one line; our own errors need no type name."""
     message = " ".join(str(error).split())
     return message if isinstance(error, DataError) else f"{type(error).__name__}: {message}"
 
 
 def end_with_parent(_: int = 0) -> None:
-    """Have Linux kill this process as soon as its parent is gone: what is stopped would stay for ever."""
+    """Have Linux kill this process when its parent dies; a stopped process would otherwise stay forever."""
     parent = multiprocessing.parent_process()
     if sys.platform != "linux" or parent is None:
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent.pid:  # gone before the call
+    if os.getppid() != parent.pid:  # the parent died before the call
         os._exit(1)
 
 
 def _measure(stream: Stream, job: Job, window_s: float) -> Window:
-    """One window. What lay ready is thrown away first, and whole rounds of the workers are counted."""
+    """Measure one window. Batches already waiting are discarded first; only whole rounds of the workers count."""
     num_rounds = -(-stream.num_ahead // job.num_threads) + 1
     for _ in range(num_rounds * job.num_threads):
         next(stream.batches)
@@ -184,7 +184,7 @@ def _measure(stream: Stream, job: Job, window_s: float) -> Window:
 
 
 def _cpu_s_of_others() -> float:
-    """Time that the cores of this process spent on anything but it and its children."""
+    """CPU time that this process's cores spent on anything but this process and its children."""
     import psutil
 
     cores = psutil.cpu_times(percpu=True)

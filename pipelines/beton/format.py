@@ -1,7 +1,7 @@
-"""The .beton file format (FFCV version 2) as data types, and the sidecar beside it.
+"""The .beton file format (FFCV version 2) as data types, and its sidecar file.
 
-Layout, all little-endian: header | field descriptors | metadata, one record a sample | data region, in pages |
-allocation table (where each sample's bytes lie and how many they are), to the end of the file.
+Layout, all little-endian: header | field descriptors | metadata, one record per sample | data region, in pages |
+allocation table (offset and size of each sample's bytes), to the end of the file.
 Source: ffcv 1.0.2, types.py, writer.py and memory_allocator.py.
 """
 
@@ -36,7 +36,7 @@ FIELD_DTYPES = {FLOAT_TYPE: np.dtype("<f8"), INT_TYPE: np.dtype("<i8"), IMAGE_TY
 PAGE_BYTES = 8 << 20  # FFCV's default
 MAX_PAGE_BYTES = 1 << 31  # page_size is a uint32 and a power of two
 MAX_SIDE_PX = 65_535  # width and height are uint16
-MAX_FIELDS = 64  # more is a sign of another kind of file
+MAX_FIELDS = 64  # a larger number means that this is another kind of file
 
 
 def sidecar_path(path: Path) -> Path:
@@ -47,7 +47,7 @@ def sidecar_path(path: Path) -> Path:
 def summarise(
     sizes: np.ndarray, modes: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Counts and sizes of N samples, as JSON values.
+    """Compute counts and sizes of N samples, as JSON values.
 
     Args:
         sizes: int [N, 2], (height, width) in pixels.
@@ -55,8 +55,8 @@ def summarise(
         labels: int64 [N]; -1 = none.
         class_names: Names by label; None: the labels' digits.
     Returns:
-        num_images, height_px and width_px (min, median, max), modes (images by mode), class_counts (images by class
-        name; those without a label under "unlabelled").
+        num_images, height_px and width_px (min, median, max), modes (number of images by mode), class_counts (number of
+        images by class name; images without a label count as "unlabelled").
     """
     names = dict(enumerate(class_names or []))
     found, num = np.unique(labels, return_counts=True)

@@ -25,7 +25,7 @@ from pipelines.beton.format import (
 )
 from pipelines.errors import DataError
 
-BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of so many samples
+BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 
 
 class BetonReader:
@@ -35,21 +35,21 @@ class BetonReader:
         path: The file.
         num_samples: N.
         sizes: int32 [N, 2], (height, width) in pixels.
-        labels: int64 [N]; -1 where there is none.
+        labels: int64 [N]; -1 = no label.
         modes: uint8 [N], `JPG` or `RAW`.
-        data_ptr: uint64 [N], offset of the image's bytes in the file.
-        data_bytes: uint64 [N], their number.
+        data_ptr: uint64 [N], offset of each image's bytes in the file.
+        data_bytes: uint64 [N], number of bytes of each image.
         mmap: uint8, the whole file.
-        file_map: The map under it.
-        sidecar: Contents of `<path>.json`; empty where the file has none.
-        class_names: Names by label, from the sidecar; None where unknown.
+        file_map: The memory map that `mmap` is a view of.
+        sidecar: Contents of `<path>.json`; empty if there is no sidecar.
+        class_names: Names by label, from the sidecar; None if unknown.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Map the file and check its structure (not the images' contents).
 
         Raises:
-            DataError: no such file, not a .beton, truncated, no samples, or a sidecar of another file.
+            DataError: no such file, not a .beton file, truncated, no samples, or a sidecar of another file.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -69,12 +69,12 @@ class BetonReader:
         self._read_sidecar()
 
     def image_bytes(self, i: int) -> np.ndarray:
-        """Stored bytes of sample i, a uint8 view of the map: a JPEG file, or H*W*3 raw pixels."""
+        """Stored bytes of sample i, a uint8 view of the memory map: a JPEG file, or H*W*3 raw pixels."""
         start = int(self.data_ptr[i])
         return self.mmap[start : start + int(self.data_bytes[i])]
 
     def decode(self, i: int) -> np.ndarray:
-        """Pixels of sample i, uint8 RGB [H, W, 3], decoded by Pillow where it is a JPEG.
+        """Pixels of sample i, uint8 RGB [H, W, 3], decoded by Pillow if stored as JPEG.
 
         Raises:
             DataError: the bytes are not an image of the recorded size.
@@ -85,7 +85,7 @@ class BetonReader:
             if self.modes[i] == RAW:
                 return stored.reshape(height_px, width_px, 3)
             pixels = _decode_jpeg(stored)
-        except Exception as error:  # Pillow raises whatever its parsers meet
+        except Exception as error:  # Pillow raises many types of exceptions
             raise DataError(f"{self.path}: image {i} cannot be decoded ({_one_line(error)}); convert again") from error
         if pixels.shape[:2] != (height_px, width_px):
             found = f"{pixels.shape[0]}x{pixels.shape[1]}"
@@ -128,7 +128,7 @@ class BetonReader:
         if not start or num_bytes < self.num_samples * ALLOCATION.itemsize or num_bytes % ALLOCATION.itemsize:
             raise self._truncated()
         self.data_bytes = np.empty(self.num_samples, np.uint64)
-        in_order = True  # our writer's table is; FFCV's is each worker's after the other's
+        in_order = True  # true for our writer's table; FFCV writes one worker's entries after another's
         for rows, block in self._blocks(ALLOCATION, start):
             self.data_bytes[rows] = block["size"]
             in_order = in_order and np.array_equal(block["ptr"], self.data_ptr[rows])
@@ -160,10 +160,10 @@ class BetonReader:
             yield slice(first, min(first + BLOCK_SAMPLES, self.num_samples))
 
     def _blocks(self, dtype: np.dtype, start: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """Records of all samples from byte `start` on, read in blocks.
+        """Read the records of all samples, starting at byte `start`, in blocks.
 
-        Not views of the map: pages that a view has touched count as the process's memory. And not all at once:
-        what is freed of large arrays does not always go back to the system.
+        Views of the map are avoided, since pages touched by a view count as the process's memory. Reading all records
+        at once is avoided too, since freed memory of large arrays is not always returned to the system.
         """
         with self.path.open("rb") as file:
             file.seek(start)
@@ -189,13 +189,13 @@ class BetonReader:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a .beton file holds, as JSON values.
+    """Describe the contents of a .beton file, as JSON values.
 
     Returns:
-        The sidecar's entries where there is one, and, read from the file itself: path, file_bytes, image_bytes (the
+        The sidecar's entries, if there is one, and, read from the file itself: path, file_bytes, image_bytes (the
         sum over the images), num_images, height_px and width_px (min, median, max), modes and class_counts.
     Raises:
-        DataError: as `BetonReader`.
+        DataError: see `BetonReader`.
     """
     reader = BetonReader(path)
     counted = summarise(reader.sizes, reader.modes, reader.labels, reader.class_names)

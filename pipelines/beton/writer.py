@@ -1,4 +1,4 @@
-"""Writes a .beton file that stock FFCV reads, without ffcv."""
+"""Writes .beton files that stock FFCV can read, without importing ffcv."""
 
 import fcntl
 import hashlib
@@ -39,18 +39,18 @@ _VERSIONS = {"sidecar": SIDECAR_VERSION, "numpy": np.__version__, "pillow": PIL.
 class BetonWriter:
     """Writes a .beton file and its sidecar, one image after the other; a context manager.
 
-    The metadata precede the data, so room for them is reserved and what stays unused is a hole of zeros (readers
-    go by the header's number of samples). At least PAGE_BYTES are reserved: 349,437 samples without a hint.
-    Samples never straddle a page. The page size grows, by doubling, to hold the largest sample: pages of one power
-    of two nest in those of the next, so what was written before stays valid.
-    Memory holds 32 bytes a sample and no images. The file appears under its name once it is whole, after its
-    sidecar. A killed process leaves `<name>.partial` and, after a checkpoint, `<name>.partial.npz`: with these
-    another writer goes on, and what it writes is what one unbroken writer would have written.
+    The metadata precede the data, so space is reserved for them, and the unused part is a hole of zeros (readers use
+    the header's number of samples). At least PAGE_BYTES are reserved: enough for 349,437 samples without a hint.
+    A sample never crosses a page boundary. The page size doubles until a page holds the largest sample. Pages of one
+    power of two nest in those of the next, so samples written earlier stay valid.
+    The writer keeps 32 bytes per sample in memory and no images. The file appears under its final name only when it
+    is complete, after its sidecar. A killed process leaves `<name>.partial` and, after a checkpoint,
+    `<name>.partial.npz`. Another writer can resume from these and writes the same file as an uninterrupted writer.
 
     Attributes:
         path: The file.
-        num_samples: Samples written so far.
-        note: What the caller gave to the checkpoint that this writer goes on from; None: it began anew.
+        num_samples: Number of samples written so far.
+        note: The caller's note in the checkpoint that this writer resumed from; None: it did not resume.
     """
 
     def __init__(
@@ -64,17 +64,17 @@ class BetonWriter:
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        """Describe the file; `with` opens it.
+        """Set the options; entering the context opens the file.
 
         Args:
             path: The file to write.
-            num_samples_hint: Upper bound of the number of samples.
+            num_samples_hint: Upper bound on the number of samples.
             class_names: Names by label.
             source: Where the images come from, for the sidecar.
             options: Options of the conversion, for the sidecar; JSON values.
             overwrite: Replace an existing file.
-            resume: Go on from the last checkpoint of a writer that was killed, if there is one. The other arguments
-                must be the same.
+            resume: Resume from the last checkpoint of a killed writer, if there is one. The other arguments must be
+                the same.
         """
         self.path = Path(path)
         self.num_samples = 0
@@ -95,8 +95,8 @@ class BetonWriter:
         """Open the temporary file.
 
         Raises:
-            DataError: the file exists and `overwrite` is off, its folder does not exist, another process is writing
-                it, or a checkpoint is there and neither `resume` nor `overwrite` is on.
+            DataError: the file exists and `overwrite` is False, its folder does not exist, another process is writing
+                it, or there is a checkpoint and both `resume` and `overwrite` are False.
         """
         if self.path.exists() and not self._overwrite:
             raise DataError(f"{self.path}: exists already; choose another name or pass --overwrite")
@@ -114,7 +114,7 @@ class BetonWriter:
 
     def _begin(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             raise DataError(f"{self._partial}: another process is writing it") from None
         if self._checkpoint.exists() and self._resume:
@@ -127,10 +127,10 @@ class BetonWriter:
         self._file.seek(self._position)
 
     def checkpoint(self, note: dict[str, Any]) -> None:
-        """Make what has been written so far survive a kill.
+        """Save the progress, so that a killed conversion can be resumed from here.
 
         Args:
-            note: What the caller needs to go on; JSON values.
+            note: What the caller needs in order to resume; JSON values.
         """
         self._sync(self._file)
         place = {"num_samples": self.num_samples, "position": self._position, "page_bytes": self._page_bytes}
@@ -181,7 +181,7 @@ class BetonWriter:
         self._write(pixels.tobytes(), RAW, pixels.shape[0], pixels.shape[1], label)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Finish the file and give it its name; after an exception, keep what a checkpoint allows to go on from.
+        """Finish the file and rename it; after an exception, keep the partial file if there is a checkpoint.
 
         Raises:
             DataError: no sample was written.
@@ -250,7 +250,7 @@ class BetonWriter:
         finally:
             sidecar.unlink(missing_ok=True)
         self._partial.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)  # the renames too must survive a power cut
+        folder = os.open(self.path.parent, os.O_RDONLY)  # makes the renames survive a power failure as well
         os.fsync(folder)
         os.close(folder)
 

@@ -1,4 +1,4 @@
-"""Images -> a .beton file."""
+"""Converts images to a .beton file."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from pipelines.progress import Progress
 __all__ = ["ConvertReport", "SourceKind", "convert", "convert_shards"]
 
 NUM_ITEMS_PER_TASK = 8
-NUM_TASKS_AHEAD = 2  # a thread or process; finished images that wait for the writer; bounds the memory
+NUM_TASKS_AHEAD = 2  # per thread or process; finished images waiting for the writer; bounds the memory
 MAX_SHARDS = 99_999
 MAX_WORKERS = 1024
 CHECKPOINT_EVERY_S = 10.0
@@ -42,18 +42,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertReport:
-    """What a conversion did.
+    """Result of a conversion.
 
     Attributes:
         out: The .beton file.
-        num_images: Images in it: the sum of the next three.
+        num_images: Number of images in the file: the sum of the next three.
         num_passed: JPEG files whose bytes were kept unchanged.
-        num_encoded: Images encoded as JPEG anew.
+        num_encoded: Images re-encoded as JPEG.
         num_raw: Images stored as pixels.
-        num_skipped: Corrupt images left out.
-        num_ignored: Files of the source that are not named like images.
-        errors_path: List of the skipped, one `path<TAB>reason` a line; None where there are none.
-        wall_s: Duration in seconds, of this process.
+        num_skipped: Corrupt images that were skipped.
+        num_ignored: Files of the source without the extension of an image.
+        errors_path: List of the skipped images, one `path<TAB>reason` per line; None if there are none.
+        wall_s: Duration of this process in seconds.
     """
 
     out: Path
@@ -69,7 +69,7 @@ class ConvertReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What holds for every file of one call; see `convert`."""
+    """Options shared by all files of one call; see `convert`."""
 
     max_px: int | None = None
     on_error: Literal["fail", "skip"] = "fail"
@@ -91,7 +91,7 @@ class _Options:
 
 @dataclass(kw_only=True)
 class _Done:
-    """How far a file is; what a checkpoint notes, as JSON values."""
+    """Progress of a file, saved in checkpoints as JSON values."""
 
     fingerprint: str
     num_read: int = 0
@@ -112,24 +112,25 @@ def convert(
     num_workers: int = 0,
     **source_options: Any,
 ) -> ConvertReport:
-    """Write a .beton file and its sidecar; every image is decoded once on the way, so that corrupt ones show.
+    """Write a .beton file and its sidecar. Every image is decoded once, so that corrupt images are found.
 
     Args:
         source_kind: See `sources.build_source`.
-        src: The folder, file, pattern of files or name; None for "digits".
+        src: The folder, file, file pattern or name; None for "digits".
         out: The .beton file; its folder is created.
-        max_px: Downscale images whose longer side is larger.
-        on_error: At a corrupt image, stop, or leave it out and list it in `<out>.errors.txt`.
+        max_px: Downscale images whose longer side exceeds this.
+        on_error: What to do with a corrupt image: "fail" stops; "skip" leaves it out and lists it in
+            `<out>.errors.txt`.
         quality: JPEG quality of re-encoded images, 1..100.
-        overwrite: Replace an existing file, and what an unfinished conversion left.
-        resume: Go on where a killed conversion of the same source and options was; the file becomes what one
-            unbroken conversion would have made. Nothing is done where it is finished already.
-        num_workers: Processes that read, check and encode; 0: as many threads of this process as it has cores.
+        overwrite: Replace an existing file, and the partial files of an unfinished conversion.
+        resume: Resume a killed conversion of the same source and options. The result is the same file as that of an
+            uninterrupted conversion. If the conversion is already finished, nothing is done.
+        num_workers: Processes that read, check and encode; 0: one thread of this process per core.
         source_options: Fields of `sources.SourceOptions`, e.g. split.
     Raises:
-        ValueError: an option outside its range, or that the source does not have.
-        DataError: bad source, a corrupt image with on_error="fail", nothing but corrupt images, `out` exists, or
-            what an unfinished conversion left belongs to another source or other options.
+        ValueError: an option is out of range, or the source does not support it.
+        DataError: bad source, a corrupt image with on_error="fail", only corrupt images, `out` exists, or the partial
+            files belong to another source or other options.
     """
     source, options, about = _prepare(
         source_kind,
@@ -156,20 +157,20 @@ def convert_shards(
     shard: int | None = None,
     **options: Any,
 ) -> list[ConvertReport]:
-    """Write contiguous, equal ranges of a source, each to a file of its own: `x.beton` -> `x-00000-of-00004.beton`.
+    """Write contiguous ranges of equal size of a source to separate files: `x.beton` -> `x-00000-of-00004.beton`.
 
-    Of N items, shard k holds N*k//num_shards up to N*(k+1)//num_shards, less the corrupt ones.
+    Of N items, shard k holds N*k//num_shards up to N*(k+1)//num_shards, without the corrupt ones.
 
     Args:
-        source_kind: See `convert`, also for what is not listed here.
+        source_kind: See `convert`.
         src: See `convert`.
-        out: The name that the files' names are made of.
-        num_shards: Files, 1..99,999.
-        shard: Write only this one, 0..num_shards-1: several machines share the work.
-        options: Those of `convert`; with resume, shards that are finished are left as they are.
+        out: Base name of the files.
+        num_shards: Number of files, 1..99,999.
+        shard: Write only this shard, 0..num_shards-1, so that several machines can share the work.
+        options: Further options of `convert`; with resume, finished shards are left unchanged.
     Raises:
-        ValueError: as `convert`, or a number outside its range.
-        DataError: as `convert`, or fewer items than shards.
+        ValueError: see `convert`, or a number out of range.
+        DataError: see `convert`, or fewer items than shards.
     """
     if not 1 <= num_shards <= MAX_SHARDS:
         raise ValueError(f"shards must be 1..{MAX_SHARDS}, not {num_shards}")
@@ -195,7 +196,7 @@ def shard_path(out: str | Path, shard: int, num_shards: int) -> Path:
 def _prepare(
     source_kind: SourceKind, src: str | None, options: dict[str, Any]
 ) -> tuple[Source, _Options, dict[str, Any]]:
-    """The source, how to convert it, and what the sidecar says of the source."""
+    """Return the source, the conversion options, and the sidecar's entries about the source."""
     names = {item.name for item in fields(_Options)}
     checked = _Options(**{name: value for name, value in options.items() if name in names})
     source_options = SourceOptions(**{name: value for name, value in options.items() if name not in names})
@@ -208,7 +209,7 @@ def _convert_range(
 ) -> ConvertReport:
     """Write items start..stop-1 of a source."""
     start_s = time.monotonic()
-    about = about | {"max_px": options.max_px, "quality": options.quality}  # on_error: a resumed one may forgive more
+    about = about | {"max_px": options.max_px, "quality": options.quality}  # not on_error: a resumed run may change it
     identity = f"{source.fingerprint} {start} {stop} {json.dumps(about, sort_keys=True)}"
     if options.resume and out.exists() and not options.overwrite:
         done = _Done(fingerprint=identity)
@@ -266,7 +267,7 @@ def _report(out: Path, done: _Done, source: Source, errors_path: Path | None, st
 
 
 def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, options: _Options, done: _Done) -> None:
-    """Write every good image; corrupt ones go to `done.errors`, or raise DataError with on_error="fail"."""
+    """Write every valid image; corrupt ones are added to `done.errors`, or raise DataError with on_error="fail"."""
     how = Counter(done.how)
     noted_s = time.monotonic()
     items = source.read(start + done.num_read, stop)
@@ -294,7 +295,7 @@ def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, optio
 def _stored(
     items: Iterator[Item], options: _Options
 ) -> Generator[tuple[Item, StoredImage | CorruptImageError], None, None]:
-    """Each item, in order, with what becomes of it."""
+    """Yield each item, in order, with its result: the image to store, or the error."""
     num_workers = options.num_workers or len(os.sched_getaffinity(0))
     tasks: deque[list[Item]] = deque()
 
@@ -312,7 +313,7 @@ def _stored(
 
 @dataclass(frozen=True)
 class _StoreItems:
-    """`store_items` with its options, for another process."""
+    """`store_items` bound to its options, so that it can be sent to another process."""
 
     max_px: int | None
     quality: int
@@ -347,7 +348,7 @@ def _write_errors(out: Path, errors: list[tuple[str, str]]) -> Path | None:
 def bounded_map(
     function: Callable[[T], R], items: Iterable[T], pool: Executor, *, max_ahead: int
 ) -> Generator[R, None, None]:
-    """`map` in a pool, in order, with at most `max_ahead` items under way or waiting for their turn; ends the pool."""
+    """`map` in a pool, in order, with at most `max_ahead` items in progress or waiting; finally shuts the pool down."""
     ahead: deque[Future[R]] = deque()
     try:
         for item in items:

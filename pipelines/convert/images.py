@@ -1,4 +1,4 @@
-"""One image file -> the bytes that a .beton stores: passed through unchanged where that is lossless and safe."""
+"""Converts one image file to the bytes stored in a .beton; passed through unchanged if that is lossless and safe."""
 
 import io
 import threading
@@ -15,10 +15,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipelines.convert.source import Item
 from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, check_jpeg, decode_jpeg
 
-SMALL_AREA_PX = 64 * 64  # lossless sources up to this area stay lossless: stored as raw pixels
+SMALL_AREA_PX = 64 * 64  # lossless sources up to this area are stored as raw pixels and stay lossless
 MAX_JPEG_SIDE_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
-MAX_KEPT_BYTES = 64 << 20  # a thread's buffer for decoding that is larger is given back
-JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: what every libjpeg-turbo decodes
+MAX_KEPT_BYTES = 64 << 20  # a thread's decoding buffer is freed if it is larger
+JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: decoded by every libjpeg-turbo
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,11 +37,11 @@ class CorruptImageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImage:
-    """One image as it will be written.
+    """One image in the form in which it will be written.
 
     Attributes:
-        how: "passed" (the source's JPEG bytes), "encoded" (JPEG anew) or "raw" (pixels).
-        data: JPEG bytes, or uint8 RGB [H, W, 3] where `how` is "raw".
+        how: "passed" (the source's JPEG bytes), "encoded" (re-encoded as JPEG) or "raw" (pixels).
+        data: JPEG bytes, or uint8 RGB [H, W, 3] if `how` is "raw".
         height_px: H.
         width_px: W.
     """
@@ -54,26 +54,26 @@ class StoredImage:
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings (damaged EXIF, bomb): what matters comes as CorruptImageError. For the main thread."""
+    """Silence Pillow's warnings (damaged EXIF, bomb): real problems raise CorruptImageError. For the main thread."""
     with warnings.catch_warnings():
         silence_pillow()
         yield
 
 
 def silence_pillow() -> None:
-    """The same for a whole process."""
+    """Same as `quiet_pillow`, for a whole process."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def store_items(items: list[Item], max_px: int | None, quality: int) -> list[StoredImage | CorruptImageError]:
-    """Convert some images, in a thread or a process of their own.
+    """Convert several images; runs in a worker thread or process.
 
     Args:
         items: See `Item`.
         max_px: See `store_file`.
         quality: See `store_file`.
     Returns:
-        For each item, what is to be stored, or why it cannot be.
+        For each item, the image to store, or the error.
     """
     return [_store_or_reason(item.image, max_px, quality) for item in items]
 
@@ -94,22 +94,22 @@ def _store_or_reason(
 def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> StoredImage:
     """Read, decode and, only where needed, re-encode one image file.
 
-    The content decides the format, not the file's name. JPEG bytes pass unchanged when they are 8-bit, of 1 or 3
-    components, upright (EXIF) and no larger than `max_px`. Anything else becomes upright RGB, is downscaled, and is
-    stored as JPEG (4:2:0), or as raw pixels where the source is no JPEG and the area is at most `SMALL_AREA_PX`.
-    Of an animation the first picture is taken. JPEGs are decoded as they will be at run time, so that what passes
-    here decodes there; Pillow decodes the others, CMYK included.
+    The format is detected from the content, not from the file name. JPEG bytes are passed unchanged if they are 8-bit,
+    have 1 or 3 components, are upright (EXIF) and no larger than `max_px`. Everything else is converted to upright RGB,
+    downscaled, and stored as JPEG (4:2:0), or as raw pixels if the source is not a JPEG and the area is at most
+    `SMALL_AREA_PX`. Of an animation, the first frame is used. JPEGs are decoded with the decoder used in training, so
+    every image accepted here can be decoded there. Pillow decodes all other images, including CMYK.
 
     Args:
-        file: Its path, or its bytes.
-        max_px: Largest side in pixels; None: as it is.
+        file: The file's path or bytes.
+        max_px: Largest side in pixels; None: no limit.
         quality: JPEG quality, 1..100.
     Raises:
         CorruptImageError: unreadable, empty, truncated, not an image, or too large.
     """
     try:
         return _store(file if isinstance(file, bytes) else Path(file).read_bytes(), max_px, quality)
-    except (CorruptImageError, ImportError):  # without its decoder no JPEG can be converted
+    except (CorruptImageError, ImportError):  # ImportError: without the decoder, no JPEG can be converted
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
@@ -121,11 +121,11 @@ def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> Stored
 
 
 def store_pixels(pixels: np.ndarray, *, max_px: int | None) -> StoredImage:
-    """An array as raw RGB pixels.
+    """Convert an array to raw RGB pixels.
 
     Args:
-        pixels: uint8 [H, W] (grey, repeated thrice) or [H, W, 3].
-        max_px: Largest side in pixels; None: as it is.
+        pixels: uint8 [H, W] (grey, repeated three times) or [H, W, 3].
+        max_px: Largest side in pixels; None: no limit.
     """
     rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
     if max_px is not None:
@@ -139,8 +139,8 @@ def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
     frame = _read_frame(data)
     if frame is None:
         image = _open(data)
-        image.load()  # which turns a TIFF upright and drops its orientation
-        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with further pictures appended
+        image.load()  # this also applies and drops the orientation of a TIFF
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with more images appended
         return _encode(_to_rgb(image), UPRIGHT.get(_orientation(image)), max_px, quality, is_jpeg=is_jpeg)
     turn = UPRIGHT.get(_orientation(_open(data))) if frame.may_be_turned else None
     _check_area(frame.width_px, frame.height_px)
@@ -169,7 +169,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _check_area(width_px: int, height_px: int) -> None:
-    """Pillow itself only warns up to twice its limit."""
+    """Enforce Pillow's size limit; Pillow itself only warns up to twice the limit."""
     if Image.MAX_IMAGE_PIXELS and width_px * height_px > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError
 
@@ -185,14 +185,14 @@ _thread = _ThreadDecoder()
 
 
 def decode_as_engines_do(data: bytes | np.ndarray, height_px: int, width_px: int) -> np.ndarray:
-    """Decode a JPEG with the training's decoder.
+    """Decode a JPEG with the decoder used in training.
 
     Args:
         data: The file's bytes.
-        height_px: The height that it must have.
-        width_px: The width that it must have.
+        height_px: The expected height.
+        width_px: The expected width.
     Returns:
-        uint8 RGB [H, W, 3]; overwritten by the thread's next call.
+        uint8 RGB [H, W, 3]; overwritten by the next call in the same thread.
     Raises:
         CorruptImageError: truncated, damaged, or of another size.
     """
@@ -202,14 +202,14 @@ def decode_as_engines_do(data: bytes | np.ndarray, height_px: int, width_px: int
 
 
 def check_as_engines_do(data: bytes | np.ndarray, height_px: int, width_px: int) -> None:
-    """The same verdict without the picture; see `decode_as_engines_do`."""
+    """Make the same checks as `decode_as_engines_do` without returning the pixels."""
     _judge(check_jpeg, data, height_px, width_px, -(-height_px // 8) * -(-width_px // 8) * 3)
 
 
 def _judge(
     decode: Callable[..., int], data: bytes | np.ndarray, height_px: int, width_px: int, num_bytes: int
 ) -> np.ndarray:
-    """Call `decode` with a buffer of at least `num_bytes`, which is returned."""
+    """Call `decode` with a buffer of at least `num_bytes` and return the buffer."""
     decoder = _thread.decoder
     if len(decoder.pixels) > max(num_bytes, MAX_KEPT_BYTES):
         decoder.pixels = np.empty(0, np.uint8)
@@ -228,17 +228,17 @@ def _judge(
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # damaged EXIF does not affect the pixels
         return 1
 
 
 class _Frame(NamedTuple):
-    """What a JPEG's headers say.
+    """Contents of a JPEG's headers.
 
     Attributes:
         height_px: Height.
         width_px: Width.
-        may_be_turned: There is a segment that may hold an orientation, as EXIF or XMP.
+        may_be_turned: Whether there is a segment that may contain an orientation, such as EXIF or XMP.
     """
 
     height_px: int
@@ -247,9 +247,9 @@ class _Frame(NamedTuple):
 
 
 def _read_frame(data: bytes) -> _Frame | None:
-    """The frame of a JPEG of 8 bits and 1 or 3 components, in a process that FFCV decodes; else None.
+    """Read the frame header of an 8-bit JPEG with 1 or 3 components, in a coding process that FFCV decodes; else None.
 
-    Pillow's parser of all headers takes longer than a small image takes to decode, and holds the GIL.
+    Pillow's parser of all headers takes longer than decoding a small image, and holds the GIL.
     """
     at, may_be_turned = 2, False
     if data[:2] != b"\xff\xd8":
@@ -261,13 +261,13 @@ def _read_frame(data: bytes) -> _Frame | None:
             passes = marker in JPEG_FRAMES and data[at + 4] == 8 and data[at + 9] in (1, 3)
             return _Frame(height_px, width_px, may_be_turned) if passes and height_px and width_px else None
         may_be_turned = may_be_turned or marker == 0xE1
-        # 0xFF may fill up before a marker; every other segment here carries its length.
+        # 0xFF bytes may pad before a marker; every other segment here contains its length.
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; "I" is 32-bit in memory, 16-bit in the files that exist
+    if image.mode.startswith("I"):  # 16-bit grey; "I" is 32-bit in memory, but 16-bit in files found in practice
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65_535:
             raise CorruptImageError("32-bit pixels beyond 16 bits have no known scale")

@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face's `datasets` writes them: a column of images, and perhaps one of labels."""
+"""Parquet files as written by Hugging Face's `datasets`: a column of images and, optionally, one of labels."""
 
 import json
 import os
@@ -8,21 +8,21 @@ from typing import Any
 from pipelines.convert.source import Item, Source, checked_label, fingerprint
 from pipelines.errors import DataError
 
-ROWS_AT_ONCE = 64  # decoded from a row group at a time
+ROWS_AT_ONCE = 64  # rows decoded from a row group at a time
 
 
 def parquet_source(files: list[str], image_column: str | None, label_column: str | None) -> Source:
-    """Rows of parquet files of one schema.
+    """Rows of parquet files that share one schema.
 
-    The images are binary, or structures with a binary field `bytes`. A path beside the bytes only names the image:
-    files that a parquet file points to are not opened.
+    The images are binary, or structs with a binary field `bytes`. A path stored with the bytes is only used as the
+    image's name: files that a parquet file refers to are not opened.
 
     Args:
-        files: In their order.
-        image_column: None: the only column that can hold images, or the one named image or img.
-        label_column: Integers; None: `label`, if there is such a column.
+        files: The files, in order.
+        image_column: None: the only column that can contain images, or the one named image or img.
+        label_column: A column of integers; None: `label`, if there is such a column.
     Raises:
-        DataError: unreadable, other schemas, or no such columns.
+        DataError: unreadable file, different schemas, or no such columns.
     """
     first = _open(files[0])
     schema = first.schema_arrow
@@ -52,7 +52,7 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
 
 
 def _read_file(path: str, image_column: str, label_column: str | None, start: int) -> Iterator[Item]:
-    """Rows from `start` on; row groups before it are not read."""
+    """Yield the rows from `start` on; row groups before it are not read."""
     import pyarrow as pa
 
     columns = [image_column] + ([label_column] if label_column else [])
@@ -79,7 +79,7 @@ def _read_file(path: str, image_column: str, label_column: str | None, start: in
 
 
 def _image_bytes(value: Any) -> bytes:
-    """Empty, and with that reported as an empty file, where there is none."""
+    """Bytes of an image; empty if there is none, which is then reported as an empty file."""
     found = value.get("bytes") if isinstance(value, dict) else value
     return found or b""
 
@@ -142,7 +142,7 @@ def _label_column(schema: Any, wanted: str | None, path: str) -> str | None:
 
 
 def _class_names(schema: Any, label_column: str | None) -> list[str] | None:
-    """Names of a ClassLabel from the schema's own metadata; None where they are not there."""
+    """Names of a ClassLabel from the schema's metadata; None if there are none."""
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])
         names = about["info"]["features"][label_column]["names"]

@@ -1,4 +1,4 @@
-"""What every source gives: its items by number, in a fixed order."""
+"""The interface of all sources: items by index, in a fixed order."""
 
 import hashlib
 import os
@@ -13,14 +13,14 @@ from PIL import Image
 from pipelines.errors import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-MAX_LABEL = 999_999  # a classifier has one output for each number up to the largest label
+MAX_LABEL = 999_999  # a classifier has one output for each integer up to the largest label
 
 
 class Item(NamedTuple):
     """One image before its conversion.
 
     Attributes:
-        name: For messages.
+        name: The name used in messages.
         image: The path of a file, a file's bytes, pixels uint8 [H, W] or [H, W, 3], or a decoded image.
         label: -1 = none.
     """
@@ -34,16 +34,16 @@ class Item(NamedTuple):
 class Source:
     """Images to convert.
 
-    The number is known before the first image is read: the file needs room for that many records, the progress bar
-    an end, and shards equal ranges.
+    The number of items is known before the first image is read. It is needed to reserve space for the records, for the
+    progress bar, and to divide the items into equal shards.
 
     Attributes:
-        name: For the sidecar and messages.
-        num_items: N, corrupt images included.
+        name: The name used in the sidecar and in messages.
+        num_items: N, including corrupt images.
         read: (start, stop) -> items start..stop-1, read one after the other.
-        fingerprint: Changes when the source does: its names, labels, sizes and dates.
+        fingerprint: Changes if the source changes: its names, labels, sizes or dates.
         class_names: Names by label; None: unlabelled, or the names are unknown.
-        num_ignored: Files that were left aside (hidden, or without an image's extension).
+        num_ignored: Number of ignored files (hidden, or without the extension of an image).
     """
 
     name: str
@@ -55,7 +55,7 @@ class Source:
 
 
 def fingerprint(paths: Iterable[str], more: bytes = b"") -> str:
-    """SHA-256 over names, sizes and dates of files, and `more`; a file that is not there counts by its name."""
+    """SHA-256 over the names, sizes and dates of files, and `more`; of a missing file, only the name is used."""
     digest = hashlib.sha256(more)
     for path in paths:
         try:
@@ -68,15 +68,15 @@ def fingerprint(paths: Iterable[str], more: bytes = b"") -> str:
 
 
 def is_image_name(path: str) -> bool:
-    """Whether the name is that of an image: its extension is one of them, and it is not hidden."""
+    """Whether a file name is that of an image: it has an image extension and is not hidden."""
     return Path(path).suffix.lower() in EXTENSIONS and not os.path.basename(path).startswith(".")
 
 
 def checked_label(label: object, where: str) -> int:
-    """An integer label in -1..MAX_LABEL; None is -1.
+    """Return the label as an integer in -1..MAX_LABEL; None becomes -1.
 
     Raises:
-        DataError: anything else; the message names `where`.
+        DataError: any other value; the message contains `where`.
     """
     if label is None:
         return -1
@@ -88,7 +88,7 @@ def checked_label(label: object, where: str) -> int:
 def path_source(
     name: str, paths: list[str], labels: np.ndarray, class_names: list[str] | None = None, num_ignored: int = 0
 ) -> Source:
-    """Image files, in the order given.
+    """A source of image files, in the given order.
 
     Args:
         name: See `Source`.
@@ -115,7 +115,7 @@ def path_source(
 def array_source(
     name: str, pixels: np.ndarray, labels: np.ndarray, fingerprint: str, class_names: list[str] | None = None
 ) -> Source:
-    """Images from one array, stored as raw pixels.
+    """A source of images from one array, stored as raw pixels.
 
     Args:
         name: See `Source`.

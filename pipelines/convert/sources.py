@@ -1,4 +1,4 @@
-"""Where images come from: one function for each kind of source."""
+"""Sources of images: one function for each kind of source."""
 
 import csv
 import os
@@ -31,14 +31,14 @@ MAX_BRACE_NUMBERS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What only some kinds of source understand; None or False: not given.
+    """Options that only some kinds of source support; None or False: not given.
 
     Attributes:
         split: digits: train, test or None (all). npz: a suffix, arrays `x_<split>`, `y_<split>`. torchvision: the
             data set's own split.
         root: torchvision: the folder of its data sets.
-        download: torchvision: fetch what is missing in `root`.
-        image_column: parquet: the column of the images; None: the only one that can be.
+        download: torchvision: download files that are missing in `root`.
+        image_column: parquet: the column of the images; None: the only column that can contain images.
         label_column: parquet: the column of the labels; None: `label`, if there is one.
     """
 
@@ -63,11 +63,11 @@ def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> S
 
     Args:
         kind: One of `SourceKind`.
-        src: The folder, file, pattern of files (webdataset, parquet) or name (torchvision); unused by "digits".
-        options: Those that the kind does not understand must be left out.
+        src: The folder, file, file pattern (webdataset, parquet) or name (torchvision); unused by "digits".
+        options: Options that the kind does not support must not be given.
     Raises:
-        ValueError: unknown kind, missing `src`, or an option that the kind does not have.
-        DataError: the source does not exist, is not of its kind, or holds no images.
+        ValueError: unknown kind, missing `src`, or an option that the kind does not support.
+        DataError: the source does not exist, is of another kind, or contains no images.
     """
     if kind not in get_args(SourceKind):
         raise ValueError(f"source kind must be one of {', '.join(get_args(SourceKind))}, not {kind!r}")
@@ -99,13 +99,13 @@ def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> S
 
 
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Files by a folder, a path, a glob pattern, or a numbered brace pattern such as `shard-{000..012}.tar`.
+    """Find files by folder, path, glob pattern, or numbered brace pattern such as `shard-{000..012}.tar`.
 
     Args:
-        pattern: With one brace range at most; its numbers have the width of the first.
-        suffixes: What the names of a folder's files end in.
+        pattern: May contain at most one brace range; its numbers have as many digits as the first one.
+        suffixes: Suffixes of the files to use in a folder.
     Raises:
-        DataError: there are none, or one of a brace range is missing.
+        DataError: no files found, or a file of a brace range is missing.
     """
     brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if brace:
@@ -128,7 +128,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def folder_source(folder: Path) -> Source:
-    """Images in class sub-folders (the names, sorted, are the classes), or straight in the folder (unlabelled)."""
+    """Images in class subfolders (the sorted names are the classes), or directly in the folder (unlabelled)."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
@@ -151,9 +151,9 @@ def folder_source(folder: Path) -> Source:
 
 
 def csv_source(path: Path) -> Source:
-    """A table with a column `path`, relative to the table's folder, and perhaps `label`: an integer or a class name.
+    """A table with a column `path`, relative to the table's folder, and optionally `label`: an integer or a class name.
 
-    Class names, sorted, are numbered from 0, as a folder's are; an empty label is none.
+    Sorted class names are numbered from 0, as in `folder_source`; an empty label means no label.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -184,7 +184,7 @@ def _number_labels(texts: list[str], path: Path) -> tuple[np.ndarray, list[str] 
 
 
 def npz_source(path: Path, split: str | None = None) -> Source:
-    """Arrays `x` uint8 [N, H, W] or [N, H, W, 3] and, if there, `y` int [N]; `x_<split>`, `y_<split>` of a split."""
+    """Arrays `x` uint8 [N, H, W] or [N, H, W, 3] and optional `y` int [N]; with a split, `x_<split>`, `y_<split>`."""
     suffix = f"_{split}" if split else ""
     x_key, y_key = f"x{suffix}", f"y{suffix}"
     try:
@@ -212,11 +212,11 @@ def npz_source(path: Path, split: str | None = None) -> Source:
 def digits_source(split: str | None = None) -> Source:
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8, 16 levels scaled to 255; the label is the digit.
 
-    The split is fixed: 1,297 train, 500 test, stratified. Each digit gives the test set its share of the 500, rounded
-    by largest remainder; which images, a permutation by numpy's frozen generator RandomState(0) says. The order
-    within a split is scikit-learn's.
+    The split is fixed: 1,297 train, 500 test, stratified. Each digit contributes its share of the 500 test images,
+    rounded by largest remainder. The images are chosen by a permutation from numpy's frozen generator RandomState(0).
+    The order within a split is scikit-learn's.
     """
-    from sklearn.datasets import load_digits  # a second to import
+    from sklearn.datasets import load_digits  # the import takes a second
 
     if split not in (None, "train", "test"):
         raise ValueError(f"split: digits has train and test, not {split!r}")
@@ -247,6 +247,6 @@ def _walk(folder: Path) -> list[str]:
 
 
 def _split_by_name(paths: list[str]) -> tuple[list[str], int]:
-    """Those that are named like images, sorted, and the number of the others."""
+    """Return the paths with image names, sorted, and the number of the others."""
     images = [path for path in paths if is_image_name(path)]
     return sorted(images), len(paths) - len(images)

@@ -1,4 +1,4 @@
-"""Data sets that torchvision reads, by the name of their class."""
+"""Data sets from torchvision, by class name."""
 
 import inspect
 import os
@@ -12,25 +12,25 @@ from kernels.torchvision_cpu import import_torchvision
 from pipelines.convert.source import Item, Source, checked_label, fingerprint, path_source
 from pipelines.errors import DataError
 
-# Attributes that hold the files of a data set and, in the same order, their labels.
+# Attributes that contain the files of a data set and, in the same order, their labels.
 FILE_LISTS = (("_image_files", "_labels"), ("_images", "_labels"))
 
 
 def torchvision_source(name: str, root: str | None, split: str | None, *, download: bool) -> Source:
-    """A data set of torchvision.datasets for classification.
+    """A classification data set from torchvision.datasets.
 
-    JPEG files keep their bytes where the data set is a list of files; decoded images are encoded as any other.
-    The formats on disk are torchvision's matter: CIFAR's is a pickle, which torchvision loads only after it has
-    compared the files' MD5 with the published ones. Nothing is unpickled here.
+    If the data set is a list of files, JPEG files keep their bytes. Decoded images are encoded like those of any other
+    source. torchvision reads the files on disk: CIFAR's are pickles, which torchvision loads only after comparing their
+    MD5 with the published ones. Nothing is unpickled here.
 
     Args:
         name: As in torchvision.datasets, e.g. CIFAR10.
         root: The folder of the data sets.
-        split: train, test or what the data set calls its splits; None: the data set's default.
-        download: Fetch what is missing.
+        split: train, test or another split name of the data set; None: the data set's default.
+        download: Download missing files.
     Raises:
         ValueError: no `root`, an unknown name or split.
-        DataError: the data are not there, or torchvision refuses them.
+        DataError: the data do not exist, or torchvision rejects them.
     """
     if root is None:
         raise ValueError("root: torchvision needs the folder of its data sets")
@@ -79,7 +79,7 @@ def _open(kind: Any, name: str, root: str, split: str | None, *, download: bool)
         given["download"] = True
     try:
         return kind(**given)
-    except Exception as error:  # each data set raises what its reader meets
+    except Exception as error:  # each data set raises its own types of exceptions
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"torchvision {name} in {root}: {reason}") from error
 

@@ -1,4 +1,4 @@
-"""WebDataset: tar archives whose neighbouring members of one name make a sample. Nothing is ever extracted."""
+"""WebDataset: tar archives in which adjacent members with the same name form a sample. No files are extracted."""
 
 import json
 import os
@@ -16,18 +16,19 @@ from pipelines.errors import DataError
 
 LABEL_PARTS = ("cls", "json")
 MAX_LABEL_BYTES = 1 << 20
-MIN_POOL_BYTES = 1 << 30  # to start a process takes a second, in which a gigabyte of archives is counted
+MIN_POOL_BYTES = 1 << 30  # starting a process takes a second, the time to count a gigabyte of archives
 
 
 def webdataset_source(archives: list[str]) -> Source:
     """Samples of tar archives, plain or compressed (gz, bz2, xz), in the archives' order.
 
-    A sample is a run of members of one key, the path up to the first dot of its last part. Its image is the first
-    part with an image's extension; its label the integer of `.cls`, or `label` in `.json`, else none. They are
-    counted first, from the headers alone (a compressed archive is decompressed for that), several archives at once.
+    A sample is a sequence of adjacent members with the same key: the path up to the first dot of the file name. Its
+    image is the first member with an image extension. Its label is the integer in `.cls`, or `label` in `.json`, else
+    none. Samples are counted first, from the headers alone (which requires decompressing a compressed archive), several
+    archives at once.
 
     Raises:
-        DataError: an archive is truncated, no tar, or no sample holds an image.
+        DataError: an archive is truncated or not a tar file, or no sample contains an image.
     """
     counts = _count_all(archives)
     num_images, num_ignored = (sum(numbers) for numbers in zip(*counts, strict=True))
@@ -51,7 +52,7 @@ def webdataset_source(archives: list[str]) -> Source:
 
 
 def count_archive(archive: str) -> tuple[int, int]:
-    """Samples with an image, and samples without one."""
+    """Count the samples with an image and those without."""
     num_with, num_without = 0, 0
     for _, members in groupby(_members(archive), key=lambda found: found[0]):
         if any(_is_image(part) for _, part, _, _ in members):
@@ -62,7 +63,7 @@ def count_archive(archive: str) -> tuple[int, int]:
 
 
 def read_archive(archive: str, start: int, stop: int) -> Iterator[Item]:
-    """Samples start..stop-1 of those that have an image; the others are passed over by their headers."""
+    """Yield samples start..stop-1 among those with an image; for the others, only the headers are read."""
     number = 0
     for key, members in groupby(_members(archive), key=lambda found: found[0]):
         if number >= stop:
@@ -82,7 +83,7 @@ def read_archive(archive: str, start: int, stop: int) -> Iterator[Item]:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive: half the images would be missing without a word."""
+    """Raises an error at a damaged header, which tarfile treats as the end of the archive, silently losing images."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "tarfile.TarInfo":
@@ -93,7 +94,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _members(archive: str) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
-    """(key, part, member, archive) of the regular files; a member must be read before the next is asked for."""
+    """Yield (key, part, member, archive) of the regular files; a member must be read before the next is requested."""
     try:
         with _open(archive) as tar:
             for member in tar:
@@ -111,7 +112,7 @@ def _members(archive: str) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.
 
 
 def _open(archive: str) -> tarfile.TarFile:
-    """Plain archives are read with seeks, so that what is not wanted costs nothing; others as a stream."""
+    """Open an archive: plain ones with seeking, so that skipped members are not read; compressed ones as a stream."""
     try:
         return tarfile.open(archive, "r:", tarinfo=_StrictTarInfo)
     except tarfile.ReadError:
@@ -125,7 +126,7 @@ def _is_image(part: str) -> bool:
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int, where: str) -> bytes:
     if member.size > max_bytes:
         raise DataError(f"{where}: a member of {member.size:,} bytes; at most {max_bytes:,} are read")
-    file: IO[bytes] | None = tar.extractfile(member)  # a reader; nothing is written
+    file: IO[bytes] | None = tar.extractfile(member)  # a file object for reading; nothing is written to disk
     assert file is not None
     return file.read()
 

@@ -1,4 +1,4 @@
-"""Engines: each decodes, crops and resizes what `draw` drew, and nothing else; all give the same views."""
+"""Engines: each decodes, crops and resizes as drawn by `draw`, and nothing else; all produce the same views."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 EngineName = Literal["ffcv", "dali", "resident", "torch", "synthetic"]
 # (sample_ids int64 [B], sizes int32 [B, 2]) -> VIEW_PARAMS [B, V]
 DrawBatch = Callable[[np.ndarray, np.ndarray], np.ndarray]
-# (size_px, indices of the views of that size), one for each size: `views.size_groups`
+# (size_px, indices of the views of that size), one per size: `views.size_groups`
 Groups = list[tuple[int, list[int]]]
 
 
 class Engine(Protocol):
-    """Turns sample ids into batches of uint8 views. One iteration at a time: a new one ends the one before."""
+    """Turns sample ids into batches of uint8 views. Only one iteration can run: a new one ends the previous one."""
 
     def batches(
         self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
     ) -> Generator[RawBatch, None, None]:
-        """Yield the samples in the order given.
+        """Yield batches of the samples, in the given order.
 
-        A batch's arrays may be overwritten once the next batch is asked for: copy what must stay.
+        A batch's arrays may be overwritten when the next batch is requested: copy them to keep them.
         Closing the generator, or leaving its loop, stops the work.
 
         Args:
             sample_ids: int64 [num].
-            local_batch_size: B; the last batch may be short.
-            draw_batch: Draws the parameters of one batch; called once for each batch, in order, perhaps from
-                another thread.
-            groups: The views of each output size; together every view of the draw, once.
+            local_batch_size: B; the last batch may be smaller.
+            draw_batch: Draws the parameters of one batch; called once per batch, in order, possibly from another
+                thread.
+            groups: The views of each output size; together they contain every view of the draw once.
         Raises:
-            DataError: a sample cannot be decoded; names the file and the sample.
+            DataError: a sample cannot be decoded; the message names the file and the sample.
         """
         ...
 
     def close(self) -> None:
-        """Stop the threads. The engine is of no use afterwards; a second call does nothing."""
+        """Stop the threads. The engine cannot be used afterwards; a second call does nothing."""
         ...
 
 
@@ -58,18 +58,19 @@ def build_engine(
     device: torch.device,
     bad_samples: BadSamples | None = None,
 ) -> Engine:
-    """Build an engine on one file.
+    """Build an engine for one file.
 
     Args:
         name: One of `EngineName`.
         reader: The open file.
-        num_workers: Threads that decode, >= 1 (ffcv, resident).
+        num_workers: Decoding threads, >= 1 (ffcv, resident).
         prefetch_batches: Batches made ahead of the consumer, >= 1 (ffcv, resident).
         device: Where the batches go.
-        bad_samples: Told of what cannot be decoded (not torch, which stops there); None: none may be bad.
+        bad_samples: Records samples that cannot be decoded (unused by torch, which raises instead); None: no sample may
+            be bad.
     Raises:
         ValueError: unknown name.
-        DataError: the engine cannot serve this file or device.
+        DataError: the engine does not support this file or device.
     """
     ahead = {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
     bad_samples = bad_samples or BadSamples(reader.path, reader.num_samples, 0.0)

@@ -1,12 +1,13 @@
-"""NVIDIA DALI decodes, crops and resizes: with nvJPEG on a GPU, or all on the CPU where there is none.
+"""The DALI engine: NVIDIA DALI decodes, crops and resizes, with nvJPEG on a GPU, or entirely on the CPU without one.
 
-The .beton file is the same as for the other engines, and so are the boxes: our reader hands DALI the JPEG bytes, and
-the draw its crops. DALI cannot go on after an image that it does not decode, and what nvJPEG makes of a damaged one is
-not documented: every JPEG is read once by the decoder of the other engines, in threads that are some batches ahead.
+The .beton file and the crop boxes are the same as for the other engines: our reader passes the JPEG bytes to DALI, and
+the draw provides the crops. DALI cannot continue after an image that it fails to decode, and nvJPEG's behaviour on a
+damaged image is not documented. Therefore every JPEG is first checked once by the other engines' decoder, in threads
+that run some batches ahead.
 https://docs.nvidia.com/deeplearning/dali/user-guide/docs/
 """
 
-# DALI makes its names at run time:
+# DALI defines its names at run time:
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # B local batch, V views, Vg of one size, S its side in pixels
 
@@ -40,12 +41,12 @@ _NO_JPEG, _NO_PIXELS = np.empty(0, np.uint8), np.empty((0, 0, 3), np.uint8)
 _BATCHES_CHECKED_AHEAD = 16
 _SAMPLES_OF_A_CHECK = 32
 
-# Sample ids of a part of a batch, and what will be known of them: why which of them are bad.
+# Sample ids of a part of a batch, and a future with the bad ones among them: id -> reason.
 _Check = tuple[np.ndarray, Future[dict[int, str]]]
 
 
 class DaliEngine:
-    """DALI's decoder and resampler, our reader and draw."""
+    """DALI's decoder and resampler with our reader and draw."""
 
     def __init__(
         self,
@@ -56,28 +57,28 @@ class DaliEngine:
         device: torch.device,
         bad_samples: BadSamples,
     ) -> None:
-        """Choose the devices; a pipeline is built for the batch size and views that are asked for.
+        """Choose the devices; the pipeline is built later, for the requested batch size and views.
 
         Args:
             reader: The open file.
             num_workers: DALI's CPU threads, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1.
-            device: "cuda": decoding and resampling on that GPU, and the views are tensors there.
-            bad_samples: Told of what cannot be decoded.
+            device: "cuda": decoding and resampling run on that GPU, and the views are tensors on it.
+            bad_samples: Records samples that cannot be decoded.
         """
         self._reader, self._num_workers, self._num_ahead, self._device = reader, num_workers, prefetch_batches, device
         self._feed = _Feed(reader, num_workers, bad_samples)
         self._pipeline: Pipeline | None = None
         self._pipeline_is_for: tuple[int, Groups] | None = None
         self._num_iterations = 0
-        # Copies out of DALI's memory have a stream of their own: to wait for one is not to wait for the training.
+        # Copies out of DALI's memory use their own stream, so that waiting for a copy does not wait for the training.
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._copied: torch.cuda.Event | None = None  # of the last batch
+        self._copied: torch.cuda.Event | None = None  # recorded after the copies of the last batch
 
     def batches(
         self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
     ) -> Generator[RawBatch, None, None]:
-        """See `Engine.batches`; on a GPU the views are tensors there."""
+        """See `Engine.batches`; on a GPU the views are tensors on it."""
         self._drain()
         self._num_iterations += 1
         this_iteration = self._num_iterations
@@ -101,7 +102,7 @@ class DaliEngine:
                 self._drain()
 
     def close(self) -> None:
-        """Let go of DALI's threads and memory; a second call does nothing."""
+        """Release DALI's threads and memory; a second call does nothing."""
         self._num_iterations += 1
         self._forget_pipeline()
         self._feed.close()
@@ -121,12 +122,12 @@ class DaliEngine:
         return self._pipeline
 
     def _run(self, pipeline: Pipeline) -> Any:
-        """The next batch, which is complete; DALI may overwrite the one before, which has been copied."""
+        """Return the next, complete batch; DALI may overwrite the previous one, which has been copied."""
         self._wait_for_copies()
         return pipeline.run()
 
     def _take(self, outputs: Any) -> list[np.ndarray | torch.Tensor]:
-        """Views as arrays in DALI's memory; on a GPU copies, which torch's current stream waits for."""
+        """Views as arrays in DALI's memory; on a GPU, as copies that torch's current stream waits for."""
         if self._copy_stream is None:
             return [np.asarray(output.as_tensor()) for output in outputs]
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -149,7 +150,7 @@ class DaliEngine:
             self._copied = None
 
     def _drain(self) -> None:
-        """End what an iteration left under way: it comes out and is thrown away."""
+        """Finish batches that an earlier iteration left in progress and discard them."""
         self._feed.stop()
         if self._pipeline is not None:
             with suppress(StopIteration):
@@ -166,7 +167,7 @@ class DaliEngine:
         self._pipeline = self._pipeline_is_for = None
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """What DALI could not do, as the other engines say it; its pipeline does not go on after an error."""
+        """Convert DALI's error to the error of the other engines; its pipeline cannot continue after an error."""
         of_feed, under_way = self._feed.error, list(self._feed.under_way)
         self._forget_pipeline()
         if of_feed is not None:
@@ -181,12 +182,12 @@ class DaliEngine:
 
 
 class _Feed:
-    """What DALI asks for the next batch's bytes and boxes, in the thread that asks DALI for views.
+    """DALI's external source: returns the next batch's bytes and boxes, in the thread that requests views from DALI.
 
     Attributes:
-        modes: The modes that the file has, ascending.
-        under_way: (sample_ids, params) of the batches that DALI has, in order.
-        error: What went wrong while a batch was fed, of which DALI tells the text only.
+        modes: The modes that occur in the file, ascending.
+        under_way: (sample_ids, params) of the batches in DALI's pipeline, in order.
+        error: The exception raised while a batch was fed; DALI itself passes on only its text.
         num_views: V.
     """
 
@@ -198,21 +199,21 @@ class _Feed:
         self._reader = reader
         self._batches = self._no_batches()
         self._substitutes = Substitutes(bad_samples, reader.sizes)
-        self._is_checked = reader.modes == RAW  # the reader knows their length
+        self._is_checked = reader.modes == RAW  # raw samples need no check: the reader has checked their length
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-check")
         self._decoders: SimpleQueue[JpegDecoder] = SimpleQueue()
         for _ in range(num_threads):
             self._decoders.put(JpegDecoder())
         if not self._is_checked.all():
-            load_library()  # or say here, and not in a thread, that it is missing
+            load_library()  # raises here, rather than in a thread, if it is missing
 
     def start(self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch) -> None:
-        """Begin with these samples."""
+        """Start feeding these samples."""
         self.stop()
         self._batches = self._make_batches(sample_ids, local_batch_size, draw_batch)
 
     def stop(self) -> None:
-        """Have no more."""
+        """Stop feeding samples."""
         self._batches.close()
         self._batches = self._no_batches()
 
@@ -240,19 +241,19 @@ class _Feed:
                 params = draw_batch(ids, self._reader.sizes[ids])
                 self._end_checks(checks)
                 yield self._substitutes.put_in(ids, params)
-        finally:  # perhaps left early
+        finally:  # also if the generator is closed early
             for _, checks in checked:
                 for _, check in checks:
                     check.cancel()
 
     def _begin_checks(self, ids: np.ndarray) -> list[_Check]:
-        """Look for bad ones among samples that have not come up before, in the pool's threads."""
+        """Start checking samples that have not been checked before, in the pool's threads."""
         new = ids[~self._is_checked[ids]]
         parts = [new[first : first + _SAMPLES_OF_A_CHECK] for first in range(0, len(new), _SAMPLES_OF_A_CHECK)]
         return [(part, self._pool.submit(self._find_bad, part)) for part in parts]
 
     def _end_checks(self, checks: list[_Check]) -> None:
-        """Wait for these checks; others take the places of bad samples, and are checked as well."""
+        """Wait for these checks; replacements of bad samples are checked as well."""
         while checks:
             reasons: dict[int, str] = {}
             for ids, check in checks:
@@ -275,7 +276,7 @@ class _Feed:
         return found
 
     def __call__(self) -> list[Any]:
-        """One batch as `_define` takes it: what the file's modes need, then start and shape of every view."""
+        """One batch as expected by `_define`: the inputs for the file's modes, then start and shape of every view."""
         try:
             ids, params = next(self._batches)
         except StopIteration:
@@ -298,7 +299,7 @@ class _Feed:
 
 
 def _define(feed: _Feed, groups: Groups, device: str) -> tuple[Any, ...]:
-    """DALI's graph: for each size an output uint8 [Vg, S, S, 3] a sample."""
+    """DALI's graph: one output per size, uint8 [Vg, S, S, 3] per sample."""
     images = [(types.UINT8, 1, ""), (types.UINT8, 3, "HWC"), (types.BOOL, 0, "")]
     images = {(JPG,): images[:1], (RAW,): images[1:2], (JPG, RAW): images}[feed.modes]
     kinds = images + [(types.INT32, 1, "")] * (2 * feed.num_views)
@@ -331,5 +332,5 @@ def _define(feed: _Feed, groups: Groups, device: str) -> tuple[Any, ...]:
 
 
 def _decode(jpegs: Any, device: str) -> Any:
-    # libjpeg's own upsampling of chroma, which the other engines and Pillow have.
+    # libjpeg's own chroma upsampling, which the other engines and Pillow use.
     return fn.decoders.image(jpegs, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)

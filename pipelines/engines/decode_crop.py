@@ -1,7 +1,7 @@
-"""Decode each sample of a batch once and cut its views: the ffcv engine's work, spread over threads.
+"""Decodes each sample of a batch once and crops its views, in several threads: the work of the ffcv engine.
 
-The threads are a pool and not numba's `prange`: ranges of about equal bytes balance images of uneven size, and
-numba's workqueue layer cannot be entered by two threads at once (the pixel op runs beside it).
+A thread pool is used instead of numba's `prange`: ranges of about equal bytes balance images of uneven size, and
+numba's workqueue layer does not support concurrent use by two threads (the pixel op runs at the same time).
 """
 
 # B local batch, V views, Vg views of one output size S
@@ -26,22 +26,23 @@ from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder,
 from pipelines.errors import DataError
 from pipelines.resample import Weights, is_small, resized_crop, small_crop, small_weights
 
-# What the kernel needs of one batch: file_bytes, sample_ids, boxes, place, outputs, `small_weights` of their sizes.
+# The kernel's arguments for one batch: file_bytes, sample_ids, boxes, place, outputs, `small_weights` of their sizes.
 _Work = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...], tuple[Weights, ...]]
 
 _BAD_BOX = 3
-# A task holds at least so many encoded bytes (some 5 ms of decoding), so that its start costs nothing against
-# it; more than 16 a thread would not balance better.
+# A task contains at least this many encoded bytes (about 5 ms of decoding), so that starting it costs little in
+# comparison. More than 16 tasks per thread would not balance better.
 _MIN_TASK_BYTES = 256 * 1024
 _MAX_TASKS_PER_THREAD = 16
 
 
 def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
-    """The jitted kernel, cached on disk under its own file's date, `source_hash` and `has_jpegs`.
+    """Build the jitted kernel, cached on disk by the date of this file, `source_hash` and `has_jpegs`.
 
-    numba compiles what the kernel calls into it, but watches the kernel's file alone: without their hash, which
-    the closure makes part of the cache's key, a change of the resampler would leave the old one in use. Without
-    `has_jpegs` numba leaves the decoder out, whose library LLVM would ask for.
+    numba compiles the called functions into the kernel, but only checks the kernel's own file for changes. The closure
+    makes `source_hash`, the hash of the called functions' source, part of the cache key; otherwise the old code would
+    stay in use after a change of the resampler. If `has_jpegs` is False, numba omits the decoder, whose library LLVM
+    would otherwise need.
     """
 
     @njit(nogil=True, cache=True)
@@ -62,13 +63,13 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
         modes: np.ndarray,
         sizes: np.ndarray,
     ) -> tuple[int, int]:
-        """Decode samples first..stop-1 of the batch and cut their views.
+        """Decode samples first..stop-1 of the batch and crop their views.
 
         Returns:
-            (stop, OK), or the position of the first sample that failed and its status. A sample at position
-            `forgiven` may be UNREADABLE: its warning was looked at and is harmless.
+            (stop, OK), or the position of the first sample that failed and its status. The sample at position
+            `forgiven` may be UNREADABLE: its warning was checked and is harmless.
         """
-        assert source_hash  # in the closure
+        assert source_hash  # makes it part of the closure
         for position in range(first, stop):
             sample = sample_ids[position]
             start = np.int64(data_ptr[sample])
@@ -103,13 +104,13 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
 
 @cache
 def _kernel(has_jpegs: bool) -> Callable[..., Any]:
-    """The kernel for files with JPEGs, or for raw pixels alone."""
+    """The kernel for files with JPEGs, or for files with only raw pixels."""
     sources = [Path(str(module.__file__)).read_bytes() for module in (resample, simd, turbojpeg)]
     return _build_kernel("".join(hashlib.sha256(source).hexdigest() for source in sources), has_jpegs)
 
 
 class SampleTable(Protocol):
-    """Where the stored images are: what is used of a `BetonReader`, with its meanings."""
+    """Locations of the stored images: the attributes of a `BetonReader` that are used here."""
 
     @property
     def path(self) -> Path: ...
@@ -130,7 +131,7 @@ class Decoding:
         self._tasks = tasks
 
     def wait(self) -> None:
-        """Return when the batch is complete.
+        """Wait until the batch is complete.
 
         Raises:
             DataError: too many samples are bad, or a box lies outside its image.
@@ -140,17 +141,17 @@ class Decoding:
             task.result()
 
     def cancel(self) -> None:
-        """Leave out what has not begun, and return when nothing is written any more."""
+        """Cancel tasks that have not started, and wait until nothing is written any more."""
         wait([task for task in self._tasks if not task.cancel()])
 
 
 class BatchDecoder:
-    """A pool of threads, each with a decompressor and room for one image (the largest seen, never a batch)."""
+    """A pool of threads, each with a decompressor and a buffer for one image (as large as the largest image so far)."""
 
     def __init__(self, reader: SampleTable, num_threads: int, bad_samples: BadSamples) -> None:
         self._reader = reader
         self._bad_samples = bad_samples
-        self._has_jpegs = bool((reader.modes == JPG).any())  # what is stored raw needs no decompressor and no buffer
+        self._has_jpegs = bool((reader.modes == JPG).any())  # raw images need no decompressor and no buffer
         self._decode_samples = _kernel(self._has_jpegs)
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-decode")
@@ -158,7 +159,7 @@ class BatchDecoder:
         for _ in range(num_threads):
             self._decoders.put(JpegDecoder())
         if self._has_jpegs:
-            load_library()  # or say here, and not in a thread, that it is missing
+            load_library()  # raises here, rather than in a thread, if it is missing
 
     def start(
         self,
@@ -168,20 +169,20 @@ class BatchDecoder:
         groups: list[tuple[int, list[int]]],
         outputs: tuple[np.ndarray, ...],
     ) -> "Decoding":
-        """Begin to fill `outputs` with the views of a batch.
+        """Start filling `outputs` with the views of a batch.
 
-        A batch may be started while others are under way: a thread that finds nothing more to do in one goes on
-        with the next, and does not sleep until the others are done. To wake one takes up to 0.1 ms.
+        A batch may be started while others are in progress. A thread that has finished its part of one batch then
+        continues with the next one instead of sleeping; waking a thread takes up to 0.1 ms.
 
         Args:
             file_bytes: The whole .beton file, uint8.
-            sample_ids: int64 [B]; where one is bad, that which takes its place is written here.
-            boxes: Crop boxes (top, left, height, width), int32 [B, V, 4]; moved for such a one.
+            sample_ids: int64 [B]; bad samples are overwritten with the ids of their replacements.
+            boxes: Crop boxes (top, left, height, width), int32 [B, V, 4]; rescaled for replacements.
             groups: `views.size_groups`.
             outputs: uint8 [B, Vg, S, S, 3] for each group. All three may be written until the result's `wait` or
                 `cancel` returns.
         """
-        place = np.empty((boxes.shape[1], 2), np.int64)  # of a view: its group and its index there
+        place = np.empty((boxes.shape[1], 2), np.int64)  # for each view: its group and its index in the group
         for group, (_, views) in enumerate(groups):
             for slot, view in enumerate(views):
                 place[view] = group, slot
@@ -197,7 +198,7 @@ class BatchDecoder:
             self._decoders.get().close()
 
     def _split(self, sample_ids: np.ndarray) -> list[int]:
-        """Bounds of contiguous ranges of samples of about equal encoded size."""
+        """Bounds of contiguous ranges of samples with about equal encoded size."""
         ends = np.cumsum(self._reader.data_bytes[sample_ids])
         most = self._num_threads * _MAX_TASKS_PER_THREAD
         num_tasks = min(max(int(ends[-1]) // _MIN_TASK_BYTES, self._num_threads), most)
@@ -212,7 +213,7 @@ class BatchDecoder:
             if self._has_jpegs:
                 decoder.reserve(3 * int(reader.sizes[sample_ids[first:stop]].prod(1, dtype=np.int64).max()))
             forgiven = -1
-            asked: dict[int, tuple[int, np.ndarray]] = {}  # by position: what stood there before anything was bad
+            asked: dict[int, tuple[int, np.ndarray]] = {}  # by position: original sample and boxes
             while first < stop:
                 first, status = self._decode_samples(
                     first, stop, forgiven, decoder.handle if self._has_jpegs else 0, decoder.pixels, *work,
@@ -237,7 +238,7 @@ class BatchDecoder:
 
 
 def why_bad(reader: SampleTable, sample_id: int, status: int, decoder: JpegDecoder) -> str:
-    """What a status that is not OK says of a sample."""
+    """Describe why a sample is bad, from a status that is not OK."""
     if status == WRONG_SIZE:
         return f"is not {'x'.join(map(str, reader.sizes[sample_id]))} as recorded"
     return f"cannot be decoded ({decoder.last_message()})"

@@ -1,7 +1,7 @@
-"""The default engine: FFCV's Loader with one operation that decodes a sample once and cuts all its views.
+"""The default engine: FFCV's Loader with one operation that decodes a sample once and crops all its views.
 
-FFCV gives the thread that works ahead and the output slots. Its generated code
-is left uncompiled: it runs once a batch, and numba would compile it anew, for 10 to 50 s, in every process.
+FFCV provides the prefetching thread and the output slots. Its generated code is not compiled: it runs once per batch,
+and numba would recompile it, for 10 to 50 s, in every process.
 """
 
 # B local batch, V views, Vg views of one output size S
@@ -29,7 +29,7 @@ from pipelines.errors import DataError
 
 @contextmanager
 def _thread_counts_kept() -> Iterator[None]:
-    """FFCV sets torch's and numba's thread counts, at import already and whenever a Loader is built."""
+    """Restore torch's and numba's thread counts, which FFCV sets at import and whenever a Loader is built."""
     torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
@@ -40,7 +40,7 @@ def _thread_counts_kept() -> Iterator[None]:
 
 @contextmanager
 def _numba_off() -> Iterator[None]:
-    """At its import FFCV fills a numba dictionary of two entries, which takes 4 s to compile; a plain one serves."""
+    """Disable numba during FFCV's import, which fills a numba dictionary of two entries that takes 4 s to compile."""
     was_disabled, numba_config.DISABLE_JIT = numba_config.DISABLE_JIT, True  # pyright: ignore
     try:
         yield
@@ -68,33 +68,33 @@ with _thread_counts_kept(), _numba_off():
 
 
 def _allocate_slots(query: AllocationQuery, batch_size: int, num_slots: int) -> np.ndarray:
-    """FFCV's output slots from numpy.
+    """Allocate FFCV's output slots with numpy.
 
-    FFCV takes them from torch, anew for every epoch: glibc does not give freed blocks of that kind out again, so the
-    memory grows; and with a GPU it pins them, for nothing, since the pixel op makes a copy of its own.
+    FFCV allocates them with torch for every epoch. glibc does not reuse freed blocks of that kind, so the memory grows.
+    With a GPU, FFCV also pins them, which is unnecessary, since the pixel op makes its own copy.
     """
     return np.empty((num_slots, batch_size, *query.shape), query.dtype)  # pyright: ignore (ours are numpy types)
 
 
 ffcv_graph.allocate_query = _allocate_slots
 
-# A thread that has a batch ready looks this often whether it is still wanted.
+# A thread with a finished batch checks at this interval whether the batch is still wanted.
 _POLL_S = 0.05
 
 
 class FfcvEngine:
-    """FFCV's file access and look-ahead, our draw, decoding and resampling."""
+    """FFCV's file access and prefetching with our draw, decoding and resampling."""
 
     def __init__(
         self, reader: BetonReader, *, num_workers: int, prefetch_batches: int, bad_samples: BadSamples
     ) -> None:
-        """Build FFCV's Loader once, for every epoch.
+        """Build FFCV's Loader once, for all epochs.
 
         Args:
             reader: The open file.
-            num_workers: Threads that decode, >= 1.
+            num_workers: Decoding threads, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1.
-            bad_samples: Told of what cannot be decoded.
+            bad_samples: Records samples that cannot be decoded.
         """
         self._decoder = BatchDecoder(reader, num_workers, bad_samples)
         self._operation = _DecodeViews(reader, self._decoder)
@@ -117,7 +117,7 @@ class FfcvEngine:
         finally:
             thread.stop()
             if self._thread is thread:
-                self._thread = None  # and with it the output slots
+                self._thread = None  # frees the output slots as well
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -132,14 +132,14 @@ class FfcvEngine:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    """What one iteration applies."""
+    """Parameters of one iteration."""
 
     draw_batch: DrawBatch
     groups: Groups
 
 
 class _Started(NamedTuple):
-    """A batch that FFCV's thread hands over while it is being decoded: the thread goes on with the next."""
+    """A batch that FFCV's thread hands over while it is still being decoded, to continue with the next batch."""
 
     views: list[np.ndarray]
     params: np.ndarray
@@ -148,7 +148,7 @@ class _Started(NamedTuple):
     decoding: Decoding
 
     def finished(self) -> RawBatch:
-        """The batch, once it is complete; sample ids are final then."""
+        """Wait for the batch and return it; its sample ids are final only then."""
         self.decoding.wait()
         labels = self.all_labels[self.sample_ids]
         return RawBatch(views=self.views, params=self.params, labels=labels, sample_ids=self.sample_ids)
@@ -164,7 +164,7 @@ class _DecodeViews(Operation):
         self.epoch: _Epoch | None = None
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
-        """One output for each size, uint8 [Vg, S, S, 3] a sample; FFCV asks again for every epoch."""
+        """One output per size, uint8 [Vg, S, S, 3] per sample; FFCV calls this for every epoch."""
         groups = self.epoch.groups if self.epoch else []
         shapes = [(len(members), size_px, size_px, 3) for size_px, members in groups]
         return replace(previous_state, jit_mode=True), tuple(AllocationQuery(s, np.dtype(np.uint8)) for s in shapes)
@@ -183,7 +183,7 @@ class _DecodeViews(Operation):
 
 
 class _GivenOrder(TraversalOrder):
-    """The sampler's order. FFCV's Loader wants an instance and then calls it."""
+    """The sampler's order. FFCV's Loader expects an instance and then calls it."""
 
     def __init__(self) -> None:
         self.sample_ids = np.empty(0, np.int64)
@@ -196,25 +196,25 @@ class _GivenOrder(TraversalOrder):
 
 
 class _MappedReader(Reader):
-    """FFCV's reader of a file's structure, without an index in memory: our own reader has one.
+    """FFCV's reader of a file's structure, without an index in memory, since our own reader has one.
 
-    Upstream copies metadata and allocation table, and its memory manager builds three dictionaries of Python
+    Upstream copies the metadata and the allocation table, and its memory manager builds three dictionaries of Python
     objects over all samples, in every process.
     """
 
     def read_metadata(self) -> None:
-        """Map the metadata, which only FFCV's own operations would read."""
+        """Map the metadata into memory; only FFCV's own operations would read them."""
         start = HEADER.itemsize + self.field_descriptors.nbytes
         shape = (int(self.num_samples),)
         self.metadata = np.memmap(self.file_name, self.metadata_type, "r", offset=start, shape=shape)
 
     def read_allocation_table(self) -> None:
-        """Leave the table out: our operation takes addresses and sizes from our reader."""
+        """Skip the table: our operation uses the addresses and sizes of our reader."""
         self.alloc_table = np.empty(0, ALLOC_TABLE_TYPE)
 
 
 class _Loader(Loader):
-    """FFCV's Loader; its own `__iter__` would set torch's thread count."""
+    """FFCV's Loader with an `__iter__` that does not set torch's thread count."""
 
     traversal_order: _GivenOrder
 
@@ -223,16 +223,16 @@ class _Loader(Loader):
 
 
 class _EpochThread(EpochIterator):
-    """FFCV's look-ahead thread, which hands over its exceptions and can be stopped.
+    """FFCV's prefetching thread, extended to pass on exceptions and to be stoppable.
 
-    Upstream's `run` lets an exception end the thread while the consumer waits for ever, cannot be stopped once
-    the queue is full at the end, and sets torch's thread count.
+    In upstream's `run`, an exception ends the thread while the consumer waits forever. It also cannot be stopped when
+    the queue is full at the end, and it sets torch's thread count.
     """
 
     def run(self) -> None:
         try:
             for number, sample_ids in enumerate(self.iter_ixes):
-                # Slots: one to be handed over, `batches_ahead` waiting and one in the consumer's hands.
+                # Slots: one to be handed over, `batches_ahead` waiting and one used by the consumer.
                 slot = number % (self.loader.batches_ahead + 2)
                 (started,) = self.run_pipeline(number, sample_ids, slot, None)
                 if not self._hand_over(started):
@@ -255,7 +255,7 @@ class _EpochThread(EpochIterator):
             raise
 
     def stop(self) -> None:
-        """End the thread and what it started; waits for samples that are being decoded, not for whole batches."""
+        """Stop the thread and its tasks; waits for samples that are being decoded, not for whole batches."""
         self.terminate_event.set()
         self.join()
         self.close()
@@ -264,7 +264,7 @@ class _EpochThread(EpochIterator):
                 item = self.output_queue.get_nowait()
                 if isinstance(item, _Started):
                     item.decoding.cancel()
-        # Whoever still holds this iterator must not wait for ever.
+        # A consumer that still holds this iterator must not wait forever.
         self.output_queue.put(RuntimeError("this iteration was ended by another one, or by close()"))
 
     def _hand_over(self, item: object) -> bool:
@@ -276,13 +276,13 @@ class _EpochThread(EpochIterator):
 
 
 def _build_loader(reader: BetonReader, operation: Operation, prefetch_batches: int) -> _Loader:
-    """FFCV's Loader with `operation` on the image field and its code generation left uncompiled."""
+    """Build FFCV's Loader with `operation` on the image field, without compiling the generated code."""
     num_fields = int(reader.mmap[: HEADER.itemsize].view(HEADER)["num_fields"][0])
     fields = reader.mmap[HEADER.itemsize :][: num_fields * FIELD.itemsize].view(FIELD)
     pipelines: dict[str, PipelineSpec | None] = {}
     for field in fields:
         name = field["name"].tobytes().rstrip(b"\0").decode()
-        # None switches a field off: labels come from our reader.
+        # None disables a field: labels come from our reader.
         pipelines[name] = PipelineSpec(name, decoder=operation) if field["type_id"] == IMAGE_TYPE else None
     with _thread_counts_kept(), _uncompiled(), _without_index():
         return _Loader(
@@ -290,7 +290,7 @@ def _build_loader(reader: BetonReader, operation: Operation, prefetch_batches: i
             batch_size=1,
             num_workers=1,
             os_cache=True,
-            indices=(),  # unused, as our order is another
+            indices=(),  # unused, since we provide the order
             order=_GivenOrder(),
             pipelines=pipelines,  # pyright: ignore[reportArgumentType] (its annotation is too narrow)
             drop_last=False,
@@ -300,10 +300,10 @@ def _build_loader(reader: BetonReader, operation: Operation, prefetch_batches: i
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Keep FFCV from compiling, and from its `state_type`.
+    """Keep FFCV from compiling, and from using its `state_type`.
 
-    That property sets `mutable = False` on numba's one and only type object uint8[::1], under every kernel that
-    has been compiled for it: their look-ups then fail with a KeyError. It serves compilation alone.
+    That property sets `mutable = False` on numba's shared type object uint8[::1], which all kernels compiled for that
+    type use: their lookups then fail with a KeyError. The property is needed for compilation only.
     """
     was_enabled, state_type = getattr(Compiler, "is_enabled", True), OSCacheManager.state_type
     Compiler.set_enabled(False)
@@ -317,7 +317,7 @@ def _uncompiled() -> Iterator[None]:
 
 @contextmanager
 def _without_index() -> Iterator[None]:
-    """Give FFCV's Loader, which takes no reader, ours of that name."""
+    """Replace FFCV's Reader class, which its Loader does not take as an argument, by `_MappedReader`."""
     ffcv_loader.Reader = _MappedReader  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield

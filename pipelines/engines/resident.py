@@ -1,7 +1,7 @@
-"""Every image decoded once, at the start, and kept in memory: for data sets of CIFAR's size, which then need no file.
+"""Decodes every image once, at the start, and keeps it in memory: for small data sets such as CIFAR.
 
-On the CPU views are cut from there as from a .beton of raw pixels. On a GPU the images are in its memory, and the pixel
-op cuts the views itself: a batch's numbers of samples and of crop boxes are all that travels.
+On the CPU, views are cropped from memory as from a .beton file of raw pixels. On a GPU, the images are in its memory,
+and the pixel op crops the views itself, so only a batch's sample ids and crop boxes are transferred.
 """
 
 # N samples, B local batch
@@ -32,7 +32,7 @@ _IMAGES_OF_A_TASK = 256
 
 
 class ResidentEngine:
-    """Views cut from decoded images in the memory of `device`."""
+    """Crops views from decoded images in the memory of `device`."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class ResidentEngine:
             reader: The open file.
             num_workers: Threads, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1 (CPU).
-            device: Where the images are kept.
-            bad_samples: Told of what cannot be decoded.
+            device: The device whose memory stores the images.
+            bad_samples: Records samples that cannot be decoded.
         Raises:
-            DataError: too many samples are bad, the images do not fit into memory, or, on a GPU, are not of one size.
+            DataError: too many samples are bad, the images do not fit into memory, or, on a GPU, differ in size.
         """
         self._reader, self._num_ahead, self._device = reader, prefetch_batches, device
         num_bytes = int(reader.sizes.prod(1, dtype=np.int64).sum()) * 3
@@ -84,7 +84,7 @@ class ResidentEngine:
             return
         assert self._decoder is not None
         assert self._pixels is not None
-        # One batch in the consumer's hands, the others being cut.
+        # One batch is used by the consumer while the others are being cropped.
         shapes = [(local_batch_size, len(members), size_px, size_px, 3) for size_px, members in groups]
         slots = deque([np.empty(shape, np.uint8) for shape in shapes] for _ in range(self._num_ahead + 1))
         started: deque[tuple[RawBatch, Decoding]] = deque()
@@ -101,11 +101,11 @@ class ResidentEngine:
             while started:
                 yield _finished(started)
         finally:
-            for _, decoding in started:  # left early: nothing may be written any more
+            for _, decoding in started:  # the loop was left early: nothing may be written any more
                 decoding.cancel()
 
     def close(self) -> None:
-        """Stop the threads and let go of the images; a second call does nothing."""
+        """Stop the threads and release the images; a second call does nothing."""
         if self._decoder is not None:
             self._decoder.close()
         self._images = self._pixels = None
@@ -119,7 +119,7 @@ class ResidentEngine:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """Decoded images one after the other, as the table of a file of raw pixels: what `BatchDecoder` reads."""
+    """Decoded images stored contiguously, with the table of a raw-pixel file that `BatchDecoder` reads."""
 
     path: Path
     pixels: np.ndarray  # uint8
@@ -136,7 +136,7 @@ def _finished(started: deque[tuple[RawBatch, Decoding]]) -> RawBatch:
 
 
 def _decode_all(reader: BetonReader, num_threads: int) -> tuple[_Decoded, dict[int, str]]:
-    """All images, and why those that could not be decoded could not."""
+    """Decode all images; also returns the reason for each image that could not be decoded."""
     data_bytes = reader.sizes.prod(1, dtype=np.uint64) * np.uint64(3)
     ends = np.cumsum(data_bytes, dtype=np.uint64)
     pixels = np.empty(int(ends[-1]), np.uint8)

@@ -1,4 +1,4 @@
-"""The ceiling: random views made once, no decoding. What a run cannot do faster than."""
+"""The speed ceiling: random views made once, without decoding. No run can be faster than with this engine."""
 
 from collections.abc import Generator
 
@@ -10,7 +10,7 @@ from pipelines.engines import DrawBatch, Groups
 
 
 class SyntheticEngine:
-    """Yields the same random pixels for every batch, with the true draw, labels and ids."""
+    """Yields the same random pixels for every batch, with the real draw, labels and ids."""
 
     def __init__(self, reader: BetonReader) -> None:
         self._reader = reader

@@ -1,4 +1,4 @@
-"""The reference engine: Pillow decodes, torchvision resizes, one sample after the other. Slow and obvious."""
+"""The reference engine: Pillow decodes, torchvision resizes, one sample after the other. Slow but simple."""
 
 from collections.abc import Generator
 
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as v2  # noqa: E402
 
 
 class TorchEngine:
-    """What the other engines are tested against: torchvision v2's resized_crop on float32, rounded once."""
+    """Reference for testing the other engines: torchvision v2's resized_crop on float32, rounded once."""
 
     def __init__(self, reader: BetonReader) -> None:
         self._reader = reader

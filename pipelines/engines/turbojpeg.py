@@ -1,8 +1,9 @@
-"""JPEG decoding for jitted code without the GIL: libjpeg-turbo's TurboJPEG, which FFCV's extension links.
+"""JPEG decoding for jitted code without the GIL: libjpeg-turbo's TurboJPEG, which FFCV's extension links to.
 
-numba cannot cache code that calls through ctypes; it can cache calls of symbols that LLVM resolves when the code
-is loaded. The library is loaded with the first decompressor, and each function here takes one: LLVM knows the symbols
-before numba compiles or loads the code. Raw pixels need no library. ffcv (and with it torch) is not imported.
+numba cannot cache code that calls through ctypes, but it can cache calls to symbols that LLVM resolves when the code
+is loaded. The library is loaded with the first decompressor, which every function here takes as an argument, so LLVM
+knows the symbols before numba compiles or loads the code. Raw pixels need no library. ffcv (and therefore torch) is
+not imported.
 """
 
 import ctypes
@@ -14,14 +15,14 @@ import llvmlite.binding as llvm
 import numpy as np
 from numba import njit, types
 
-# What `decode_jpeg` and the kernels on top of it return.
+# Return values of `decode_jpeg` and of the kernels that call it.
 OK, UNREADABLE, WRONG_SIZE = 0, 1, 2
 
 _PIXEL_FORMAT_RGB = 0  # TJPF_RGB
-# TJFLAG_ACCURATEDCT: Pillow's DCT. FFCV's own decoder takes the fast one, which is off by several levels.
+# TJFLAG_ACCURATEDCT: Pillow's DCT. FFCV's own decoder uses the fast one, which deviates by several levels.
 _FLAGS = 4096
-# libjpeg's warnings (jerror.h) that leave every pixel as it was written: stray bytes after the last one, and
-# oddities of the header. Of several warnings the first is kept: stray bytes elsewhere may hide something worse.
+# libjpeg's warnings (jerror.h) that do not affect any pixel: extra bytes after the last one, and irregularities of the
+# header. Only the first of several warnings is kept: extra bytes elsewhere may hide a more serious one.
 _HARMLESS_WARNINGS = (
     "extraneous bytes before marker 0xd9",
     "Unknown Adobe color transform code",
@@ -32,7 +33,7 @@ _HARMLESS_WARNINGS = (
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """TurboJPEG, for ctypes and for LLVM.
+    """Load TurboJPEG for ctypes and for LLVM.
 
     Raises:
         ImportError: FFCV is not installed.
@@ -62,10 +63,10 @@ _decompress = types.ExternalFunction(
 
 
 class JpegDecoder:
-    """One decompressor and the buffer for one image, for one thread at a time.
+    """A decompressor and a buffer for one image; not thread-safe.
 
     Attributes:
-        pixels: uint8 buffer, at least as long as asked for by `reserve`.
+        pixels: uint8 buffer, at least as large as requested by `reserve`.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ class JpegDecoder:
 
     @property
     def handle(self) -> int:
-        """TurboJPEG's handle; made when it is first asked for.
+        """TurboJPEG's handle; created on first use.
 
         Raises:
             ImportError: FFCV is not installed.
@@ -86,24 +87,24 @@ class JpegDecoder:
         return self._handle
 
     def reserve(self, num_bytes: int) -> None:
-        """Make room for an image of so many bytes, keeping what is larger already."""
+        """Make the buffer at least `num_bytes` large; a larger buffer is kept."""
         if len(self.pixels) < num_bytes:
             self.pixels = np.empty(num_bytes, np.uint8)
 
     def last_message(self) -> str:
-        """Why the last call failed."""
+        """Error message of the last failed call."""
         return load_library().tjGetErrorStr2(self.handle).decode(errors="replace")
 
     def is_harmless(self) -> bool:
-        """Whether the last failure was a warning that leaves the image whole; a worse message replaces its own."""
+        """Whether the last failure was a warning that does not affect the image; a worse message would replace it."""
         return any(warning in self.last_message() for warning in _HARMLESS_WARNINGS)
 
     def renew(self) -> None:
-        """Drop the decompressor: an error leaves it in the middle of a bad header, where the next image fails."""
+        """Discard the decompressor: after an error in a header, it would fail on the next image."""
         self.close()
 
     def close(self) -> None:
-        """Free the decompressor; asking for the handle again makes another."""
+        """Free the decompressor; the next use of `handle` creates a new one."""
         if self._handle:
             load_library().tjDestroy(self._handle)
             self._handle = 0
@@ -114,28 +115,28 @@ def decode_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pi
     """Decode one JPEG to RGB.
 
     Args:
-        handle: Of a JpegDecoder that no other thread uses.
+        handle: Handle of a JpegDecoder that no other thread uses.
         data: The file's bytes, uint8 [num_bytes].
-        height_px, width_px: The size that the image must have.
-        pixels: uint8, at least height * width * 3 long; written.
+        height_px, width_px: The expected size of the image.
+        pixels: Output, uint8, at least height * width * 3 long.
     Returns:
-        OK, WRONG_SIZE (nothing is written), or UNREADABLE: the decompressor keeps the message. After a warning
-        (`JpegDecoder.is_harmless`) the pixels are written too.
+        OK, WRONG_SIZE (nothing is written), or UNREADABLE (the decompressor keeps the message). After a warning
+        (`JpegDecoder.is_harmless`), the pixels are written as well.
     """
     return _decode(handle, data, height_px, width_px, height_px, width_px, pixels)
 
 
 @njit(nogil=True, cache=True)
 def check_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pixels: np.ndarray) -> int:
-    """What `decode_jpeg` would return, for less work.
+    """Return what `decode_jpeg` would return, at a lower cost.
 
-    Every coefficient is read, which is where a JPEG can be damaged, but only an eighth of the picture's size made.
+    Every coefficient is read, which is where a JPEG can be damaged, but the image is decoded at 1/8 of its size.
 
     Args:
         handle: See `decode_jpeg`.
         data: See `decode_jpeg`.
         height_px, width_px: See `decode_jpeg`.
-        pixels: uint8, at least ceil(height / 8) * ceil(width / 8) * 3 long; written.
+        pixels: Scratch, uint8, at least ceil(height / 8) * ceil(width / 8) * 3 long.
     """
     return _decode(handle, data, height_px, width_px, -(-height_px // 8), -(-width_px // 8), pixels)
 
@@ -153,7 +154,7 @@ def _decode(
     num_bytes = np.uint64(len(data))
     facts = np.zeros(4, np.int32)  # width, height, subsampling, colour space
     at = facts.ctypes.data
-    # Its status is no verdict: a warning fails it, and so does a subsampling without a name, which decodes well.
+    # Its status is not used: it also fails on a warning, and on a subsampling without a name, which decodes correctly.
     _decompress_header(handle, data.ctypes.data, num_bytes, at, at + 4, at + 8, at + 12)
     width_found_px, height_found_px = facts[0], facts[1]
     if width_found_px == 0:

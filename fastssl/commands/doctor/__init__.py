@@ -1,4 +1,4 @@
-"""Is this node ready for a training? One finding for each check, with what to do about it."""
+"""Checks whether this node is ready for training. Each check gives one finding, with advice on how to fix it."""
 
 import contextlib
 import io
@@ -34,12 +34,12 @@ CHECKS: dict[str, Check] = {
 
 
 def examine(cfg: Config | None = None, data: Path | None = None) -> Iterator[Finding]:
-    """Make the checks one after the other.
+    """Run the checks one after the other.
 
-    A check that raises is a finding that failed; what the libraries print on stdout is dropped.
+    A check that raises gives a failed finding; the libraries' output on stdout is dropped.
 
     Args:
-        cfg: The run to be made here: its device, its files and its folder are looked at too.
+        cfg: The planned run: its device, files and folder are also checked.
         data: A folder or .beton file whose disk is measured (default: data.train of cfg).
     """
     node = Node(cfg=cfg, data=data or (Path(cfg.data.train) if cfg and cfg.data.train else None))
@@ -50,7 +50,7 @@ def examine(cfg: Config | None = None, data: Path | None = None) -> Iterator[Fin
 
 
 def doctor(cfg: Config | None, data: Path | None, *, as_json: bool) -> int:
-    """Print the findings, a line each as they come, or all of them as JSON.
+    """Print the findings, one line each as they come, or all of them as JSON.
 
     Returns:
         Exit code: 1 if a check failed, else 0.

@@ -1,8 +1,8 @@
-"""One rank of the all-reduce that the doctor times.
+"""One rank of the all-reduce benchmark of the doctor.
 
     python -m fastssl.commands.doctor.all_reduce BACKEND NUM_RANKS FOLDER RANK
 
-The ranks meet in FOLDER, and rank 0 leaves its times in FOLDER/found.json: stdout is NCCL's.
+The ranks rendezvous in FOLDER, and rank 0 writes its times to FOLDER/found.json, because NCCL prints on stdout.
 """
 
 import json
@@ -21,13 +21,13 @@ _TIMEOUT = timedelta(seconds=120)
 
 
 def time_all_reduce(backend: str, num_ranks: int, folder: Path, rank: int) -> dict[str, float]:
-    """Medians of 20 times.
+    """Time the all-reduce; medians of 20 repetitions.
 
     Args:
         backend: gloo or nccl.
-        num_ranks: Processes that make this call, each on a GPU of its own with nccl.
-        folder: Where they meet; empty before.
-        rank: Of this process.
+        num_ranks: Number of processes that make this call; with nccl, each on its own GPU.
+        folder: Folder for the rendezvous; must be empty.
+        rank: Rank of this process.
 
     Returns:
         latency_ms of one float, bytes_per_s of 16 MB.
@@ -50,7 +50,7 @@ def _median_s(x: torch.Tensor) -> float:
         if x.is_cuda:
             torch.cuda.synchronize()
         times_s.append(time.perf_counter() - start_s)
-    return statistics.median(times_s[1:])  # the first one connects
+    return statistics.median(times_s[1:])  # the first one includes connection setup
 
 
 if __name__ == "__main__":

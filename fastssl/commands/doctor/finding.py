@@ -1,4 +1,4 @@
-"""What a check is told, and what it says."""
+"""Input and output of a check."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ class Finding(NamedTuple):
     """The outcome of one check.
 
     Attributes:
-        status: "not here" is what this machine does not have and this run does not demand.
+        status: "not here" means that this machine does not have it and this run does not need it.
         detail: What was found.
-        advice: What to do; empty where all is well.
-        check: Its name.
+        advice: What to do; empty if all is well.
+        check: Name of the check.
     """
 
     status: Status
@@ -25,29 +25,29 @@ class Finding(NamedTuple):
     check: str = ""
 
     def line(self) -> str:
-        """For people."""
+        """Human-readable line."""
         return f"{self.status:8}  {self.check:10}  {self.detail}" + (f" -> {self.advice}" if self.advice else "")
 
     def as_dict(self) -> dict[str, str]:
-        """For programs."""
+        """Machine-readable form."""
         return {"check": self.check, "status": self.status, "detail": self.detail, "advice": self.advice}
 
 
 @dataclass(frozen=True)
 class Node:
-    """What is asked of this machine."""
+    """The requirements on this machine."""
 
     cfg: Config | None = None
     data: Path | None = None
 
     @property
     def wants_gpu(self) -> bool:
-        """Whether the run demands one."""
+        """Whether the run requires a GPU."""
         return self.cfg is not None and self.cfg.run.device == "cuda"
 
     @property
     def num_gpus(self) -> int:
-        """Those that torch can use."""
+        """Number of GPUs that torch can use."""
         import torch
 
         from fastssl.machine.nvidia_gpu import has_gpu
@@ -55,7 +55,7 @@ class Node:
         return torch.cuda.device_count() if has_gpu() else 0
 
     def without_gpu(self, what: str) -> Finding:
-        """The finding of a check that needs a GPU where there is none."""
+        """The finding of a check that needs a GPU, if there is none."""
         if self.wants_gpu:
             return Finding("fail", f"{what}: torch finds no GPU", "run.device is cuda: see the check gpu")
         return Finding("not here", f"{what}: torch finds no GPU")

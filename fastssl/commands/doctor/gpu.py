@@ -5,11 +5,11 @@ import subprocess
 
 from fastssl.commands.doctor.finding import Finding, Node
 
-_TOLERANCE = 0.0  # a sum of two floats is rounded once, here and there
+_TOLERANCE = 0.0  # a sum of two floats is rounded once on either device
 
 
 def check_gpu(node: Node) -> Finding:
-    """What the driver shows, and what of it torch can use."""
+    """GPUs reported by the driver, and those that torch can use."""
     import torch
 
     from fastssl.machine.nvidia_gpu import why_no_gpu, why_too_old

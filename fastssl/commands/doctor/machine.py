@@ -1,4 +1,4 @@
-"""Checks of cores, memory and limits, as this container has them."""
+"""Checks of the cores, memory and limits of this container."""
 
 import math
 import os
@@ -9,13 +9,13 @@ from fastssl.commands.doctor.finding import Finding, Node
 from pipelines.read_ahead import available_memory_bytes
 
 _MIN_SHM_BYTES = 1 << 30  # Docker gives 64 MB; NCCL and DALI take tens of MB for each GPU
-_MIN_OPEN_FILES = 4096  # three connections to every other process, beside what the libraries open
-_MIN_MEMORY_BYTES = 2 << 30  # torch, DeepSpeed and numba alone take most of one
+_MIN_OPEN_FILES = 4096  # three connections to every other process, plus the libraries' files
+_MIN_MEMORY_BYTES = 2 << 30  # torch, DeepSpeed and numba alone take most of 1 GiB
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_cores(_: Node) -> Finding:
-    """Cores that may be used, and what a container's quota leaves of them."""
+    """Cores that this process may use, and the container's CPU quota."""
     num_cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
     if quota is not None and quota < num_cores:
         threads = max(1, math.floor(quota))
@@ -29,7 +29,7 @@ def check_cores(_: Node) -> Finding:
 
 
 def cpu_quota(cgroup: Path = _CGROUP) -> float | None:
-    """Cores' worth of time that a control group allows, of version 2 or 1; None: no limit."""
+    """CPU quota of a cgroup (v2 or v1), in cores; None: no limit."""
     if (cgroup / "cpu.max").is_file():
         quota, period = (cgroup / "cpu.max").read_text().split()
     elif (cgroup / "cpu/cpu.cfs_quota_us").is_file():
@@ -40,7 +40,7 @@ def cpu_quota(cgroup: Path = _CGROUP) -> float | None:
 
 
 def check_memory(node: Node) -> Finding:
-    """Memory that can be had without swapping, and whether the training file fits into it."""
+    """Memory available without swapping, and whether the training file fits into it."""
     free_bytes = available_memory_bytes()
     detail = f"{free_bytes / 1e9:.1f} GB of memory are free, as this container's limit has it"
     if free_bytes < _MIN_MEMORY_BYTES:
@@ -68,7 +68,7 @@ def check_shared_memory(_: Node) -> Finding:
 
 
 def check_open_files(_: Node) -> Finding:
-    """Open files and connections of a process."""
+    """Limit on open files and connections of a process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"a process may open {_limit(soft, 'files')} (hard limit: {_limit(hard, 'files')})"
     if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
@@ -77,7 +77,7 @@ def check_open_files(_: Node) -> Finding:
 
 
 def check_locked_memory(node: Node) -> Finding:
-    """Memory that may be locked: what InfiniBand reads and writes is."""
+    """Limit on locked memory, which InfiniBand needs for its buffers."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     detail = f"a process may lock {_limit(soft, 'bytes')}"
     if soft == resource.RLIM_INFINITY:

@@ -1,4 +1,4 @@
-"""Checks of what the processes of a run talk through."""
+"""Checks of the communication between the processes of a run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import psutil
 from fastssl.commands.doctor.finding import Finding, Node
 
 _ALL_REDUCE = "fastssl.commands.doctor.all_reduce"
-_TIMEOUT_S = 180  # two processes import torch, on a busy machine too
+_TIMEOUT_S = 180  # enough for two processes to import torch on a busy machine
 _POLL_S = 0.02
 _MAX_RANKS = 8
 
@@ -73,12 +73,12 @@ def _finding(backend: str, num_ranks: int) -> Finding:
 
 
 def _all_reduce(backend: str, num_ranks: int) -> tuple[float, float]:
-    """(ms of one number, bytes a second of 16 MB) as rank 0 measures them, in processes of their own.
+    """(ms for one number, bytes per second for 16 MB), measured by rank 0 in separate processes.
 
-    Their stdout is NCCL's, which prints its version and its log there.
+    Their stdout is not used for results, because NCCL prints its version and log there.
 
     Raises:
-        RuntimeError: they fail, or do not end in time.
+        RuntimeError: the processes fail, or do not end in time.
     """
     root = str(Path(__file__).resolve().parents[3])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -104,10 +104,10 @@ def _all_reduce(backend: str, num_ranks: int) -> tuple[float, float]:
 
 
 def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Which rank failed first, the others being left to wait for it; None: all have ended well.
+    """The rank that failed first, for which the others then wait; None: all ended successfully.
 
     Raises:
-        RuntimeError: they do not end in time.
+        RuntimeError: the ranks do not end in time.
     """
     end_s = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < end_s:
@@ -120,5 +120,5 @@ def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _some_match(wanted: str, names: dict[str, list[str]]) -> bool:
-    """NCCL takes prefixes, in a list; gloo names, in a list."""
+    """Whether an interface matches; NCCL takes a list of prefixes, gloo a list of names."""
     return any(name.startswith(prefix) for prefix in wanted.split(",") for name in names)

@@ -24,7 +24,7 @@ def check_python(_: Node) -> Finding:
 
 
 def check_packages(_: Node) -> Finding:
-    """Versions, beside those that were tried together (requirements/)."""
+    """Installed versions, compared with those that were tested together (requirements/)."""
     import torch
 
     tried = _pins()
@@ -36,7 +36,7 @@ def check_packages(_: Node) -> Finding:
         elif version is None:
             shown.append(f"{name} none")
         else:
-            # A build's own label, such as +cpu, is no other version.
+            # A local build label, such as +cpu, does not make another version.
             is_tried = tried.get(name, version).split("+")[0] == version.split("+")[0]
             shown.append(f"{name} {version}" + ("" if is_tried else f" (tried: {tried[name]})"))
     if missing:
@@ -55,7 +55,7 @@ def check_ffcv(_: Node) -> Finding:
 
 
 def check_dali(node: Node) -> Finding:
-    """DALI, and the CUDA that it is built for; needed by data.engine=dali alone."""
+    """DALI, and the CUDA version that it is built for; needed only by data.engine=dali."""
     wanted = node.cfg is not None and node.cfg.data.engine == "dali"
     try:
         importlib.import_module("nvidia.dali")
@@ -77,7 +77,7 @@ def check_dali(node: Node) -> Finding:
 
 
 def check_apex(node: Node) -> Finding:
-    """NVIDIA's apex, which a run needs that asks for it; a foreign package of that name is not imported."""
+    """NVIDIA's apex, if the run asks for it; another package of that name is not imported."""
     from fastssl.build_run import why_refused
     from fastssl.optim.nvidia_apex import why_no_apex
 
@@ -93,7 +93,7 @@ def check_apex(node: Node) -> Finding:
 
 
 def _pins() -> dict[str, str]:
-    """name -> version of requirements/*.txt of this checkout."""
+    """Package name -> pinned version in requirements/*.txt of this checkout."""
     pins: dict[str, str] = {"ffcv": "1.0.2"}
     for file in sorted((Path(__file__).resolve().parents[3] / "requirements").glob("*.txt")):
         for line in file.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Checks of the disks: what the images are read from, and where the checkpoints go."""
+"""Checks of the disks that images are read from and checkpoints are written to."""
 
 import os
 import tempfile
@@ -11,11 +11,11 @@ from pipelines.bench.disk import drop_from_cache, measure_disk
 _SECONDS = 1.0
 _PROBE_BYTES = 64 << 20
 _BLOCK_BYTES = 4 << 20
-_SLOW_BYTES_PER_S = 100e6  # a hard disk's, end to end
+_SLOW_BYTES_PER_S = 100e6  # sequential speed of a hard disk
 
 
 def check_data(node: Node) -> Finding:
-    """How fast the images come from their disk, without the page cache."""
+    """Speed of reading images from their disk, without the page cache."""
     if node.data is None:
         return Finding("not here", "no data given: --data FOLDER, or --cfg with data.train, measures its disk")
     if not node.data.exists():
@@ -39,7 +39,7 @@ def check_data(node: Node) -> Finding:
 
 
 def check_run_dir(node: Node) -> Finding:
-    """Whether run.dir can be written, and how fast."""
+    """Whether run.dir is writable, and its write speed."""
     if node.cfg is None:
         return Finding("not here", "no config given: --cfg looks at run.dir")
     path = Path(node.cfg.run.dir).absolute()
@@ -52,7 +52,7 @@ def check_run_dir(node: Node) -> Finding:
 
 
 def _probe(folder: Path) -> Finding:
-    """A folder without a .beton file: write a file there and read it."""
+    """For a folder without a .beton file: write a file there and read it."""
     if not folder.is_dir():
         return Finding("fail", f"{folder} is neither a folder nor a .beton file", "fastssl convert makes one")
     try:
@@ -70,7 +70,7 @@ def _probe(folder: Path) -> Finding:
 
 
 def _write_and_read(folder: Path) -> tuple[float, float | None]:
-    """Bytes a second through a file of its own, to the disk and back; None where it stays in the page cache."""
+    """Write and read speed of a temporary file, in bytes per second; None if the file stays in the page cache."""
     block = os.urandom(_BLOCK_BYTES)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".fastssl-doctor-") as file:
         start_s = time.perf_counter()

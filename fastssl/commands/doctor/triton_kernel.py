@@ -1,4 +1,4 @@
-"""The smallest kernel that shows that Triton compiles here. Imported only where there is a GPU."""
+"""A minimal kernel to check that Triton compiles here. Imported only if there is a GPU."""
 
 import torch
 import triton
@@ -15,7 +15,7 @@ def _add(x, y, out, num, BLOCK: tl.constexpr):
 
 
 def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x + y, contiguous and of one shape, on the GPU."""
+    """x + y for contiguous GPU tensors of equal shape."""
     out = torch.empty_like(x)
     _add[(triton.cdiv(x.numel(), _BLOCK),)](x, y, out, x.numel(), BLOCK=_BLOCK)  # pyright: ignore[reportArgumentType]
     return out
