@@ -244,13 +244,17 @@ def check_built(cfg: Config, *parts: str) -> None:
 
 def as_overrides(changes: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
     """Dotted keys and values as `key=value` strings; strings are returned as they are."""
+    if isinstance(changes, str):
+        raise ConfigError(f"overrides must be a mapping or a list of key=value, not the text {changes!r}")
     if not isinstance(changes, Mapping):
         return changes
     return [f"{key}={yaml.safe_dump(_plain(value), default_flow_style=True)}" for key, value in changes.items()]
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if hasattr(value, "item") else value  # a number of numpy or torch
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
@@ -282,13 +286,17 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Seque
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
 
 
+_DEFAULT_NAMES = {"loss": MioConfig().name, "optim": OptimConfig().name}
+
+
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Merge two trees; on conflict, the second one wins."""
     tree = dict(first)
     for key, value in second.items():
         old = tree.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
-            value = _merged(old, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            name = old.get("name", _DEFAULT_NAMES.get(key))
+            value = _merged(old, value) if value.get("name", name) == name else value
         tree[key] = value
     return tree
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fastssl.checkpoint.save_load import load_weights
@@ -20,6 +19,7 @@ from fastssl.evaluation.features import eval_mode
 from fastssl.models.backbones import build_backbone
 from fastssl.models.config import ModelConfig
 from pipelines.beton import BetonReader
+from pipelines.convert.source import is_image_name
 from pipelines.errors import DataError
 from pipelines.loader import build_eval_loader, cores_per_process
 from pipelines.transform import EvalTransform, read_image
@@ -71,7 +71,7 @@ def load_encoder(path: str | Path, *, backbone: nn.Module | None = None) -> Enco
         backbone.load_state_dict(weights["backbone"])
     except RuntimeError as error:
         raise ConfigError(f"{path} holds weights of another model: {' '.join(str(error).split())[:200]}") from None
-    backbone.eval()
+    backbone.cpu().eval()
     with torch.inference_mode():
         features = backbone(torch.zeros(1, 3, weights["image_px"], weights["image_px"]))
     return Encoder(backbone, features.shape[1], cfg.views).eval()
@@ -90,9 +90,9 @@ def embed(
 
     Args:
         encoder: Of `load_encoder`; its mode is eval meanwhile.
-        images: A .beton file; a folder, whose image files are taken in the order of their paths; levels uint8
-            [N, H, W, 3]; a sequence of PIL images or of uint8 [H, W, 3]; or a float tensor [N, 3, S, S] that is
-            normalised already, as `encoder.transform` gives it.
+        images: A .beton file; a folder, whose image files (those that `fastssl convert` takes) are read in the order of
+            their paths; levels uint8 [N, H, W, 3]; a sequence of PIL images or of uint8 [H, W, 3]; or a float tensor
+            [N, 3, S, S] that is normalised already, as `encoder.transform` gives it.
         batch_size: Images that the encoder gets at once.
         device: Where the encoder is moved to; None: it stays where it is.
 
@@ -107,12 +107,13 @@ def embed(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if device is not None:
         encoder.to(device)
-    place = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+    parameter = next(encoder.parameters(), torch.empty(0))
+    place, dtype = parameter.device, parameter.dtype
     features: list[Tensor] = []
     with eval_mode(encoder), torch.inference_mode():
         for views in _views_of(encoder, images, batch_size, place):
-            features.append(encoder(views.to(place, memory_format=torch.channels_last)).float().cpu())
-    if not features:
+            features.append(encoder(views.to(place, dtype, memory_format=torch.channels_last)).float().cpu())
+    if not sum(map(len, features)):
         raise DataError(f"there is no image in {images if isinstance(images, (str, Path)) else 'what was given'}")
     return torch.cat(features)
 
@@ -156,8 +157,7 @@ def _transformed(images: Any, transform: Callable[[Any], Tensor], batch_size: in
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is neither a folder nor a .beton file")
-    known = Image.registered_extensions()
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
+    return sorted(path for path in folder.rglob("*") if is_image_name(str(path)) and path.is_file())
 
 
 def _config_above(path: Path) -> Config:

@@ -9,3 +9,8 @@ if __name__ == "__main__":
     from fastssl.cli import main
 
     sys.exit(main(["train", *sys.argv[1:]]))
+
+if __name__ == "fastssl.train":  # imported: `fastssl.train` stays the function of that name
+    from fastssl.trainer import train
+
+    sys.modules[__name__] = train  # pyright: ignore[reportArgumentType]

@@ -36,7 +36,7 @@ from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.optim.layerwise import bind_partitions
 from fastssl.optim.schedules import learning_rate
-from fastssl.processes.consistency import check_shared_folder
+from fastssl.processes.consistency import check_same_config, check_shared_folder
 from fastssl.processes.launch import Process, start_process, started_process
 from fastssl.processes.preemption import StopRequest
 from fastssl.processes.watchdog import Watchdog
@@ -52,6 +52,7 @@ from fastssl.tracking.throughput import flops_per_image
 from pipelines.batch import Batch, BatchSource
 from pipelines.iterable_loader import Batches, IterableLoader
 from pipelines.loader import Loader
+from pipelines.views import build_view_specs
 
 
 class Trainer:
@@ -89,16 +90,21 @@ class Trainer:
             probe: Learns beside the training.
             is_holdout: bool [N]: samples that the probe must not learn from.
         """
-        known = {"model": (model, TwoViewModel), "loss": (loss, LOSS_CLASSES), "loader": (loader, Loader)}
-        own = {name: type(part) for name, (part, classes) in known.items() if not isinstance(part, classes)}
+        is_built = {
+            "model": isinstance(model, TwoViewModel) and model.built_from == cfg.model,
+            "loss": type(loss) in LOSS_CLASSES,
+            "loader": type(loader) is Loader,
+        }
+        parts = {"model": model, "loss": loss, "loader": loader}
+        own = {name: type(part) for name, part in parts.items() if not is_built[name]}
         custom = {name: f"{cls.__module__}.{cls.__qualname__}" for name, cls in own.items()}
-        loss_config = loss.config if isinstance(loss, LOSS_CLASSES) else cfg.loss
-        self.cfg = replace(cfg, custom=custom, loss=loss_config)
+        self.cfg = replace(cfg, custom=custom, loss=loss.config if is_built["loss"] else cfg.loss)
         self.probe, self.is_holdout = probe, is_holdout
         self.folder = RunFolder(cfg.run.dir)
         self.step = 0
         self.must_stop = False  # what all ranks agreed on
         self.checkpoint_due = False
+        self._has_started = False
         self._given = (model, loss, loader)
 
     def train(self, stop_request: StopRequest | None = None) -> RunFolder:
@@ -128,6 +134,10 @@ class Trainer:
 
     def start(self, process: Process, stop_request: StopRequest) -> None:
         """All that comes before the first step (all ranks): build, lock the folder, restore, listen to signals."""
+        if self._has_started:
+            raise ConfigError("this trainer has trained already: build another one")
+        self._has_started = True
+        self._check_custom()
         process.watchdog.step = lambda: self.step
         is_resumed = collectives.broadcast_object(self.folder.check_claim(self.cfg))
         self.prepare(process.device)
@@ -336,11 +346,35 @@ class Trainer:
             self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return engine, optimizer
 
+    def _check_custom(self) -> None:
+        """Refuse keys that are for parts which are built from the configuration."""
+        check_apex(self.cfg)
+        if "model" in self.cfg.custom and self.cfg.run.init_from:
+            raise ConfigError(
+                "run.init_from is for a model that is built from the configuration: load your own weights"
+            )
+        if "model" in self.cfg.custom and self.cfg.model.layer_norm != "torch":
+            raise ConfigError("model.layer_norm is for a model that is built from the configuration: change your own")
+        if self.probe is not None and self.is_holdout is None:
+            raise ConfigError("a probe needs is_holdout: which samples it must not learn from")
+
     def _as_batch_source(self, loader: Any) -> BatchSource:
         if isinstance(loader, Loader) or hasattr(loader, "view_shapes"):
             return loader
         world_size = collectives.world_size()
         source = IterableLoader(loader, device=self.device, world_size=world_size)
+        check_same_config(self.cfg, source.identity)
+        loss, num_views = self._given[1], len(source.view_shapes)
+        most = loss.config.max_views if isinstance(loss, Loss) else math.inf
+        if num_views > most:
+            raise ConfigError(f"loader: its batches have {num_views} views, loss {self.cfg.loss.name} takes {most:g}")
+        size_px = build_view_specs(self.cfg.views)[0].size_px
+        if source.view_shapes[0][1:] != (size_px, size_px):
+            height_px, width_px = source.view_shapes[0][1:]
+            raise ConfigError(
+                f"views.size_px is {size_px}, but the loader's first view is {height_px}x{width_px} px: set it to "
+                "that, as evaluation and load_encoder prepare images of this size"
+            )
         num_images = source.local_batch_size * world_size
         if num_images != self.cfg.data.global_batch_size:
             raise ConfigError(

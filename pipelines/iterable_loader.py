@@ -27,7 +27,8 @@ class IterableLoader:
     An item is a `Batch`, or the views of one: V tensors [B, 3, H, W], floats, normalised. It may also be a pair (views,
     labels), as DataLoaders give it; the labels are not used. A resumed epoch draws the batches before its first one
     and throws them away, so a run resumes exactly only if the iterable gives the same batches again for an epoch.
-    Where the iterable, its `sampler` or its `batch_sampler` has a `set_epoch`, it is called before each epoch.
+    Where the iterable, its `sampler`, its `batch_sampler` or the sampler of that has a `set_epoch`, it is called before
+    each epoch.
 
     Attributes:
         num_samples: Images of an epoch, over all ranks.
@@ -47,8 +48,12 @@ class IterableLoader:
             DataError: There is no batch, or it is not what is described above.
         """
         self._batches, self._device = batches, device
+        try:
+            num_batches = len(batches)
+        except TypeError:
+            raise DataError("loader: it has no length, which is the number of steps of an epoch") from None
         first = next(iter(batches), None)
-        if first is None or len(batches) == 0:
+        if first is None or num_batches == 0:
             raise DataError("loader: it gives no batch")
         views = _views_of(first)
         self._local_batch_size = len(views[0])
@@ -78,13 +83,20 @@ class IterableLoader:
         """See `BatchSource`.
 
         Raises:
-            DataError: A batch has other views or another size than the first one of the run.
+            DataError: A batch has other views or another size than the first one of the run, or there are fewer than
+                the length says.
         """
-        for owner in (self._batches, *(getattr(self._batches, name, None) for name in ("sampler", "batch_sampler"))):
+        loader: Any = self._batches
+        inner = getattr(loader, "batch_sampler", None)
+        for owner in (loader, getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None)):
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        for number, item in enumerate(islice(self._batches, first_batch, len(self)), first_batch):
-            yield self._finish(item, number)
+        num_given = first_batch
+        for item in islice(self._batches, first_batch, len(self)):
+            yield self._finish(item, num_given)
+            num_given += 1
+        if num_given < len(self):
+            raise DataError(f"loader: epoch {epoch} ended after {num_given} batches, its length is {len(self)}")
 
     def close(self) -> None:
         """Nothing to stop: the iterable is its owner's."""

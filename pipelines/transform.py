@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.convert.images import CorruptImageError, read_upright, upright_rgb
 from pipelines.draw import eval_params
 from pipelines.errors import DataError
 from pipelines.resample import resized_crop
@@ -35,10 +36,12 @@ class EvalTransform:
         """Prepare one image.
 
         Args:
-            image: A PIL image (converted to RGB), or levels uint8 [H, W, 3], an array or a tensor.
+            image: A PIL image (converted as `fastssl convert` does: upright, RGB, transparency on white), or levels
+                uint8 [H, W, 3], an array or a tensor.
 
         Raises:
             TypeError: It is something else.
+            ValueError: A PIL image that cannot be converted.
         """
         from kernels.augment import augment
 
@@ -55,22 +58,24 @@ class EvalTransform:
         return f"EvalTransform(size_px={self.size_px}, crop_fraction={crop}, mean={self.mean}, std={self.std})"
 
 
-def read_image(path: Path) -> Image.Image:
-    """Open an image file and decode it.
+def read_image(path: Path) -> np.ndarray:
+    """Read an image file as `fastssl convert` does: uint8 RGB [H, W, 3], upright, transparency on white.
 
     Raises:
         DataError: It cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from None
+        return read_upright(str(path))
+    except CorruptImageError as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from None
 
 
 def _levels(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        try:
+            image = upright_rgb(image)
+        except CorruptImageError as error:
+            raise ValueError(f"the image cannot be used: {error}") from None
     if isinstance(image, torch.Tensor):
         image = image.numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

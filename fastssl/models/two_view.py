@@ -19,6 +19,7 @@ class TwoViewModel(nn.Module):
         backbone: Images [B, 3, H, W] -> features [B, F].
         projector: Features [B, F] -> projections [B, D].
         num_features: F.
+        built_from: The model section; None: with a backbone that was given.
     """
 
     def __init__(self, cfg: ModelConfig, image_px: int, backbone: nn.Module | None = None) -> None:
@@ -36,6 +37,7 @@ class TwoViewModel(nn.Module):
             ValueError: see `build_backbone`.
         """
         super().__init__()
+        self.built_from = cfg if backbone is None else None
         if backbone is None:
             self.backbone, self.num_features = build_backbone(cfg, image_px)
         else:

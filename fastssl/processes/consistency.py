@@ -18,7 +18,7 @@ def check_same_config(cfg: Config, data_identity: list[int]) -> None:
 
     Args:
         cfg: This rank's.
-        data_identity: Number of images and bytes of its data.train.
+        data_identity: Number of images and bytes of its data.train, or `identity` of a loader of its own.
     Raises:
         ConfigError: on every rank; names the first that differs.
     """
@@ -30,6 +30,11 @@ def check_same_config(cfg: Config, data_identity: list[int]) -> None:
                 f"rank {rank} on {host} has another config than rank 0 on {first_host}; it differs in {'; '.join(keys)}"
             )
         if identity != first_identity:
+            if "loader" in cfg.custom:
+                raise ConfigError(
+                    f"the loader gives [batches, images of a batch] {identity} on {host} (rank {rank}), but "
+                    f"{first_identity} on {first_host} (rank 0): give every rank as many"
+                )
             raise ConfigError(
                 f"data.train: {cfg.data.train} holds [images, bytes] {identity} on {host} (rank {rank}), but "
                 f"{first_identity} on {first_host} (rank 0): give every host the same file"

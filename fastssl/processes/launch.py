@@ -1,5 +1,6 @@
 """Starting the processes of a run: device, threads and the process group, under any launcher or none."""
 
+import atexit
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ import torch.distributed as torch_dist
 from fastssl.config import RunConfig
 from fastssl.errors import ConfigError, Preempted
 from fastssl.machine.nvidia_gpu import driver_version, why_no_gpu, why_too_old
-from fastssl.processes.rendezvous import join
+from fastssl.processes.rendezvous import ALONE, join
 from fastssl.processes.watchdog import Watchdog
 from pipelines.loader import cores_per_process
 
@@ -34,21 +35,26 @@ class Process:
 
 @contextmanager
 def started_process(cfg: RunConfig) -> Iterator[Process]:
-    """Start this process of a run, watch the others, and leave their group at the end.
+    """Start this process of a run and watch the others.
 
     Raises:
         ConfigError: see `choose_device`.
         PeerLostError: the other processes do not come, or one of them is lost.
     """
+    environment = {name: os.environ.get(name) for name in ALONE}
     try:
         with Watchdog() as watchdog:
             device = start_process(cfg)
             watchdog.watch(cfg)
             yield Process(device, watchdog)
+        leave_group_at_exit()
     except Preempted:  # all ranks leave
-        end_process()
+        leave_group_at_exit()
         raise
-    end_process()
+    finally:  # programs that are started later are not ranks of this run
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
 
 
 def start_process(cfg: RunConfig) -> torch.device:
@@ -71,13 +77,14 @@ def start_process(cfg: RunConfig) -> torch.device:
     return device
 
 
-def end_process() -> None:
-    """Leave NCCL's process group at the end of a training; it warns where that is left to the process's end."""
-    if torch_dist.is_initialized() and torch_dist.get_backend() == "nccl":
-        import deepspeed.comm.comm
+def leave_group_at_exit() -> None:
+    """Have NCCL's process group destroyed when this process ends: NCCL warns otherwise.
 
-        torch_dist.destroy_process_group()
-        deepspeed.comm.comm.cdb = None  # or it takes the next group for the one that is gone
+    Not earlier: another training in this process uses the same group, which DeepSpeed keeps references to.
+    """
+    if torch_dist.is_initialized() and torch_dist.get_backend() == "nccl":
+        atexit.unregister(torch_dist.destroy_process_group)
+        atexit.register(torch_dist.destroy_process_group)
 
 
 def num_threads_of(cfg: RunConfig) -> int:
@@ -126,6 +133,23 @@ def _init_deepspeed(device: torch.device, cfg: RunConfig) -> None:
         # DeepSpeed would compile its shared-memory collective for a minute and a half; gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not torch_dist.is_initialized():
+    if torch_dist.is_initialized():
+        _check_group(backend)
+    else:
         join(backend, cfg)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _check_group(backend: str) -> None:
+    """Refuse a process group of another backend, which an earlier training of this process, or its program, has made.
+
+    DeepSpeed takes rank and world size from the environment, which may have been reset since.
+    """
+    if torch_dist.get_backend() != backend:
+        raise ConfigError(
+            f"run.device: this process has a process group of {torch_dist.get_backend()}, and {backend} is needed: "
+            "train on the same device as before, or in another process"
+        )
+    if torch_dist.get_world_size() == 1:
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)

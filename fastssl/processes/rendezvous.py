@@ -13,6 +13,9 @@ from fastssl.config import RunConfig
 from fastssl.errors import ConfigError, PeerLostError
 from fastssl.processes.watchdog import is_loss, reason_of
 
+# What a launcher would set for a process without others; DeepSpeed reads it.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
 
 def join(backend: str, cfg: RunConfig) -> None:
     """Make the process group of all processes that a launcher has started, or of this one alone.
@@ -26,7 +29,7 @@ def join(backend: str, cfg: RunConfig) -> None:
         PeerLostError: the other processes do not come in time, or cannot be reached.
     """
     if "RANK" not in os.environ:  # alone: no launcher, so no address and no port that could be taken
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(ALONE)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens all the same: for this machine only
         store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -59,7 +59,7 @@ class Watchdog:
             return
         group = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=cfg.collective_timeout_s))
         probe_connections(cfg.peer_timeout_s)
-        self._thread = threading.Thread(target=self._beat, args=(group,), name="fastssl-peers", daemon=True)
+        self._thread = threading.Thread(target=self._beat, args=(group,), name="fastssl-watchdog", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipelines.convert.source import Item
 from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, check_jpeg, decode_jpeg
+
+T = TypeVar("T")
 
 SMALL_AREA_PX = 64 * 64  # lossless sources up to this area are stored as raw pixels and stay lossless
 MAX_JPEG_SIDE_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
@@ -91,6 +93,48 @@ def _store_or_reason(
         return error
 
 
+def read_upright(file: str | bytes) -> np.ndarray:
+    """Read one image file as `store_file` does, before its pixels are stored.
+
+    Args:
+        file: The file's path or bytes.
+    Returns:
+        uint8 RGB [H, W, 3], upright.
+    Raises:
+        CorruptImageError: see `store_file`.
+    """
+    return _or_reason(_read_upright, file)
+
+
+def upright_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of a Pillow image, upright, with transparency on white; see `_to_rgb` for what is refused.
+
+    Raises:
+        CorruptImageError: a mode that cannot be converted, or more pixels than Pillow's limit.
+    """
+    return _or_reason(_upright_rgb, image)
+
+
+def _upright_rgb(image: Image.Image) -> np.ndarray:
+    _check_area(image.width, image.height)
+    image.load()
+    rgb, turn = _to_rgb(image), UPRIGHT.get(_orientation(image))
+    return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def _read_upright(file: str | bytes) -> np.ndarray:
+    data = file if isinstance(file, bytes) else Path(file).read_bytes()
+    if not data:
+        raise CorruptImageError("empty file")
+    frame = _read_frame(data)
+    if frame is None:
+        return _upright_rgb(_open(data))
+    _check_area(frame.width_px, frame.height_px)
+    pixels = decode_as_engines_do(data, frame.height_px, frame.width_px)
+    turn = UPRIGHT.get(_orientation(_open(data))) if frame.may_be_turned else None
+    return pixels.copy() if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
 def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> StoredImage:
     """Read, decode and, only where needed, re-encode one image file.
 
@@ -107,8 +151,15 @@ def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> Stored
     Raises:
         CorruptImageError: unreadable, empty, truncated, not an image, or too large.
     """
+    return _or_reason(
+        lambda given: _store(given if isinstance(given, bytes) else Path(given).read_bytes(), max_px, quality), file
+    )
+
+
+def _or_reason(function: Callable[[Any], T], argument: Any) -> T:
+    """Call a function, and turn what Pillow raises into a CorruptImageError."""
     try:
-        return _store(file if isinstance(file, bytes) else Path(file).read_bytes(), max_px, quality)
+        return function(argument)
     except (CorruptImageError, ImportError):  # ImportError: without the decoder, no JPEG can be converted
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -144,9 +145,22 @@ def test_later_files_replace_keys_and_sections_of_another_name(tmp_path):
     assert (cfg.data.global_batch_size, cfg.data.engine) == (32, "resident")
     assert cfg.loss == MioConfig(negative="jensen", temperature_negative=0.3)
     assert (cfg.optim.base_lr, cfg.optim.momentum) == (0.2, 0)
+    paths[0].write_text("loss: {negative: jensen}\n")  # of MIO, the default
+    assert load_config([paths[0], paths[1], paths[2]]).loss.negative == "jensen"
+    paths[0].write_text("loss: {name: byol}\n")
     paths[1].write_text("loss: {negative: jensen}\n")  # a key of MIO in BYOL's section
     with pytest.raises(ConfigError, match=r"unknown key loss\.negative"):
         load_config(paths[:2])
+
+
+def test_overrides_are_a_mapping_or_texts(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("optim: {name: sgd}\n")
+    changes = {"train.num_epochs": np.int64(20), "run.dir": tmp_path, "optim.betas": [0.8, 0.9], "data.test": None}
+    cfg = load_config(path, changes)
+    assert (cfg.train.num_epochs, cfg.run.dir, cfg.optim.betas) == (20, str(tmp_path), (0.8, 0.9))
+    with pytest.raises(ConfigError, match=r"not the text 'run\.dir=a'"):
+        load_config(path, "run.dir=a")
 
 
 def test_keys_that_may_change_on_resume_are_declared_where_they_are_defined():

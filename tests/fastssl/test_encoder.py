@@ -14,8 +14,10 @@ import fastssl
 from fastssl.errors import ConfigError
 from fastssl.evaluation.features import encode_batches
 from pipelines.beton import BetonReader, BetonWriter
+from pipelines.convert import convert
 from pipelines.errors import DataError
 from pipelines.loader import build_eval_loader
+from pipelines.transform import read_image
 from tests.helpers.processes import ROOT
 
 NUM_IMAGES, SIZE_PX = 24, 40
@@ -89,6 +91,31 @@ def test_all_kinds_of_input_give_what_evaluation_sees(run, beton, images, tmp_pa
     assert expected.std(0).min() > 0  # the images differ
 
 
+def test_a_folder_gives_the_features_of_its_converted_file(run, tmp_path, images) -> None:
+    """Files are read as conversion reads them: transparency on white, 16 bits scaled, hidden ones left out, upright."""
+    encoder, folder = fastssl.load_encoder(run), tmp_path / "photographs"
+    folder.mkdir()
+    picture = Image.fromarray(images[0])
+    transparent = picture.convert("RGBA")
+    transparent.putalpha(Image.fromarray(images[1, ..., 0]))
+    transparent.save(folder / "transparent.png")
+    Image.fromarray(images[0, ..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    picture.convert("L").save(folder / "grey.png")
+    (folder / "._hidden.png").write_bytes(b"none")
+    (folder / "table.pdf").write_bytes(b"none")
+    converted = convert("folder", folder, tmp_path / "photographs.beton")
+    assert converted.num_images == 3
+    torch.testing.assert_close(
+        fastssl.embed(encoder, folder), fastssl.embed(encoder, converted.out), rtol=1e-5, atol=1e-6
+    )
+    exif, turned = Image.Exif(), tmp_path / "turned.jpg"
+    exif[0x0112] = 6  # to be turned clockwise
+    picture.save(turned, exif=exif, quality=95)
+    upright = encoder.transform(np.rot90(np.asarray(Image.open(turned)), -1))
+    assert torch.equal(encoder.transform(Image.open(turned)), upright)
+    assert torch.equal(encoder.transform(read_image(turned)), upright)
+
+
 def test_the_transform_is_the_pixels_of_the_loader(run, beton, images) -> None:
     encoder = fastssl.load_encoder(run)
     loader = build_eval_loader(
@@ -107,6 +134,7 @@ def test_the_transform_is_the_pixels_of_the_loader(run, beton, images) -> None:
         ([np.zeros((24, 24), np.uint8)], TypeError, r"got uint8 \[24, 24\]"),
         (7, TypeError, "images must be a path"),
         ([], DataError, "there is no image"),
+        (torch.zeros(0, 3, 24, 24), DataError, "there is no image"),
         ("no/such/folder", DataError, "is neither a folder nor a .beton file"),
     ],
 )

@@ -16,6 +16,7 @@ import fastssl
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.losses import Mio, MioConfig
+from fastssl.models.two_view import TwoViewModel
 from fastssl.tracking.writers import read_rows
 from fastssl.trainer import Trainer
 
@@ -50,6 +51,7 @@ def config(folder, **changes):
     return build_config({
         "run": {"dir": folder, "device": "cpu", "num_threads": 1, "log_every_steps": 1, **changes.pop("run", {})},
         "data": {"global_batch_size": changes.pop("batch", 8)},
+        "views": {"size_px": changes.pop("size_px", 12)},
         "model": {"projector_hidden": [8], "projector_dim": 4},
         "optim": {"warmup_epochs": 0},
         "train": {"num_epochs": 2},
@@ -161,6 +163,9 @@ REFUSED = {
     "model=nn.Linear(2, 2)": "model.backbone: Linear does not take 12 px images",
     "model=nn.Conv2d(3, 4, 3)": "model.backbone: Conv2d does not give one feature vector per image",
     "loader=[torch.zeros(8, 3, 12, 12)]": "loader: a batch must be at least two views",
+    "loader=[[torch.zeros(8, 3, 16, 16)] * 2]": "views.size_px is 12, but the loader's first view is 16x16 px",
+    "loss=Spectral()": "loader: its batches have 3 views, loss spectral takes 2",
+    "loader=Short([[torch.zeros(8, 3, 12, 12)] * 2])": "loader: epoch 0 ended after 1 batches, its length is 2",
 }
 
 
@@ -169,13 +174,20 @@ def test_parts_that_do_not_fit_end_with_one_line(program, tmp_path) -> None:
         from parts import *
         from fastssl import Trainer
         from fastssl.errors import UserError
+        from fastssl.losses import Spectral
         from pipelines.errors import DataError
+
+        class Short(list):
+            def __len__(self):
+                return 2
 
         for change in {list(REFUSED)!r}:
             parts = dict(model=Encoder(), loss=Agreement(), loader=DataLoader(Views(), batch_size=8))
             name, _, value = change.partition("=")
             if value:
                 parts[name] = eval(value)
+            if name == "loss":
+                parts["loader"] = [[torch.zeros(8, 3, 12, 12)] * 3]
             cfg = config({str(tmp_path / "run")!r}, batch=16 if name == "batch" else 8)
             try:
                 Trainer(cfg, **parts).train()
@@ -184,8 +196,46 @@ def test_parts_that_do_not_fit_end_with_one_line(program, tmp_path) -> None:
     """
     done = program(text)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if " images, " not in line]  # but for the headline
     assert len(lines) == len(REFUSED)
     for line, message in zip(lines, REFUSED.values(), strict=True):
         assert line.startswith(message)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_trainer_trains_once_and_leaves_the_environment_as_it_was(program, tmp_path) -> None:
+    """A second training in one process, and programs that are started later, are not ranks of the first."""
+    text = f"""
+        import os, subprocess, sys
+        from parts import *
+        import fastssl.train
+        from fastssl import Trainer
+
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        for number in range(2):
+            parts = dict(model=Encoder(), loss=Agreement(), loader=DataLoader(Views(), batch_size=8))
+            trainer = Trainer(config({str(tmp_path)!r} + f"/run_{{number}}"), **parts)
+            trainer.train()
+            assert not {{"RANK", "LOCAL_RANK", "WORLD_SIZE"}} & set(os.environ)
+        try:
+            trainer.train()
+        except fastssl.errors.ConfigError as error:
+            print(error)
+        print(callable(fastssl.train), fastssl.train.__name__)
+    """
+    done = program(text)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        f"{tmp_path / 'run_1'} holds a run already: go on with --set run.resume=auto, or choose another run.dir",
+        "True train",
+    ]
+
+
+def test_what_only_looks_like_ours_is_named(tmp_path) -> None:
+    class MyMio(Mio):
+        pass
+
+    cfg = build_config({"run": {"dir": str(tmp_path)}, "model": {"projector_hidden": [8]}})
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    parts = tiny_parts() | {"loss": MyMio(), "model": TwoViewModel(cfg.model, 12, backbone=backbone)}
+    assert Trainer(cfg, **parts).cfg.custom.keys() == {"model", "loss", "loader"}  # pyright: ignore

@@ -1,5 +1,7 @@
 """Anybody's batches as a training takes them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -72,10 +74,11 @@ def test_the_epoch_is_told_to_the_sampler(views) -> None:
         sampler = Sampler()
 
     items = Items([[view[:BATCH] for view in views]])
+    items.batch_sampler = SimpleNamespace(sampler=Sampler())
     loader = IterableLoader(items, device=CPU)
     for epoch in (3, 4):
         list(loader.epoch(epoch))
-    assert items.sampler.epochs == (3, 4)
+    assert items.sampler.epochs == items.batch_sampler.sampler.epochs == (3, 4)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,8 @@ def test_what_is_no_batch_is_described(item, message) -> None:
 def test_nothing_and_a_short_last_batch_are_refused(views) -> None:
     with pytest.raises(DataError, match="it gives no batch"):
         IterableLoader([], device=CPU)
+    with pytest.raises(DataError, match="it has no length"):
+        IterableLoader(iter([views]), device=CPU)  # pyright: ignore
     short = DataLoader(TensorDataset(*views), batch_size=5)
     loader = IterableLoader(short, device=CPU)
     with pytest.raises(DataError, match=r"batch 2 has views \[2, 3, 8, 8\].*the first one has 5 images"):
