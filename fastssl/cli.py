@@ -143,7 +143,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from fastssl.commands.compare import compare
 
-    settings = {"overrides": args.set, "on_test": args.on_test, "launcher": args.launcher}
+    settings = {"base": args.base, "overrides": args.set, "on_test": args.on_test, "launcher": args.launcher}
     print(compare(args.configs, args.out, num_seeds=args.seeds, **settings))
 
 
@@ -253,6 +253,7 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml")
+    compare.add_argument("--base", nargs="+", type=Path, default=[], metavar="YAML", help="read first, for all of them")
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="of each configuration (default: 3)")
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs and the table")
     compare.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for all of them")

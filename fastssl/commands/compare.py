@@ -33,6 +33,7 @@ def compare(
     out: Path,
     *,
     num_seeds: int,
+    base: Sequence[Path] = (),
     overrides: Sequence[str] = (),
     on_test: bool = False,
     launcher: str = "",
@@ -44,6 +45,7 @@ def compare(
         configs: YAML files; a file's stem is its name in the table.
         out: Folder for the runs (NAME/seed_S), compare.csv and compare.png.
         num_seeds: Seeds per configuration, >= 1.
+        base: YAML files with what all configurations have in common; each configuration is read after them.
         overrides: `key=value` changes for all configurations.
         on_test: Evaluate on data.test; otherwise on data.holdout_fraction of the training file.
         launcher: Command that starts a training, such as "deepspeed --num_gpus 8"; empty: this Python, one process.
@@ -55,14 +57,14 @@ def compare(
     Raises:
         UserError: a configuration cannot be run, two have one name, or a training failed.
     """
-    _check(configs, overrides, num_seeds, on_test=on_test)
+    _check(configs, base, overrides, num_seeds, on_test=on_test)
     environment = environment_columns(_PACKAGES)
     rows: list[Row] = []
     for number, config in enumerate(configs):
         for seed in range(num_seeds):
             run = out / config.stem / f"seed_{seed}"
             say(f"{config.stem}, seed {seed}: {number * num_seeds + seed + 1} of {len(configs) * num_seeds} -> {run}")
-            _train(config, run, [*overrides, f"run.seed={seed}"], launcher)
+            _train([*base, config], run, [*overrides, f"run.seed={seed}"], launcher)
             rows += _judged(config.stem, run, seed, on_test=on_test)
     table = out / "compare.csv"
     table.unlink(missing_ok=True)
@@ -105,7 +107,9 @@ def draw(summary: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _check(configs: Sequence[Path], overrides: Sequence[str], num_seeds: int, *, on_test: bool) -> None:
+def _check(
+    configs: Sequence[Path], base: Sequence[Path], overrides: Sequence[str], num_seeds: int, *, on_test: bool
+) -> None:
     """Check all inputs before the long trainings."""
     if num_seeds < 1:
         raise UserError(f"--seeds must be >= 1, got {num_seeds}")
@@ -115,7 +119,7 @@ def _check(configs: Sequence[Path], overrides: Sequence[str], num_seeds: int, *,
         raise UserError(f"two configurations are named {twice}: rename one")
     trees = []
     for config in configs:
-        cfg = load_config(config, overrides)
+        cfg = load_config([*base, config], overrides)
         if on_test and not cfg.data.test:
             raise ConfigError(f"{config}: data.test is not set, and --on-test reads it")
         if not on_test and not cfg.data.holdout_fraction:
@@ -127,10 +131,10 @@ def _check(configs: Sequence[Path], overrides: Sequence[str], num_seeds: int, *,
             raise UserError(f"{config} and {configs[0]} differ in {different[0]}: they would not be comparable")
 
 
-def _train(config: Path, run: Path, overrides: Sequence[str], launcher: str) -> None:
+def _train(config: Sequence[Path], run: Path, overrides: Sequence[str], launcher: str) -> None:
     start = shlex.split(launcher) or [sys.executable]
     settings = [*overrides, f"run.dir={run}", "run.resume=auto"]
-    done = subprocess.run([*start, str(_TRAIN), "--cfg", str(config), "--set", *settings], check=False)
+    done = subprocess.run([*start, str(_TRAIN), "--cfg", *map(str, config), "--set", *settings], check=False)
     if done.returncode:
         raise UserError(f"{run}: the training ended with exit code {done.returncode}; its message is above")
     if RunFolder(run).preempted.exists():

@@ -32,9 +32,12 @@ def test_a_training_that_a_signal_ended_is_not_judged(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_configurations_under_seeds_become_a_table(configs, tmp_path, command):
+def test_configurations_under_seeds_become_a_table(tiny_config, tmp_path, command):
     out = tmp_path / "study"
-    compare = ["fastssl", "compare", *configs, "--seeds", "2", "--out", out, *FAST]
+    parts = [tmp_path / "mio.yaml", tmp_path / "minc.yaml"]
+    for part in parts:
+        part.write_text(f"loss: {{name: {part.stem}}}")
+    compare = ["fastssl", "compare", *parts, "--base", tiny_config, "--seeds", "2", "--out", out, *FAST]
     done = command(*compare)
     assert done.returncode == 0, done.stderr
     assert "images held out of the training file" in done.stdout
