@@ -119,7 +119,7 @@ def load_initial_weights(model: TwoViewModel, path: str) -> None:
 
 
 def build_objective(cfg: Config, model: TwoViewModel, loss: Loss) -> Objective:
-    """The objective as the config wants it run; model and loss are changed in place (all ranks call it).
+    """The objective that the configuration describes; model and loss are changed in place (all ranks call it).
 
     Raises:
         ConfigError: the batch, the backbone or the machine do not allow what the config asks for.
@@ -187,7 +187,7 @@ def check_apex(cfg: Config) -> None:
 
 
 def why_refused(cfg: Config) -> str | None:
-    """Why this machine cannot serve a configuration that asks for apex, in one line; None: it can, or none is asked."""
+    """Why this machine cannot serve a configuration that asks for apex, in one line; None: it can, or need not."""
     asked = {"optim.impl": cfg.optim.impl, "model.layer_norm": cfg.model.layer_norm}
     keys = [f"{key}=apex" for key, impl in asked.items() if impl == "apex"]
     if not keys:

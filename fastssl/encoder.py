@@ -1,4 +1,4 @@
-"""A run's encoder in use: loading it, and features of images."""
+"""Loading the encoder of a run, and computing features of images with it."""
 
 # N images, B of a batch, F features, S side of a view in pixels
 
@@ -16,7 +16,7 @@ from fastssl.checkpoint.save_load import load_weights
 from fastssl.config import Config, load_config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.features import eval_mode
-from fastssl.models.backbones import build_backbone
+from fastssl.models.backbones import build_backbone, count_features
 from fastssl.models.config import ModelConfig
 from pipelines.beton import BetonReader
 from pipelines.convert.source import is_image_name
@@ -65,16 +65,16 @@ def load_encoder(path: str | Path, *, backbone: nn.Module | None = None) -> Enco
     cfg = _config_above(Path(path))
     if backbone is None and "model" in cfg.custom:
         raise ConfigError(f"{path} was trained with {cfg.custom['model']}: pass such a module as backbone=")
+    num_features: int | None = None
     if backbone is None:
-        backbone, _ = build_backbone(ModelConfig(**weights["model"]), weights["image_px"])
+        backbone, num_features = build_backbone(ModelConfig(**weights["model"]), weights["image_px"])
     try:
         backbone.load_state_dict(weights["backbone"])
-    except RuntimeError as error:
+        if num_features is None:
+            num_features = count_features(backbone.cpu(), type(backbone).__name__, weights["image_px"])
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} holds weights of another model: {' '.join(str(error).split())[:200]}") from None
-    backbone.cpu().eval()
-    with torch.inference_mode():
-        features = backbone(torch.zeros(1, 3, weights["image_px"], weights["image_px"]))
-    return Encoder(backbone, features.shape[1], cfg.views).eval()
+    return Encoder(backbone, num_features, cfg.views).eval()
 
 
 def embed(
@@ -89,12 +89,12 @@ def embed(
         features = fastssl.embed(encoder, "photographs/")
 
     Args:
-        encoder: Of `load_encoder`; its mode is eval meanwhile.
+        encoder: From `load_encoder`; it is in eval mode during the call.
         images: A .beton file; a folder, whose image files (those that `fastssl convert` takes) are read in the order of
             their paths; levels uint8 [N, H, W, 3]; a sequence of PIL images or of uint8 [H, W, 3]; or a float tensor
             [N, 3, S, S] that is normalised already, as `encoder.transform` gives it.
-        batch_size: Images that the encoder gets at once.
-        device: Where the encoder is moved to; None: it stays where it is.
+        batch_size: Number of images per forward pass.
+        device: Device to move the encoder to; None: the encoder is not moved.
 
     Returns:
         float32 [N, F], on the CPU.
@@ -161,10 +161,10 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _config_above(path: Path) -> Config:
-    """The configuration of the run that a path lies in.
+    """The configuration of the run that contains a path.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No configuration was found.
     """
     for folder in [path, *path.absolute().parents][:_ABOVE_WEIGHTS]:
         if (folder / "config.yaml").is_file():

@@ -1,10 +1,10 @@
-"""The fused operators of `kernels`, with the negatives of all ranks: what the losses are made of, as functions.
+"""The operators of `kernels` as functions, with the negatives of all ranks; the losses are built from them.
 
     loss = fastssl.functional.pair_loss(torch.stack([z_a, z_b]), negatives="exp", inv_temperature=5.0)
 
-Each exchanges rows over the default process group where there is one, and works alone where there is none; so its mean
-over ranks is the loss of the global batch, and averaging parameter gradients over ranks, as DistributedDataParallel
-does, makes that loss's gradient of it.
+Each operator exchanges rows over the default process group, if one is initialised. Its mean over ranks is the loss of
+the global batch, and averaging parameter gradients over ranks, as DistributedDataParallel does, gives that loss's
+gradient.
 """
 
 import inspect

@@ -60,10 +60,10 @@ class Trainer:
 
         Trainer(load_config("configs/demo.yaml"), model=my_encoder, loss=my_loss, loader=my_batches).train()
 
-    `train` is all of a run in the order in which it happens. The constructor only takes what is trained.
+    `train` runs all steps of a training in order. The constructor only stores its arguments.
 
     Attributes:
-        cfg: The configuration; `custom` names what was given and not built from it.
+        cfg: The configuration; `custom` names the parts that were passed in instead of built from it.
         model: Images to features and projections, from `prepare` on.
         step: Optimizer steps taken.
         folder: Of the run.
@@ -133,7 +133,7 @@ class Trainer:
         self.fit()
 
     def start(self, process: Process, stop_request: StopRequest) -> None:
-        """All that comes before the first step (all ranks): build, lock the folder, restore, listen to signals."""
+        """Everything before the first step (all ranks): build, lock the folder, restore, listen to signals."""
         if self._has_started:
             raise ConfigError("this trainer has trained already: build another one")
         self._has_started = True
@@ -306,7 +306,7 @@ class Trainer:
             prune(self.folder.checkpoints, keep_every_steps=self.cfg.run.keep_every_epochs * self.steps_per_epoch)
 
     def restore(self) -> None:
-        """Go on from the last whole checkpoint, or from the start where there is none (all ranks)."""
+        """Resume from the last whole checkpoint, or start from step 0 without one (all ranks)."""
         state = load_checkpoint(self.folder.checkpoints, self.engine, seed=self.cfg.run.seed)
         if state is not None:
             self._take_up(state)

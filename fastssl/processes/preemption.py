@@ -16,7 +16,7 @@ class StopRequest:
     """Remembers that a signal asked this process to leave, until the end of a `with` block.
 
     Attributes:
-        name: Of the signal, such as "SIGTERM"; None: nobody asked.
+        name: Name of the signal, such as "SIGTERM"; None: no signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class StopRequest:
         self._listen(signal.SIGUSR1)
 
     def listen_to_sigterm(self) -> None:
-        """From now on SIGTERM is remembered too."""
+        """From now on, remember SIGTERM too."""
         self._listen(signal.SIGTERM)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the signals do again what they did before."""
+        """Restore the previous signal handlers."""
         while self._handlers_before:
             number, handler = self._handlers_before.popitem()
             signal.signal(number, handler)

@@ -185,8 +185,8 @@ class FlatBuffers:
         self._flat: list[Tensor] = []
         part_of: dict[Tensor, Tensor] = {}
         for buffers in by_dtype.values():
-            flat = torch.cat([_padded(buffer) for buffer in buffers])
-            starts = accumulate((len(_padded(buffer)) for buffer in buffers), initial=0)
+            padded = [_padded(buffer) for buffer in buffers]
+            flat, starts = torch.cat(padded), accumulate(map(len, padded), initial=0)
             for buffer, start in zip(buffers, starts, strict=False):
                 # `.data` gives each its own version counter: autograd may have saved one while another is written.
                 part_of[buffer] = flat[start : start + buffer.numel()].view(buffer.shape).data

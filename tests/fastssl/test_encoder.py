@@ -143,13 +143,13 @@ def test_bad_images_are_named(run, given, error, message) -> None:
         fastssl.embed(fastssl.load_encoder(run), given)
 
 
-def test_an_image_file_that_is_none_is_named(run, tmp_path) -> None:
+def test_a_broken_image_file_is_named(run, tmp_path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
     with pytest.raises(DataError, match=r"broken.jpg cannot be read as an image"):
         fastssl.embed(fastssl.load_encoder(run), tmp_path)
 
 
-def test_what_is_no_run_is_named(run, tmp_path) -> None:
+def test_a_path_without_a_run_is_named(run, tmp_path) -> None:
     with pytest.raises(ConfigError, match="no weights at"):
         fastssl.load_encoder(tmp_path)
     (tmp_path / "weights.pt").write_bytes((run / "checkpoints/step_00000003/weights.pt").read_bytes())

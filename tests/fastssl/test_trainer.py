@@ -231,7 +231,7 @@ def test_a_trainer_trains_once_and_leaves_the_environment_as_it_was(program, tmp
     ]
 
 
-def test_what_only_looks_like_ours_is_named(tmp_path) -> None:
+def test_subclasses_and_own_backbones_count_as_custom(tmp_path) -> None:
     class MyMio(Mio):
         pass
 

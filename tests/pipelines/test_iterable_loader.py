@@ -92,7 +92,7 @@ def test_the_epoch_is_told_to_the_sampler(views) -> None:
         ([], "got a list of nothing"),
     ],
 )
-def test_what_is_no_batch_is_described(item, message) -> None:
+def test_an_invalid_batch_is_described(item, message) -> None:
     with pytest.raises(DataError, match=message):
         IterableLoader([item], device=CPU)
 

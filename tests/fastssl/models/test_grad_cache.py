@@ -151,7 +151,7 @@ class OneWeight(nn.Module):
 
 
 def test_under_autocast_the_parts_gradients_are_summed_in_fp32() -> None:
-    """256 and 1 are bf16 numbers, 257 is none: it would be 256 if the parts shared autocast's cast weights."""
+    """256 and 1 are bf16 numbers, 257 is not: it would become 256 if the parts shared autocast's cast weights."""
     model = OneWeight()
     with torch.autocast("cpu", torch.bfloat16):
         _, z = encode_in_micro_batches(model, [torch.tensor([[256.0], [1.0]])], 2)
