@@ -138,6 +138,7 @@ def build_objective(cfg: Config, model: TwoViewModel, loss: Loss) -> Objective:
         checkpoints_activations=cfg.model.activation_checkpointing,
     )
     _check_micro_batches(cfg, objective)
+    _check_mean(loss, model)
     if cfg.train.compile:
         _compile(objective)
     return objective
@@ -151,6 +152,17 @@ def _compile(objective: Objective) -> None:
     for network in (objective.model, objective.target):
         if network is not None:
             network.compile(dynamic=False)
+
+
+def _check_mean(loss: Loss, model: TwoViewModel) -> None:
+    """Warn where the projector removes the mean that the loss is to find."""
+    if loss.config.needs_mean and has_batch_norm(model.projector[-1]) and collectives.rank() == 0:
+        print(
+            f"fastssl: warning: the batch norm at the end of the projector removes the constant function, which loss "
+            f"{loss.config.name} is to find too: set model.projector_last_norm=false",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check_micro_batches(cfg: Config, objective: Objective) -> None:

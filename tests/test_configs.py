@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def test_the_papers_rows_are_composed_of_parts(method, data):
     assert cfg.data.train == f"data/{data}_train.beton"
     assert cfg.data.test
     assert cfg.train.precision == "bf16"
+
+
+def test_the_wide_resnet_is_another_part():
+    names = ("data/imagenet.yaml", "loss/minc_imagenet.yaml", "model/resnet50_w2.yaml")
+    cfg, narrow = load_config([FOLDER / name for name in names]), composed("imagenet", "minc_imagenet")
+    assert cfg.model.backbone_kwargs == {"channels": [128, 256, 512, 1024]}
+    assert replace(cfg.model, backbone="resnet50", stem_channels=0, backbone_kwargs={}) == narrow.model
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
+def test_losses_that_find_the_constant_function_have_heads_that_can(path: Path):
+    if path.parent.name == "loss":
+        cfg = load_config(path)
+        assert not (cfg.loss.needs_mean and cfg.model.projector_last_norm)
 
 
 @pytest.mark.parametrize(("suffix", "learning_rate"), [("", 0.2), ("_b512", 0.8)])

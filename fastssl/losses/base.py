@@ -21,12 +21,15 @@ class LossConfig:
         max_views: Maximum number of views that the loss accepts, >= 2.
         takes_width: Whether the loss's constructor needs the width of the projections, D.
         has_moments: Whether the loss stores a D x D matrix, which limits D.
+        needs_mean: Whether the mean of the projections carries information for the loss, which a batch norm at the end
+            of the projector removes.
     """
 
     name: str
     max_views: ClassVar[float] = math.inf
     takes_width: ClassVar[bool] = False
     has_moments: ClassVar[bool] = False
+    needs_mean: ClassVar[bool] = False
 
 
 ConfigT = TypeVar("ConfigT", bound=LossConfig)

@@ -1,6 +1,6 @@
 """MINC: non-contrastive mutual information, arXiv:2504.16667; the form here is [derived], not quoted from it.
 
-# V views of B samples, T of them seen by the target; D projection; u = z/|z|; s the scale
+# V views of B samples, T of them seen by the target; D projection; s the scale; u = z/|z| (see `norm`)
 # phi = sqrt(s) u of the online network, phi' = sqrt(s) t of the target, another view of the same sample
 # Lambda = E[phi' phi'^T], a running average over steps and ranks; sg(x): x without gradient
 
@@ -20,6 +20,17 @@ D x D matrix.
 
 t_alpha(v) = (|sqrt(alpha/2) v|^(2 (alpha - 1)/alpha) - 1)/(alpha - 1), and log(v^2/2) at alpha = 1, whose divergence is
 the mutual information in nats. At alpha = 2 v stands for |v|, and l is without the constant 1/2.
+
+The minimum of l over all functions phi spans the eigenfunctions of the largest eigenvalues of the joint distribution of
+two views, each scaled by the root of its eigenvalue [derived]. The rows of this minimum differ in norm in general, so
+it is found only if `norm` allows them: rows of one norm ("unit") find it only where sum_k lambda_k f_k(x)^2 = s for
+every x. The first eigenfunction is the constant one; a projector that ends with a batch norm cannot represent it.
+
+| `norm` | phi                                                                                 |
+|--------|-------------------------------------------------------------------------------------|
+| "unit" | sqrt(s) z/|z|                                                                       |
+| "clip" | z, shortened to the norm sqrt(s) if it is longer: the spectral loss's with mu = s    |
+| "none" | z; s has no effect                                                                  |
 
 With A = tril(Lambda), which is not symmetric, the gradient of phi^T A phi would be a different direction and converge
 to a different subspace. Therefore phi . sg(A phi) is differentiated, whose gradient is A phi; the value keeps its 1/2.
@@ -45,7 +56,8 @@ class MincConfig(LossConfig):
 
     Attributes:
         name: Selects this loss.
-        scale: s, the squared norm of phi; 10 [second-hand].
+        scale: s, the squared norm of phi ("unit"), or its maximum ("clip"); 10 [second-hand].
+        norm: How the rows are normalised, see the module.
         moment_momentum: beta of Lambda's average, in [0, 1); .8 [second-hand].
         target_momentum: Initial momentum of the target network, increased to 1 on a cosine; .996 [second-hand].
         gha: Use the lower triangle of Lambda (generalized Hebbian algorithm), which gives ordered eigenfunctions; only
@@ -56,8 +68,10 @@ class MincConfig(LossConfig):
 
     takes_width: ClassVar[bool] = True
     has_moments: ClassVar[bool] = True
+    needs_mean: ClassVar[bool] = True
     name: Literal["minc"] = "minc"
     scale: float = 10.0
+    norm: Literal["unit", "clip", "none"] = "unit"
     moment_momentum: float = 0.8
     target_momentum: float = 0.996
     gha: bool = False
@@ -69,6 +83,8 @@ class MincConfig(LossConfig):
             number = getattr(self, name)
             if not (math.isfinite(number) and number > 0):
                 raise ValueError(f"loss.{name}: must be > 0, got {number}")
+        if self.norm not in ("unit", "clip", "none"):
+            raise ValueError(f"loss.norm: must be unit, clip or none, got {self.norm!r}")
         if not (math.isfinite(self.alpha) and self.alpha >= 1):
             raise ValueError(f"loss.alpha: must be >= 1, got {self.alpha}")
         if self.gha and self.alpha != 2:
@@ -81,7 +97,7 @@ class Minc(Loss[MincConfig]):
     """Mean of l over all ordered pairs of different views.
 
     Attributes:
-        moment: Lambda/s, the moving average of the second moment of the target's unit rows.
+        moment: Lambda/s, the moving average of the second moment of the target's rows t = phi'/sqrt(s).
     """
 
     configs = (MincConfig,)
@@ -100,7 +116,7 @@ class Minc(Loss[MincConfig]):
         """The loss of this rank's rows. In training mode Lambda is updated with the batch after it was used.
 
         Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside.
+            z: Projections of each view [B, D], any floating dtype; normalised inside as `norm` says.
             targets: The target network's projections of the first T views.
 
         Returns:
@@ -112,7 +128,7 @@ class Minc(Loss[MincConfig]):
         """
         rows, s = stack_views(*z), self.config.scale
         with torch.autocast(rows.device.type, enabled=False):
-            u, t = unit_rows(rows), unit_rows(torch.stack(list(targets)).detach())
+            u, t = self._normalised(rows), self._normalised(torch.stack(list(targets)).detach())
             batch_moment = second_moment(t)
             moment = self.moment.corrected(batch_moment)
             if self.training:
@@ -123,6 +139,15 @@ class Minc(Loss[MincConfig]):
                 for v, w in ordered_pairs(len(u), len(t))
             ]
             return torch.stack(terms).mean()
+
+    def _normalised(self, z: Tensor) -> Tensor:
+        """phi/sqrt(s) of the rows z, fp32 (fp64 for fp64 rows)."""
+        if self.config.norm == "unit":
+            return unit_rows(z)
+        longest, wide = math.sqrt(self.config.scale), z if z.dtype == torch.float64 else z.float()
+        if self.config.norm == "none":
+            return wide / longest
+        return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(longest)
 
     @staticmethod
     def _gha_form(u: Tensor, moment: Tensor) -> Tensor:

@@ -26,11 +26,13 @@ class SpectralConfig(LossConfig):
 
     Attributes:
         name: Selects this loss.
-        mu: Maximum squared norm; longer rows are rescaled to it, > 0; 1 is the authors' default.
+        mu: Maximum squared norm; longer rows are rescaled to it, > 0; the authors use 1 for CIFAR and 10 for
+            ImageNet.
         impl: Implementation of the sums, see `kernels.gram_loss.terms.gram_terms`.
     """
 
     has_moments: ClassVar[bool] = True
+    needs_mean: ClassVar[bool] = True
     max_views: ClassVar[int] = 2
     name: Literal["spectral"] = "spectral"
     mu: float = 1.0

@@ -38,10 +38,12 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
     else:
         model = _build_torchvision(cfg)
         is_resnet = isinstance(model, torchvision.models.ResNet)
-    if not is_resnet and (cfg.stem != "imagenet" or cfg.pool_px > 1):
-        raise ValueError(
-            f"model.stem={cfg.stem} and model.pool_px={cfg.pool_px} are for ResNets only, not for {cfg.backbone}"
-        )
+    asked = {"stem": cfg.stem, "stem_channels": cfg.stem_channels, "pool_px": cfg.pool_px}
+    changed = [f"model.{name}={asked[name]}" for name in asked if asked[name] not in ("imagenet", 0, 1)]
+    if changed and not is_resnet:
+        raise ValueError(f"{' and '.join(changed)}: for ResNets only, not for {cfg.backbone}")
+    if cfg.stem_channels:
+        _set_stem_channels(model, cfg)
     if cfg.stem == "cifar":
         _put_cifar_convolution(model)
     if cfg.stem != "imagenet":
@@ -95,6 +97,31 @@ def _drop_classifier(model: nn.Module, name: str) -> None:
         raise ValueError(f"model.backbone: {name} has no linear classifier to take off")
     parent, _, leaf = linears[-1].rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.Identity())
+
+
+def _set_stem_channels(model: Any, cfg: ModelConfig) -> None:
+    """Change the width between the first convolution and the first block."""
+    block, width = model.layer1[0], cfg.stem_channels
+    is_plain = isinstance(model.conv1, nn.Conv2d) and isinstance(model.bn1, nn.BatchNorm2d)
+    if not is_plain or block.downsample is None:
+        raise ValueError(
+            f"model.stem_channels={width}: {cfg.backbone} needs a single first convolution with batch norm, and a "
+            "projection in its first block, as in ResNet-50"
+        )
+    path = next(path for path, module in block.downsample.named_modules() if isinstance(module, nn.Conv2d))
+    model.conv1 = _like(model.conv1, out_channels=width)
+    model.bn1 = type(model.bn1)(width)
+    block.conv1 = _like(block.conv1, in_channels=width)
+    block.downsample.set_submodule(path, _like(block.downsample.get_submodule(path), in_channels=width))
+
+
+def _like(conv: nn.Conv2d, **changes: int) -> nn.Conv2d:
+    """A convolution with other channels and new weights."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
+    settings: dict[str, Any] = {name: getattr(conv, name) for name in names} | changes
+    made = nn.Conv2d(**settings, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
+    return made
 
 
 def _put_cifar_convolution(model: Any) -> None:

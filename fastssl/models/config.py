@@ -15,8 +15,10 @@ class ModelConfig:
         stem: "cifar": a 3x3 stride-1 first convolution and no max-pooling, for images of about 32 px and less
             (SimCLR, arXiv:2002.05709, appendix B.9). "no_pool": the model's own first convolution without max-pooling,
             which halves the resolution once instead of twice. Both for ResNets only. "imagenet": the unchanged model.
-        backbone_kwargs: Passed to the model's builder, such as timm's `layers` and `channels`. A timm ResNet's
-            first width is 64, or twice its `stem_width` with `stem_type: deep`; the "cifar" stem keeps that width.
+        backbone_kwargs: Passed to the model's builder, such as timm's `layers` and `channels`.
+        stem_channels: Output channels of the first convolution; 0: the model's own, 64 in a ResNet. For ResNets with a
+            single first convolution and a projection in the first block, such as ResNet-50. 128, with timm's
+            `channels: [128, 256, 512, 1024]`, is the ResNet-50 of twice the width.
         pool_px: Features are average-pooled to pool_px x pool_px and flattened; more than 1 with ResNets only.
             1: the backbone's own pooling.
         projector_hidden: Widths of the projector's hidden layers, each followed by batch norm and ReLU.
@@ -34,6 +36,7 @@ class ModelConfig:
     backbone: str = "resnet18"
     stem: Literal["imagenet", "no_pool", "cifar"] = "imagenet"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    stem_channels: int = 0
     pool_px: int = 1
     projector_hidden: tuple[int, ...] = (512,)
     projector_dim: int = 128
@@ -50,5 +53,7 @@ class ModelConfig:
         for name in ("pool_px", "projector_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1")
+        if self.stem_channels < 0:
+            raise ValueError("stem_channels must be >= 0")
         if any(width < 1 for width in self.projector_hidden):
             raise ValueError("projector_hidden must hold widths >= 1")

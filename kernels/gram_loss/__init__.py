@@ -30,7 +30,7 @@ def spectral_loss(
 
     Args:
         z: Projections [V, B, D], V >= 2, any floating dtype; longer rows are shortened to sqrt(mu). Differentiable.
-        mu: > 0; 1 for small images, 3 for CIFAR in the authors' code.
+        mu: > 0; the authors use 1 for CIFAR and 10 for ImageNet.
         topology: "cross", as in the paper: V = 2, i of view 0, k != i of view 1. "self" uses all rows.
         exchange: The other ranks; their z has the same shape.
         impl: See `kernels.gram_loss.terms.gram_terms`.

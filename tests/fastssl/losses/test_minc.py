@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.losses import Minc, MincConfig, build_loss
+from fastssl.losses import Loss, Minc, MincConfig, SpectralConfig, build_loss
 
 S = 10.0
 
@@ -249,6 +249,83 @@ def test_autograd_through_the_triangle_leaves_the_solution_for_a_wrong_subspace(
     assert used[3] < 1e-3  # .25 is right
 
 
+# -- a second toy, whose eigenfunctions have no constant modulus
+#
+# Four blocks of unequal mass: a view is followed by another of the same block, or (one in three) by any. The rows
+# of the solution have squared norms between 1.4 and 7.
+
+BLOCKS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
+MASSES = torch.tensor([3, 3, 3, 3, 2, 2, 2, 2])
+SAME_BLOCK = torch.tensor([15, 20, 40, 40])[BLOCKS][:, None] * (BLOCKS[:, None] == BLOCKS)
+COUNTS = 2 * SAME_BLOCK + MASSES[:, None] * MASSES
+
+
+def smallest_cosine_on_the_blocks(loss: Loss) -> float:
+    """Train a table on all pairs; the smallest cosine between its span and the eigenfunctions of the four largest."""
+    joint = COUNTS.double() / COUNTS.sum()
+    root = joint.sum(1).sqrt()
+    top = torch.linalg.eigh(joint / root / root[:, None]).eigenvectors[:, -WIDTH:]
+    view_a = torch.arange(8).repeat_interleave(COUNTS.sum(1))
+    view_b = torch.arange(8).repeat(8).repeat_interleave(COUNTS.flatten())
+    table = torch.nn.Parameter(rows(8, WIDTH, views=1)[0].detach())
+    optimizer = torch.optim.SGD([table], lr=0.5)
+    for _ in range(500):
+        z = (table[view_a], table[view_b])
+        optimizer.zero_grad()
+        (loss(*z, targets=[x.detach() for x in z]) if isinstance(loss, Minc) else loss(*z)).backward()
+        optimizer.step()
+    unit = isinstance(loss, Minc) and loss.config.norm == "unit"
+    phi = F.normalize(table.detach(), dim=1) if unit else table.detach()
+    return float(torch.linalg.svdvals(top.T @ torch.linalg.qr(root[:, None] * phi).Q).min())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "loss",
+    [minc(WIDTH, norm="none"), minc(WIDTH, norm="clip", scale=10.0), build_loss(SpectralConfig(mu=10.0)).double()],
+    ids=["none", "clip", "spectral"],
+)
+def test_rows_of_free_norm_find_the_eigenspace(loss: Loss) -> None:
+    assert smallest_cosine_on_the_blocks(loss) >= 0.99
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "settings",
+    [{"norm": "unit", "scale": 10.0}, {"norm": "unit", "scale": 2.0}, {"norm": "clip", "scale": 2.0}],
+    ids=["unit, s 10", "unit, s 2", "clip below the solution's norms"],
+)
+def test_bounded_rows_miss_the_eigenspace(settings: dict) -> None:
+    assert smallest_cosine_on_the_blocks(minc(WIDTH, **settings)) < 0.9
+
+
+def test_clip_is_half_of_the_spectral_losses_gradient_with_mu_s() -> None:
+    """Step 0, target = online network: the same functions, -E[phi.phi'] + E_indep[(phi.phi')^2]/2 in both."""
+    z, loss = rows(64, seed=2), minc(norm="clip", scale=2.0)
+    assert 0 < (z.norm(dim=2) > math.sqrt(2)).double().mean() < 1  # some rows are shortened, not all
+    longest = math.sqrt(2.0)
+    phi = z * (longest / z.norm(dim=2, keepdim=True).clamp_min(longest))
+    all_rows = phi.flatten(0, 1)
+    value = -(phi[0] * phi[1]).sum(1).mean() + (all_rows @ all_rows.T).square().mean() / 2
+    ours = loss(*z, targets=list(z.detach()))
+    torch.testing.assert_close(ours, value)
+    mine, spectral = (torch.autograd.grad(x, z)[0] for x in (ours, value))
+    torch.testing.assert_close(mine, spectral / 2, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("norm", ["clip", "none"])
+def test_gradcheck_without_unit_rows(norm: str) -> None:
+    z, targets, loss = rows(), rows(seed=1), minc(norm=norm, scale=3.0)
+    with_moment(loss)
+    assert torch.autograd.gradcheck(lambda z: loss(*z, targets=list(targets)), z)
+
+
+def test_without_normalisation_the_scale_has_no_effect() -> None:
+    z, targets = rows(), list(rows(seed=1).detach())
+    values = [minc(norm="none", scale=scale)(*z, targets=targets) for scale in (1.0, 10.0)]
+    torch.testing.assert_close(*values)
+
+
 # -- bounds
 
 
@@ -321,6 +398,7 @@ def test_no_tensor_is_larger_than_the_rows_or_the_moment(gha: bool) -> None:
     [
         ({"scale": 0.0}, "loss.scale: must be > 0, got 0"),
         ({"scale": math.nan}, "loss.scale: must be > 0"),
+        ({"norm": "l1"}, "loss.norm: must be unit, clip or none, got 'l1'"),
         ({"alpha": 0.5}, "loss.alpha: must be >= 1, got 0.5"),
         ({"alpha_floor": 0.0}, "loss.alpha_floor: must be > 0"),
         ({"gha": True, "alpha": 1.5}, "loss.gha: only with loss.alpha 2, got 1.5"),

@@ -97,7 +97,30 @@ def test_pool_averages_quadrants(name):
     torch.testing.assert_close(h[:, :, 0, 1], maps[0][:, :, :2, 2:].mean((2, 3)))
 
 
-@pytest.mark.parametrize("fields", [{"stem": "cifar"}, {"stem": "no_pool"}, {"pool_px": 2}])
+def test_resnet50_of_twice_the_width_has_twice_the_channels_everywhere():
+    name, channels = "timm/resnet50", [128, 256, 512, 1024]
+    wide = ModelConfig(backbone=name, stem_channels=128, backbone_kwargs={"channels": channels})
+    (backbone, num_features), (plain, _) = (build_backbone(cfg, 64) for cfg in (wide, ModelConfig(backbone=name)))
+    assert num_features == 4096
+    ours, theirs = (dict(model.named_parameters()) for model in (backbone, plain))
+    assert list(ours) == list(theirs)
+    for key, weight in ours.items():
+        factors = [a // b for a, b in zip(weight.shape, theirs[key].shape, strict=True)]
+        assert factors == [2, *[1 if key == "conv1.weight" else 2] * (weight.ndim > 1), *[1] * (weight.ndim - 2)], key
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("resnet18", {}), ("timm/resnet50", {"stem_type": "deep"}), ("timm/resnet50", {"norm_layer": "groupnorm"})],
+)
+def test_stem_channels_where_they_do_not_fit_are_refused(name, kwargs):
+    with pytest.raises(
+        ValueError, match=r"model.stem_channels=96: .* needs a single first convolution with batch norm"
+    ):
+        build_backbone(ModelConfig(backbone=name, stem_channels=96, backbone_kwargs=kwargs), 64)
+
+
+@pytest.mark.parametrize("fields", [{"stem": "cifar"}, {"stem": "no_pool"}, {"pool_px": 2}, {"stem_channels": 96}])
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm/mobilenetv3_small_050"])
 def test_stem_and_pool_are_refused_beyond_resnets(name, fields):
     with pytest.raises(ValueError, match="ResNets only"):
