@@ -143,7 +143,8 @@ def _eval(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from fastssl.commands.compare import compare
 
-    settings = {"base": args.base, "overrides": args.set, "on_test": args.on_test, "launcher": args.launcher}
+    names = ("base", "sweep", "tune", "tune_on", "on_test", "launcher")
+    settings = {name: getattr(args, name) for name in names} | {"overrides": args.set, "num_jobs": args.jobs}
     print(compare(args.configs, args.out, num_seeds=args.seeds, **settings))
 
 
@@ -257,6 +258,24 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="of each configuration (default: 3)")
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs and the table")
     compare.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for all of them")
+    compare.add_argument(
+        "--sweep",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="run each configuration with each of these values",
+    )
+    compare.add_argument(
+        "--tune",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="choose among these values on held-out images first, for each configuration",
+    )
+    compare.add_argument("--tune-on", metavar="PROTOCOL", help="what to choose by (default: the first of eval.what)")
+    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     compare.add_argument("--on-test", action="store_true", help="judge on data.test (default: on held-out images)")
     compare.add_argument(
         "--launcher", default="", help="what starts a training, such as 'deepspeed --num_gpus 8' (default: one process)"

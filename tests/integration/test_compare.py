@@ -1,11 +1,13 @@
 """`fastssl compare` on tiny runs: two losses, two seeds."""
 
 import csv
+import sys
 
 import pytest
 
 from fastssl.commands.compare import compare, summarise
 from fastssl.errors import UserError
+from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from tests.integration.test_bad_input import assert_one_line
 
@@ -60,10 +62,10 @@ def test_configurations_under_seeds_become_a_table(tiny_config, tmp_path, comman
 def test_the_summary_is_mean_deviation_and_interval_the_best_first():
     percents = {"a": (50.0, 52.0), "b": (61.0, 63.0)}
     rows = [
-        {"config": config, "metric": metric, "percent": percent + shift}
+        {"config": config, "metric": metric, "seed": seed, "percent": percent + shift}
         for metric, shift in (("knn", 0), ("linear", 10))
         for config, values in percents.items()
-        for percent in values
+        for seed, percent in enumerate(values)
     ]
     found = summarise(rows)
     assert [(row["metric"], row["config"]) for row in found] == [
@@ -73,6 +75,66 @@ def test_the_summary_is_mean_deviation_and_interval_the_best_first():
     assert found[0]["sd_over_seeds"] == pytest.approx(1.41, abs=0.01)
     assert found[0]["interval95_over_seeds"] == "49.29 to 74.71"  # t = 12.706 on one degree of freedom
     assert found[0]["num_seeds"] == 2
+    assert (found[0]["difference_to_best"], found[0]["difference_se"]) == (None, None)
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds differ far more than configurations: the standard error is that of the differences -3, -1 and -2."""
+    percents = {"a": (37.0, 59.0, 78.0), "b": (40.0, 60.0, 80.0)}
+    rows = [
+        {"config": config, "metric": "knn", "seed": seed, "percent": percent}
+        for config, values in percents.items()
+        for seed, percent in enumerate(values)
+    ]
+    worse = summarise(rows)[1]
+    assert worse["config"] == "a"
+    assert worse["difference_to_best"] == -2
+    assert worse["difference_se"] == pytest.approx(1 / 3**0.5, abs=0.005)
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_value_tuned_for_each_point(tiny_config, tmp_path, command):
+    out = tmp_path / "study"
+    again = ["fastssl", "compare", tiny_config, "--out", out, "--seeds", "1", "--jobs", "2", *FAST]
+    again += ["--sweep", "data.global_batch_size=32,64", "--tune", "optim.base_lr=1e-3,.5"]
+    done = command(*again)
+    assert done.returncode == 0, done.stderr
+    with (out / "tune.csv").open(newline="") as file:
+        tried = list(csv.DictReader(file))
+    points = ["tiny global_batch_size=32", "tiny global_batch_size=64"]
+    lrs = ["optim.base_lr=1e-3", "optim.base_lr=0.5"]
+    assert [(row["config"], row["tuned"]) for row in tried] == [(point, lr) for point in points for lr in lrs]
+    with (out / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["config"], row["seed"]) for row in rows] == [(point, "0") for point in points]
+    for row in rows:
+        best = max((line for line in tried if line["config"] == row["config"]), key=lambda line: float(line["percent"]))
+        assert row["tuned"] == best["tuned"]
+    run = out / "tiny/data.global_batch_size=32/tune/optim.base_lr=1e-3"
+    cfg = RunFolder(run).load_config(())
+    assert (cfg.data.global_batch_size, cfg.optim.base_lr, cfg.run.seed) == (32, 1e-3, 1000)
+    assert "images" in run.with_name(f"{run.name}.log").read_text()
+    before = (run / "metrics.jsonl").read_text()
+    assert command(*again).returncode == 0
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_failure_ends_the_runs_that_are_under_way(tiny_config, tmp_path):
+    """The launcher fails for one seed and would wait for ever with the other."""
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(
+        "import pathlib, sys, time\n"
+        "waits = pathlib.Path(__file__).with_name('waits')\n"
+        "if 'run.seed=1' in sys.argv:\n"
+        "    waits.touch()\n"
+        "    time.sleep(1000)\n"
+        "while not waits.exists():\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit('no such device')\n"
+    )
+    with pytest.raises(UserError, match=r"seed_0: the training ended with exit code 1; its message is in .*seed_0.log"):
+        compare([tiny_config], tmp_path / "study", num_seeds=2, num_jobs=2, launcher=f"{sys.executable} {launcher}")
+    assert (tmp_path / "study/tiny/seed_0.log").read_text() == "no such device\n"
 
 
 def test_what_cannot_be_compared(configs, tmp_path, in_process):
@@ -80,6 +142,14 @@ def test_what_cannot_be_compared(configs, tmp_path, in_process):
         return in_process("compare", *arguments, "--out", tmp_path / "study")
 
     assert_one_line(compare(*configs, "--seeds", "0"), "--seeds")
+    assert_one_line(compare(*configs, "--jobs", "0"), "--jobs")
+    assert_one_line(compare(*configs, "--sweep", "optim.base_lr=.1"), "--sweep takes key=value,value,...")
+    assert_one_line(compare(*configs, "--sweep", "optim.base_lr=.1,[.2"), "--sweep takes key=value,value,...")
+    assert_one_line(compare(*configs, "--tune", "optim.rate=.1,.2"), "rate")
+    assert_one_line(compare(*configs, "--tune", "optim.base_lr=.1,-1"), "base_lr")
+    assert_one_line(
+        compare(*configs, "--tune", "optim.base_lr=.1,1", "--tune-on", "knnn"), "--tune-on must be one of knn"
+    )
     assert_one_line(compare(configs[0], configs[0]), "mio")
     assert_one_line(compare(configs[0], "/no/such.yaml"), "/no/such.yaml")
     assert_one_line(compare(*configs, "--set", "data.holdout_fraction=0"), "data.holdout_fraction")
