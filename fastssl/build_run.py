@@ -13,6 +13,7 @@ from fastssl import collectives
 from fastssl.checkpoint.save_load import last_checkpoint, load_weights
 from fastssl.config import Config
 from fastssl.errors import ConfigError
+from fastssl.evaluation.held_out import HeldOutKnn
 from fastssl.evaluation.labels import check_test_data, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import Loss, build_loss
@@ -41,6 +42,7 @@ class RunParts:
         loader: Gives this rank's batches.
         probe: Learns beside the training; None: the images have fewer than two labels.
         is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
+        held_out: Judges the encoder during training; None: eval.every_epochs is 0.
     """
 
     model: TwoViewModel
@@ -48,6 +50,7 @@ class RunParts:
     loader: BatchSource
     probe: OnlineProbe | None
     is_holdout: Tensor | None
+    held_out: HeldOutKnn | None
 
 
 def build_run(cfg: Config, device: torch.device) -> RunParts:
@@ -74,7 +77,8 @@ def build_run(cfg: Config, device: torch.device) -> RunParts:
         load_initial_weights(model, cfg.run.init_from)
     loss = build_loss(cfg.loss, cfg.model.projector_dim)
     probe, is_holdout = _build_probe(cfg, reader, model.num_features)
-    return RunParts(model=model, loss=loss, loader=loader, probe=probe, is_holdout=is_holdout)
+    held_out = HeldOutKnn(cfg.eval, cfg.data, cfg.views, reader, device) if cfg.eval.every_epochs else None
+    return RunParts(model=model, loss=loss, loader=loader, probe=probe, is_holdout=is_holdout, held_out=held_out)
 
 
 def _build_probe(cfg: Config, reader: BetonReader, num_features: int) -> tuple[OnlineProbe | None, Tensor | None]:

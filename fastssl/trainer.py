@@ -26,6 +26,7 @@ from fastssl.checkpoint.save_load import (
 from fastssl.checkpoint.schedule import CheckpointRule
 from fastssl.config import Config, load_config
 from fastssl.errors import ConfigError, Preempted
+from fastssl.evaluation.held_out import HeldOutKnn
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import CLASSES as LOSS_CLASSES
 from fastssl.losses import Loss
@@ -49,6 +50,7 @@ from fastssl.tracking.epoch_stats import EpochStats
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.skipped_steps import SkippedSteps
 from fastssl.tracking.throughput import flops_per_image
+from fastssl.tracking.writers import best_held_out
 from pipelines.batch import Batch, BatchSource
 from pipelines.iterable_loader import Batches, IterableLoader
 from pipelines.loader import Loader
@@ -78,6 +80,7 @@ class Trainer:
         loader: BatchSource | Batches,
         probe: OnlineProbe | None = None,
         is_holdout: Tensor | None = None,
+        held_out: HeldOutKnn | None = None,
     ) -> None:
         """Take the parts of a run; nothing is started, opened, moved or written.
 
@@ -89,6 +92,7 @@ class Trainer:
             loader: A `BatchSource`, or a DataLoader or another iterable as `IterableLoader` takes it.
             probe: Learns beside the training.
             is_holdout: bool [N]: samples that the probe must not learn from.
+            held_out: Judges the encoder every `eval.every_epochs`.
         """
         is_built = {
             "model": isinstance(model, TwoViewModel) and model.built_from == cfg.model,
@@ -99,7 +103,7 @@ class Trainer:
         own = {name: type(part) for name, part in parts.items() if not is_built[name]}
         custom = {name: f"{cls.__module__}.{cls.__qualname__}" for name, cls in own.items()}
         self.cfg = replace(cfg, custom=custom, loss=loss.config if is_built["loss"] else cfg.loss)
-        self.probe, self.is_holdout = probe, is_holdout
+        self.probe, self.is_holdout, self.held_out = probe, is_holdout, held_out
         self.folder = RunFolder(cfg.run.dir)
         self.step = 0
         self.must_stop = False  # what all ranks agreed on
@@ -146,6 +150,7 @@ class Trainer:
             self.restore()
         self._say(self._headline())
         self.epoch_stats.open(self.folder, self.step)
+        self.best = collectives.broadcast_object(best_held_out(self.folder.metrics))
         self.stop_request = stop_request
         stop_request.listen_to_sigterm()
 
@@ -225,6 +230,7 @@ class Trainer:
             self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
             if is_epoch_end:
                 self.epoch_stats.end_epoch(self.step, self.loader.num_bad_samples)
+                self.judge_held_out()
             self.checkpoint_due |= self.must_stop
             if self.checkpoint_due:
                 self.read_reports(keep=0)
@@ -282,6 +288,17 @@ class Trainer:
             elif not (done.is_searching and math.isfinite(done.loss)):
                 self.skipped.note(done.step, done.loss, done.sample_ids)
 
+    def judge_held_out(self) -> None:
+        """At the end of an epoch for which it is due: the accuracy on held-out images; the best is to be saved."""
+        every = self.cfg.eval.every_epochs * self.steps_per_epoch
+        if self.held_out is None or (self.step % every and self.step != self.total_steps):
+            return
+        top1 = self.held_out.top1(self.model.backbone)
+        self.epoch_stats.write_held_out(self.step, top1)
+        if not self.skipped.in_a_row and (self.best is None or top1 > self.best[1]):
+            self.best = (self.step, top1)
+            self.checkpoint_due = True
+
     def save(self) -> None:
         """Save a checkpoint of this step (all ranks)."""
         self.read_reports(keep=0)
@@ -303,7 +320,9 @@ class Trainer:
             weights=weights,
         )
         if collectives.rank() == 0:
-            prune(self.folder.checkpoints, keep_every_steps=self.cfg.run.keep_every_epochs * self.steps_per_epoch)
+            keep_every_steps = self.cfg.run.keep_every_epochs * self.steps_per_epoch
+            keep_step = self.best and self.best[0]
+            prune(self.folder.checkpoints, keep_every_steps=keep_every_steps, keep_step=keep_step)
 
     def restore(self) -> None:
         """Resume from the last whole checkpoint, or start from step 0 without one (all ranks)."""
@@ -357,6 +376,8 @@ class Trainer:
             raise ConfigError("model.layer_norm is for a model that is built from the configuration: change your own")
         if self.probe is not None and self.is_holdout is None:
             raise ConfigError("a probe needs is_holdout: which samples it must not learn from")
+        if self.cfg.eval.every_epochs and self.held_out is None:
+            raise ConfigError("eval.every_epochs is for a run that is built from its configuration: set it to 0")
 
     def _as_batch_source(self, loader: Any) -> BatchSource:
         if isinstance(loader, Loader) or hasattr(loader, "view_shapes"):

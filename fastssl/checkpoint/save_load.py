@@ -164,11 +164,12 @@ def _finished(root: Path) -> list[Path]:
     return [path for path in root.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
 
 
-def prune(root: Path, *, keep_every_steps: int) -> None:
-    """Delete incomplete checkpoints, and all but the last two and every `keep_every_steps`-th (rank 0)."""
+def prune(root: Path, *, keep_every_steps: int, keep_step: int | None = None) -> None:
+    """Delete incomplete checkpoints, and all but the last two, every `keep_every_steps`-th and `keep_step` (rank 0)."""
     drop_incomplete(root)
     for path in sorted(_finished(root))[:-_NUM_KEPT]:
-        if not (keep_every_steps and step_of(path) % keep_every_steps == 0):
+        step = step_of(path)
+        if step != keep_step and not (keep_every_steps and step % keep_every_steps == 0):
             # Renamed first: half deleted, it must not look complete. Network file systems may keep files being read.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")), ignore_errors=True)
 

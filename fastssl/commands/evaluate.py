@@ -27,6 +27,7 @@ from fastssl.models.backbones import build_backbone
 from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking import plots
 from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.writers import best_held_out
 from pipelines.beton import BetonReader
 from pipelines.views import build_eval_spec
 
@@ -39,11 +40,13 @@ class Encoder:
         name: Name in the results.
         module: Images -> features.
         identity: Identifies its features in the cache, JSON values; None: they are not cached.
+        step: Step of its checkpoint; of baselines, that of the encoder they are compared with.
     """
 
     name: str
     module: nn.Module
     identity: dict[str, Any] | None
+    step: int
 
 
 def evaluate_run(
@@ -55,7 +58,9 @@ def evaluate_run(
     test: Path | None = None,
     step: int | None = None,
 ) -> str:
-    """Evaluate one checkpoint of a run, append the results to eval.jsonl and return a table.
+    """Evaluate the last checkpoint of a run and the best one by held-out images, or the one of a step.
+
+    Results are appended to eval.jsonl and returned as a table.
 
     Classifiers are trained on the labelled images of the training part and evaluated once on the test part; their
     settings are chosen on a validation part of the training part. See `choose_parts` for the two parts.
@@ -66,7 +71,7 @@ def evaluate_run(
         what: Protocols, instead of eval.what.
         on: Another data set to evaluate on.
         test: The test file.
-        step: Step of the checkpoint; None: the last one.
+        step: Step of the checkpoint; None: the last one and, in a run with eval.every_epochs, the best one.
 
     Raises:
         ConfigError: no run, no such checkpoint, no labels, or settings that do not fit the data.
@@ -75,14 +80,16 @@ def evaluate_run(
     folder = RunFolder(path)
     cfg = folder.load_config([*overrides, *([f"eval.what={json.dumps(list(what))}"] if what else [])])
     check_built(cfg, "model")
-    checkpoint = checkpoint_of(folder.checkpoints, step)
+    checkpoints = {"pre-trained encoder": checkpoint_of(folder.checkpoints, step)}
+    best = best_held_out(folder.metrics)
+    if step is None and best and best[0] != step_of(checkpoints["pre-trained encoder"]):
+        checkpoints["best pre-trained encoder"] = checkpoint_of(folder.checkpoints, best[0])
     device = choose_device(cfg.run.device)
     torch.set_num_threads(num_threads_of(cfg.run))
     train, test_part, scored_on = choose_parts(cfg.data, on, test)
     _check_settings(cfg, train)
 
     about = {
-        "checkpoint_step": step_of(checkpoint),
         "scored_on": scored_on,
         "on": str(on) if on else None,
         "train": {"path": str(train.reader.path), "num_labelled": len(train.ids), **data_identity(train.reader)},
@@ -93,12 +100,13 @@ def evaluate_run(
         "environment": describe_environment(world_size=1),
     }
     lines: list[Line] = []
-    for encoder in _encoders(cfg, checkpoint):
+    for encoder in _encoders(cfg, checkpoints):
         for line in _judge(cfg, encoder, train, test_part, device, folder.features):
-            lines.append(line | about)
+            lines.append(line | {"checkpoint_step": encoder.step} | about)
             append_line(folder.evaluations, lines[-1])
     plots.draw_curves(folder)
-    return f"accuracy on {scored_on}, step {step_of(checkpoint)}\n{format_table(lines)}"
+    steps = ", ".join(f"{name}: step {step_of(path)}" for name, path in checkpoints.items())
+    return f"accuracy on {scored_on}; {steps}\n{format_table(lines)}"
 
 
 def _check_settings(cfg: Config, train: Part) -> None:
@@ -109,20 +117,23 @@ def _check_settings(cfg: Config, train: Part) -> None:
             raise ConfigError(f"{name} on {train.reader.path}: {error}") from None
 
 
-def _encoders(cfg: Config, checkpoint: Path) -> Iterator[Encoder]:
-    """The baselines if requested, then the checkpoint's encoder."""
-    weights = load_weights(checkpoint)
-    image_px = weights["image_px"]
+def _encoders(cfg: Config, checkpoints: dict[str, Path]) -> Iterator[Encoder]:
+    """The baselines if requested, then the checkpoints' encoders."""
+    last = next(iter(checkpoints.values()))
+    image_px = load_weights(last)["image_px"]
     if cfg.eval.baselines:
-        yield Encoder(name="raw pixels", module=nn.Flatten(), identity=None)
+        step = step_of(last)
+        yield Encoder(name="raw pixels", module=nn.Flatten(), identity=None, step=step)
         torch.manual_seed(cfg.run.seed)  # the encoder as initialised by the run's seed (ignores run.init_from)
         untrained, _ = build_backbone(cfg.model, image_px)
         identity = {"untrained": asdict(cfg.model), "image_px": image_px, "seed": cfg.run.seed}
-        yield Encoder(name="untrained encoder", module=untrained, identity=identity)
-    backbone, _ = build_backbone(cfg.model, image_px)
-    backbone.load_state_dict(weights["backbone"])
-    identity = {"checkpoint_step": step_of(checkpoint), "weights_sha256": sha256_of(checkpoint / "weights.pt")}
-    yield Encoder(name="pre-trained encoder", module=backbone, identity=identity)
+        yield Encoder(name="untrained encoder", module=untrained, identity=identity, step=step)
+    for name, checkpoint in checkpoints.items():
+        step = step_of(checkpoint)
+        backbone, _ = build_backbone(cfg.model, image_px)
+        backbone.load_state_dict(load_weights(checkpoint)["backbone"])
+        identity = {"checkpoint_step": step, "weights_sha256": sha256_of(checkpoint / "weights.pt")}
+        yield Encoder(name=name, module=backbone, identity=identity, step=step)
 
 
 def _judge(

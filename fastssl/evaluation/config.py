@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipelines.config_field import free
 from pipelines.view_spec import ViewSpec
 
 ProtocolName = Literal["knn", "linear", "logistic", "few_label", "linear_augmented", "finetune"]
@@ -39,6 +40,8 @@ class EvalConfig:
             distance from the classifier; 1: the same learning rate for all layers.
         finetune_epochs: Passes over the images; the epoch to stop at is also chosen.
         probe_lr: Learning rate of the online linear probe, trained alongside pre-training.
+        every_epochs: During training, every so many epochs and after the last, classify the held-out training images by
+            kNN (the first of knn_k and knn_temperature), and keep the checkpoint of the best epoch; 0: never.
     """
 
     what: tuple[ProtocolName, ...] = ("knn", "linear", "logistic", "few_label")
@@ -61,6 +64,7 @@ class EvalConfig:
     finetune_layer_decay: float = 1.0
     finetune_epochs: int = 10
     probe_lr: float = 0.1
+    every_epochs: int = free(0)
 
     def __post_init__(self) -> None:
         if not self.what:
@@ -77,6 +81,8 @@ class EvalConfig:
         for name in ("linear_weight_decays", "finetune_weight_decay"):
             if min(values_of(getattr(self, name)), default=-1) < 0:
                 raise ValueError(f"{name} must be >= 0")
+        if self.every_epochs < 0:
+            raise ValueError("every_epochs must be >= 0")
         if self.finetune_layer_decay > 1:
             raise ValueError("finetune_layer_decay must be at most 1")
         if any(num_labels < 1 for num_labels in self.few_labels):

@@ -38,10 +38,15 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
         test_key, reader = "--test" if test else "data.test", BetonReader(test_path)
         check_same_classes(train, reader, test_key)
         return _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0), str(test_path)
-    return _hold_out(train, data.holdout_fraction, "--test is not given" if on else "data.test is not set")
+    return hold_out(train, data.holdout_fraction, "--test is not given" if on else "data.test is not set")
 
 
-def _hold_out(reader: BetonReader, fraction: float, why: str) -> tuple[Part, Part, str]:
+def hold_out(reader: BetonReader, fraction: float, why: str) -> tuple[Part, Part, str]:
+    """The labelled images of a file in two parts, and a description of the second, the held-out one.
+
+    Raises:
+        ConfigError: no labelled image is held out; `why` says why some are needed.
+    """
     is_held_out = np.zeros(reader.num_samples, dtype=bool)
     is_held_out[split_holdout(reader.num_samples, fraction, reader.labels)[1]] = True
     is_labelled = reader.labels >= 0

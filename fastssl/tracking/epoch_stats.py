@@ -150,6 +150,12 @@ class EpochStats:
             self.metrics.epoch_row(epoch, step, row)
         self._raise_alarm(signals, step)
 
+    def write_held_out(self, step: int, knn_top1: float) -> None:
+        """Write the accuracy on held-out images after this step; the time it took is not counted as training."""
+        if self.metrics:
+            self.metrics.held_out_row(step // self._steps_per_epoch - 1, step, knn_top1)
+        self.timer.start()
+
     def sync(self) -> None:
         """Return when all rows are on disk: rows must be written before their checkpoint is."""
         if self.metrics:

@@ -56,7 +56,7 @@ def preview_views(cfg: Config, path: Path) -> None:
 
 
 def draw_curves(folder: RunFolder) -> None:
-    """Write curves.png from metrics.jsonl: loss, online accuracy, RankMe and images per second over the step."""
+    """Write curves.png from metrics.jsonl: loss, accuracies, RankMe and images per second over the step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,12 +65,18 @@ def draw_curves(folder: RunFolder) -> None:
     rows = read_rows(folder.metrics)
     steps = [row for row in rows if "kind" not in row]
     epochs = [row for row in rows if row.get("kind") == "epoch"]
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.6), layout="constrained")
-    _curve(axes[0], steps, "loss", "loss")
-    _curve(axes[1], epochs, "online_top1", "online linear probe, top-1 on held-out images")
-    _curve(axes[2], epochs, "rankme_z", "RankMe of the projections")
-    _curve(axes[3], steps, "img_per_s", "images a second")
-    axes[3].set_ylim(bottom=0)
+    held_out = [row for row in rows if row.get("kind") == "held_out"]
+    panels = [
+        (steps, "loss", "loss"),
+        (epochs, "online_top1", "online linear probe, top-1 on held-out images"),
+        *([(held_out, "knn_top1", "kNN, top-1 on held-out images")] if held_out else []),
+        (epochs, "rankme_z", "RankMe of the projections"),
+        (steps, "img_per_s", "images a second"),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.25 * len(panels), 3.6), layout="constrained")
+    for axis, panel in zip(axes, panels, strict=True):
+        _curve(axis, *panel)
+    axes[-1].set_ylim(bottom=0)
     figure.suptitle(str(folder.path), parse_math=False)  # a $ in the name does not start a formula
     figure.savefig(folder.curves, dpi=120)
     plt.close(figure)

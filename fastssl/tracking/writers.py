@@ -97,6 +97,11 @@ class MetricsWriter:
         if self._bar.disable:
             print(self._line(row), flush=True)
 
+    def held_out_row(self, epoch: int, step: int, knn_top1: float) -> None:
+        """Write the accuracy on held-out images at the end of an epoch (0-based) and print it as a line."""
+        self._write({"kind": "held_out", "step": step, "epoch": epoch, "knn_top1": knn_top1}, prefix="held_out")
+        self._bar.write(f"epoch {epoch + 1}/{self._num_epochs}  kNN top-1 {knn_top1:.1%} on held-out images")
+
     def advance(self) -> None:
         """Move the progress bar by one step."""
         self._bar.update()
@@ -153,6 +158,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def best_held_out(path: Path) -> tuple[int, float] | None:
+    """Step and accuracy of the best epoch by held-out images, the first of equals; None: the file has no such row."""
+    found = [(row["step"], row["knn_top1"]) for row in read_rows(path) if row.get("kind") == "held_out"]
+    return max(found, key=lambda pair: pair[1], default=None)
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -1,0 +1,100 @@
+"""kNN accuracy on held-out training images while a run trains; it never reads test images."""
+
+# N fit images, M held-out images, W ranks, F features
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastssl import collectives
+from fastssl.errors import ConfigError
+from fastssl.evaluation.config import EvalConfig, values_of
+from fastssl.evaluation.features import encode_batches
+from fastssl.evaluation.images import build_plain_loader
+from fastssl.evaluation.knn import check_knn, knn_votes
+from fastssl.evaluation.parts import hold_out
+from pipelines.beton import BetonReader
+from pipelines.loader import DataConfig
+from pipelines.views import ViewsConfig
+
+
+class HeldOutKnn:
+    """Classifies the held-out images by their nearest neighbours among the others, as `fastssl eval` does with knn.
+
+    Each rank encodes and classifies its share of the images.
+    """
+
+    def __init__(
+        self, cfg: EvalConfig, data: DataConfig, views: ViewsConfig, reader: BetonReader, device: torch.device
+    ) -> None:
+        """Choose the images.
+
+        Args:
+            cfg: The first of its knn_k and knn_temperature are used.
+            data: Its holdout_fraction is used, and the settings of its engine.
+            views: Their plain view is used.
+            reader: The training file.
+            device: The encoder's.
+        Raises:
+            ConfigError: no labelled image is held out, there are too few for knn_k, or fewer than two classes.
+        """
+        self._cfg, self._data, self._views, self._device = cfg, data, views, device
+        labels = reader.labels[reader.labels >= 0]
+        if len(np.unique(labels)) < 2:
+            raise ConfigError(f"eval.every_epochs: {reader.path} holds fewer than two labelled classes: leave it out")
+        self._fit, self._held_out, _ = hold_out(reader, data.holdout_fraction, "eval.every_epochs is set")
+        try:
+            check_knn(cfg, self._fit.labels)
+        except ValueError as error:
+            raise ConfigError(f"eval.every_epochs: {error}") from None
+        self._num_classes = int(labels.max()) + 1
+
+    def top1(self, backbone: nn.Module) -> float:
+        """The fraction of held-out images that are classified correctly, in [0, 1] (all ranks call it)."""
+        pair = (values_of(self._cfg.knn_k)[0], values_of(self._cfg.knn_temperature)[0])
+        num = len(self._held_out.ids)
+        with _mean_buffers(backbone):
+            bank = collectives.gather(self._encode(backbone, _share(self._fit.ids))).flatten(0, 1)
+            ids = _share(self._held_out.ids)
+            queries = self._encode(backbone, ids)
+        (votes,) = knn_votes(
+            bank[: len(self._fit.ids)].cpu().numpy(),
+            self._fit.labels,
+            queries.cpu().numpy(),
+            [pair],
+            num_classes=self._num_classes,
+            device=self._device,
+        )
+        is_correct = votes.argmax(1) == self._held_out.reader.labels[ids]
+        num_own = min(max(num - collectives.rank() * len(ids), 0), len(ids))  # the rest of a share is filled up
+        num_correct = torch.tensor(float(is_correct[:num_own].sum()), device=self._device)
+        return collectives.EXCHANGE.sum_(num_correct).item() / num
+
+    def _encode(self, backbone: nn.Module, ids: np.ndarray) -> Tensor:
+        reader = self._fit.reader
+        loader = build_plain_loader(self._cfg, self._data, self._views, reader, self._device, ids)
+        with closing(loader):
+            features = np.concatenate(list(encode_batches(backbone, loader)))
+        return torch.from_numpy(features).to(self._device)
+
+
+def _share(ids: np.ndarray) -> np.ndarray:
+    """This rank's ids: contiguous, equally many on every rank; the last shares are filled up with the first ids."""
+    size = -(-len(ids) // collectives.world_size())
+    return np.resize(ids, size * collectives.world_size())[collectives.rank() * size :][:size]
+
+
+@contextmanager
+def _mean_buffers(module: nn.Module) -> Iterator[None]:
+    """Replace floating-point buffers by their means over ranks, as in a checkpoint's weights; restored afterwards."""
+    own = {buffer: buffer.clone() for buffer in module.buffers() if buffer.is_floating_point()}
+    try:
+        for buffer in own:
+            collectives.all_mean_(buffer)
+        yield
+    finally:
+        for buffer, value in own.items():
+            buffer.copy_(value)
