@@ -30,7 +30,7 @@ def measure_startup(beton: Path, recipe: str, *, global_batch_size: int, cache_f
         global_batch_size: Number of images of the batch.
         cache_folder: Folder of numba's cache; None: the default folder.
     Returns:
-        import_s (torch and the pipelines), build_loader_s (including FFCV's import), first_batch_s, start_s (the sum
+        import_s (torch and the pipelines), build_loader_s, first_batch_s, start_s (the sum
         of the last two), start_cpu_s (CPU time of start_s), compile_s (numba's share of start_s), and compiled, which
         has the seconds of each compiled function.
     Raises:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
 from pipelines.config_field import free
-from pipelines.engines import DrawBatch, Engine, EngineName, build_engine
+from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
 from pipelines.errors import DataError
 from pipelines.read_ahead import ReadAhead, read_whole
 from pipelines.sampler import global_batches, local_rows, quasi_random_windows
@@ -152,15 +151,9 @@ class Loader:
         batches = global_batches(np.arange(self.num_samples), self._seed, epoch, cfg.global_batch_size, windows)
         rows = local_rows(batches[first_batch:], self._rank, self._world_size)
         to_read = rows.reshape(-1) if cfg.engine in _READING_ENGINES else rows[:0].reshape(-1)
-        draw_batch, begun = self._draw_ahead(epoch, rows), count(step=rows.shape[1])
         with ReadAhead(self._reader, to_read, windows, drop_behind=cfg.cache == "none") as read_ahead:
-
-            def begin_batch(sample_ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-                read_ahead.begin(next(begun))
-                return draw_batch(sample_ids, sizes)
-
-            raw_batches = self._engine.batches(rows.reshape(-1), rows.shape[1], begin_batch, self._groups)
-            with closing(raw_batches):
+            plans = read_ahead.begin_each(self._plans(epoch, rows), rows.shape[1])
+            with closing(self._engine.batches(plans, rows.shape[1], self._groups)) as raw_batches:
                 for num_done, batch in enumerate(self._pixel_op.each(raw_batches), 1):
                     read_ahead.end(num_done * rows.shape[1])
                     yield batch
@@ -171,22 +164,17 @@ class Loader:
         reader, window_bytes = self._reader, self._cfg.window_mb * 1_000_000
         return quasi_random_windows(reader.data_ptr, reader.data_bytes, self._seed, epoch, window_bytes)
 
-    def _draw_ahead(self, epoch: int, rows: np.ndarray) -> DrawBatch:
-        """Return a function that draws the batches `rows` [num, B] in order, several at a time.
+    def _plans(self, epoch: int, rows: np.ndarray) -> Iterator[BatchPlan]:
+        """Plan the batches `rows` [num, B]; several are drawn at a time.
 
         A draw takes about 2 ms however small the batch is: as long as all other work on 256 CIFAR images.
         """
-
-        def draws() -> Iterator[np.ndarray]:
-            sizes = self._reader.sizes
-            num_together = max(1, _DRAWN_TOGETHER // rows.shape[1])
-            for first in range(0, len(rows), num_together):
-                ids = rows[first : first + num_together].reshape(-1)
-                params = draw(self._specs, self._seed, epoch, ids, sizes[ids])
-                yield from params.reshape(-1, rows.shape[1], len(self._specs))
-
-        ahead = draws()
-        return lambda sample_ids, sizes: next(ahead)
+        num_together = max(1, _DRAWN_TOGETHER // rows.shape[1])
+        for first in range(0, len(rows), num_together):
+            some_rows = rows[first : first + num_together]
+            ids = some_rows.reshape(-1)
+            params = draw(self._specs, self._seed, epoch, ids, self._reader.sizes[ids])
+            yield from map(BatchPlan, some_rows, params.reshape(*some_rows.shape, len(self._specs)))
 
 
 class EvalLoader:
@@ -197,12 +185,14 @@ class EvalLoader:
         engine: Engine,
         views: ViewsConfig,
         *,
+        sizes: np.ndarray,
         sample_ids: np.ndarray,
         local_batch_size: int,
         device: torch.device,
         num_threads: int,
     ) -> None:
         self._engine = engine
+        self._sizes = sizes
         self._sample_ids = sample_ids
         self._local_batch_size = local_batch_size
         self._spec = build_eval_spec(views)
@@ -214,16 +204,17 @@ class EvalLoader:
         return -(-len(self._sample_ids) // self._local_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        def draw_batch(_: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-            return eval_params(self._spec, sizes)
-
-        raw_batches = self._engine.batches(self._sample_ids, self._local_batch_size, draw_batch, self._groups)
-        with closing(raw_batches):
+        with closing(self._engine.batches(self._plans(), self._local_batch_size, self._groups)) as raw_batches:
             yield from self._pixel_op.each(raw_batches)
 
     def close(self) -> None:
         """Stop the engine's threads."""
         self._engine.close()
+
+    def _plans(self) -> Iterator[BatchPlan]:
+        for first in range(0, len(self._sample_ids), self._local_batch_size):
+            ids = self._sample_ids[first : first + self._local_batch_size]
+            yield BatchPlan(ids, eval_params(self._spec, self._sizes[ids]))
 
 
 def identity_of(reader: BetonReader) -> list[int]:
@@ -336,6 +327,7 @@ def build_eval_loader(
     return EvalLoader(
         build_engine(engine, reader, num_workers=num_threads, prefetch_batches=2, device=device),
         views,
+        sizes=reader.sizes,
         sample_ids=ids,
         local_batch_size=local_batch_size,
         device=device,

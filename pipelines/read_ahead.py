@@ -2,9 +2,10 @@
 
 import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import psutil
@@ -12,6 +13,8 @@ import psutil
 from pipelines.beton import BetonReader
 from pipelines.errors import DataError
 from pipelines.progress import Progress
+
+T = TypeVar("T")
 
 _RANDOM_GROUP_BYTES = 64 << 20  # group size in random order: half a second of a disk that reads 128 MB/s
 _MAX_GAP_BYTES = 128 << 10  # smaller gaps are read too, rather than splitting the request
@@ -59,6 +62,12 @@ class ReadAhead:
         while self._num_asked < len(self._bounds) - 1 and self._bounds[max(self._num_asked - 1, 0)] <= position:
             self._thread.submit(self._ask, self._num_asked)
             self._num_asked += 1
+
+    def begin_each(self, batches: Iterator[T], local_batch_size: int) -> Iterator[T]:
+        """Pass on what describes the batches of the order, after `begin` of each one's first sample."""
+        for number, batch in enumerate(batches):
+            self.begin(number * local_batch_size)
+            yield batch
 
     def end(self, position: int) -> None:
         """Called when all samples before number `position` of the order have been used: drops their groups."""

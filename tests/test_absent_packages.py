@@ -33,13 +33,14 @@ images = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint
 with BetonWriter(path) as writer:
     for label, image in enumerate(images):
         writer.write_raw(image, label=label)
-cfg = DataConfig(train=path, engine="resident", global_batch_size=8)
 place = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": 1}
-loader = build_loader(BetonReader(path), cfg, ViewsConfig(size_px=16), seed=0, **place)
-(batch,) = loader.epoch(0)
-assert sorted(batch.labels.tolist()) == list(range(8))
-assert [view.shape for view in batch.views] == [(8, 3, 16, 16)] * 2
-loader.close()
+for engine in ("ffcv", "resident"):
+    cfg = DataConfig(train=path, engine=engine, global_batch_size=8)
+    loader = build_loader(BetonReader(path), cfg, ViewsConfig(size_px=16), seed=0, **place)
+    (batch,) = loader.epoch(0)
+    assert sorted(batch.labels.tolist()) == list(range(8))
+    assert [view.shape for view in batch.views] == [(8, 3, 16, 16)] * 2
+    loader.close()
 """
 IMPORT_BENCHMARKS = """
 import runpy

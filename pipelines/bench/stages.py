@@ -97,14 +97,13 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
     opened.callback(decoder.close)
 
     def draw() -> list[np.ndarray]:
-        draw_batch = loader._draw_ahead(0, batches)  # several batches at a time
-        return [draw_batch(ids, reader.sizes[ids]) for ids in batches]
+        return [plan.params for plan in loader._plans(0, batches)]
 
     params = draw()
 
     def decode_and_crop() -> None:
         for ids, drawn in zip(batches, params, strict=True):
-            decoder.start(reader.mmap, ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
+            decoder.start(ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
 
     def pixel_op(on_device: tuple[Any, ...]) -> None:
         for drawn in params:  # always on the last batch's pixels: the time depends only on the draw

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import JPG, BetonReader
-from pipelines.engines import DrawBatch, Engine, Groups, build_engine
+from pipelines.engines import BatchPlan, Engine, Groups, build_engine
 from pipelines.sampler import global_batches
 from pipelines.views import ViewsConfig
 
@@ -103,10 +103,11 @@ class _RepeatedEngine:
         self._engine, self._num_samples = engine, num_samples
 
     def batches(
-        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+        self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`."""
-        return self._engine.batches(sample_ids % self._num_samples, local_batch_size, draw_batch, groups)
+        wrapped = (BatchPlan(plan.sample_ids % self._num_samples, plan.params) for plan in plans)
+        return self._engine.batches(wrapped, local_batch_size, groups)
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipelines.convert.source import Item
 from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, check_jpeg, decode_jpeg
+from pipelines.errors import DataError
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ def _or_reason(function: Callable[[Any], T], argument: Any) -> T:
     """Call a function, and turn what Pillow raises into a CorruptImageError."""
     try:
         return function(argument)
-    except (CorruptImageError, ImportError):  # ImportError: without the decoder, no JPEG can be converted
+    except (CorruptImageError, DataError):  # DataError: without the decoder, no JPEG can be converted
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
@@ -16,28 +17,38 @@ if TYPE_CHECKING:
     from pipelines.batch import RawBatch
 
 EngineName = Literal["ffcv", "dali", "resident", "torch", "synthetic"]
-# (sample_ids int64 [B], sizes int32 [B, 2]) -> VIEW_PARAMS [B, V]
-DrawBatch = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # (size_px, indices of the views of that size), one per size: `views.size_groups`
 Groups = list[tuple[int, list[int]]]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one batch consists of.
+
+    Attributes:
+        sample_ids: int64 [B].
+        params: The draw for these samples, structured `kernels.augment.VIEW_PARAMS` [B, V].
+    """
+
+    sample_ids: np.ndarray
+    params: np.ndarray
 
 
 class Engine(Protocol):
     """Turns sample ids into batches of uint8 views. Only one iteration can run: a new one ends the previous one."""
 
     def batches(
-        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+        self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
-        """Yield batches of the samples, in the given order.
+        """Yield one batch per plan, in the given order.
 
         A batch's arrays may be overwritten when the next batch is requested: copy them to keep them.
         Closing the generator, or leaving its loop, stops the work.
 
         Args:
-            sample_ids: int64 [num].
-            local_batch_size: B; the last batch may be smaller.
-            draw_batch: Draws the parameters of one batch; called once per batch, in order, possibly from another
-                thread.
+            plans: Taken one by one, as far ahead as the engine works, before it reads the samples; always by one
+                thread at a time.
+            local_batch_size: B of every plan; the last one may be smaller.
             groups: The views of each output size; together they contain every view of the draw once.
         Raises:
             DataError: a sample cannot be decoded; the message names the file and the sample.

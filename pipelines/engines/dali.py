@@ -14,7 +14,7 @@ https://docs.nvidia.com/deeplearning/dali/user-guide/docs/
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -27,7 +27,7 @@ import torch
 from pipelines.bad_samples import BadSamples, Substitutes
 from pipelines.batch import RawBatch
 from pipelines.beton import JPG, RAW, BetonReader
-from pipelines.engines import DrawBatch, Groups
+from pipelines.engines import BatchPlan, Groups
 from pipelines.engines.decode_crop import why_bad
 from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, check_jpeg, load_library
 from pipelines.errors import DataError
@@ -76,14 +76,14 @@ class DaliEngine:
         self._copied: torch.cuda.Event | None = None  # recorded after the copies of the last batch
 
     def batches(
-        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+        self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`; on a GPU the views are tensors on it."""
         self._drain()
         self._num_iterations += 1
         this_iteration = self._num_iterations
         pipeline = self._build(local_batch_size, groups)
-        self._feed.start(sample_ids, local_batch_size, draw_batch)
+        self._feed.start(plans)
         try:
             while True:
                 try:
@@ -92,9 +92,9 @@ class DaliEngine:
                     break
                 except RuntimeError as error:
                     raise self._explain(error) from error
-                ids, params = self._feed.under_way.popleft()
-                views = self._take(outputs)
-                yield RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
+                plan = self._feed.under_way.popleft()
+                ids, views = plan.sample_ids, self._take(outputs)
+                yield RawBatch(views=views, params=plan.params, labels=self._reader.labels[ids], sample_ids=ids)
                 if this_iteration != self._num_iterations:
                     raise RuntimeError("this iteration was ended by another one, or by close()")
         finally:
@@ -172,8 +172,8 @@ class DaliEngine:
         self._forget_pipeline()
         if of_feed is not None:
             return of_feed
-        for ids, params in under_way:
-            for i, boxes in zip(ids.tolist(), params["crop_box"], strict=True):
+        for plan in under_way:
+            for i, boxes in zip(plan.sample_ids.tolist(), plan.params["crop_box"], strict=True):
                 height_px, width_px = self._reader.sizes[i].tolist()
                 if (boxes < (0, 0, 1, 1)).any() or (boxes[:, :2] + boxes[:, 2:] > (height_px, width_px)).any():
                     where = f"{self._reader.path}: image {i}"
@@ -186,18 +186,18 @@ class _Feed:
 
     Attributes:
         modes: The modes that occur in the file, ascending.
-        under_way: (sample_ids, params) of the batches in DALI's pipeline, in order.
+        under_way: The batches in DALI's pipeline, in order.
         error: The exception raised while a batch was fed; DALI itself passes on only its text.
         num_views: V.
     """
 
     def __init__(self, reader: BetonReader, num_threads: int, bad_samples: BadSamples) -> None:
         self.modes = tuple(int(mode) for mode in np.unique(reader.modes))
-        self.under_way: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        self.under_way: deque[BatchPlan] = deque()
         self.error: Exception | None = None
         self.num_views = 0
         self._reader = reader
-        self._batches = self._no_batches()
+        self._plans = self._no_plans()
         self._substitutes = Substitutes(bad_samples, reader.sizes)
         self._is_checked = reader.modes == RAW  # raw samples need no check: the reader has checked their length
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-check")
@@ -207,15 +207,15 @@ class _Feed:
         if not self._is_checked.all():
             load_library()  # raises here, rather than in a thread, if it is missing
 
-    def start(self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch) -> None:
-        """Start feeding these samples."""
+    def start(self, plans: Iterator[BatchPlan]) -> None:
+        """Start feeding these batches."""
         self.stop()
-        self._batches = self._make_batches(sample_ids, local_batch_size, draw_batch)
+        self._plans = self._checked(plans)
 
     def stop(self) -> None:
-        """Stop feeding samples."""
-        self._batches.close()
-        self._batches = self._no_batches()
+        """Stop feeding batches."""
+        self._plans.close()
+        self._plans = self._no_plans()
 
     def close(self) -> None:
         """Stop the threads and free their decompressors; a second call does nothing."""
@@ -224,25 +224,23 @@ class _Feed:
         while not self._decoders.empty():
             self._decoders.get().close()
 
-    def _no_batches(self) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    def _no_plans(self) -> Generator[BatchPlan, None, None]:
         yield from ()
 
-    def _make_batches(
-        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch
-    ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-        starts = range(0, len(sample_ids), local_batch_size)
-        to_check = (sample_ids[first : first + local_batch_size] for first in starts)
-        checked: deque[tuple[np.ndarray, list[_Check]]] = deque()
+    def _checked(self, plans: Iterator[BatchPlan]) -> Generator[BatchPlan, None, None]:
+        """Check the samples of some plans ahead; yield the plans with good samples in the place of bad ones."""
+        under_check: deque[tuple[BatchPlan, list[_Check]]] = deque()
         try:
-            for _ in starts:
-                for ids in islice(to_check, 1 + _BATCHES_CHECKED_AHEAD - len(checked)):
-                    checked.append((ids, self._begin_checks(ids)))
-                ids, checks = checked.popleft()
-                params = draw_batch(ids, self._reader.sizes[ids])
+            while True:
+                for plan in islice(plans, 1 + _BATCHES_CHECKED_AHEAD - len(under_check)):
+                    under_check.append((plan, self._begin_checks(plan.sample_ids)))
+                if not under_check:
+                    return
+                plan, checks = under_check.popleft()
                 self._end_checks(checks)
-                yield self._substitutes.put_in(ids, params)
+                yield BatchPlan(*self._substitutes.put_in(plan.sample_ids, plan.params))
         finally:  # also if the generator is closed early
-            for _, checks in checked:
+            for _, checks in under_check:
                 for _, check in checks:
                     check.cancel()
 
@@ -278,20 +276,19 @@ class _Feed:
     def __call__(self) -> list[Any]:
         """One batch as expected by `_define`: the inputs for the file's modes, then start and shape of every view."""
         try:
-            ids, params = next(self._batches)
+            plan = next(self._plans)
         except StopIteration:
             raise
         except Exception as error:
             self.error = error
             raise
-        self.under_way.append((ids, params))
-        reader = self._reader
+        self.under_way.append(plan)
+        reader, ids, boxes = self._reader, plan.sample_ids, plan.params["crop_box"]
         is_raw, pixels, jpegs = (reader.modes[ids] == RAW), [], []
         for i, raw in zip(ids.tolist(), is_raw.tolist(), strict=True):
             stored = reader.image_bytes(i)
             pixels.append(stored.reshape(*reader.sizes[i], 3) if raw else _NO_PIXELS)
             jpegs.append(_NO_JPEG if raw else stored)
-        boxes = params["crop_box"]
         starts = [np.ascontiguousarray(boxes[:, view, :2]) for view in range(self.num_views)]
         shapes = [np.ascontiguousarray(boxes[:, view, 2:]) for view in range(self.num_views)]
         images = {(JPG,): [jpegs], (RAW,): [pixels], (JPG, RAW): [jpegs, pixels, is_raw]}[self.modes]

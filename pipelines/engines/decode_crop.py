@@ -26,8 +26,8 @@ from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder,
 from pipelines.errors import DataError
 from pipelines.resample import Weights, is_small, resized_crop, small_crop, small_weights
 
-# The kernel's arguments for one batch: file_bytes, sample_ids, boxes, place, outputs, `small_weights` of their sizes.
-_Work = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...], tuple[Weights, ...]]
+# The kernel's arguments for one batch: sample_ids, boxes, place, outputs, `small_weights` of their sizes.
+_Work = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...], tuple[Weights, ...]]
 
 _BAD_BOX = 3
 # A task contains at least this many encoded bytes (about 5 ms of decoding), so that starting it costs little in
@@ -110,12 +110,16 @@ def _kernel(has_jpegs: bool) -> Callable[..., Any]:
 
 
 class SampleTable(Protocol):
-    """Locations of the stored images: the attributes of a `BetonReader` that are used here."""
+    """Stored images and where they lie: the attributes of a `BetonReader` that decoding needs."""
 
     @property
     def path(self) -> Path: ...
     @property
+    def mmap(self) -> np.ndarray: ...
+    @property
     def sizes(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray: ...
     @property
     def modes(self) -> np.ndarray: ...
     @property
@@ -134,9 +138,8 @@ class Decoding:
         """Wait until the batch is complete.
 
         Raises:
-            DataError: too many samples are bad, or a box lies outside its image.
+            DataError: too many samples are bad, or a box lies outside its image; other tasks may still be running.
         """
-        wait(self._tasks)
         for task in self._tasks:
             task.result()
 
@@ -163,7 +166,6 @@ class BatchDecoder:
 
     def start(
         self,
-        file_bytes: np.ndarray,
         sample_ids: np.ndarray,
         boxes: np.ndarray,
         groups: list[tuple[int, list[int]]],
@@ -175,7 +177,6 @@ class BatchDecoder:
         continues with the next one instead of sleeping; waking a thread takes up to 0.1 ms.
 
         Args:
-            file_bytes: The whole .beton file, uint8.
             sample_ids: int64 [B]; bad samples are overwritten with the ids of their replacements.
             boxes: Crop boxes (top, left, height, width), int32 [B, V, 4]; rescaled for replacements.
             groups: `views.size_groups`.
@@ -188,7 +189,7 @@ class BatchDecoder:
                 place[view] = group, slot
         bounds = self._split(sample_ids)
         weights = tuple(small_weights(size_px) for size_px, _ in groups)
-        work = (file_bytes, sample_ids, boxes, place, outputs, weights)
+        work = (sample_ids, boxes, place, outputs, weights)
         return Decoding([self._pool.submit(self._decode_range, *pair, work) for pair in pairwise(bounds)])
 
     def close(self) -> None:
@@ -207,7 +208,7 @@ class BatchDecoder:
 
     def _decode_range(self, first: int, stop: int, work: _Work) -> None:
         reader = self._reader
-        _, sample_ids, boxes, *_ = work
+        sample_ids, boxes, *_ = work
         decoder = self._decoders.get()
         try:
             if self._has_jpegs:
@@ -216,7 +217,7 @@ class BatchDecoder:
             asked: dict[int, tuple[int, np.ndarray]] = {}  # by position: original sample and boxes
             while first < stop:
                 first, status = self._decode_samples(
-                    first, stop, forgiven, decoder.handle if self._has_jpegs else 0, decoder.pixels, *work,
+                    first, stop, forgiven, decoder.handle if self._has_jpegs else 0, decoder.pixels, reader.mmap, *work,
                     reader.data_ptr, reader.data_bytes, reader.modes, reader.sizes,
                 )  # fmt: skip
                 if status == UNREADABLE and decoder.is_harmless():

@@ -8,12 +8,10 @@ and the pixel op crops the views itself, so only a batch's sample ids and crop b
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +20,9 @@ from kernels.augment import StoredImages
 from pipelines.bad_samples import BadSamples, Substitutes
 from pipelines.batch import RawBatch
 from pipelines.beton import RAW, BetonReader
-from pipelines.engines import DrawBatch, Groups
-from pipelines.engines.decode_crop import BatchDecoder, Decoding, why_bad
+from pipelines.engines import BatchPlan, Groups
+from pipelines.engines.decode_crop import why_bad
+from pipelines.engines.ffcv import FfcvEngine
 from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, decode_jpeg
 from pipelines.errors import DataError
 from pipelines.read_ahead import available_memory_bytes
@@ -54,7 +53,7 @@ class ResidentEngine:
         Raises:
             DataError: too many samples are bad, the images do not fit into memory, or, on a GPU, differ in size.
         """
-        self._reader, self._num_ahead, self._device = reader, prefetch_batches, device
+        self._reader, self._device = reader, device
         num_bytes = int(reader.sizes.prod(1, dtype=np.int64).sum()) * 3
         _check_memory(reader.path, num_bytes, device)
         one_size = bool((reader.sizes == reader.sizes[0]).all())
@@ -63,76 +62,46 @@ class ResidentEngine:
         decoded, bad = _decode_all(reader, num_workers)
         self._substitutes = Substitutes(bad_samples, reader.sizes)
         self._substitutes.add(bad)
-        self._images = self._decoder = self._pixels = None
+        self._images = self._on_cpu = None
         if device.type == "cuda":
-            self._images = torch.from_numpy(decoded.pixels.reshape(-1, *reader.sizes[0].tolist(), 3)).to(device)
+            self._images = torch.from_numpy(decoded.mmap.reshape(-1, *reader.sizes[0].tolist(), 3)).to(device)
         else:
-            self._pixels, self._decoder = decoded.pixels, BatchDecoder(decoded, num_workers, bad_samples)
+            ahead = {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
+            self._on_cpu = FfcvEngine(decoded, **ahead, bad_samples=bad_samples)
 
     def batches(
-        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+        self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`; on a GPU the views are `StoredImages`."""
-        starts = range(0, len(sample_ids), local_batch_size)
-        batches = (sample_ids[first : first + local_batch_size] for first in starts)
-        if self._images is not None:
-            for ids in batches:
-                ids, params = self._drawn(ids, draw_batch)
-                on_device = torch.from_numpy(ids).pin_memory().to(self._device, non_blocking=True)
-                views = [StoredImages(self._images, on_device, size_px) for size_px, _ in groups]
-                yield self._raw_batch(ids, views, params)
+        with_substitutes = (BatchPlan(*self._substitutes.put_in(plan.sample_ids, plan.params)) for plan in plans)
+        if self._on_cpu is not None:
+            yield from self._on_cpu.batches(with_substitutes, local_batch_size, groups)
             return
-        assert self._decoder is not None
-        assert self._pixels is not None
-        # One batch is used by the consumer while the others are being cropped.
-        shapes = [(local_batch_size, len(members), size_px, size_px, 3) for size_px, members in groups]
-        slots = deque([np.empty(shape, np.uint8) for shape in shapes] for _ in range(self._num_ahead + 1))
-        started: deque[tuple[RawBatch, Decoding]] = deque()
-        try:
-            for ids in batches:
-                if len(started) == self._num_ahead:
-                    yield _finished(started)
-                slots.rotate(-1)
-                ids, params = self._drawn(ids, draw_batch)
-                views = [array[: len(ids)] for array in slots[0]]
-                boxes = np.ascontiguousarray(params["crop_box"])
-                decoding = self._decoder.start(self._pixels, ids, boxes, groups, tuple(views))
-                started.append((self._raw_batch(ids, views, params), decoding))
-            while started:
-                yield _finished(started)
-        finally:
-            for _, decoding in started:  # the loop was left early: nothing may be written any more
-                decoding.cancel()
+        assert self._images is not None
+        for plan in with_substitutes:
+            ids = plan.sample_ids
+            on_device = torch.from_numpy(ids).pin_memory().to(self._device, non_blocking=True)
+            views = [StoredImages(self._images, on_device, size_px) for size_px, _ in groups]
+            yield RawBatch(views=views, params=plan.params, labels=self._reader.labels[ids], sample_ids=ids)
 
     def close(self) -> None:
         """Stop the threads and release the images; a second call does nothing."""
-        if self._decoder is not None:
-            self._decoder.close()
-        self._images = self._pixels = None
-
-    def _drawn(self, ids: np.ndarray, draw_batch: DrawBatch) -> tuple[np.ndarray, np.ndarray]:
-        return self._substitutes.put_in(ids, draw_batch(ids, self._reader.sizes[ids]))
-
-    def _raw_batch(self, ids: np.ndarray, views: list[Any], params: np.ndarray) -> RawBatch:
-        return RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
+        if self._on_cpu is not None:
+            self._on_cpu.close()
+        self._images = self._on_cpu = None
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """Decoded images stored contiguously, with the table of a raw-pixel file that `BatchDecoder` reads."""
+    """Decoded images stored contiguously, described like a file of raw pixels (`decode_crop.SampleTable`)."""
 
     path: Path
-    pixels: np.ndarray  # uint8
+    mmap: np.ndarray  # the pixels, uint8
     sizes: np.ndarray
+    labels: np.ndarray
     modes: np.ndarray
     data_ptr: np.ndarray
     data_bytes: np.ndarray
-
-
-def _finished(started: deque[tuple[RawBatch, Decoding]]) -> RawBatch:
-    raw, decoding = started.popleft()
-    decoding.wait()
-    return raw
 
 
 def _decode_all(reader: BetonReader, num_threads: int) -> tuple[_Decoded, dict[int, str]]:
@@ -163,7 +132,7 @@ def _decode_all(reader: BetonReader, num_threads: int) -> tuple[_Decoded, dict[i
         for _ in pool.map(decode, range(0, reader.num_samples, _IMAGES_OF_A_TASK)):
             pass
     modes = np.full(reader.num_samples, RAW, reader.modes.dtype)
-    return _Decoded(reader.path, pixels, reader.sizes, modes, first_bytes, data_bytes), bad
+    return _Decoded(reader.path, pixels, reader.sizes, reader.labels, modes, first_bytes, data_bytes), bad
 
 
 def _check_memory(path: Path, num_bytes: int, device: torch.device) -> None:

@@ -1,12 +1,12 @@
 """The speed ceiling: random views made once, without decoding. No run can be faster than with this engine."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
 from pipelines.batch import RawBatch
 from pipelines.beton import BetonReader
-from pipelines.engines import DrawBatch, Groups
+from pipelines.engines import BatchPlan, Groups
 
 
 class SyntheticEngine:
@@ -16,17 +16,16 @@ class SyntheticEngine:
         self._reader = reader
 
     def batches(
-        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+        self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`."""
         rng = np.random.default_rng(0)
         shapes = [(local_batch_size, len(members), size_px, size_px, 3) for size_px, members in groups]
         pixels = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
-        for first in range(0, len(sample_ids), local_batch_size):
-            ids = sample_ids[first : first + local_batch_size]
-            params = draw_batch(ids, self._reader.sizes[ids])
+        for plan in plans:
+            ids = plan.sample_ids
             views = [array[: len(ids)] for array in pixels]
-            yield RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
+            yield RawBatch(views=views, params=plan.params, labels=self._reader.labels[ids], sample_ids=ids)
 
     def close(self) -> None:
         """Nothing to stop."""

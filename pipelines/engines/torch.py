@@ -1,6 +1,6 @@
 """The reference engine: Pillow decodes, torchvision resizes, one sample after the other. Slow but simple."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ import torch
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.batch import RawBatch
 from pipelines.beton import BetonReader
-from pipelines.engines import DrawBatch, Groups
+from pipelines.engines import BatchPlan, Groups
 
 import_torchvision()
 from torchvision.transforms.v2 import functional as v2  # noqa: E402
@@ -21,12 +21,11 @@ class TorchEngine:
         self._reader = reader
 
     def batches(
-        self, sample_ids: np.ndarray, local_batch_size: int, draw_batch: DrawBatch, groups: Groups
+        self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`."""
-        for first in range(0, len(sample_ids), local_batch_size):
-            ids = sample_ids[first : first + local_batch_size]
-            params = draw_batch(ids, self._reader.sizes[ids])
+        for plan in plans:
+            ids, params = plan.sample_ids, plan.params
             views = [np.empty((len(ids), len(members), size, size, 3), np.uint8) for size, members in groups]
             for row, sample_id in enumerate(ids.tolist()):
                 image = torch.from_numpy(self._reader.decode(sample_id).transpose(2, 0, 1).astype(np.float32))

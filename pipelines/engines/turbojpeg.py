@@ -15,6 +15,8 @@ import llvmlite.binding as llvm
 import numpy as np
 from numba import njit, types
 
+from pipelines.errors import DataError
+
 # Return values of `decode_jpeg` and of the kernels that call it.
 OK, UNREADABLE, WRONG_SIZE = 0, 1, 2
 
@@ -36,13 +38,13 @@ def load_library() -> ctypes.CDLL:
     """Load TurboJPEG for ctypes and for LLVM.
 
     Raises:
-        ImportError: FFCV is not installed.
+        DataError: FFCV is not installed.
     """
     spec = importlib.util.find_spec("ffcv")
     folders = spec.submodule_search_locations if spec else None
     paths = [path for folder in folders or () for path in Path(folder).glob("_libffcv*.so")]
     if not paths:
-        raise ImportError("decoding JPEGs needs FFCV: pip install --no-deps ffcv==1.0.2")
+        raise DataError("decoding JPEGs needs FFCV: pip install --no-deps ffcv==1.0.2")
     llvm.load_library_permanently(str(paths[0]))
     library = ctypes.CDLL(str(paths[0]))
     library.tjInitDecompress.restype = ctypes.c_void_p
@@ -78,7 +80,7 @@ class JpegDecoder:
         """TurboJPEG's handle; created on first use.
 
         Raises:
-            ImportError: FFCV is not installed.
+            DataError: FFCV is not installed.
         """
         if not self._handle:
             self._handle = load_library().tjInitDecompress()

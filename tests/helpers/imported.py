@@ -6,7 +6,6 @@ from kernels.torchvision_cpu import import_torchvision
 import_torchvision()  # before timm
 
 import deepspeed
-import ffcv
 import timm
 import torch.utils.tensorboard
 

@@ -1,11 +1,13 @@
-"""All engines give the same views in the same order; what goes wrong in FFCV's thread comes out in ours."""
+"""All engines give the same views in the same order; an error in a decoding thread reaches the consumer."""
 
+import importlib.util
 import io
 import os
 import sys
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +20,12 @@ from PIL import Image
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader, BetonWriter
+from pipelines.beton.format import FIELD, HEADER
 from pipelines.engines import build_engine as build_engine_on
-from pipelines.engines.turbojpeg import OK, JpegDecoder, decode_jpeg
+from pipelines.engines.turbojpeg import OK, JpegDecoder, decode_jpeg, load_library
 from pipelines.errors import DataError
 from pipelines.views import RECIPES, ViewSpec, draw, size_groups
+from tests.helpers.plans import draw_of, plan_batches
 
 # Decoding agrees with Pillow exactly here: both are libjpeg-turbo's accurate DCT. Another build may differ by 1.
 MAX_DECODE_DIFFERENCE_LEVELS = 1
@@ -89,13 +93,6 @@ def digits(tmp_path_factory) -> BetonReader:
     return BetonReader(path)
 
 
-@pytest.fixture
-def ffcv(jpegs):
-    engine = build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=2)
-    yield engine
-    engine.close()
-
-
 @pytest.fixture(params=["ffcv", "resident", "dali"])
 def engine(jpegs, request):
     engine = build_engine(request.param, jpegs, num_workers=2, prefetch_batches=2)
@@ -103,10 +100,14 @@ def engine(jpegs, request):
     engine.close()
 
 
+def start(engine, ids, specs=SPECS, local_batch_size=8, draw_batch=None):
+    plans = plan_batches(draw_batch or draw_of(specs), np.asarray(ids), engine._reader.sizes, local_batch_size)
+    return engine.batches(plans, local_batch_size, size_groups(specs))
+
+
 def iterate(engine, ids, specs=SPECS, local_batch_size=8, draw_batch=None):
     """Copies of all batches: an engine may overwrite a batch once the next is asked for."""
-    draw_batch = draw_batch or partial(draw, specs, 7, 3)
-    for raw in engine.batches(np.asarray(ids), local_batch_size, draw_batch, size_groups(specs)):
+    for raw in start(engine, ids, specs, local_batch_size, draw_batch):
         yield [view.copy() for view in raw.views], raw
 
 
@@ -245,7 +246,7 @@ def test_views_do_not_depend_on_batch_size_or_workers(jpegs, name):
 def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(engine):
     ids = np.arange(30)
     expected = [views for views, _ in iterate(engine, ids, local_batch_size=2)]
-    batches = engine.batches(ids, 2, partial(draw, SPECS, 7, 3), size_groups(SPECS))
+    batches = start(engine, ids, local_batch_size=2)
     for raw, views in zip(batches, expected, strict=True):
         if raw.sample_ids[0] < 12:
             time.sleep(0.15)  # the engine fills all its slots meanwhile
@@ -253,24 +254,17 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(engine):
             np.testing.assert_array_equal(array, kept)
 
 
-def test_thread_counts_and_ffcvs_compiler_setting_stay(jpegs):
-    import numba
-    from ffcv.pipeline.compiler import Compiler
-
-    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        engine = build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=1)
-        seen = [torch.get_num_threads() for _ in iterate(engine, np.arange(30))]
-        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        engine.close()
-        assert {*seen, torch.get_num_threads()} == {3}
-    finally:
-        torch.set_num_threads(torch_threads)
-    assert numba.get_num_threads() == numba_threads
-    assert Compiler.is_enabled
+def test_a_damaged_field_name_does_no_harm(jpegs, tmp_path):
+    """Engines find the image and its label by the types of the fields."""
+    content = bytearray(jpegs.path.read_bytes())
+    at = HEADER.itemsize + FIELD.fields["name"][1]
+    content[at : at + 5] = b"\xff\xfe\x80im"
+    damaged = tmp_path / "damaged.beton"
+    damaged.write_bytes(content)
+    engine = build_engine("ffcv", BetonReader(damaged), num_workers=1, prefetch_batches=1)
+    labels = np.concatenate([raw.labels for _, raw in iterate(engine, np.arange(30))])
+    np.testing.assert_array_equal(labels, np.arange(30))
+    engine.close()
 
 
 def damage(data: bytes, kind: str) -> bytes:
@@ -420,22 +414,16 @@ def test_dali_that_is_left_early_starts_anew(jpegs):
 def test_dali_looks_for_damage_ahead_of_use(jpegs, monkeypatch):
     from pipelines.engines import dali
 
-    checked, drawn = [], []
+    checked = []
     check_jpeg = dali.check_jpeg
     monkeypatch.setattr(dali, "check_jpeg", lambda *arguments: checked.append(0) or check_jpeg(*arguments))
     engine = build_engine("dali", jpegs, num_workers=2, prefetch_batches=2)
-
-    def draw_batch(ids, sizes):
-        drawn.append(ids)
-        return draw(SPECS, 7, 3, ids, sizes)
-
-    batches = iterate(engine, np.arange(30), local_batch_size=2, draw_batch=draw_batch)
+    batches = iterate(engine, np.arange(30), local_batch_size=2)
     next(batches)
     deadline_s = time.monotonic() + 20
     while len(checked) < 30 and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert len(checked) == 30
-    assert len(drawn) < 15
     assert len(list(batches)) == 14
     assert len(list(iterate(engine, np.arange(30)))) == 4
     assert len(checked) == 30  # once
@@ -447,6 +435,14 @@ def test_without_dali_its_engine_says_what_to_install(jpegs, monkeypatch):
     monkeypatch.delitem(sys.modules, "pipelines.engines.dali", raising=False)
     with pytest.raises(DataError, match="engine dali needs NVIDIA DALI: pip install nvidia-dali-cuda130"):
         build_engine("dali", jpegs, num_workers=1, prefetch_batches=1)
+
+
+@all_engines
+def test_without_ffcv_its_jpegs_are_refused_in_one_line(jpegs, name, monkeypatch):
+    load_library.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(DataError, match=r"^decoding JPEGs needs FFCV: pip install --no-deps ffcv==1\.0\.2$"):
+        build_engine(name, jpegs, num_workers=1, prefetch_batches=1)
 
 
 @pytest.mark.parametrize("kind", ["no header", "zeroed"])
@@ -509,21 +505,7 @@ def test_a_box_outside_the_image_is_refused(engine):
         list(iterate(engine, np.arange(8), draw_batch=draw_outside))
 
 
-def test_an_exception_in_the_draw_arrives_within_a_second(ffcv, jpegs):
-    def fail(ids, sizes):
-        if 20 in ids:
-            raise KeyError("draw failed")
-        return draw(SPECS, 0, 0, ids, sizes)
-
-    list(iterate(ffcv, np.arange(4)))  # compiled
-    start = time.perf_counter()
-    with pytest.raises(KeyError, match="draw failed") as caught:
-        list(iterate(ffcv, np.arange(30), draw_batch=fail))
-    assert time.perf_counter() - start < 1
-    assert str(jpegs.path) in caught.value.__notes__[0]
-
-
-@pytest.mark.parametrize("name", ["dali", "resident"])
+@all_engines
 def test_an_engine_lives_on_after_an_exception_in_the_draw(jpegs, name):
     def fail(ids, sizes):
         if 20 in ids:
@@ -537,35 +519,85 @@ def test_an_engine_lives_on_after_an_exception_in_the_draw(jpegs, name):
     engine.close()
 
 
-def num_lookahead_threads() -> int:
-    return sum(type(thread).__name__ == "_EpochThread" for thread in threading.enumerate())
+@pytest.fixture(params=["ffcv", "resident"])
+def slow(jpegs, request, monkeypatch):
+    """An engine with one thread, whose tasks take at least 0.1 s each, and the futures of all its tasks."""
+    engine = build_engine(request.param, jpegs, num_workers=1, prefetch_batches=2)
+    decoder = engine._decoder if request.param == "ffcv" else engine._on_cpu._decoder
+    tasks, submit, decode_range = [], decoder._pool.submit, decoder._decode_range
+    monkeypatch.setattr(decoder, "_decode_range", lambda *args: (time.sleep(0.1), decode_range(*args)))
+    monkeypatch.setattr(decoder._pool, "submit", lambda *args: tasks.append(submit(*args)) or tasks[-1])
+    yield engine, tasks
+    engine.close()
 
 
-def test_leaving_the_loop_stops_the_thread(jpegs):
-    num_threads = threading.active_count()
-    engine = build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=2)
+def test_leaving_the_loop_stops_the_work(slow):
+    engine, tasks = slow
 
-    def start():
-        batches = engine.batches(np.arange(30), 2, partial(draw, SPECS, 7, 3), size_groups(SPECS))
+    def begin():
+        tasks.clear()
+        batches = start(engine, np.arange(30), local_batch_size=2)
         next(batches)
-        assert num_lookahead_threads() == 1
+        assert [task.done() for task in tasks] == [True, False, False]
         return batches
 
-    for _ in iterate(engine, np.arange(30), local_batch_size=2):
+    def assert_stopped():
+        assert all(task.done() for task in tasks)
+        assert tasks[2].cancelled()
+
+    begin().close()
+    assert_stopped()
+    tasks.clear()
+    for _ in start(engine, np.arange(30), local_batch_size=2):
         break
-    assert num_lookahead_threads() == 0
-    start().close()
-    assert num_lookahead_threads() == 0
-    abandoned = start()
+    assert_stopped()
+    abandoned = begin()
     assert len(list(iterate(engine, np.arange(30)))) == 4  # a new iteration ends the one before
-    assert num_lookahead_threads() == 0
+    assert_stopped()
     with pytest.raises(RuntimeError, match="ended by another one"):
         next(abandoned)
-    left_open = start()
+    left_open = begin()
     engine.close()
+    assert_stopped()
+    with pytest.raises(RuntimeError, match="ended by another one"):
+        next(left_open)
+    engine.close()
+
+
+def test_closing_leaves_no_thread(jpegs):
+    num_threads = threading.active_count()
+    engine = build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=2)
+    next(start(engine, np.arange(30), local_batch_size=2))
+    assert threading.active_count() > num_threads
     engine.close()
     assert threading.active_count() == num_threads
-    left_open.close()
+
+
+def test_a_consumer_in_another_thread_does_not_wait_for_a_closed_engine(slow):
+    engine, _ = slow
+
+    def consume():
+        with suppress(Exception):
+            list(iterate(engine, np.arange(30)))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    time.sleep(0.02)
+    engine.close()
+    consumer.join(10)
+    assert not consumer.is_alive()
+
+
+def test_work_ahead_is_bounded(jpegs):
+    planned, engine = [], build_engine("ffcv", jpegs, num_workers=2, prefetch_batches=3)
+
+    def draw_batch(ids, sizes):
+        planned.append(ids)
+        return draw(SPECS, 7, 3, ids, sizes)
+
+    for number, _ in enumerate(iterate(engine, np.arange(30), local_batch_size=2, draw_batch=draw_batch), 1):
+        assert len(planned) == min(number + 3, 15)
+    engine.close()
 
 
 def resident_bytes() -> int:
@@ -575,11 +607,10 @@ def resident_bytes() -> int:
 
 def test_epochs_grow_neither_memory_nor_threads(engine):
     specs = (ViewSpec(size_px=224), ViewSpec(size_px=224))
-    draw_batch = partial(draw, specs, 0, 0)
     output_bytes = 4 * 15 * 2 * 224 * 224 * 3  # of one epoch's slots
     seen = []
     for _ in range(20):
-        for _ in engine.batches(np.arange(30), 15, draw_batch, size_groups(specs)):
+        for _ in start(engine, np.arange(30), specs, local_batch_size=15):
             pass
         seen.append((threading.active_count(), resident_bytes()))
     assert seen[-1][0] == seen[0][0]
