@@ -5,7 +5,8 @@ known ones; every message carries the dotted key.
 """
 
 import dataclasses
-import difflib
+import functools
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,22 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from fastssl.errors import ConfigError
+from fastssl.errors import ConfigError, did_you_mean
 from fastssl.evaluation.config import EvalConfig
 from fastssl.losses import AnyLossConfig, MioConfig
 from fastssl.losses.moments import check_moment_width
 from fastssl.models.config import ModelConfig
 from fastssl.optim.config import OptimConfig
-from pipelines.config_field import free
+from fastssl.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
+from pipelines.config_field import Section, setting, shown
 from pipelines.loader import DataConfig
 from pipelines.views import ViewsConfig, build_view_specs
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Where a run is stored and how it starts.
 
     Attributes:
@@ -59,50 +60,36 @@ class RunConfig:
             or while compiling.
     """
 
-    dir: str = free("runs/default")
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = free("auto")
-    resume: Literal["never", "auto"] = free("never")
+    dir: str = setting("runs/default", free=True)
+    seed: int = setting(0, "[0, 9223372036854775807]")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", free=True)
+    resume: Literal["never", "auto"] = setting("never", free=True)
     init_from: str | None = None
-    checkpoint_every_minutes: float = free(0.0)
-    checkpoint_every_steps: int = free(0)
-    checkpoint_every_epochs: int | None = free(None)
-    keep_every_epochs: int = free(0)
-    log_every_steps: int = free(10)
-    diagnose_every_epochs: int = free(1)
-    num_threads: int = free(0)
-    peak_tflops: float | None = free(None)
-    rendezvous_timeout_s: int = free(300)
-    peer_timeout_s: int = free(20)
-    collective_timeout_s: int = free(1800)
+    checkpoint_every_minutes: float = setting(0.0, "[0, 1e6]", free=True)
+    checkpoint_every_steps: int = setting(0, "[0, 1e9]", free=True)
+    checkpoint_every_epochs: int | None = setting(None, "[1, 1e6]", free=True)
+    keep_every_epochs: int = setting(0, "[0, 1e6]", free=True)
+    log_every_steps: int = setting(10, "[1, 1e9]", free=True)
+    diagnose_every_epochs: int = setting(1, "[1, 1e6]", free=True)
+    num_threads: int = setting(0, "[0, 1024]", free=True)
+    peak_tflops: float | None = setting(None, "[1e-3, 1e6]", free=True)
+    rendezvous_timeout_s: int = setting(300, "[1, 86400]", free=True)
+    peer_timeout_s: int = setting(20, "[1, 86400]", free=True)
+    collective_timeout_s: int = setting(1800, "[1, 86400]", free=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.dir:
             raise ValueError("dir must name a folder")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError("seed must be in [0, 2**63)")
-        for name in ("checkpoint_every_minutes", "checkpoint_every_steps", "keep_every_epochs", "num_threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0")
-        if self.checkpoint_every_epochs is not None and self.checkpoint_every_epochs < 1:
-            raise ValueError("checkpoint_every_epochs must be >= 1, or null")
         if self.checkpoint_every_minutes and (self.checkpoint_every_steps or self.checkpoint_every_epochs):
             raise ValueError(
                 "checkpoint_every_minutes cannot be set together with checkpoint_every_steps or "
                 "checkpoint_every_epochs: set these to 0 and null, or leave it out"
             )
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise ValueError("peak_tflops must be > 0")
-        for name in ("log_every_steps", "diagnose_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1")
-        for name in ("rendezvous_timeout_s", "peer_timeout_s", "collective_timeout_s"):
-            if not 1 <= getattr(self, name) <= 86_400:
-                raise ValueError(f"{name} must be in [1, 86400]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """How the training steps are computed.
 
     Attributes:
@@ -124,21 +111,19 @@ class TrainConfig:
             leave the GPU waiting for the host. "auto": whenever possible; true: refuse a run that cannot be captured.
     """
 
-    num_epochs: int = 200
+    num_epochs: int = setting(200, "[1, 1e6]")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = free(0)
-    offload_optimizer: bool = free(False)
-    grad_clip_norm: float = 0.0
-    max_skipped_steps: int = free(5)
-    on_collapse: Literal["warn", "stop"] = free("warn")
-    num_micro_batches: int = free(1)
-    compile: bool = free(False)
-    cuda_graph: Literal["auto"] | bool = free("auto")
+    zero_stage: int = setting(0, "[0, 3]", free=True)
+    offload_optimizer: bool = setting(False, free=True)
+    grad_clip_norm: float = setting(0.0, "[0, 1e6]")
+    max_skipped_steps: int = setting(5, "[0, 1e6]", free=True)
+    on_collapse: Literal["warn", "stop"] = setting("warn", free=True)
+    num_micro_batches: int = setting(1, "[1, 65536]", free=True)
+    compile: bool = setting(False, free=True)
+    cuda_graph: Literal["auto"] | bool = setting("auto", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "num_micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1")
+        super().__post_init__()
         if self.zero_stage == 3:
             raise ValueError(
                 "zero_stage must be 0, 1 or 2: 3 also spreads the weights, which a target's moving average and the "
@@ -146,9 +131,6 @@ class TrainConfig:
             )
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError("offload_optimizer needs train.zero_stage 1 or 2: it is ZeRO's state that is moved")
-        for name in ("grad_clip_norm", "max_skipped_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +168,7 @@ class Config:
                 f"({self.train.num_epochs}): the learning rate would never reach its peak"
             )
         if self.data.global_batch_size < 2:
-            raise ValueError("data.global_batch_size must be >= 2: every loss needs other images beside one")
+            raise ValueError("data.global_batch_size must be >= 2: every loss needs at least two images")
         if self.loss.has_moments:
             check_moment_width(self.model.projector_dim, self.loss.name)
         num_views, most = len(build_view_specs(self.views)), self.loss.max_views
@@ -211,7 +193,7 @@ def load_config(path: str | Path | Sequence[str | Path], overrides: Mapping[str,
     paths = [path] if isinstance(path, (str, Path)) else path
     tree: dict[str, Any] = {}
     for each in paths:
-        tree = _merged(tree, _read_yaml(Path(each)))
+        tree = _merged(tree, _read_tree(Path(each)))
     return build_config(with_overrides(tree, as_overrides(overrides)))
 
 
@@ -248,13 +230,22 @@ def as_overrides(changes: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
         raise ConfigError(f"overrides must be a mapping or a list of key=value, not the text {changes!r}")
     if not isinstance(changes, Mapping):
         return changes
-    return [f"{key}={yaml.safe_dump(_plain(value), default_flow_style=True)}" for key, value in changes.items()]
+    return [f"{key}={_json(value, str(key))}" for key, value in changes.items()]
+
+
+def _json(value: Any, name: str) -> str:
+    try:
+        return json.dumps(value, default=_plain, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: not a value of a configuration ({error})") from None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    return value.item() if hasattr(value, "item") else value  # a number of numpy or torch
+    if not hasattr(value, "item"):
+        raise TypeError(f"type {type(value).__name__}")
+    return value.item()  # a number of numpy or torch
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
@@ -268,15 +259,15 @@ def build_config(tree: Mapping[str, Any]) -> Config:
         tree["loss"] = {"name": MioConfig().name, **tree["loss"]}
     if isinstance(tree.get("views"), Mapping):
         tree["views"] = _with_recipe_file(tree["views"])
-    try:
-        return _adapter().validate_python(tree)
+    try:  # strictly: no "10" or true for 10; as JSON, in which a list is also a tuple, and a mapping a section
+        return _adapter().validate_json(_json(tree, "the configuration"), strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
     """The resolved configuration as plain YAML values."""
-    return TypeAdapter(Config).dump_python(cfg, mode="json")
+    return _adapter().dump_python(cfg, mode="json")
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
@@ -302,7 +293,7 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 def free_keys() -> tuple[str, ...]:
-    """Dotted keys that may change when a run is resumed, see `pipelines.config_field.free`."""
+    """Dotted keys that may change when a run is resumed, see `pipelines.config_field.setting`."""
     return tuple(
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(Config)
@@ -316,13 +307,8 @@ def _fields_of(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(default) if dataclasses.is_dataclass(default) else ()
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+def _read_tree(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections such as data: and model:")
     return tree
@@ -330,43 +316,33 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _with_recipe_file(views: Mapping[str, Any]) -> Mapping[str, Any]:
     """The section with the content of a recipe file inlined, so that the resolved config does not depend on it."""
-    path = Path(str(views.get("recipe", "")))
+    recipe = views.get("recipe")
+    path = Path(recipe if isinstance(recipe, str) else "")
     if path.suffix not in (".yaml", ".yml"):
         return views
-    tree = _read_yaml(path)
+    tree = _read_tree(path)
     specs = tree.get("views")
     if set(tree) != {"views"} or not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
         raise ConfigError(f"views.recipe: {path} must hold `views:` and under it a list, the fields of each view")
     return {**views, "recipe": path.stem, "specs": specs}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, but a duplicate key is an error: PyYAML would silently drop the first one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set wants key=value, such as loss.temperature=0.2, not {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
     *sections, leaf = key.split(".")
+    if not separator or not all([*sections, leaf]):
+        raise ConfigError(f"--set wants key=value, such as loss.temperature=0.2, not {shown(override)}")
+    if not key.isprintable() or len(sections) > MAX_DEPTH:
+        raise ConfigError(f"--set {shown(key)}: no such key")
+    value = parse_yaml(text, f"--set {key[:80]}")
     for section in sections:
         if not isinstance(tree.setdefault(section, {}), dict):
-            raise ConfigError(f"--set {key}: {section} is no section")
+            raise ConfigError(f"--set {key[:80]}: {section} is no section")
         tree = tree[section]
     tree[leaf] = value
 
 
+@functools.cache
 def _adapter() -> TypeAdapter[Config]:
     for cls in _dataclasses_of(Config):
         cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -384,18 +360,29 @@ def _dataclasses_of(annotation: Any) -> Iterator[type]:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
     tags = {tag for cls in typing.get_args(AnyLossConfig) for tag in _names(cls)}
-    loc = [str(part) for part in first["loc"] if part not in tags]
-    key = ".".join(loc)
+    path = [str(part) for part in first["loc"]]
     if first["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key}{_nearest(loc, [str(part) for part in first['loc']])}"
+        loc = [*(part for part in path[:-1] if part not in tags), path[-1]]
+        return f"unknown key {'.'.join(loc)[:200]}{_nearest(loc, path)}"
+    key = ".".join(part for part in path if part not in tags and not _is_branch(part)) or "the configuration"
     if first["type"] == "union_tag_invalid":
-        return f"{key}.name must be one of {', '.join(sorted(tags))}, not {first.get('ctx', {}).get('tag')!r}"
+        tag = str(first.get("ctx", {}).get("tag"))
+        return f"{key}.name must be one of {', '.join(sorted(tags))}, not {shown(tag)}{did_you_mean(tag, tags)}"
     if first["type"] == "value_error":
         message = str(first.get("ctx", {}).get("error"))  # our own, from a __post_init__: it names the field
-        return message if not key or message.startswith(key) else f"{key}.{message}"
-    return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r}"
+        return message if not path or message.startswith(key) else f"{key}.{message}"
+    wanted = [first["msg"]]
+    if _is_branch(path[-1] if path else ""):  # a union: what each of its members wants
+        wanted += [each["msg"] for each in others if each["loc"][:-1] == first["loc"][:-1]]
+    rule = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in wanted))
+    return f"{key} must be {rule}, not {shown(first['input'])}"
+
+
+def _is_branch(part: str) -> bool:
+    """Whether a part of pydantic's location is the member of a union, such as `int` or `tuple[int, ...]`."""
+    return part in ("int", "float", "bool") or not part.replace("_", "").isalnum()
 
 
 def _names(loss_config: type) -> tuple[str, ...]:
@@ -404,8 +391,7 @@ def _names(loss_config: type) -> tuple[str, ...]:
 
 def _nearest(loc: list[str], tagged: list[str]) -> str:
     known = _known_keys(loc[:-1], tagged)
-    near = difflib.get_close_matches(loc[-1], known, n=3, cutoff=0.5)
-    return f": did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(known)}"
+    return did_you_mean(loc[-1], known) or f"; known here: {', '.join(known)}"
 
 
 def _known_keys(section: list[str], tagged: list[str]) -> list[str]:

@@ -1,7 +1,11 @@
 """The errors that end a command with a one-line message."""
 
+import difflib
 import os
 import sys
+from collections.abc import Iterable
+
+MAX_MESSAGE = 1000  # characters
 
 
 class UserError(ValueError):
@@ -30,4 +34,13 @@ def print_error(message: str) -> None:
     """Print on stderr, in one line, why this process ends."""
     rank = os.environ.get("RANK", "0")
     where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-    print(f"fastssl: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = " ".join(message.split())
+    if len(line) > MAX_MESSAGE:
+        line = f"{line[:MAX_MESSAGE]} ..."
+    print(f"fastssl: error{where}: {line}", file=sys.stderr, flush=True)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known names as the end of a message; empty if there are none."""
+    near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(near)}?" if near else ""

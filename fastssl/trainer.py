@@ -346,6 +346,7 @@ class Trainer:
 
     def _build_engine(self) -> tuple[Any, Any]:
         import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
 
         optimizer = build_optimizer(self.objective, self.cfg.optim)
         config = build_ds_config(self.cfg, world_size=collectives.world_size())
@@ -356,6 +357,8 @@ class Trainer:
         except ValidationError as error:  # the only part that is not ours is what `ds` adds
             first = error.errors(include_url=False)[0]
             raise ConfigError(f"ds: DeepSpeed's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        except DeepSpeedConfigError as error:
+            raise ConfigError(f"ds: DeepSpeed: {error}") from None
         bind_partitions(optimizer)
         if collectives.world_size() == 1 and self.cfg.train.zero_stage == 0:
             engine.enable_backward_allreduce = False  # it copies every gradient twice to average it with no other
@@ -484,6 +487,7 @@ def train(
     elif overrides:
         raise ConfigError("overrides are for the path of a configuration: change the Config with dataclasses.replace")
     check_apex(cfg)
+    build_ds_config(cfg, world_size=1)  # refuses what `ds` must not hold
     folder = RunFolder(cfg.run.dir)
     folder.check_claim(cfg)  # before the other processes are waited for
     with started_process(cfg.run) as process, _listening(stop_request) as request:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
-from pipelines.config_field import free
+from pipelines.config_field import Section, setting
 from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
 from pipelines.errors import DataError
 from pipelines.read_ahead import ReadAhead, read_whole
@@ -34,7 +34,7 @@ _READING_ENGINES = ("ffcv", "dali", "torch")  # engines that read from the file 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """The source of the images and how they are read.
 
     Attributes:
@@ -59,23 +59,14 @@ class DataConfig:
     train: str = ""
     test: str | None = None
     engine: EngineName = "ffcv"
-    global_batch_size: int = 256
-    num_workers: int = free(0)
-    prefetch_batches: int = free(3)
-    holdout_fraction: float = 0.1
+    global_batch_size: int = setting(256, "[1, 1e6]")
+    num_workers: int = setting(0, "[0, 1024]", free=True)
+    prefetch_batches: int = setting(3, "[1, 256]", free=True)
+    holdout_fraction: float = setting(0.1, "[0, 1)")
     order: Literal["random", "quasi_random"] = "random"
-    window_mb: int = 1024
-    cache: Literal["os", "ram", "none"] = free("os")
-    max_bad_fraction: float = 0.001
-
-    def __post_init__(self) -> None:
-        for name, least in (("global_batch_size", 1), ("num_workers", 0), ("prefetch_batches", 1), ("window_mb", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not 0 <= self.holdout_fraction < 1:
-            raise ValueError(f"holdout_fraction must be in [0, 1), got {self.holdout_fraction}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+    window_mb: int = setting(1024, "[1, 1e6]")
+    cache: Literal["os", "ram", "none"] = setting("os", free=True)
+    max_bad_fraction: float = setting(0.001, "[0, 1]")
 
 
 class Loader:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from pipelines.config_field import Section, setting
 from pipelines.draw import draw, eval_params
 from pipelines.view_spec import EvalViewSpec, ViewSpec
 
@@ -59,7 +60,7 @@ RECIPES: dict[str, tuple[ViewSpec, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsConfig:
+class ViewsConfig(Section):
     """The views of a run.
 
     Attributes:
@@ -73,13 +74,14 @@ class ViewsConfig:
 
     recipe: str = "mio_small"
     specs: list[dict[str, Any]] = field(default_factory=list)
-    size_px: int | None = None
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    size_px: int | None = setting(None, "[1, 4096]")
+    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "[-10, 10]")
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "[1e-4, 10]")
     override: dict[str, Any] = field(default_factory=dict)
-    eval_crop_fraction: float = 1.0
+    eval_crop_fraction: float = setting(1.0, "[0.01, 1]")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, chosen in [("override", self.override), *((f"specs.{i}", spec) for i, spec in enumerate(self.specs))]:
             unknown = sorted(set(chosen) - {item.name for item in fields(ViewSpec)})
             if unknown:
@@ -87,8 +89,8 @@ class ViewsConfig:
                 raise ValueError(f"{name} has unknown fields {unknown}; known: {known}")
         if not self.specs and self.recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, or a .yaml file, got {self.recipe!r}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std need three numbers, std > 0; got {self.mean} and {self.std}")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"mean and std need three numbers; got {self.mean} and {self.std}")
         build_view_specs(self)
         build_eval_spec(self)
 

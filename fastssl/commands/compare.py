@@ -20,8 +20,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
-
 from fastssl.checkpoint.save_load import checkpoint_of, step_of
 from fastssl.config import differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError, UserError
@@ -29,6 +27,7 @@ from fastssl.evaluation.accuracy import over_seeds
 from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
+from fastssl.yaml_text import parse_yaml
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 _ENCODER = "pre-trained encoder"
@@ -178,10 +177,7 @@ def _combinations(option: str, asked: Sequence[str]) -> list[tuple[Setting, ...]
     choices: list[list[Setting]] = []
     for text in asked:
         key, equals, listed = text.partition("=")
-        try:
-            values = yaml.safe_load(f"[{listed}]")
-        except yaml.YAMLError:
-            values = None
+        values = parse_yaml(f"[{listed}]", option)
         if not (key and equals and values and len(values) > 1 and None not in values):
             raise UserError(f"{option} takes key=value,value,... with two values or more, not {text!r}")
         choices.append([(key, value if isinstance(value, str) else json.dumps(value)) for value in values])

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipelines.config_field import free
+from pipelines.config_field import Section, setting
 from pipelines.view_spec import ViewSpec
 
 ProtocolName = Literal["knn", "linear", "logistic", "few_label", "linear_augmented", "finetune"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Section):
     """How an encoder is evaluated.
 
     If several values are given for a setting, one is chosen on images held out of the training part.
@@ -45,48 +45,32 @@ class EvalConfig:
     """
 
     what: tuple[ProtocolName, ...] = ("knn", "linear", "logistic", "few_label")
-    knn_k: int | tuple[int, ...] = 200
-    knn_temperature: float | tuple[float, ...] = 0.1
-    few_labels: tuple[int, ...] = ()
-    num_draws: int = 10
-    num_seeds: int = 1
+    knn_k: int | tuple[int, ...] = setting(200, "[1, 1e7]")
+    knn_temperature: float | tuple[float, ...] = setting(0.1, "[1e-4, 1e4]")
+    few_labels: tuple[int, ...] = setting((), "[1, 1e7]")
+    num_draws: int = setting(10, "[1, 1e4]")
+    num_seeds: int = setting(1, "[1, 1e3]")
     baselines: bool = False
-    local_batch_size: int = 256
+    local_batch_size: int = setting(256, "[1, 1e6]")
     feature_dtype: Literal["float32", "float16"] = "float32"
-    sgd_batch_size: int = 256
-    linear_lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-    linear_weight_decays: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-    linear_epochs: int = 50
-    augmented_epochs: int = 30
+    sgd_batch_size: int = setting(256, "[1, 1e6]")
+    linear_lrs: tuple[float, ...] = setting((3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), "[1e-12, 3.4e38]")
+    linear_weight_decays: tuple[float, ...] = setting((0.0, 1e-4, 1e-3, 1e-2, 1e-1), "[0, 100]")
+    linear_epochs: int = setting(50, "[1, 1e6]")
+    augmented_epochs: int = setting(30, "[1, 1e6]")
     augment: dict[str, Any] = field(default_factory=dict)
-    finetune_lrs: tuple[float, ...] = (0.01, 0.03, 0.1)
-    finetune_weight_decay: float = 1e-4
-    finetune_layer_decay: float = 1.0
-    finetune_epochs: int = 10
-    probe_lr: float = 0.1
-    every_epochs: int = free(0)
+    finetune_lrs: tuple[float, ...] = setting((0.01, 0.03, 0.1), "[1e-12, 1e4]")
+    finetune_weight_decay: float = setting(1e-4, "[0, 100]")
+    finetune_layer_decay: float = setting(1.0, "(0, 1]")
+    finetune_epochs: int = setting(10, "[1, 1e6]")
+    probe_lr: float = setting(0.1, "[1e-12, 1e4]")
+    every_epochs: int = setting(0, "[0, 1e6]", free=True)
 
     def __post_init__(self) -> None:
-        if not self.what:
-            raise ValueError("what must name a protocol")
-        for name in (
-            *("knn_k", "num_draws", "num_seeds", "local_batch_size", "sgd_batch_size"),
-            *("linear_epochs", "augmented_epochs", "finetune_epochs"),
-        ):
-            if min(values_of(getattr(self, name)), default=0) < 1:
-                raise ValueError(f"{name} must be >= 1")
-        for name in ("knn_temperature", "linear_lrs", "finetune_lrs", "probe_lr", "finetune_layer_decay"):
-            if min(values_of(getattr(self, name)), default=0) <= 0:
-                raise ValueError(f"{name} must be > 0")
-        for name in ("linear_weight_decays", "finetune_weight_decay"):
-            if min(values_of(getattr(self, name)), default=-1) < 0:
-                raise ValueError(f"{name} must be >= 0")
-        if self.every_epochs < 0:
-            raise ValueError("every_epochs must be >= 0")
-        if self.finetune_layer_decay > 1:
-            raise ValueError("finetune_layer_decay must be at most 1")
-        if any(num_labels < 1 for num_labels in self.few_labels):
-            raise ValueError("few_labels must hold numbers >= 1")
+        super().__post_init__()
+        for name in ("what", "knn_k", "knn_temperature", "linear_lrs", "linear_weight_decays", "finetune_lrs"):
+            if not values_of(getattr(self, name)):
+                raise ValueError(f"{name} must not be empty")
         if self.what == ("few_label",) and not self.few_labels:
             raise ValueError("few_labels must hold numbers of labels, such as [5, 20], for the protocol few_label")
         try:

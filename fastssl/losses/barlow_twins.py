@@ -18,7 +18,7 @@ from torch import Tensor
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import center, covariances, variances
 from fastssl.losses.pairwise import stack_views
-from fastssl.losses.view_pairs import check_weights
+from pipelines.config_field import setting
 
 EPSILON = 1e-5  # eps of the parameter-free batch norm in the authors' code
 
@@ -34,10 +34,7 @@ class BarlowTwinsConfig(LossConfig):
 
     has_moments: ClassVar[bool] = True
     name: Literal["barlow_twins"] = "barlow_twins"
-    redundancy_weight: float = 0.0051
-
-    def __post_init__(self) -> None:
-        check_weights(self, "redundancy_weight")
+    redundancy_weight: float = setting(0.0051, "[0, 1e6]")
 
 
 class BarlowTwins(Loss[BarlowTwinsConfig]):

@@ -8,13 +8,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from pipelines.config_field import Section
+
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Section):
     """Settings of a loss: the `loss:` section of a configuration.
 
-    A subclass is a frozen, keyword-only dataclass whose `name` is a Literal with a default. It checks its values in
-    `__post_init__` and raises a ValueError that names the dotted key.
+    A subclass is a frozen, keyword-only dataclass whose `name` is a Literal with a default; `setting` declares the
+    interval of each number (`pipelines.config_field`).
 
     Attributes:
         name: Selects the loss in a configuration.

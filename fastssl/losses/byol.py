@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import stack_views
-from fastssl.losses.predictor import build_predictor, check_hidden
-from fastssl.losses.view_pairs import check_momentum, mean_cosine
+from fastssl.losses.predictor import build_predictor
+from fastssl.losses.view_pairs import mean_cosine
+from pipelines.config_field import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,8 @@ class ByolConfig(LossConfig):
 
     takes_width: ClassVar[bool] = True
     name: Literal["byol"] = "byol"
-    predictor_hidden: int = 4096
-    target_momentum: float = 0.996
-
-    def __post_init__(self) -> None:
-        check_hidden(self.predictor_hidden)
-        check_momentum("loss.target_momentum", self.target_momentum)
+    predictor_hidden: int = setting(4096, "[1, 65536]")
+    target_momentum: float = setting(0.996, "[0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +48,7 @@ class LinearByolConfig(LossConfig):
 
     takes_width: ClassVar[bool] = True
     name: Literal["linear_byol"] = "linear_byol"
-    target_momentum: float = 0.996
-
-    def __post_init__(self) -> None:
-        check_momentum("loss.target_momentum", self.target_momentum)
+    target_momentum: float = setting(0.996, "[0, 1]")
 
 
 class Byol(Loss[ByolConfig | LinearByolConfig]):

@@ -47,7 +47,8 @@ from torch import Tensor
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import MovingMoment, second_moment
 from fastssl.losses.pairwise import stack_views
-from fastssl.losses.view_pairs import check_momentum, ordered_pairs, unit_rows
+from fastssl.losses.view_pairs import ordered_pairs, unit_rows
+from pipelines.config_field import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,27 +71,18 @@ class MincConfig(LossConfig):
     has_moments: ClassVar[bool] = True
     needs_mean: ClassVar[bool] = True
     name: Literal["minc"] = "minc"
-    scale: float = 10.0
+    scale: float = setting(10.0, "[1e-6, 1e6]")
     norm: Literal["unit", "clip", "none"] = "unit"
-    moment_momentum: float = 0.8
-    target_momentum: float = 0.996
+    moment_momentum: float = setting(0.8, "[0, 1)")
+    target_momentum: float = setting(0.996, "[0, 1]")
     gha: bool = False
-    alpha: float = 2.0
-    alpha_floor: float = 0.1
+    alpha: float = setting(2.0, "[1, 100]")
+    alpha_floor: float = setting(0.1, "[1e-6, 1e6]")
 
     def __post_init__(self) -> None:
-        for name in ("scale", "alpha_floor"):
-            number = getattr(self, name)
-            if not (math.isfinite(number) and number > 0):
-                raise ValueError(f"loss.{name}: must be > 0, got {number}")
-        if self.norm not in ("unit", "clip", "none"):
-            raise ValueError(f"loss.norm: must be unit, clip or none, got {self.norm!r}")
-        if not (math.isfinite(self.alpha) and self.alpha >= 1):
-            raise ValueError(f"loss.alpha: must be >= 1, got {self.alpha}")
+        super().__post_init__()
         if self.gha and self.alpha != 2:
             raise ValueError(f"loss.gha: only with loss.alpha 2, got {self.alpha}")
-        check_momentum("loss.moment_momentum", self.moment_momentum, below_one=True)
-        check_momentum("loss.target_momentum", self.target_momentum)
 
 
 class Minc(Loss[MincConfig]):

@@ -22,7 +22,7 @@ information.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ from torch.nn import functional as F
 
 from fastssl.collectives import EXCHANGE
 from fastssl.losses.base import Loss, LossConfig
-from fastssl.losses.pairwise import check_impl, check_temperature, stack_views
+from fastssl.losses.pairwise import EXP_TEMPERATURE, LOWEST_EXP_TEMPERATURE, TEMPERATURE, stack_views
 from kernels.gram_loss import quadratic_loss
 from kernels.pair_loss import count_negatives, pair_loss, softplus
 from kernels.partition_loss import partition_terms
 from kernels.similarity import Impl
 from kernels.similarity.exponent import scalar
+from pipelines.config_field import setting
 
 Negative = Literal["naive", "exp", "jensen", "quadratic", "softplus"]
 
@@ -58,23 +59,20 @@ class MioConfig(LossConfig):
     name: Literal["mio"] = "mio"
     negative: Negative = "exp"
     per_anchor: bool = False
-    temperature_positive: float = 0.5
-    temperature_negative: float = 0.5
-    alignment_weight: float = 0.0
+    temperature_positive: float = setting(0.5, TEMPERATURE)
+    temperature_negative: float = setting(0.5, TEMPERATURE)
+    alignment_weight: float = setting(0.0, "[0, 1e6]")
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        if self.negative not in get_args(Negative):
-            raise ValueError(f"loss.negative: must be one of {', '.join(get_args(Negative))}, got {self.negative!r}")
+        super().__post_init__()
         if self.per_anchor and self.negative != "jensen":
             raise ValueError(f"loss.per_anchor: only for loss.negative jensen, got {self.negative}")
-        check_temperature("loss.temperature_positive", self.temperature_positive, of_exp=False)
-        check_temperature(
-            "loss.temperature_negative", self.temperature_negative, of_exp=self.negative in ("exp", "jensen")
-        )
-        if not (math.isfinite(self.alignment_weight) and self.alignment_weight >= 0):
-            raise ValueError(f"loss.alignment_weight: must be >= 0, got {self.alignment_weight}")
-        check_impl(self.impl)
+        if self.negative in ("exp", "jensen") and self.temperature_negative < LOWEST_EXP_TEMPERATURE:
+            raise ValueError(
+                f"temperature_negative must be in {EXP_TEMPERATURE} for loss.negative {self.negative}, "
+                f"not {self.temperature_negative}: e^(s/temperature) leaves fp32's range"
+            )
 
 
 class Mio(Loss[MioConfig]):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastssl.collectives import EXCHANGE
 from fastssl.losses.base import Loss, LossConfig
-from fastssl.losses.pairwise import check_impl, check_temperature, stack_views
+from fastssl.losses.pairwise import EXP_TEMPERATURE, stack_views
 from kernels.partition_loss import partition_loss
 from kernels.similarity import Impl
+from pipelines.config_field import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,8 @@ class NtXentConfig(LossConfig):
     """
 
     name: Literal["simclr"] = "simclr"
-    temperature: float = 0.5
+    temperature: float = setting(0.5, EXP_TEMPERATURE)
     impl: Impl = "auto"
-
-    def __post_init__(self) -> None:
-        check_temperature("loss.temperature", self.temperature, of_exp=True)
-        check_impl(self.impl)
 
 
 class NtXent(Loss[NtXentConfig]):

@@ -1,4 +1,4 @@
-"""Shared by losses over all pairs of the global batch: input checks and checks of their settings.
+"""Shared by losses over all pairs of the global batch: input checks and bounds of their settings.
 
 # B local batch, N global batch, D projection; a rank holds the 2B rows z = [view a; view b], all ranks 2N
 # u_i = z_i / |z_i|;  s_ik = u_i . u_k;  p(i) the other view of row i;  Neg(i) all rows but i and p(i): 2N - 2 of them
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastssl import collectives
-from kernels.similarity import IMPLS
 from kernels.similarity.exponent import MAX_EXP_INV_TEMPERATURE
+
+LOWEST_EXP_TEMPERATURE = math.ceil(1e4 / MAX_EXP_INV_TEMPERATURE) / 1e4  # e^{s/temperature} is within fp32's range
+TEMPERATURE, EXP_TEMPERATURE = "[1e-4, 1e4]", f"[{LOWEST_EXP_TEMPERATURE}, 1e4]"  # intervals of `setting`
 
 
 def stack_views(*z: Tensor) -> Tensor:
@@ -37,22 +39,3 @@ def stack_views(*z: Tensor) -> Tensor:
         raise ValueError(f"the global batch must have at least 2 samples, got {num_samples}")
     with torch.autocast(z[0].device.type, enabled=False):  # autocast would cast to its own low precision
         return torch.stack(z)
-
-
-def check_temperature(field: str, temperature: float, *, of_exp: bool) -> None:
-    """Refuse a temperature that is not a positive number, or for which e^{s/temperature} overflows fp32.
-
-    Raises:
-        ValueError: Names `field`, a dotted config key.
-    """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"{field}: must be > 0, got {temperature}")
-    if of_exp and 1 / temperature > MAX_EXP_INV_TEMPERATURE:
-        lowest = math.ceil(1e4 / MAX_EXP_INV_TEMPERATURE) / 1e4
-        raise ValueError(f"{field}: must be >= {lowest:g}, got {temperature}; e^(s/temperature) leaves fp32's range")
-
-
-def check_impl(impl: str) -> None:
-    """Refuse an unknown `loss.impl` with a ValueError."""
-    if impl not in IMPLS:
-        raise ValueError(f"loss.impl: must be one of {', '.join(IMPLS)}, got {impl!r}")

@@ -14,9 +14,3 @@ def build_predictor(projector_dim: int, hidden_dim: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(hidden_dim, projector_dim),
     )
-
-
-def check_hidden(hidden_dim: int) -> None:
-    """Refuse a width below 1; the ValueError names `loss.predictor_hidden`."""
-    if hidden_dim < 1:
-        raise ValueError(f"loss.predictor_hidden: must be >= 1, got {hidden_dim}")

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fastssl.collectives import EXCHANGE
 from fastssl.losses.base import Loss, LossConfig
-from fastssl.losses.pairwise import check_impl, stack_views
+from fastssl.losses.pairwise import stack_views
 from kernels.pair_loss import pair_loss
 from kernels.similarity import Impl
+from pipelines.config_field import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +34,9 @@ class SigLipConfig(LossConfig):
 
     max_views: ClassVar[int] = 2
     name: Literal["siglip"] = "siglip"
-    initial_inv_temperature: float = 10.0
-    initial_bias: float = -10.0
+    initial_inv_temperature: float = setting(10.0, "[1e-4, 1e4]")
+    initial_bias: float = setting(-10.0, "[-1e4, 1e4]")
     impl: Impl = "auto"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.initial_inv_temperature) and self.initial_inv_temperature > 0):
-            raise ValueError(f"loss.initial_inv_temperature: must be > 0, got {self.initial_inv_temperature}")
-        if not math.isfinite(self.initial_bias):
-            raise ValueError(f"loss.initial_bias: must be a number, got {self.initial_bias}")
-        check_impl(self.impl)
 
 
 class SigLip(Loss[SigLipConfig]):

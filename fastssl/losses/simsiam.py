@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import stack_views
-from fastssl.losses.predictor import build_predictor, check_hidden
+from fastssl.losses.predictor import build_predictor
 from fastssl.losses.view_pairs import mean_cosine
+from pipelines.config_field import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,7 @@ class SimSiamConfig(LossConfig):
 
     takes_width: ClassVar[bool] = True
     name: Literal["simsiam"] = "simsiam"
-    predictor_hidden: int = 512
-
-    def __post_init__(self) -> None:
-        check_hidden(self.predictor_hidden)
+    predictor_hidden: int = setting(512, "[1, 65536]")
 
 
 class SimSiam(Loss[SimSiamConfig]):

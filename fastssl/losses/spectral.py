@@ -7,7 +7,6 @@
 Computed from D x D moments without enumerating pairs: O(N D^2).
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from fastssl.collectives import EXCHANGE
 from fastssl.losses.base import Loss, LossConfig
-from fastssl.losses.pairwise import check_impl, stack_views
+from fastssl.losses.pairwise import stack_views
 from kernels.gram_loss import spectral_loss
 from kernels.similarity import Impl
+from pipelines.config_field import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,8 @@ class SpectralConfig(LossConfig):
     needs_mean: ClassVar[bool] = True
     max_views: ClassVar[int] = 2
     name: Literal["spectral"] = "spectral"
-    mu: float = 1.0
+    mu: float = setting(1.0, "[1e-6, 1e6]")
     impl: Impl = "auto"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.mu) and self.mu > 0):
-            raise ValueError(f"loss.mu: must be > 0, got {self.mu}")
-        check_impl(self.impl)
 
 
 class Spectral(Loss[SpectralConfig]):

@@ -20,7 +20,8 @@ from torch import Tensor
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import MovingMoment, second_moment
 from fastssl.losses.pairwise import stack_views
-from fastssl.losses.view_pairs import check_momentum, check_weights, mean_cosine, unit_rows
+from fastssl.losses.view_pairs import mean_cosine, unit_rows
+from pipelines.config_field import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,9 @@ class TiCoConfig(LossConfig):
     takes_width: ClassVar[bool] = True
     has_moments: ClassVar[bool] = True
     name: Literal["tico"] = "tico"
-    covariance_weight: float = 8.0
-    moment_momentum: float = 0.9
-    target_momentum: float = 0.99
-
-    def __post_init__(self) -> None:
-        check_weights(self, "covariance_weight")
-        check_momentum("loss.moment_momentum", self.moment_momentum, below_one=True)
-        check_momentum("loss.target_momentum", self.target_momentum)
+    covariance_weight: float = setting(8.0, "[0, 1e6]")
+    moment_momentum: float = setting(0.9, "[0, 1)")
+    target_momentum: float = setting(0.99, "[0, 1]")
 
 
 class TiCo(Loss[TiCoConfig]):

@@ -21,7 +21,7 @@ from fastssl import collectives
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import center, covariances
 from fastssl.losses.pairwise import stack_views
-from fastssl.losses.view_pairs import check_weights
+from pipelines.config_field import setting
 
 EPSILON = 1e-4
 
@@ -39,12 +39,9 @@ class VicRegConfig(LossConfig):
 
     has_moments: ClassVar[bool] = True
     name: Literal["vicreg"] = "vicreg"
-    invariance_weight: float = 25.0
-    variance_weight: float = 25.0
-    covariance_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_weights(self, "invariance_weight", "variance_weight", "covariance_weight")
+    invariance_weight: float = setting(25.0, "[0, 1e6]")
+    variance_weight: float = setting(25.0, "[0, 1e6]")
+    covariance_weight: float = setting(1.0, "[0, 1e6]")
 
 
 class VicReg(Loss[VicRegConfig]):

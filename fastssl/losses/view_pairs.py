@@ -3,8 +3,6 @@
 # V views; the target network sees the first T of them (T = V without a target network); B local batch, D projection
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,21 +32,3 @@ def mean_cosine(p: Tensor, t: Tensor) -> Tensor:
     with torch.autocast(p.device.type, enabled=False):
         u, t = unit_rows(p), unit_rows(t.detach())
         return torch.stack([(u[v] * t[w]).sum(1).mean() for v, w in ordered_pairs(len(u), len(t))]).mean()
-
-
-def check_momentum(field: str, momentum: float, *, below_one: bool = False) -> None:
-    """Refuse a moving-average momentum outside of [0, 1], or outside of [0, 1) with `below_one`.
-
-    Raises:
-        ValueError: Names `field`, a dotted config key.
-    """
-    if not (math.isfinite(momentum) and 0 <= momentum <= 1) or (below_one and momentum == 1):
-        raise ValueError(f"{field}: must be in [0, 1{')' if below_one else ']'}, got {momentum}")
-
-
-def check_weights(config: object, *names: str) -> None:
-    """Refuse term weights that are negative or NaN; the ValueError names the dotted config key."""
-    for name in names:
-        weight = getattr(config, name)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"loss.{name}: must be >= 0, got {weight}")

@@ -2,12 +2,16 @@
 
 # B images, H = W = image_px, F features
 
-import difflib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastssl.errors import did_you_mean
 from fastssl.models.config import ModelConfig
 from kernels.torchvision_cpu import import_torchvision
 
@@ -72,22 +76,51 @@ def _build_timm(cfg: ModelConfig) -> tuple[nn.Module, bool]:
     name = cfg.backbone.removeprefix(TIMM_PREFIX)
     if not timm.is_model(name):
         raise _unknown_backbone(cfg.backbone, [TIMM_PREFIX + known for known in timm.list_models()])
-    model = _call_builder(timm.create_model, name, cfg, num_classes=0)
+    with _cache_alone_without_network() if cfg.backbone_kwargs.get("pretrained") else nullcontext():
+        model = _call_builder(timm.create_model, name, cfg, num_classes=0)
     return model, isinstance(model, ResNet)
+
+
+@contextmanager
+def _cache_alone_without_network() -> Iterator[None]:
+    """Let timm use the cache at once where the Hugging Face Hub does not answer; it would retry for a minute."""
+    from huggingface_hub import constants
+
+    was_offline = constants.HF_HUB_OFFLINE
+    try:
+        if not was_offline:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=2).close()
+    except urllib.error.HTTPError:  # an answer
+        pass
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 def _call_builder(builder: Any, name: str, cfg: ModelConfig, **fixed: Any) -> nn.Module:
     try:
         return builder(name, **fixed, **cfg.backbone_kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+    except OSError as error:  # pretrained weights that cannot be fetched or read
+        message = " ".join(str(error).split())[:300] or type(error).__name__
+        local = (
+            "a local file: model.backbone_kwargs={pretrained: true, pretrained_cfg_overlay: {file: X.safetensors}}"
+            if cfg.backbone.startswith(TIMM_PREFIX)
+            else f"a local file goes into {torch.hub.get_dir()}/checkpoints"
+        )
+        raise ValueError(
+            f"model.backbone_kwargs: the weights of {cfg.backbone} cannot be loaded ({message}); {local}"
+        ) from error
+    except Exception as error:  # another package's, on arguments of the user's
         message = " ".join(str(error).split())
         raise ValueError(f"model.backbone_kwargs {cfg.backbone_kwargs} do not fit {cfg.backbone}: {message}") from error
 
 
 def _unknown_backbone(name: str, known: list[str]) -> ValueError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "give a torchvision model or timm/<name>"
-    return ValueError(f"model.backbone: no model named {name}; {hint}")
+    hint = did_you_mean(name, known) or ": give a torchvision model or timm/<name>"
+    return ValueError(f"model.backbone: no model named {name[:100]}{hint}")
 
 
 def _drop_classifier(model: nn.Module, name: str) -> None:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipelines.config_field import free
+from pipelines.config_field import Section, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The encoder and its projector.
 
     Attributes:
@@ -36,24 +36,11 @@ class ModelConfig:
     backbone: str = "resnet18"
     stem: Literal["imagenet", "no_pool", "cifar"] = "imagenet"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
-    stem_channels: int = 0
-    pool_px: int = 1
-    projector_hidden: tuple[int, ...] = (512,)
-    projector_dim: int = 128
+    stem_channels: int = setting(0, "[0, 65536]")
+    pool_px: int = setting(1, "[1, 64]")
+    projector_hidden: tuple[int, ...] = setting((512,), "[1, 65536]")
+    projector_dim: int = setting(128, "[1, 131072]")
     projector_last_norm: bool = True
     batch_norm: Literal["per_rank", "sync"] = "per_rank"
-    activation_checkpointing: bool = free(False)
+    activation_checkpointing: bool = setting(False, free=True)
     layer_norm: Literal["torch", "apex"] = "torch"
-
-    def __post_init__(self) -> None:
-        if self.stem not in ("imagenet", "no_pool", "cifar"):
-            raise ValueError(f"stem must be imagenet, no_pool or cifar, not {self.stem!r}")
-        if self.layer_norm not in ("torch", "apex"):
-            raise ValueError(f"layer_norm must be torch or apex, not {self.layer_norm!r}")
-        for name in ("pool_px", "projector_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1")
-        if self.stem_channels < 0:
-            raise ValueError("stem_channels must be >= 0")
-        if any(width < 1 for width in self.projector_hidden):
-            raise ValueError("projector_hidden must hold widths >= 1")

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.config_field import Section, setting
+
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Section):
     """Optimizer and learning-rate schedule.
 
     Attributes:
@@ -26,38 +28,21 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     impl: Literal["auto", "torch", "apex"] = "auto"
-    base_lr: float = 0.06
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    base_lr: float = setting(0.06, "[1e-12, 1e4]")
+    momentum: float = setting(0.9, "[0, 1)")
+    weight_decay: float = setting(5e-4, "[0, 100]")
     decay_all: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    lars_trust_coefficient: float = 0.001
+    betas: tuple[float, float] = setting((0.9, 0.999), "[0, 1)")
+    lars_trust_coefficient: float = setting(0.001, "[1e-9, 1e3]")
     schedule: Literal["step", "epoch"] = "step"
-    warmup_epochs: float = 10.0
-    final_lr_fraction: float = 0.0
+    warmup_epochs: float = setting(10.0, "[0, 1e6]")
+    final_lr_fraction: float = setting(0.0, "[0, 1]")
 
     def __post_init__(self) -> None:
-        if self.name not in ("sgd", "adamw", "lars", "lamb"):
-            raise ValueError(f"name must be sgd, adamw, lars or lamb, not {self.name!r}")
-        if self.impl not in ("auto", "torch", "apex"):
-            raise ValueError(f"impl must be auto, torch or apex, not {self.impl!r}")
-        if self.schedule not in ("step", "epoch"):
-            raise ValueError(f"schedule must be step or epoch, not {self.schedule!r}")
+        super().__post_init__()
         if self.impl == "apex" and self.name == "lars":
             raise ValueError("impl must be auto or torch with optim.name=lars: apex has no LARS")
         if self.impl == "apex" and self.name == "lamb" and self.weight_decay == 0:
             raise ValueError(
                 "weight_decay must be > 0 with optim.impl=apex and optim.name=lamb: apex adapts no layer without decay"
             )
-        for name in ("base_lr", "lars_trust_coefficient"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0")
-        for name in ("weight_decay", "warmup_epochs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError("momentum must be in [0, 1)")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("betas must be in [0, 1)")
-        if not 0 <= self.final_lr_fraction <= 1:
-            raise ValueError("final_lr_fraction must be in [0, 1]")

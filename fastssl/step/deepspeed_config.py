@@ -4,24 +4,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastssl.config import Config
-from fastssl.errors import ConfigError
+from fastssl.errors import ConfigError, did_you_mean
+from pipelines.config_field import shown
 
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
-# Sections of DeepSpeed's configuration that `ds` may set; DeepSpeed itself silently accepts unknown or misspelt ones.
-PASSED = (
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "timers",
-    "torch_autocast",
-    "wall_clock_breakdown",
-    "zero_optimization",
-)
+# Sections of DeepSpeed's configuration that `ds` may set, and their types; DeepSpeed itself silently accepts unknown or
+# misspelt ones, and fails with a traceback on another type.
+PASSED: dict[str, type] = {
+    "aio": dict,
+    "comms_logger": dict,
+    "communication_data_type": str,
+    "dump_state": bool,
+    "flops_profiler": dict,
+    "gradient_predivide_factor": float,
+    "memory_breakdown": bool,
+    "prescale_gradients": bool,
+    "timers": dict,
+    "torch_autocast": dict,
+    "wall_clock_breakdown": bool,
+    "zero_optimization": dict,
+}
+_TYPE_NAMES = {dict: "a section", bool: "true or false", str: "text", float: "a number"}
 _OURS = {
     "optimizer": "optim",
     "scheduler": "optim",
@@ -80,15 +83,25 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
         # It would synchronise the GPU twice per step to measure a speed that is not printed.
         "timers": {"throughput": {"enabled": False}},
     }
-    for section in cfg.ds:
+    for section, value in cfg.ds.items():
         if section in _OURS:
             raise ConfigError(f"ds.{section}: set {_OURS[section]} instead, DeepSpeed's is written from it")
         if section not in PASSED:
-            raise ConfigError(f"ds.{section}: not passed on to DeepSpeed; what can be: {', '.join(PASSED)}")
+            hint = did_you_mean(section, PASSED) or f"; what can be: {', '.join(PASSED)}"
+            raise ConfigError(f"ds.{section}: not passed on to DeepSpeed{hint}")
+        _check_type(f"ds.{section}", value, PASSED[section])
+        if PASSED[section] is dict and "enabled" in value:
+            _check_type(f"ds.{section}.enabled", value["enabled"], bool)
     merged = _merged(own, cfg.ds, "ds")
     _check_zero(cfg)
     _check_averaging(cfg)
     return merged
+
+
+def _check_type(key: str, value: Any, wanted: type) -> None:
+    fits = isinstance(value, int | float if wanted is float else wanted) and (wanted is bool) == isinstance(value, bool)
+    if not fits:
+        raise ConfigError(f"{key} must be {_TYPE_NAMES[wanted]}, not {shown(value)}")
 
 
 def _merged(own: dict[str, Any], raw: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -119,11 +132,11 @@ def _check_zero(cfg: Config) -> None:
 def _check_averaging(cfg: Config) -> None:
     """Refuse settings for which DeepSpeed would fail with a traceback."""
     data_type = cfg.ds.get("communication_data_type", "fp32")
-    if str(data_type).lower() not in ("fp16", "bf16", "fp32"):
+    if data_type.lower() not in ("fp16", "bf16", "fp32"):
         raise ConfigError(f"ds.communication_data_type: must be fp16, bf16 or fp32, not {data_type!r}")
     factor = cfg.ds.get("gradient_predivide_factor", 1.0)
-    if not isinstance(factor, int | float) or factor <= 0:
-        raise ConfigError(f"ds.gradient_predivide_factor: must be a number > 0, not {factor!r}")
+    if factor <= 0:
+        raise ConfigError(f"ds.gradient_predivide_factor: must be > 0, not {factor!r}")
     scatters = cfg.train.zero_stage == 2 and cfg.ds.get("zero_optimization", {}).get("reduce_scatter", True)
     if scatters and (factor != 1 or cfg.ds.get("prescale_gradients")):
         name = "prescale_gradients" if factor == 1 else "gradient_predivide_factor"

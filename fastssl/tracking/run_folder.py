@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-import yaml
-
 from fastssl.config import Config, differing_keys, free_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
+from fastssl.yaml_text import dump_yaml
 
 _LOCKS: dict[Path, IO[str]] = {}  # lock files held by trainings in this process
 
@@ -121,7 +120,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
-            replace_text(self.config, yaml.safe_dump(to_dict(cfg), sort_keys=False))  # last: its presence marks a run
+            replace_text(self.config, dump_yaml(to_dict(cfg)))  # last: its presence marks a run
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
 

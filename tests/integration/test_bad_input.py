@@ -32,7 +32,7 @@ def assert_one_line(done, *parts):
         (["optim={name: lars, lars_trust_coefficient: 0}"], ["optim.lars_trust_coefficient"]),
         (["loss.name=nope"], ["loss.name", "mio, siglip, simclr"]),
         (["loss={name: byol, target_momentum: 2}"], ["loss.target_momentum", "[0, 1]"]),
-        (["train.num_micro_batches=0"], ["train.num_micro_batches", ">= 1"]),
+        (["train.num_micro_batches=0"], ["train.num_micro_batches", "[1, 65536]"]),
         (["model.batch_norm=global"], ["model.batch_norm", "per_rank", "sync"]),
         (["model.activation_checkpointing=often"], ["model.activation_checkpointing", "often"]),
         (["train.compile=maybe"], ["train.compile", "maybe"]),

@@ -153,15 +153,15 @@ def test_predictors_have_their_papers_widths() -> None:
 @pytest.mark.parametrize(
     ("config_type", "settings", "message"),
     [
-        (ByolConfig, {"predictor_hidden": 0}, "loss.predictor_hidden: must be >= 1, got 0"),
-        (ByolConfig, {"target_momentum": 1.5}, r"loss.target_momentum: must be in \[0, 1\], got 1.5"),
-        (LinearByolConfig, {"target_momentum": -1.0}, "loss.target_momentum"),
-        (SimSiamConfig, {"predictor_hidden": -1}, "loss.predictor_hidden"),
-        (BarlowTwinsConfig, {"redundancy_weight": -1.0}, "loss.redundancy_weight: must be >= 0, got -1"),
-        (VicRegConfig, {"variance_weight": math.nan}, "loss.variance_weight: must be >= 0"),
-        (TiCoConfig, {"covariance_weight": math.inf}, "loss.covariance_weight"),
-        (TiCoConfig, {"moment_momentum": 1.0}, r"loss.moment_momentum: must be in \[0, 1\)"),
-        (TiCoConfig, {"target_momentum": 2.0}, "loss.target_momentum"),
+        (ByolConfig, {"predictor_hidden": 0}, r"predictor_hidden must be in \[1, 65536\], not 0"),
+        (ByolConfig, {"target_momentum": 1.5}, r"target_momentum must be in \[0, 1\], not 1.5"),
+        (LinearByolConfig, {"target_momentum": -1.0}, "target_momentum"),
+        (SimSiamConfig, {"predictor_hidden": -1}, "predictor_hidden"),
+        (BarlowTwinsConfig, {"redundancy_weight": -1.0}, r"redundancy_weight must be in \[0, 1e6\], not -1"),
+        (VicRegConfig, {"variance_weight": math.nan}, r"variance_weight must be in \[0, 1e6\]"),
+        (TiCoConfig, {"covariance_weight": math.inf}, "covariance_weight"),
+        (TiCoConfig, {"moment_momentum": 1.0}, r"moment_momentum must be in \[0, 1\)"),
+        (TiCoConfig, {"target_momentum": 2.0}, "target_momentum"),
     ],
 )
 def test_bad_settings_name_their_key(config_type: type, settings: dict, message: str) -> None:

@@ -1,7 +1,10 @@
 """Encoders keep their models' weights and names; the two-view model batches views; the average moves."""
 
+import time
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fastssl.models.backbones import build_backbone
@@ -129,7 +132,7 @@ def test_stem_and_pool_are_refused_beyond_resnets(name, fields):
 
 @pytest.mark.parametrize(("name", "near"), [("resnet81", "resnet18"), ("timm/resnet81", "timm/resnet18")])
 def test_unknown_names_get_the_nearest_ones(name, near):
-    with pytest.raises(ValueError, match=rf"no model named {name}; did you mean .*{near}"):
+    with pytest.raises(ValueError, match=rf"no model named {name}: did you mean .*{near}"):
         build_backbone(ModelConfig(backbone=name), image_px=32)
 
 
@@ -142,6 +145,47 @@ def test_names_like_no_other_get_a_hint():
 def test_unfit_arguments_name_their_key(name):
     with pytest.raises(ValueError, match=r"model\.backbone_kwargs .*nonsense"):
         build_backbone(ModelConfig(backbone=name, backbone_kwargs={"nonsense": 1}), image_px=32)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """No server answers, and nothing is cached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return constants
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "remedy"),
+    [
+        ("timm/resnet10t", {"pretrained": True}, "pretrained_cfg_overlay: {file: "),
+        ("resnet18", {"weights": "DEFAULT"}, "hub/checkpoints"),
+    ],
+)
+def test_pretrained_weights_without_network_fail_at_once(name, asked, remedy, no_network):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"weights of {name} cannot be loaded .*a local file.*{remedy}"):
+        build_backbone(ModelConfig(backbone=name, backbone_kwargs=asked), image_px=32)
+    assert time.monotonic() - started < 5  # huggingface_hub's own attempts take a minute
+    assert not no_network.HF_HUB_OFFLINE
+
+
+def test_pretrained_weights_of_a_local_file(tmp_path, no_network):
+    import timm
+
+    file = tmp_path / "x.safetensors"
+    model = timm.create_model("resnet10t")
+    save_file(model.state_dict(), file)
+    asked = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    backbone, _ = build_backbone(ModelConfig(backbone="timm/resnet10t", backbone_kwargs=asked), image_px=32)
+    assert torch.equal(backbone.layer1[0].conv1.weight, model.layer1[0].conv1.weight)  # pyright: ignore
+    file.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"model\.backbone_kwargs .*do not fit"):
+        build_backbone(ModelConfig(backbone="timm/resnet10t", backbone_kwargs=asked), image_px=32)
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")

@@ -33,6 +33,14 @@ def test_sections_of_ones_own_are_passed_on():
         ({"zero_optimization": {"stage": 2}}, ["ds.zero_optimization.stage"]),
         ({"zero_optimisation": {}}, ["ds.zero_optimisation", "zero_optimization"]),
         ({"torch_autocast": {"enabled": True}}, ["ds.torch_autocast.enabled"]),
+        ({"zero_optimisation": {}}, ["did you mean zero_optimization"]),
+        ({"elasticity": {}}, ["ds.elasticity: not passed on to DeepSpeed"]),
+        ({"aio": 3}, ["ds.aio must be a section, not 3"]),
+        ({"comms_logger": None}, ["ds.comms_logger must be a section, not None"]),
+        ({"flops_profiler": {"enabled": "x"}}, ["ds.flops_profiler.enabled must be true or false, not 'x'"]),
+        ({"wall_clock_breakdown": "yes"}, ["ds.wall_clock_breakdown must be true or false"]),
+        ({"communication_data_type": 3}, ["ds.communication_data_type must be text"]),
+        ({"gradient_predivide_factor": True}, ["ds.gradient_predivide_factor must be a number"]),
     ],
 )
 def test_what_fastssl_writes_is_not_written_twice(ds, parts):
