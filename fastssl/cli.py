@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastssl import __version__
 from pipelines.errors import DataError
+from pipelines.printable import printable, printable_lines
 
 if TYPE_CHECKING:
     from fastssl.analysis.source import BatchSettings
@@ -51,6 +52,8 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return _fail(f"{error.filename}: {error.strerror}", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, then go on", 2)
@@ -93,7 +96,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
     for done in reports:
         print(
-            f"{done.out}: {done.num_images:,} images in {done.wall_s:.1f} s "
+            f"{printable(done.out)}: {done.num_images:,} images in {done.wall_s:.1f} s "
             f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
             f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
         )
@@ -111,13 +114,13 @@ def _inspect(args: argparse.Namespace) -> None:
     from pipelines.beton import BetonReader, inspect
     from pipelines.contact_sheet import contact_sheet
 
-    print(yaml.safe_dump(inspect(args.beton), sort_keys=False, allow_unicode=True), end="")
+    print(printable_lines(yaml.safe_dump(inspect(args.beton), sort_keys=False, allow_unicode=True)), end="")
     out = args.out or args.beton.with_name(f"{args.beton.name}.png")
     try:
         contact_sheet(BetonReader(args.beton), out)
     except OSError as error:
         raise DataError(f"{out} cannot be written ({error.strerror})") from None
-    print(f"contact_sheet: {out}")
+    print(f"contact_sheet: {printable(out)}")
 
 
 def _views(args: argparse.Namespace) -> None:
@@ -133,13 +136,14 @@ def _views(args: argparse.Namespace) -> None:
     cfg = build_config(with_overrides(tree, args.set))
     out = args.out or args.beton.with_name(f"{args.beton.name}.views.png")
     preview_views(cfg, out)
-    print(f"views: {out}: {num_images} images, {args.recipe}")
+    print(f"views: {printable(out)}: {num_images} images, {printable(args.recipe)}")
 
 
 def _eval(args: argparse.Namespace) -> None:
     from fastssl.commands.evaluate import evaluate_run
 
-    print(evaluate_run(args.run, args.set, what=args.what, on=args.on, test=args.test, step=args.step))
+    table = evaluate_run(args.run, args.set, what=args.what, on=args.on, test=args.test, step=args.step)
+    print(printable_lines(table))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -147,7 +151,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     names = ("base", "sweep", "tune", "tune_on", "on_test", "launcher")
     settings = {name: getattr(args, name) for name in names} | {"overrides": args.set, "num_jobs": args.jobs}
-    print(compare(args.configs, args.out, num_seeds=args.seeds, **settings))
+    print(printable_lines(compare(args.configs, args.out, num_seeds=args.seeds, **settings)))
 
 
 def _hessian(args: argparse.Namespace) -> None:
@@ -155,13 +159,15 @@ def _hessian(args: argparse.Namespace) -> None:
 
     names = ("num_probes", "num_iterations", "top_k", "seed")
     settings = HessianSettings(**{name: getattr(args, name) for name in names}, batches=_batch_settings(args))
-    print(hessian_of_runs(args.runs, args.set, step=args.step, settings=settings, out=args.out))
+    table = hessian_of_runs(args.runs, args.set, step=args.step, settings=settings, out=args.out)
+    print(printable_lines(table))
 
 
 def _gradflow(args: argparse.Namespace) -> None:
     from fastssl.analysis.gradflow import gradflow
 
-    print(gradflow(args.run, args.set, step=args.step, settings=_batch_settings(args), out=args.out))
+    table = gradflow(args.run, args.set, step=args.step, settings=_batch_settings(args), out=args.out)
+    print(printable_lines(table))
 
 
 def _batch_settings(args: argparse.Namespace) -> "BatchSettings":

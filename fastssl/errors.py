@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-MAX_MESSAGE = 1000  # characters
+from pipelines.printable import printable
 
 
 class UserError(ValueError):
@@ -34,10 +34,7 @@ def print_error(message: str) -> None:
     """Print on stderr, in one line, why this process ends."""
     rank = os.environ.get("RANK", "0")
     where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-    line = " ".join(message.split())
-    if len(line) > MAX_MESSAGE:
-        line = f"{line[:MAX_MESSAGE]} ..."
-    print(f"fastssl: error{where}: {line}", file=sys.stderr, flush=True)
+    print(f"fastssl: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

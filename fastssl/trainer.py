@@ -54,6 +54,7 @@ from fastssl.tracking.writers import best_held_out
 from pipelines.batch import Batch, BatchSource
 from pipelines.iterable_loader import Batches, IterableLoader
 from pipelines.loader import Loader
+from pipelines.printable import printable
 from pipelines.views import build_view_specs
 
 
@@ -457,7 +458,7 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if collectives.rank() == 0:
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
 
 def train(

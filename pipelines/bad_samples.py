@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import DataError
+from pipelines.printable import printable
 
 _MAX_LINES = 20  # printed to stderr; later ones are only counted
 
@@ -53,7 +54,7 @@ class BadSamples:
                 substitute = (substitute + 1) % self._num_samples
         if is_new and num_bad <= _MAX_LINES:
             line = f"fastssl: warning: {self._path}: image {sample_id} {reason}; image {substitute} takes its place"
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
         return substitute
 
 

@@ -7,10 +7,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.beton import BetonReader
+from pipelines.printable import printable
 
 TEXT_PX = 14  # height of the line under each picture
 FONT_PX = 11
 GAP_PX = 2
+MAX_CAPTION_CHARS = 200
 
 
 def contact_sheet(
@@ -55,7 +57,7 @@ def _fit(image: Image.Image, cell_px: int) -> Image.Image:
 def _caption(reader: BetonReader, i: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
     label = int(reader.labels[i])
     names = reader.class_names or []
-    text = names[label] if 0 <= label < len(names) else "" if label < 0 else str(label)
+    text = printable(names[label] if 0 <= label < len(names) else "" if label < 0 else label, MAX_CAPTION_CHARS)
     while font.getlength(text) > width_px:
         text = text[:-1]
     return text

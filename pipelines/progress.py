@@ -6,6 +6,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Literal, Self
 
+from pipelines.printable import printable
+
 LINE_EVERY_S = 10.0
 
 
@@ -21,7 +23,7 @@ class Progress:
             num_before: Number already done by an earlier process.
             unit: The unit that is counted.
         """
-        self._what, self._unit = what, unit
+        self._what, self._unit = printable(what), unit
         self._num_total = num_total
         self._num_before = self._num_done = num_before
 

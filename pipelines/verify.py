@@ -11,6 +11,7 @@ from pipelines.beton import RAW, BetonReader
 from pipelines.convert import bounded_map
 from pipelines.convert.images import CorruptImageError, decode_as_engines_do
 from pipelines.errors import DataError
+from pipelines.printable import printable
 from pipelines.progress import Progress
 
 NUM_SAMPLES_PER_TASK = 64
@@ -41,8 +42,8 @@ class VerifyReport:
     def __str__(self) -> str:
         checksum = f"sha256 {self.sha256} as in the sidecar" if self.sha256 else "no sidecar, so no checksum compared"
         return (
-            f"{self.path}: whole; {self.num_images:,} images ({self.num_jpeg:,} JPEG, {self.num_raw:,} raw), "
-            f"{self.file_bytes:,} bytes, {checksum}"
+            f"{printable(self.path)}: whole; {self.num_images:,} images "
+            f"({self.num_jpeg:,} JPEG, {self.num_raw:,} raw), {self.file_bytes:,} bytes, {checksum}"
         )
 
 

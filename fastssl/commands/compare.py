@@ -28,6 +28,7 @@ from fastssl.tracking.result_rows import append_rows, environment_columns, forma
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from fastssl.yaml_text import parse_yaml
+from pipelines.printable import printable
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 _ENCODER = "pre-trained encoder"
@@ -256,7 +257,7 @@ class _Runs:
     def _one(self, number: int, tasks: Sequence[tuple[Variant, int, Path]], on_test: bool) -> list[Row]:
         variant, seed, folder = tasks[number]
         run, log = self.out / folder, None
-        self._say(f"{variant.name}, seed {seed}: {number + 1} of {len(tasks)} -> {run}")
+        self._say(printable(f"{variant.name}, seed {seed}: {number + 1} of {len(tasks)} -> {run}"))
         if self._num_jobs > 1:
             log = run.with_name(f"{run.name}.log")
             log.parent.mkdir(parents=True, exist_ok=True)

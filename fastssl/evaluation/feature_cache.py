@@ -15,6 +15,7 @@ import numpy as np
 
 from fastssl.errors import ConfigError
 from pipelines.beton import BetonReader
+from pipelines.printable import printable
 
 FORMAT_VERSION = 1  # part of every key: files of another version are not found
 
@@ -73,7 +74,7 @@ def _read(path: Path, num_images: int, dtype: str) -> np.ndarray | None:
     except (ValueError, EOFError, AttributeError):  # a truncated header or map; an array that cannot be mapped
         is_whole = False
     if not is_whole:
-        print(f"fastssl: warning: {path} is damaged and is made anew", file=sys.stderr, flush=True)
+        print(f"fastssl: warning: {printable(path)} is damaged and is made anew", file=sys.stderr, flush=True)
         return None
     return features
 

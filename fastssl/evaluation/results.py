@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import ConfigError
+from pipelines.printable import printable
 
 Line = dict[str, Any]
 LEGEND = (
@@ -34,7 +35,7 @@ def append_line(path: Path, line: Line) -> None:
 def format_table(lines: Sequence[Line]) -> str:
     """Accuracies in percent as a text table, one row per result, with an explanation of the intervals."""
     header = ["encoder", "protocol", "top-1 in %", "top-5", "95%: test images", "95%: repetitions", "settings"]
-    rows = [header, *map(_cells, lines)]
+    rows = [header, *([printable(cell) for cell in _cells(line)] for line in lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], LEGEND])

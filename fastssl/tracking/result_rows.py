@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipelines.printable import printable
+
 Value = str | int | float | None
 Row = Mapping[str, Value]
 
@@ -83,7 +85,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """The given columns as an aligned text table: numbers right-aligned, None as "-"."""
-    cells = [list(columns), *[["-" if row[name] is None else str(row[name]) for name in columns] for row in rows]]
+    cells = [list(columns), *[["-" if row[name] is None else printable(row[name]) for name in columns] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [all(isinstance(row[name], int | float | None) for row in rows) for name in columns]
     lines = [
