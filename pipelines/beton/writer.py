@@ -31,6 +31,7 @@ from pipelines.beton.format import (
     sidecar_path,
     summarise,
 )
+from pipelines.beton.sidecar import MAX_SIDECAR_BYTES
 from pipelines.errors import DataError
 
 _VERSIONS = {"sidecar": SIDECAR_VERSION, "numpy": np.__version__, "pillow": PIL.__version__}
@@ -80,6 +81,8 @@ class BetonWriter:
         self.num_samples = 0
         self.note: dict[str, Any] | None = None
         self._about = {"source": source, "class_names": list(class_names) if class_names is not None else None}
+        if 4 * len(json.dumps(self._about["class_names"])) > MAX_SIDECAR_BYTES:
+            raise DataError(f"{path}: the names of its classes are too long for a sidecar; shorten them")
         self._options = options or {}
         self._overwrite = overwrite
         self._resume = resume
@@ -244,7 +247,8 @@ class BetonWriter:
         sidecar = sidecar_path(self._partial)
         try:
             with sidecar.open("wb") as file:
-                file.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+                text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+                file.write(text.encode(errors="backslashreplace"))  # lone surrogates, as JSON writes them
                 self._sync(file)
             sidecar.replace(sidecar_path(self.path))
         finally:

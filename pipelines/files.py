@@ -1,0 +1,37 @@
+"""Opens a user's files: regular files only, and no more bytes than a limit."""
+
+import errno
+import os
+import stat
+from io import BufferedReader
+
+MAX_FILE_BYTES = 256 << 20  # of one image: 3 bytes for each of the pixels that Pillow allows at most
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Open a regular file for reading. A pipe, which may block, or a device, which may never end, is refused.
+
+    Raises:
+        OSError: no such file, or not a regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe, do not wait for a writer
+    except ValueError:
+        raise OSError(errno.EINVAL, "a NUL in a file name", os.fspath(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return open(descriptor, "rb")
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Contents of a regular file of at most `max_bytes` bytes.
+
+    Raises:
+        OSError: see `open_regular`; or the file has more bytes.
+    """
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > max_bytes:
+            raise OSError(errno.EFBIG, f"{num_bytes:,} bytes; at most {max_bytes:,} are read", os.fspath(path))
+        return file.read(num_bytes)
