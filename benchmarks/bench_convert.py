@@ -38,7 +38,7 @@ class PillowFolder:
         from PIL import Image
 
         path, label = self._items[i]
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
             return image.convert("RGB"), label
 
 

@@ -19,7 +19,7 @@ from fastssl.evaluation.features import eval_mode
 from fastssl.models.backbones import build_backbone, count_features
 from fastssl.models.config import ModelConfig
 from pipelines.beton import BetonReader
-from pipelines.convert.source import is_image_name
+from pipelines.convert.image_files import ImageFiles
 from pipelines.errors import DataError
 from pipelines.loader import build_eval_loader, cores_per_process
 from pipelines.transform import EvalTransform, read_image
@@ -90,9 +90,9 @@ def embed(
 
     Args:
         encoder: From `load_encoder`; it is in eval mode during the call.
-        images: A .beton file; a folder, whose image files (those that `fastssl convert` takes) are read in the order of
-            their paths; levels uint8 [N, H, W, 3]; a sequence of PIL images or of uint8 [H, W, 3]; or a float tensor
-            [N, 3, S, S] that is normalised already, as `encoder.transform` gives it.
+        images: A .beton file; a folder, whose image files (those that `fastssl convert` takes) are read once each, in
+            the order of their paths; levels uint8 [N, H, W, 3]; a sequence of PIL images or of uint8 [H, W, 3]; or a
+            float tensor [N, 3, S, S] that is normalised already, as `encoder.transform` gives it.
         batch_size: Number of images per forward pass.
         device: Device to move the encoder to; None: the encoder is not moved.
 
@@ -157,7 +157,7 @@ def _transformed(images: Any, transform: Callable[[Any], Tensor], batch_size: in
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is neither a folder nor a .beton file")
-    return sorted(path for path in folder.rglob("*") if is_image_name(str(path)) and path.is_file())
+    return sorted(map(Path, ImageFiles().find([str(folder)])[0]))
 
 
 def _config_above(path: Path) -> Config:

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from fastssl.checkpoint.save_load import load_weights
 from fastssl.commands.compare import draw
@@ -27,6 +28,7 @@ from fastssl.tracking.writers import read_rows
 from pipelines.beton import BetonReader
 from pipelines.convert import convert
 from pipelines.errors import DataError
+from pipelines.transform import read_image
 from tests.helpers.processes import ROOT, environment
 
 SOURCES = [path for package in ("fastssl", "pipelines", "kernels") for path in (ROOT / package).rglob("*.py")]
@@ -59,6 +61,13 @@ def member(
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = len(data), kind, link
     return info, data
+
+
+@cache
+def calls() -> list[tuple[Path, ast.Call]]:
+    """Every call in the source, with its file."""
+    nodes = ((path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text())))
+    return [(path, node) for path, node in nodes if isinstance(node, ast.Call)]
 
 
 def files_below(folder: Path) -> set[str]:
@@ -136,21 +145,58 @@ def test_a_config_builds_no_objects(tmp_path):
     assert not mark.exists()
 
 
+def postscript() -> bytes:
+    header = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n"
+    return header + b"showpage\n" * 20 + b"%%EOF\n"
+
+
+def test_no_image_starts_a_process(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the name of the file."""
+    programs, mark, images = tmp_path / "bin", tmp_path / "mark", tmp_path / "images"
+    programs.mkdir()
+    images.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    (images / "x.jpg").write_bytes(postscript())
+    with pytest.raises(OSError, match="cannot identify"):
+        Image.open(images / "x.jpg").load()
+    assert mark.exists()  # so this file does start it, where Pillow is free to choose
+    mark.unlink()
+
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info, data = member("x.jpg", postscript())
+        tar.addfile(info, io.BytesIO(data))
+    for kind, path in (("folder", images), ("webdataset", tmp_path / "x.tar")):
+        with pytest.raises(DataError, match="not an image"):
+            convert(kind, str(path), tmp_path / "x.beton")
+    with pytest.raises(DataError, match="not an image"):
+        read_image(images / "x.jpg")
+    assert not mark.exists()
+
+
+def test_every_image_is_opened_with_the_formats_that_are_read():
+    found = []
+    for path, call in calls():
+        if ast.unparse(call.func) == "Image.open":
+            found.append((path.name, "formats" in {each.arg for each in call.keywords}))
+    assert ("images.py", True) in found
+    assert [name for name, named in found if not named and name != "reader.py"] == []
+
+
 def test_the_source_calls_nothing_that_runs_what_it_reads():
     found = []
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            name, keywords = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
-            is_bad = (
-                name in FORBIDDEN
-                or (name == "torch.load" and keywords.get("weights_only") != "True")
-                or (name.endswith("np.load") and keywords.get("allow_pickle", "False") != "False")
-                or keywords.get("shell", "False") != "False"
-            )
-            if is_bad:
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    for path, node in calls():
+        name, keywords = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
+        is_bad = (
+            name in FORBIDDEN
+            or (name == "torch.load" and keywords.get("weights_only") != "True")
+            or (name.endswith("np.load") and keywords.get("allow_pickle", "False") != "False")
+            or keywords.get("shell", "False") != "False"
+        )
+        if is_bad:
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert len(SOURCES) > 50
     assert found == []
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipelines.beton import BetonWriter
 from pipelines.beton.format import sidecar_path
+from pipelines.beton.sidecar import read_sidecar
 from pipelines.convert.images import (
     MAX_JPEG_SIDE_PX,
     CorruptImageError,
@@ -23,17 +23,20 @@ from pipelines.convert.images import (
     silence_pillow,
     store_items,
 )
-from pipelines.convert.source import Item, Source
+from pipelines.convert.source import MAX_ITEMS, Item, Source
 from pipelines.convert.sources import SourceKind, SourceOptions, build_source
 from pipelines.errors import DataError
+from pipelines.printable import printable
 from pipelines.progress import Progress
 
 __all__ = ["ConvertReport", "SourceKind", "convert", "convert_shards"]
 
 NUM_ITEMS_PER_TASK = 8
+MAX_TASK_BYTES = 8 << 20  # of images that were read already; a task ends with the image that exceeds this
 NUM_TASKS_AHEAD = 2  # per thread or process; finished images waiting for the writer; bounds the memory
 MAX_SHARDS = 99_999
 MAX_WORKERS = 1024
+MAX_NAME_CHARS = 8192  # in the list of skipped images; a path has at most 4096 bytes
 CHECKPOINT_EVERY_S = 10.0
 
 T = TypeVar("T")
@@ -201,6 +204,8 @@ def _prepare(
     checked = _Options(**{name: value for name, value in options.items() if name in names})
     source_options = SourceOptions(**{name: value for name, value in options.items() if name not in names})
     source = build_source(source_kind, src, source_options)
+    for note in source.notes:
+        print(printable(note))
     return source, checked, {"source_kind": source_kind, **asdict(source_options)}
 
 
@@ -215,15 +220,17 @@ def _convert_range(
         done = _Done(fingerprint=identity)
         if _finished_identity(out) != identity:
             raise DataError(f"{out}: exists already, of another source or other options; choose another name")
-        print(f"{out}: finished already")
+        print(f"{printable(out)}: finished already")
         return _report(out, done, source, None, start_s)
+    if stop - start > MAX_ITEMS:
+        raise DataError(f"{source.name}: {stop - start:,} images; a file holds at most {MAX_ITEMS:,}: pass --shards")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = BetonWriter(
             out,
             stop - start,
             class_names=source.class_names,
-            source=source.name,
+            source=printable(source.name),
             options=about | {"on_error": options.on_error, "identity": identity},
             overwrite=options.overwrite,
             resume=options.resume,
@@ -238,17 +245,21 @@ def _convert_range(
                 raise DataError(f"{source.name}: all {len(done.errors)} images are corrupt; see {errors_path}")
     except BrokenExecutor as error:
         raise DataError(f"{out}: a worker process died, perhaps for lack of memory; try fewer workers") from error
+    except MemoryError as error:
+        raise DataError(f"{source.name}: its images need more memory than there is; try fewer workers") from error
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
     if done.errors:
-        print(f"{len(done.errors)} of {stop - start} images are corrupt and were left out; see {errors_path}")
+        print(
+            f"{len(done.errors)} of {stop - start} images are corrupt and were left out; see {printable(errors_path)}"
+        )
     return _report(out, done, source, errors_path, start_s)
 
 
 def _finished_identity(out: Path) -> object:
     try:
-        return json.loads(sidecar_path(out).read_text(encoding="utf-8"))["options"]["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_sidecar(sidecar_path(out))["options"]["identity"]
+    except (OSError, KeyError, TypeError):
         return None
 
 
@@ -300,7 +311,7 @@ def _stored(
     tasks: deque[list[Item]] = deque()
 
     def batches() -> Iterator[list[Item]]:
-        while batch := list(islice(items, NUM_ITEMS_PER_TASK)):
+        for batch in _grouped(items):
             tasks.append(batch)
             yield batch
 
@@ -309,6 +320,19 @@ def _stored(
     with closing(bounded_map(call, batches(), pool, max_ahead=num_workers * NUM_TASKS_AHEAD)) as results:
         for result in results:
             yield from zip(tasks.popleft(), result, strict=True)
+
+
+def _grouped(items: Iterator[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    num_bytes = 0
+    for item in items:
+        batch.append(item)
+        num_bytes += len(item.image) if isinstance(item.image, bytes) else 0
+        if len(batch) == NUM_ITEMS_PER_TASK or num_bytes > MAX_TASK_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -341,7 +365,8 @@ def _write_errors(out: Path, errors: list[tuple[str, str]]) -> Path | None:
     if not errors:
         path.unlink(missing_ok=True)
         return None
-    path.write_text("".join(f"{image}\t{reason}\n" for image, reason in errors), encoding="utf-8", errors="replace")
+    lines = (f"{printable(image, MAX_NAME_CHARS)}\t{printable(reason)}\n" for image, reason in errors)
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

@@ -6,18 +6,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipelines.beton.format import MAX_SIDE_PX
 from pipelines.convert.source import Item
 from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, check_jpeg, decode_jpeg
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
+from pipelines.files import MAX_FILE_BYTES, read_file
+from pipelines.printable import printable
 
 T = TypeVar("T")
 
+# The formats that are read. Pillow would also start other programs, such as Ghostscript for a PostScript file.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 SMALL_AREA_PX = 64 * 64  # lossless sources up to this area are stored as raw pixels and stay lossless
 MAX_JPEG_SIDE_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 MAX_KEPT_BYTES = 64 << 20  # a thread's decoding buffer is freed if it is larger
@@ -124,9 +128,7 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _read_upright(file: str | bytes) -> np.ndarray:
-    data = file if isinstance(file, bytes) else Path(file).read_bytes()
-    if not data:
-        raise CorruptImageError("empty file")
+    data = _bytes_of(file)
     frame = _read_frame(data)
     if frame is None:
         return _upright_rgb(_open(data))
@@ -150,11 +152,9 @@ def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> Stored
         max_px: Largest side in pixels; None: no limit.
         quality: JPEG quality, 1..100.
     Raises:
-        CorruptImageError: unreadable, empty, truncated, not an image, or too large.
+        CorruptImageError: unreadable, empty, more than `MAX_FILE_BYTES`, truncated, not an image, or too many pixels.
     """
-    return _or_reason(
-        lambda given: _store(given if isinstance(given, bytes) else Path(given).read_bytes(), max_px, quality), file
-    )
+    return _or_reason(lambda given: _store(_bytes_of(given), max_px, quality), file)
 
 
 def _or_reason(function: Callable[[Any], T], argument: Any) -> T:
@@ -167,9 +167,19 @@ def _or_reason(function: Callable[[Any], T], argument: Any) -> T:
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         raise CorruptImageError(f"more than {limit} pixels: Pillow's limit against decompression bombs") from error
     except UnidentifiedImageError as error:
-        raise CorruptImageError("not an image that Pillow knows") from error
+        raise CorruptImageError(f"not an image ({', '.join(FORMATS)} are read)") from error
     except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, struct.error and more
-        raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise CorruptImageError(printable(reason or one_line(error))) from error
+
+
+def _bytes_of(file: str | bytes) -> bytes:
+    data = file if isinstance(file, bytes) else read_file(file)
+    if not data:
+        raise CorruptImageError("empty file")
+    if len(data) > MAX_FILE_BYTES:
+        raise CorruptImageError(f"{len(data):,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    return data
 
 
 def store_pixels(pixels: np.ndarray, *, max_px: int | None) -> StoredImage:
@@ -180,14 +190,12 @@ def store_pixels(pixels: np.ndarray, *, max_px: int | None) -> StoredImage:
         max_px: Largest side in pixels; None: no limit.
     """
     rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
-    if max_px is not None:
+    if max_px is not None or max(rgb.shape) > MAX_SIDE_PX:
         rgb = np.asarray(_downscale(Image.fromarray(rgb), max_px))
     return StoredImage(how="raw", data=rgb, height_px=rgb.shape[0], width_px=rgb.shape[1])
 
 
 def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
-    if not data:
-        raise CorruptImageError("empty file")
     frame = _read_frame(data)
     if frame is None:
         image = _open(data)
@@ -215,7 +223,7 @@ def _encode(
 
 
 def _open(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_area(image.width, image.height)
     return image
 

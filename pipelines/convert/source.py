@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.errors import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_ITEMS = 100_000_000  # of one file; the writer keeps 32 bytes for each in memory
 MAX_LABEL = 999_999  # a classifier has one output for each integer up to the largest label
 
 
@@ -44,6 +45,7 @@ class Source:
         fingerprint: Changes if the source changes: its names, labels, sizes or dates.
         class_names: Names by label; None: unlabelled, or the names are unknown.
         num_ignored: Number of ignored files (hidden, or without the extension of an image).
+        notes: Lines to print, about what else was left out.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Source:
     fingerprint: str
     class_names: list[str] | None = None
     num_ignored: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def fingerprint(paths: Iterable[str], more: bytes = b"") -> str:
@@ -61,7 +64,7 @@ def fingerprint(paths: Iterable[str], more: bytes = b"") -> str:
         try:
             stat = os.stat(path)
             facts = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the name
             facts = f"{path}\n"
         digest.update(facts.encode(errors="surrogateescape"))
     return digest.hexdigest()
@@ -86,7 +89,13 @@ def checked_label(label: object, where: str) -> int:
 
 
 def path_source(
-    name: str, paths: list[str], labels: np.ndarray, class_names: list[str] | None = None, num_ignored: int = 0
+    name: str,
+    paths: list[str],
+    labels: np.ndarray,
+    class_names: list[str] | None = None,
+    *,
+    num_ignored: int = 0,
+    notes: tuple[str, ...] = (),
 ) -> Source:
     """A source of image files, in the given order.
 
@@ -96,6 +105,7 @@ def path_source(
         labels: int64 [N]; -1 = none.
         class_names: See `Source`.
         num_ignored: See `Source`.
+        notes: See `Source`.
     """
 
     def read(start: int, stop: int) -> Iterator[Item]:
@@ -109,6 +119,7 @@ def path_source(
         fingerprint=fingerprint(paths, labels.astype(np.int64).tobytes()),
         class_names=class_names,
         num_ignored=num_ignored,
+        notes=notes,
     )
 
 

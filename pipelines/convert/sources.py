@@ -1,9 +1,9 @@
 """Sources of images: one function for each kind of source."""
 
 import csv
+import io
 import os
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from glob import glob
@@ -12,17 +12,17 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from pipelines.convert.image_files import ImageFiles
 from pipelines.convert.source import (
     EXTENSIONS,
-    MAX_LABEL,
     Source,
     array_source,
     checked_label,
     fingerprint,
-    is_image_name,
     path_source,
 )
 from pipelines.errors import DataError
+from pipelines.files import open_regular
 
 SourceKind = Literal["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
 NUM_DIGITS_TEST = 500
@@ -81,6 +81,8 @@ def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> S
     if src is None:
         raise ValueError(f"source kind {kind} needs a path" if kind != "torchvision" else "torchvision needs a name")
     if kind == "npz":
+        from pipelines.convert.npz import npz_source
+
         return npz_source(Path(src), options.split)
     if kind == "webdataset":
         from pipelines.convert.webdataset import webdataset_source
@@ -129,25 +131,26 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def folder_source(folder: Path) -> Source:
     """Images in class subfolders (the sorted names are the classes), or directly in the folder (unlabelled)."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    flat, num_ignored = _split_by_name([entry.path for entry in os.scandir(folder) if entry.is_file()])
-    images: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found, num_others = _split_by_name(_walk(folder / name))
-        images += found
-        labels += [label] * len(found)
-        num_ignored += num_others
+    files = ImageFiles()
+    classes = files.folders_in(str(folder))
+    found = files.find(classes)
+    flat = files.find([str(folder)], recursive=False)[0]
+    images = [path for paths in found for path in paths]
     if images and flat:
         raise DataError(f"{folder}: has images beside class sub-folders with images; move one or the other away")
     if not images and not flat:
         raise DataError(f"{folder}: no images in it (looked for {' '.join(sorted(EXTENSIONS))})")
-    name = str(folder.resolve())
-    if flat:
-        return path_source(name, flat, np.full(len(flat), -1), num_ignored=num_ignored)
-    return path_source(name, images, np.array(labels), classes, num_ignored)
+    labels = np.full(len(flat), -1) if flat else np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
+    return path_source(
+        str(folder.resolve()),
+        flat or images,
+        labels,
+        None if flat else [os.path.basename(path) for path in classes],
+        num_ignored=files.num_ignored,
+        notes=files.notes(str(folder)),
+    )
 
 
 def csv_source(path: Path) -> Source:
@@ -156,7 +159,7 @@ def csv_source(path: Path) -> Source:
     Sorted class names are numbered from 0, as in `folder_source`; an empty label means no label.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
             columns = table.fieldnames or []
             if "path" not in columns:
@@ -165,7 +168,8 @@ def csv_source(path: Path) -> Source:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a readable table in UTF-8 ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: not a readable table in UTF-8 ({reason})") from error
     if not rows:
         raise DataError(f"{path}: no images in it")
     empty = next((number for number, (image, _) in enumerate(rows, 2) if not image), None)
@@ -181,32 +185,6 @@ def _number_labels(texts: list[str], path: Path) -> tuple[np.ndarray, list[str] 
     class_names = sorted(set(texts) - {""})
     numbers = {name: number for number, name in enumerate(class_names)} | {"": -1}
     return np.array([numbers[text] for text in texts]), class_names
-
-
-def npz_source(path: Path, split: str | None = None) -> Source:
-    """Arrays `x` uint8 [N, H, W] or [N, H, W, 3] and optional `y` int [N]; with a split, `x_<split>`, `y_<split>`."""
-    suffix = f"_{split}" if split else ""
-    x_key, y_key = f"x{suffix}", f"y{suffix}"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if x_key not in arrays:
-                raise DataError(f"{path}: no array {x_key} in it; it has: {', '.join(arrays) or 'nothing'}")
-            x = arrays[x_key]
-            y = arrays[y_key] if y_key in arrays else np.full(len(x), -1)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz of plain arrays; write it with numpy.savez") from error
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3) or not x.size:
-        raise DataError(f"{path}: {x_key} must be uint8 [N, H, W] or [N, H, W, 3], not {x.dtype} {list(x.shape)}")
-    if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
-        raise DataError(f"{path}: {y_key} must be integers [{len(x)}], not {y.dtype} {list(y.shape)}")
-    if not -1 <= int(y.min()) <= int(y.max()) <= MAX_LABEL:
-        raise DataError(f"{path}: {y_key} must be in -1..{MAX_LABEL}, not {y.min()}..{y.max()}")
-    facts = fingerprint([str(path.resolve())], suffix.encode())
-    return array_source(str(path.resolve()), x, y.astype(np.int64), facts)
 
 
 def digits_source(split: str | None = None) -> Source:
@@ -240,13 +218,3 @@ def _stratified_test_mask(labels: np.ndarray, num_test: int) -> np.ndarray:
     for label, num in enumerate(num_per_class):
         mask[order[labels[order] == label][:num]] = True
     return mask
-
-
-def _walk(folder: Path) -> list[str]:
-    return [os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
-
-
-def _split_by_name(paths: list[str]) -> tuple[list[str], int]:
-    """Return the paths with image names, sorted, and the number of the others."""
-    images = [path for path in paths if is_image_name(path)]
-    return sorted(images), len(paths) - len(images)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.convert.source import Item, Source, checked_label, fingerprint, path_source
@@ -32,6 +32,8 @@ def torchvision_source(name: str, root: str | None, split: str | None, *, downlo
         ValueError: no `root`, an unknown name or split.
         DataError: the data do not exist, or torchvision rejects them.
     """
+    # Some data sets open their files with Pillow, which would start Ghostscript for a PostScript file.
+    EpsImagePlugin.gs_binary = False
     if root is None:
         raise ValueError("root: torchvision needs the folder of its data sets")
     dataset = _open(_class_of(name), name, root, split, download=download)
