@@ -3,29 +3,37 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
-from pipelines.convert.source import Item, Source, checked_label, fingerprint
-from pipelines.errors import DataError
+from pipelines.convert.source import MAX_LABEL, Item, Source, checked_label, fingerprint
+from pipelines.errors import DataError, one_line
+from pipelines.files import open_regular
 
 ROWS_AT_ONCE = 64  # rows decoded from a row group at a time
+ROWS_BYTES = 64 << 20  # fewer rows at a time, if all of them could be the same long entry of a dictionary
+MAX_FOOTER_BYTES = 64 << 20  # of a file's metadata, which take several times that in memory
+# A column of a row group is refused if it has more bytes than this, and more than so many times its compressed bytes.
+MAX_INFLATED_BYTES = 256 << 20
+MAX_INFLATION = 100
 
 
 def parquet_source(files: list[str], image_column: str | None, label_column: str | None) -> Source:
     """Rows of parquet files that share one schema.
 
-    The images are binary, or structs with a binary field `bytes`. A path stored with the bytes is only used as the
-    image's name: files that a parquet file refers to are not opened.
+    The images are binary, or structs with a binary field `bytes`. A path stored with the bytes is not read: files that
+    a parquet file refers to are not opened.
 
     Args:
         files: The files, in order.
         image_column: None: the only column that can contain images, or the one named image or img.
         label_column: A column of integers; None: `label`, if there is such a column.
     Raises:
-        DataError: unreadable file, different schemas, or no such columns.
+        DataError: unreadable file, different schemas, no such columns, or columns to choose from.
     """
-    first = _open(files[0])
-    schema = first.schema_arrow
+    with _open(files[0]) as first:
+        schema = first.schema_arrow
     image_column = _image_column(schema, image_column, files[0])
     label_column = _label_column(schema, label_column, files[0])
     columns = [image_column] + ([label_column] if label_column else [])
@@ -37,9 +45,9 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
         first_row = 0
         for path, num_rows in zip(files, counts, strict=True):
             if first_row < stop and start < first_row + num_rows:
-                rows = _read_file(path, image_column, label_column, max(start - first_row, 0))
-                for _ in range(max(start, first_row), min(stop, first_row + num_rows)):
-                    yield next(rows)
+                skip = max(start - first_row, 0)
+                rows = _read_file(path, image_column, label_column, skip)
+                yield from islice(rows, min(stop - first_row, num_rows) - skip)
             first_row += num_rows
 
     return Source(
@@ -53,18 +61,16 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
 
 def _read_file(path: str, image_column: str, label_column: str | None, start: int) -> Iterator[Item]:
     """Yield the rows from `start` on; row groups before it are not read."""
-    import pyarrow as pa
-
-    columns = [image_column] + ([label_column] if label_column else [])
-    file = _open(path)
     row = 0
-    try:
+    with _open(path) as file:
+        leaves = _leaves(file.schema_arrow, image_column, label_column)
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if row + num_rows <= start:
                 row += num_rows
                 continue
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+            at_once = _rows_at_once(file.metadata.row_group(group), leaves, path)
+            for batch in file.iter_batches(at_once, row_groups=[group], columns=leaves, use_threads=False):
                 first = row
                 for values in batch.slice(max(start - row, 0)).to_pylist():
                     where = f"{path}, row {max(row, start)}"
@@ -72,10 +78,27 @@ def _read_file(path: str, image_column: str, label_column: str | None, start: in
                     yield Item(where, _image_bytes(values[image_column]), label)
                     row = max(row, start) + 1
                 row = max(row, first + len(batch))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: damaged at row {row} ({error}); copy it again") from error
-    finally:
-        file.close()
+
+
+def _leaves(schema: Any, image_column: str, label_column: str | None) -> list[str]:
+    """The columns to read, without what is stored next to an image's bytes."""
+    import pyarrow.types as kinds
+
+    is_struct = kinds.is_struct(schema.field(image_column).type)
+    return [f"{image_column}.bytes" if is_struct else image_column] + ([label_column] if label_column else [])
+
+
+def _rows_at_once(group: Any, leaves: list[str], path: str) -> int:
+    """Number of rows of a row group to decode at a time, so that a small file cannot fill the memory."""
+    at_once = ROWS_AT_ONCE
+    for column in map(group.column, range(group.num_columns)):
+        if column.path_in_schema in leaves:
+            num_bytes, in_file = column.total_uncompressed_size, column.total_compressed_size
+            if num_bytes > MAX_INFLATED_BYTES and num_bytes > MAX_INFLATION * in_file:
+                raise DataError(f"{path}: {in_file:,} bytes of it become {num_bytes:,}; at most {MAX_INFLATION} times")
+            if column.has_dictionary_page:
+                at_once = min(at_once, max(ROWS_BYTES // max(num_bytes, 1), 1))
+    return at_once
 
 
 def _image_bytes(value: Any) -> bytes:
@@ -84,28 +107,42 @@ def _image_bytes(value: Any) -> bytes:
     return found or b""
 
 
-def _open(path: str) -> Any:
+@contextmanager
+def _open(path: str) -> Iterator[Any]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError("parquet needs pyarrow: pip install pyarrow") from error
     try:
-        return pq.ParquetFile(path, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+        _check_footer(path)
+        # Bytes, because pyarrow refuses names that are not UTF-8.
+        with pa.OSFile(os.fsencode(path)) as file, pq.ParquetFile(file, pre_buffer=False) as opened:
+            yield opened
+    except DataError:
+        raise
+    except Exception as error:  # of many types: damaged data and damaged names of columns
+        message = f"{path}: not a readable parquet file ({one_line(error)}); copy it again"
+        raise DataError(message) from error
+
+
+def _check_footer(path: str) -> None:
+    with open_regular(path) as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - 8, 0))
+        num_bytes = int.from_bytes(file.read(4), "little")
+        if file.read(4) == b"PAR1" and num_bytes > MAX_FOOTER_BYTES:
+            raise ValueError(f"{num_bytes:,} bytes of metadata; at most {MAX_FOOTER_BYTES:,} are read")
 
 
 def _count(path: str, columns: list[str], schema: Any) -> int:
-    file = _open(path)
-    try:
+    with _open(path) as file:
         for column in columns:
+            if file.schema_arrow.names.count(column) > 1:
+                raise DataError(f"{path}: column {column} is there more than once; rename one of them")
             index = file.schema_arrow.get_field_index(column)
             if index < 0 or file.schema_arrow.field(index).type != schema.field(column).type:
                 raise DataError(f"{path}: column {column} is missing or of another type than in the first file")
         return file.metadata.num_rows
-    finally:
-        file.close()
 
 
 def _image_column(schema: Any, wanted: str | None, path: str) -> str:
@@ -124,19 +161,29 @@ def _holds_images(kind: Any) -> bool:
     import pyarrow.types as kinds
 
     if kinds.is_struct(kind):
-        names = [kind.field(k).name for k in range(kind.num_fields)]
-        return "bytes" in names and _holds_images(kind.field("bytes").type)
+        within = [kind.field(k) for k in range(kind.num_fields) if kind.field(k).name == "bytes"]
+        return len(within) == 1 and _is_binary(within[0].type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
     return kinds.is_binary(kind) or kinds.is_large_binary(kind)
 
 
 def _label_column(schema: Any, wanted: str | None, path: str) -> str | None:
     import pyarrow.types as kinds
 
+    integers = [field.name for field in schema if kinds.is_integer(field.type)]
     name = wanted or "label"
-    index = schema.get_field_index(name)
-    if index < 0 and wanted is None:
+    if wanted is None and name not in schema.names:
+        # Such as CIFAR-100's fine_label and coarse_label
+        usual = [column for column in integers if column.endswith(("label", "labels"))]
+        if len(usual) > 1:
+            raise DataError(f"{path}: choose --label-column; those that can be: {', '.join(usual)}")
         return None
-    if index < 0 or not kinds.is_integer(schema.field(index).type):
+    if name not in integers:
         raise DataError(f"{path}: label_column {name!r} must be a column of integers")
     return name
 
@@ -146,6 +193,7 @@ def _class_names(schema: Any, label_column: str | None) -> list[str] | None:
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])
         names = about["info"]["features"][label_column]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    is_list = isinstance(names, list) and len(names) <= MAX_LABEL + 1
+    return names if is_list and all(isinstance(name, str) for name in names) else None

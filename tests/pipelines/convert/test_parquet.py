@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -93,3 +94,56 @@ def test_rows_that_only_name_a_file_do_not_open_it(tmp_path):
     pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match="row 0: empty file"):
         convert("parquet", str(tmp_path / "x.parquet"), tmp_path / "x.beton")
+
+
+def save_table(path, columns, values, **options):
+    pq.write_table(pa.Table.from_arrays(values, names=columns), path, **options)
+    return str(path)
+
+
+def test_ambiguous_columns(tmp_path):
+    image, number = pa.array([jpeg(1)]), pa.array([3])
+    out = tmp_path / "x.beton"
+    path = save_table(tmp_path / "a.parquet", ["image", "fine_label", "coarse_label"], [image, number, number])
+    with pytest.raises(DataError, match="choose --label-column; those that can be: fine_label, coarse_label"):
+        convert("parquet", path, out)
+    assert BetonReader(convert("parquet", path, out, label_column="fine_label").out).labels.tolist() == [3]
+    for columns in (["image", "label", "label"], ["image", "image", "label"]):
+        path = save_table(tmp_path / "b.parquet", columns, [image, image if columns[1] == "image" else number, number])
+        with pytest.raises(DataError, match=f"column {columns[1]} is there more than once"):
+            convert("parquet", path, tmp_path / "y.beton")
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path):
+    """64 rows that are one entry of 40 MB in a dictionary, in 2 kB: 2.5 GB if they were decoded at once."""
+    zeros = pa.array([bytes(40 << 20)])
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), zeros)
+    options = {"compression": "zstd", "store_schema": False}
+    path = save_table(tmp_path / "a.parquet", ["image"], [rows], **options)
+    before_bytes = pa.total_allocated_bytes()
+    for item in parquet_source([path], None, None).read(0, 5):
+        assert len(item.image) == 40 << 20
+        assert pa.total_allocated_bytes() - before_bytes < 200 << 20
+
+
+def test_a_column_of_zeros_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.convert.parquet.MAX_INFLATED_BYTES", 1 << 20)
+    zeros = pa.array([bytes(1 << 20)] * 3)
+    path = save_table(tmp_path / "a.parquet", ["image"], [zeros], compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"a\.parquet: .* bytes of it become 3,145,.*; at most 100 times"):
+        convert("parquet", path, tmp_path / "x.beton")
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = os.path.join(tmp_path, os.fsdecode(b"caf\xe9.parquet"))
+    os.rename(write(tmp_path / "a.parquet", 0, 2), path)
+    assert convert("parquet", path, tmp_path / "x.beton").num_images == 2
+
+
+def test_metadata_that_are_too_large(tmp_path):
+    with (tmp_path / "a.parquet").open("wb") as file:
+        file.truncate(1 << 30)
+        file.seek(0, 2)
+        file.write((900 << 20).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet: .*943,718,400 bytes of metadata"):
+        convert("parquet", str(tmp_path / "a.parquet"), tmp_path / "x.beton")
