@@ -1,21 +1,34 @@
 """WebDataset: tar archives in which adjacent members with the same name form a sample. No files are extracted."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 from multiprocessing import get_context
-from typing import IO
+from typing import IO, Self
 
-from pipelines.beton.format import MAX_PAGE_BYTES
 from pipelines.convert.source import EXTENSIONS, Item, Source, checked_label, fingerprint
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
+from pipelines.files import MAX_FILE_BYTES, open_regular
 
 LABEL_PARTS = ("cls", "json")
 MAX_LABEL_BYTES = 1 << 20
+# Of a name or of other additional headers of a member. tarfile holds these in memory; before Python 3.11.10 it searches
+# them in time that grows with the square of their size.
+MAX_NAME_BYTES = 1 << 14
+MAX_BYTES_AFTER_END = 64 << 20  # padding after the end of an archive: GNU tar's default is 10 kB
+HEADER_TYPES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+READERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open, b"]\0": lzma.open}
 MIN_POOL_BYTES = 1 << 30  # starting a process takes a second, the time to count a gigabyte of archives
 
 
@@ -54,36 +67,58 @@ def webdataset_source(archives: list[str]) -> Source:
 def count_archive(archive: str) -> tuple[int, int]:
     """Count the samples with an image and those without."""
     num_with, num_without = 0, 0
-    for _, members in groupby(_members(archive), key=lambda found: found[0]):
-        if any(_is_image(part) for _, part, _, _ in members):
-            num_with += 1
-        else:
-            num_without += 1
+    with _one_line(archive):
+        for _, members in groupby(_members(archive), key=lambda found: found[0]):
+            if any(_is_image(part) for _, part, _, _ in members):
+                num_with += 1
+            else:
+                num_without += 1
     return num_with, num_without
 
 
 def read_archive(archive: str, start: int, stop: int) -> Iterator[Item]:
     """Yield samples start..stop-1 among those with an image; for the others, only the headers are read."""
     number = 0
-    for key, members in groupby(_members(archive), key=lambda found: found[0]):
-        if number >= stop:
-            return
-        image, label, where = None, None, f"{archive}/{key}"
-        has_image = False
-        for _, part, member, tar in members:
-            if _is_image(part) and not has_image:
-                has_image = True
-                if number >= start:
-                    image = _read(tar, member, MAX_PAGE_BYTES, where)
-            elif part in LABEL_PARTS and number >= start and label is None:
-                label = _label(part, _read(tar, member, MAX_LABEL_BYTES, where), where)
-        number += has_image
-        if image is not None:
-            yield Item(where, image, checked_label(label, where))
+    with _one_line(archive):
+        for key, members in groupby(_members(archive), key=lambda found: found[0]):
+            if number >= stop:
+                return
+            image, label, where = None, None, f"{archive}/{key}"
+            has_image = False
+            for _, part, member, tar in members:
+                if _is_image(part) and not has_image:
+                    has_image = True
+                    if number >= start:
+                        image = _read(tar, member, MAX_FILE_BYTES, where)
+                elif part in LABEL_PARTS and number >= start and label is None:
+                    label = _label(part, _read(tar, member, MAX_LABEL_BYTES, where), where)
+            number += has_image
+            if image is not None:
+                yield Item(where, image, checked_label(label, where))
+
+
+@contextmanager
+def _one_line(archive: str) -> Iterator[None]:
+    """Name the archive in the error."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{archive}: no such file") from error
+    except DataError:
+        raise
+    except Exception as error:  # tarfile and the decompressors raise many types for damaged archives
+        raise DataError(f"{archive}: not a whole tar archive ({one_line(error)}); copy it again") from error
 
 
 class _StrictTarInfo(tarfile.TarInfo):
     """Raises an error at a damaged header, which tarfile treats as the end of the archive, silently losing images."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (info.type in HEADER_TYPES and info.size > MAX_NAME_BYTES):
+            raise tarfile.ReadError(f"a header of {info.size:,} bytes; at most {MAX_NAME_BYTES:,} are read")
+        return info
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "tarfile.TarInfo":
@@ -95,28 +130,68 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 def _members(archive: str) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
     """Yield (key, part, member, archive) of the regular files; a member must be read before the next is requested."""
-    try:
-        with _open(archive) as tar:
-            for member in tar:
-                tar.members = []  # else every header stays in memory  # pyright: ignore
-                folder, name = os.path.split(member.name)
-                stem, dot, part = name.partition(".")
-                if member.isreg() and not member.issparse() and stem and dot:
-                    yield os.path.join(folder, stem), part.lower(), member, tar
-    except FileNotFoundError as error:
-        raise DataError(f"{archive}: no such file") from error
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{archive}: not a whole tar archive ({error}); copy it again") from error
+    with _open(archive) as tar:
+        last_bytes = -1
+        for member in tar:
+            tar.members = []  # else every header stays in memory  # pyright: ignore
+            if member.offset_data <= last_bytes:
+                raise tarfile.ReadError("a member of negative size")
+            last_bytes = member.offset_data
+            folder, name = os.path.split(member.name)
+            stem, dot, part = name.partition(".")
+            if member.isreg() and not member.issparse() and stem and dot:
+                yield os.path.join(folder, stem), part.lower(), member, tar
 
 
-def _open(archive: str) -> tarfile.TarFile:
-    """Open an archive: plain ones with seeking, so that skipped members are not read; compressed ones as a stream."""
+class _Stream(io.BufferedIOBase):
+    """A decompressed archive. Past its end, tarfile goes on reading for every block of a size that a header claims."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._is_at_end = file, False
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = self._file.read(-1 if size is None else size)
+        if not data and self._is_at_end:
+            raise EOFError("it ends within a member")
+        self._is_at_end = not data
+        return data
+
+
+@contextmanager
+def _open(archive: str) -> Iterator[tarfile.TarFile]:
+    """Open an archive: plain ones with seeking, so that skipped members are not read; compressed ones as a stream.
+
+    A compressed archive is read to the end of the file, where its checksum is.
+    """
+    with open_regular(archive) as file:
+        first = file.read(tarfile.BLOCKSIZE)
+        file.seek(0)
+        reader = None if _is_header(first) else READERS.get(first[:2])
+        if reader is None:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictTarInfo) as tar:
+                yield tar
+            return
+        with reader(file) as stream:
+            with tarfile.open(fileobj=_Stream(stream), mode="r|", tarinfo=_StrictTarInfo) as tar:
+                yield tar
+            _read_padding(stream)
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether this is a header with its checksum: a plain archive may begin with a name like BZ1.jpg."""
     try:
-        return tarfile.open(archive, "r:", tarinfo=_StrictTarInfo)
-    except tarfile.ReadError:
-        return tarfile.open(archive, "r|*", tarinfo=_StrictTarInfo)
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _read_padding(stream: IO[bytes]) -> None:
+    num_bytes = 0
+    while data := stream.read(1 << 16):
+        num_bytes += len(data)
+        if num_bytes > MAX_BYTES_AFTER_END:
+            raise tarfile.ReadError(f"more than {MAX_BYTES_AFTER_END:,} bytes after its end")
 
 
 def _is_image(part: str) -> bool:

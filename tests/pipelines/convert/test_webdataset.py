@@ -1,5 +1,6 @@
 """WebDataset archives: samples, labels, streams, and archives that are damaged or hostile."""
 
+import gzip
 import io
 import json
 import os
@@ -138,3 +139,64 @@ def test_shards_of_archives_are_the_whole(tmp_path):
     assert [report.num_images for report in reports] == [3, 3, 4]
     found = [BetonReader(report.out).image_bytes(i).tobytes() for report in reports for i in range(report.num_images)]
     assert found == [jpeg(k) for k in range(10)]
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, data: bytes = b"") -> bytes:
+    """A member as it stands in an archive; its size may be invented."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size or len(data)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def refused(path: Path, content: bytes, reason: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{path.name}: not a whole tar archive .*{reason}") as caught:
+        convert("webdataset", str(path), path.with_name("x.beton"))
+    assert str(caught.value).isprintable()
+    assert not list(path.parent.glob("x.beton*"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_names_of_gigabytes(tmp_path, kind):
+    for size in (3 << 30, -4096):
+        refused(tmp_path / "x.tar", member("x", kind, size) + member("a.jpg", data=jpeg(0)), "a header of .* bytes")
+        compressed = gzip.compress(member("x", kind, size) + member("a.jpg", data=jpeg(0)))
+        refused(tmp_path / "x.tar.gz", compressed, "a header of .* bytes")
+
+
+def test_a_size_below_zero_does_not_loop(tmp_path):
+    record = b"14 size=-1536\n"  # back to this record's own header
+    content = member("x", tarfile.XHDTYPE, data=record) + member("a.jpg", data=jpeg(0))
+    refused(tmp_path / "x.tar", member("b.jpg", data=jpeg(1)) * 9 + content, "negative size")
+
+
+def test_headers_that_only_announce_others(tmp_path):
+    chain = member("x", tarfile.GNUTYPE_LONGNAME, data=b"name") * 2000
+    refused(tmp_path / "x.tar", chain + member("a.jpg", data=jpeg(0)), "recursion")
+
+
+def test_a_wrong_checksum_of_a_compressed_archive(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar.gz", samples(0, 4), "w:gz").read_bytes()
+    refused(tmp_path / "x.tar.gz", whole[:-8] + b"xxxx" + whole[-4:], "CRC")
+    refused(tmp_path / "x.tar.gz", whole[:-4] + b"xxxx", "length")
+    refused(tmp_path / "x.tar.gz", whole[:-4], "ended before")
+
+
+def test_an_archive_that_never_ends(tmp_path):
+    zeros = gzip.compress(bytes(1 << 20)) * 100
+    refused(tmp_path / "x.tar.gz", gzip.compress(member("a.jpg", data=jpeg(0))) + zeros, "bytes after its end")
+
+
+def test_a_plain_archive_that_looks_compressed(tmp_path):
+    write_tar(tmp_path / "x.tar", [("BZh9.jpg", jpeg(0)), ("a.jpg", jpeg(1))])
+    assert convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton").num_images == 2
+
+
+def test_keys_that_steer_a_terminal(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a\n\x1b[2J\u202e.jpg", b"bad"), ("b.jpg", jpeg(0))])
+    with pytest.raises(DataError, match="not an image") as caught:
+        convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton")
+    assert str(caught.value).isprintable()
+    convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton", on_error="skip")
+    (line,) = (tmp_path / "x.beton.errors.txt").read_text().splitlines()
+    assert line.startswith(f"{tmp_path}/x.tar/a\\n\\x1b[2J\\u202e\tnot an image")
