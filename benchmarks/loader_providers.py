@@ -130,7 +130,7 @@ class _TorchvisionViews:
 
 def _pillow_image(reader: BetonReader, i: int) -> Image.Image:
     if reader.modes[i] == JPG:
-        return Image.open(io.BytesIO(reader.image_bytes(i).tobytes())).convert("RGB")
+        return Image.open(io.BytesIO(reader.image_bytes(i).tobytes()), formats=("JPEG",)).convert("RGB")
     return Image.fromarray(reader.decode(i))
 
 
