@@ -19,6 +19,7 @@ from pipelines.beton.format import (
     IMAGE_TYPE,
     INT_TYPE,
     MAX_FIELDS,
+    MAX_LABEL,
     RAW,
     sidecar_path,
     summarise,
@@ -35,11 +36,13 @@ class BetonReader:
         path: The file.
         num_samples: N.
         sizes: int32 [N, 2], (height, width) in pixels.
-        labels: int64 [N]; -1 = no label.
+        labels: int64 [N], in -1..MAX_LABEL; -1 = no label.
         modes: uint8 [N], `JPG` or `RAW`.
         data_ptr: uint64 [N], offset of each image's bytes in the file.
         data_bytes: uint64 [N], number of bytes of each image.
         mmap: uint8, the whole file.
+        field_names: Names of the fields, ASCII.
+        field_types: Their types, such as `IMAGE_TYPE`.
         file_map: The memory map that `mmap` is a view of.
         sidecar: Contents of `<path>.json`; empty if there is no sidecar.
         class_names: Names by label, from the sidecar; None if unknown.
@@ -49,7 +52,8 @@ class BetonReader:
         """Map the file and check its structure (not the images' contents).
 
         Raises:
-            DataError: no such file, not a .beton file, truncated, no samples, or a sidecar of another file.
+            DataError: no such file, not a .beton file, truncated, no samples, labels out of range, or a sidecar of
+                another file.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -99,9 +103,14 @@ class BetonReader:
         start = HEADER.itemsize + num_fields * FIELD.itemsize
         if start > len(self.mmap):
             raise self._truncated()
-        types = self.mmap[HEADER.itemsize : start].view(FIELD)["type_id"].tolist()
+        fields = self.mmap[HEADER.itemsize : start].view(FIELD)
+        types = fields["type_id"].tolist()
         if types.count(IMAGE_TYPE) != 1 or not set(types) <= set(FIELD_DTYPES):
             raise DataError(f"{self.path}: needs one RGB image field beside int or float fields; field types: {types}")
+        self.field_names = [self._field_name(name.tobytes()) for name in fields["name"]]
+        if len(set(self.field_names)) < num_fields:
+            raise DataError(f"{self.path}: two fields have one name: {self.field_names}; copy it or convert again")
+        self.field_types: list[int] = types
         if self.num_samples == 0:
             raise DataError(f"{self.path}: holds no images; convert the data again")
         record = np.dtype([(f"f{k}", FIELD_DTYPES[t]) for k, t in enumerate(types)], align=True)
@@ -113,7 +122,23 @@ class BetonReader:
         if INT_TYPE in types:
             label = f"f{types.index(INT_TYPE)}"
             for rows, block in self._blocks(record, start):
-                self.labels[rows] = block[label]
+                self.labels[rows] = self._checked_labels(block[label], rows.start)
+
+    def _field_name(self, stored: bytes) -> str:
+        """A field's name: ASCII, as FFCV requires, filled up with zeros."""
+        name = stored.rstrip(b"\0")
+        if not name.isascii() or not name.decode("ascii").isprintable() or not name:
+            raise DataError(f"{self.path}: a field has the name {name!r}: damaged; copy it again or convert again")
+        return name.decode("ascii")
+
+    def _checked_labels(self, labels: np.ndarray, first: int) -> np.ndarray:
+        bad = np.flatnonzero((labels < -1) | (labels > MAX_LABEL))
+        if len(bad):
+            raise DataError(
+                f"{self.path}: image {first + bad[0]} has label {labels[bad[0]]}; labels are 0..{MAX_LABEL}, or -1 for "
+                "none: copy it again or convert the data again"
+            )
+        return labels
 
     def _read_records(self, record: np.dtype, start: int, image: str) -> None:
         self.sizes = np.empty((self.num_samples, 2), np.int32)

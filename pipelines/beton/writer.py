@@ -22,6 +22,7 @@ from pipelines.beton.format import (
     IMAGE_TYPE,
     INT_TYPE,
     JPG,
+    MAX_LABEL,
     MAX_PAGE_BYTES,
     MAX_SIDE_PX,
     METADATA,
@@ -204,6 +205,8 @@ class BetonWriter:
             raise ValueError(f"sides must be 1..{MAX_SIDE_PX} px, not {height_px}x{width_px}")
         if not 1 <= len(data) <= MAX_PAGE_BYTES:
             raise ValueError(f"an image must take 1..{MAX_PAGE_BYTES} bytes, not {len(data)}")
+        if not -1 <= label <= MAX_LABEL:
+            raise ValueError(f"a label must be in -1..{MAX_LABEL}, not {label}")
         if self.num_samples == len(self._metadata):
             raise ValueError(f"room for {self.num_samples} samples only; give a larger num_samples_hint")
         while len(data) > self._page_bytes:

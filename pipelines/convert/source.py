@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pipelines.beton.format import MAX_LABEL
 from pipelines.errors import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_ITEMS = 100_000_000  # of one file; the writer keeps 32 bytes for each in memory
-MAX_LABEL = 999_999  # a classifier has one output for each integer up to the largest label
 
 
 class Item(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.beton import JPG, RAW, BetonReader, BetonWriter, inspect
-from pipelines.beton.format import HEADER, PAGE_BYTES
+from pipelines.beton.format import FIELD, HEADER, MAX_LABEL, METADATA, PAGE_BYTES
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import DataError
 from tests.helpers import stock_ffcv
@@ -145,6 +145,40 @@ def test_other_files_are_refused(tmp_path):
         BetonReader(other)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [b"\xff\xfe", "é".encode(), b"la\0bel", b"", b"line\nbreak", b"image"],
+    ids=["utf8", "é", "nul", "", "line", "twice"],
+)
+def test_a_damaged_field_name_is_one_clear_line(tmp_path, name):
+    write_small(tmp_path / "x.beton")
+    content = bytearray((tmp_path / "x.beton").read_bytes())
+    start = HEADER.itemsize + FIELD.itemsize + FIELD.fields["name"][1]
+    content[start : start + 16] = name.ljust(16, b"\0")
+    (tmp_path / "x.beton").write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"x\.beton: (a field has the name b|two fields have one name).*again"
+    ) as caught:
+        BetonReader(tmp_path / "x.beton")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [1 << 62, -5, -(1 << 63), 3_000_000, MAX_LABEL + 1])
+def test_a_label_out_of_range_is_one_clear_line(tmp_path, label):
+    write_small(tmp_path / "x.beton")
+    path = tmp_path / "x.beton"
+    metadata = np.memmap(path, METADATA, "r+", offset=HEADER.itemsize + 2 * FIELD.itemsize, shape=5)
+    metadata["f1"][2:] = label, MAX_LABEL, -1
+    metadata.flush()
+    with pytest.raises(
+        DataError, match=rf"x\.beton: image 2 has label {label}; labels are 0\.\.999999, or -1 for none"
+    ):
+        BetonReader(path)
+    metadata["f1"][2] = 0
+    metadata.flush()
+    assert BetonReader(path).labels.tolist() == [0, 1, 0, MAX_LABEL, -1]
+
+
 def test_damaged_image_names_file_and_index(tmp_path):
     write_small(tmp_path / "x.beton")
     reader = BetonReader(tmp_path / "x.beton")
@@ -221,6 +255,8 @@ def test_writer_checks_its_input(tmp_path):
             writer.write_raw(np.zeros((4, 4), np.uint8))
         with pytest.raises(ValueError, match="sides must be"):
             writer.write_jpeg(b"x", height_px=70_000, width_px=1)
+        with pytest.raises(ValueError, match=r"label must be in -1\.\.999999, not 1000000"):
+            writer.write_jpeg(b"x", height_px=1, width_px=1, label=MAX_LABEL + 1)
         with pytest.raises(ValueError, match="bytes"):
             writer.write_jpeg(b"", height_px=1, width_px=1)
         writer.write_raw(picture(0, 1, 1))
