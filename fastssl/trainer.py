@@ -52,6 +52,7 @@ from fastssl.tracking.skipped_steps import SkippedSteps
 from fastssl.tracking.throughput import flops_per_image
 from fastssl.tracking.writers import best_held_out
 from pipelines.batch import Batch, BatchSource
+from pipelines.errors import DataChangedError
 from pipelines.iterable_loader import Batches, IterableLoader
 from pipelines.loader import Loader
 from pipelines.printable import printable
@@ -211,7 +212,11 @@ class Trainer:
             self._say(f"{self.folder.path} is complete: {self.step} steps")
         self.epoch_stats.timer.start()
         for epoch in range(self.step // self.steps_per_epoch, self.cfg.train.num_epochs):
-            self.fit_batches(self.loader.epoch(epoch, first_batch=self.step % self.steps_per_epoch))
+            try:
+                self.fit_batches(self.loader.epoch(epoch, first_batch=self.step % self.steps_per_epoch))
+            except DataChangedError:
+                self._save_before_change()
+                raise
         self.loader.close()
         self.epoch_stats.close()
         if collectives.rank() == 0:
@@ -429,6 +434,17 @@ class Trainer:
             else:
                 self.folder.create(self.cfg, collectives.world_size())
         collectives.barrier()
+
+    def _save_before_change(self) -> None:
+        """Save the steps that were taken before the data changed: no batch of them has changed data.
+
+        Several processes notice at different steps, so they keep the last checkpoint instead.
+        """
+        if collectives.world_size() > 1 or self.step == 0:
+            return
+        self.read_reports(keep=0)
+        if not self.skipped.in_a_row:
+            self.save()
 
     def _leave(self) -> None:
         """End the training at a checkpoint, as a signal asked (all ranks).

@@ -11,6 +11,10 @@ class DataError(ValueError):
         super().__init__(printable(message))
 
 
+class DataChangedError(DataError):
+    """Raised when an open file is found to have been changed in place or cut short."""
+
+
 def one_line(error: BaseException) -> str:
     """Message of a library's exception in one line; the name of its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -8,12 +8,13 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
+from pipelines.beton.bus_error import report_bus_errors
 from pipelines.config_field import Section, setting
 from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
 from pipelines.errors import DataError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from kernels.augment.cpu import OutputPool
     from pipelines.batch import Batch, RawBatch
+
+T = TypeVar("T")
 
 _DRAWN_TOGETHER = 2048  # samples
 _READING_ENGINES = ("ffcv", "dali", "torch")  # engines that read from the file during iteration
@@ -128,6 +131,7 @@ class Loader:
         Raises:
             ValueError: first_batch is out of range.
             DataError: more samples cannot be decoded than data.max_bad_fraction allows.
+            DataChangedError: the file was changed in place. No batch yielded before has data of the changed file.
         """
         if not 0 <= first_batch <= len(self):
             raise ValueError(f"first_batch must be in [0, {len(self)}], got {first_batch}")
@@ -141,11 +145,15 @@ class Loader:
         cfg, windows = self._cfg, self._windows(epoch)
         batches = global_batches(np.arange(self.num_samples), self._seed, epoch, cfg.global_batch_size, windows)
         rows = local_rows(batches[first_batch:], self._rank, self._world_size)
-        to_read = rows.reshape(-1) if cfg.engine in _READING_ENGINES else rows[:0].reshape(-1)
+        is_reading = cfg.engine in _READING_ENGINES
+        to_read = rows.reshape(-1) if is_reading else rows[:0].reshape(-1)
         with ReadAhead(self._reader, to_read, windows, drop_behind=cfg.cache == "none") as read_ahead:
             plans = read_ahead.begin_each(self._plans(epoch, rows), rows.shape[1])
+            if is_reading:
+                plans = _while_unchanged(self._reader, plans)
             with closing(self._engine.batches(plans, rows.shape[1], self._groups)) as raw_batches:
-                for num_done, batch in enumerate(self._pixel_op.each(raw_batches), 1):
+                checked = _while_unchanged(self._reader, raw_batches) if is_reading else raw_batches
+                for num_done, batch in enumerate(self._pixel_op.each(checked), 1):
                     read_ahead.end(num_done * rows.shape[1])
                     yield batch
 
@@ -176,14 +184,13 @@ class EvalLoader:
         engine: Engine,
         views: ViewsConfig,
         *,
-        sizes: np.ndarray,
+        reader: BetonReader,
         sample_ids: np.ndarray,
         local_batch_size: int,
         device: torch.device,
         num_threads: int,
     ) -> None:
-        self._engine = engine
-        self._sizes = sizes
+        self._engine, self._reader = engine, reader
         self._sample_ids = sample_ids
         self._local_batch_size = local_batch_size
         self._spec = build_eval_spec(views)
@@ -196,7 +203,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         with closing(self._engine.batches(self._plans(), self._local_batch_size, self._groups)) as raw_batches:
-            yield from self._pixel_op.each(raw_batches)
+            yield from self._pixel_op.each(_while_unchanged(self._reader, raw_batches))
 
     def close(self) -> None:
         """Stop the engine's threads."""
@@ -205,12 +212,27 @@ class EvalLoader:
     def _plans(self) -> Iterator[BatchPlan]:
         for first in range(0, len(self._sample_ids), self._local_batch_size):
             ids = self._sample_ids[first : first + self._local_batch_size]
-            yield BatchPlan(ids, eval_params(self._spec, self._sizes[ids]))
+            yield BatchPlan(ids, eval_params(self._spec, self._reader.sizes[ids]))
 
 
 def identity_of(reader: BetonReader) -> list[int]:
     """Number of images and of bytes of a file."""
     return [reader.num_samples, len(reader.mmap)]
+
+
+def _while_unchanged(reader: BetonReader, items: Iterator[T]) -> Iterator[T]:
+    """Pass on plans of batches, or batches of an engine, as long as the file has not changed.
+
+    Raises:
+        DataChangedError: it was changed in place, which may also look like damaged images.
+    """
+    try:
+        for item in items:
+            reader.check_unchanged()
+            yield item
+    except DataError:
+        reader.check_unchanged()
+        raise
 
 
 def open_train_reader(cfg: DataConfig) -> BetonReader:
@@ -263,6 +285,7 @@ def build_loader(
     num_workers = cfg.num_workers or cores_per_process()
     if cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
         read_whole(reader, int(os.environ.get("LOCAL_RANK", "0")), _local_world_size())
+    report_bus_errors(reader)
     bad_samples = BadSamples(reader.path, reader.num_samples, cfg.max_bad_fraction)
     engine = build_engine(
         cfg.engine,
@@ -272,6 +295,7 @@ def build_loader(
         device=device,
         bad_samples=bad_samples,
     )
+    reader.check_unchanged()  # engines that keep the images in memory have read them now
     return Loader(
         engine,
         views,
@@ -315,10 +339,11 @@ def build_eval_loader(
     if len(ids) and not 0 <= ids.min() <= ids.max() < reader.num_samples:
         raise ValueError(f"sample_ids must be in [0, {reader.num_samples}), got {ids.min()}..{ids.max()}")
     num_threads = num_workers or cores_per_process()
+    report_bus_errors(reader)
     return EvalLoader(
         build_engine(engine, reader, num_workers=num_threads, prefetch_batches=2, device=device),
         views,
-        sizes=reader.sizes,
+        reader=reader,
         sample_ids=ids,
         local_batch_size=local_batch_size,
         device=device,

@@ -48,14 +48,13 @@ class ReadAhead:
         self._is_over = False
 
     def __enter__(self) -> Self:
-        self._file = os.open(self._reader.path, os.O_RDONLY)
+        self._file = self._reader.descriptor
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastssl-read-ahead")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over = True
         self._thread.shutdown(wait=True, cancel_futures=True)
-        os.close(self._file)
 
     def begin(self, position: int) -> None:
         """Called before sample number `position` of the order is read: requests its group and the next one."""
@@ -142,14 +141,9 @@ def read_whole(reader: BetonReader, part: int = 0, num_parts: int = 1) -> None:
             f"are free; take os, or none with data.order=quasi_random"
         )
     start, stop = num_bytes * part // num_parts, num_bytes * (part + 1) // num_parts
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with (
-        reader.path.open("rb", buffering=0) as file,
-        Progress(f"reading {reader.path.name}", stop - start, unit="B") as progress,
-    ):
-        file.seek(start)
-        while (left := stop - file.tell()) > 0:
-            progress.advance(file.readinto(buffer[: min(left, _READ_BYTES)]) or left)
+    with Progress(f"reading {reader.path.name}", stop - start, unit="B") as progress:
+        for first in range(start, stop, _READ_BYTES):
+            progress.advance(len(reader.read(np.dtype(np.uint8), first, min(_READ_BYTES, stop - first))))
 
 
 def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.beton import RAW, BetonReader
+from pipelines.beton.bus_error import report_bus_errors
 from pipelines.convert import bounded_map
 from pipelines.convert.images import CorruptImageError, decode_as_engines_do
 from pipelines.errors import DataError
@@ -60,6 +61,7 @@ def verify(path: str | Path, *, num_threads: int | None = None) -> VerifyReport:
             checksum differs from the sidecar's.
     """
     reader = BetonReader(path)
+    report_bus_errors(reader)
     num_threads = num_threads or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(1) as hashing:
         digest = hashing.submit(_sha256, reader.path) if "sha256" in reader.sidecar else None

@@ -3,6 +3,8 @@
 import io
 import json
 import mmap
+import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from pipelines.beton.format import (
     sidecar_path,
     summarise,
 )
-from pipelines.errors import DataError
+from pipelines.errors import DataChangedError, DataError
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 
@@ -32,8 +34,11 @@ BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 class BetonReader:
     """Random access to a .beton file through a memory map; never imports ffcv.
 
+    The file is opened once: a file that is removed, or replaced by another of its name, goes on being read.
+
     Attributes:
         path: The file.
+        descriptor: The open file, for reading at offsets (os.pread); closed with the reader.
         num_samples: N.
         sizes: int32 [N, 2], (height, width) in pixels.
         labels: int64 [N], in -1..MAX_LABEL; -1 = no label.
@@ -41,6 +46,8 @@ class BetonReader:
         data_ptr: uint64 [N], offset of each image's bytes in the file.
         data_bytes: uint64 [N], number of bytes of each image.
         mmap: uint8, the whole file.
+        data_start: Offset of the first byte after the metadata.
+        alloc_table_start: Offset of the allocation table, which ends the file.
         field_names: Names of the fields, ASCII.
         field_types: Their types, such as `IMAGE_TYPE`.
         file_map: The memory map that `mmap` is a view of.
@@ -58,19 +65,55 @@ class BetonReader:
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"{path}: no such file; `fastssl convert` writes a .beton")
-        if self.path.stat().st_size < HEADER.itemsize:
-            raise DataError(f"{path}: not a .beton file (shorter than its header); convert the data again")
         try:
-            with self.path.open("rb") as file:
-                self.file_map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self.descriptor)
+            self._state = self._state_now()
+            if self._state[0] < HEADER.itemsize:
+                raise DataError(f"{path}: not a .beton file (shorter than its header); convert the data again")
+            self.file_map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         self.mmap = np.frombuffer(self.file_map, np.uint8)
         header = self.mmap[: HEADER.itemsize].view(HEADER)[0]
         self.num_samples = int(header["num_samples"])
         self._read_metadata(header)
-        self._read_allocations(int(header["alloc_table_ptr"]))
+        self.alloc_table_start = int(header["alloc_table_ptr"])
+        self._read_allocations(self.alloc_table_start)
         self._read_sidecar()
+
+    @property
+    def open_path(self) -> str:
+        """A path that opens this same file, also after it was removed or replaced; for code that takes only paths."""
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def check_unchanged(self) -> None:
+        """Compare size and modification time with those at opening; takes about a microsecond.
+
+        Raises:
+            DataChangedError: the file was changed in place.
+        """
+        now = self._state_now()
+        if now != self._state:
+            what = "was written to" if now[0] == self._state[0] else f"went from {self._state[0]} to {now[0]} bytes"
+            raise DataChangedError(
+                f"{self.path}: {what} while in use: restore it, then start again (run.resume=auto resumes a training)"
+            )
+
+    def read(self, dtype: np.dtype, start: int, num: int) -> np.ndarray:
+        """Read `num` records from byte `start` on, not through the map: touched pages count as the process's memory.
+
+        Raises:
+            DataError: the file ends before.
+        """
+        records = np.empty(num, dtype)
+        left = records.view(np.uint8).data
+        while left:
+            num_read = os.preadv(self.descriptor, [left], start)
+            if not num_read:
+                raise self._truncated()
+            left, start = left[num_read:], start + num_read
+        return records
 
     def image_bytes(self, i: int) -> np.ndarray:
         """Stored bytes of sample i, a uint8 view of the memory map: a JPEG file, or H*W*3 raw pixels."""
@@ -114,8 +157,8 @@ class BetonReader:
         if self.num_samples == 0:
             raise DataError(f"{self.path}: holds no images; convert the data again")
         record = np.dtype([(f"f{k}", FIELD_DTYPES[t]) for k, t in enumerate(types)], align=True)
-        self._data_start = start + self.num_samples * record.itemsize
-        if self._data_start > len(self.mmap):
+        self.data_start = start + self.num_samples * record.itemsize
+        if self.data_start > len(self.mmap):
             raise self._truncated()
         self._read_records(record, start, image=f"f{types.index(IMAGE_TYPE)}")
         self.labels = np.full(self.num_samples, -1)
@@ -164,7 +207,7 @@ class BetonReader:
                 raise self._truncated()
 
     def _sort_allocations(self, start: int) -> None:
-        table = np.fromfile(self.path, ALLOCATION, offset=start)
+        table = self.read(ALLOCATION, start, (len(self.mmap) - start) // ALLOCATION.itemsize)
         table = table[np.argsort(table["ptr"], kind="stable")]
         row = np.searchsorted(table["ptr"], self.data_ptr).clip(max=len(table) - 1)
         if np.any(table["ptr"][row] != self.data_ptr):
@@ -174,7 +217,7 @@ class BetonReader:
     def _is_damaged(self, rows: slice) -> bool:
         start, num_bytes = self.data_ptr[rows], self.data_bytes[rows]
         end = np.uint64(len(self.mmap))
-        outside = (start < self._data_start) | (start > end) | (num_bytes > end - start)
+        outside = (start < self.data_start) | (start > end) | (num_bytes > end - start)
         raw_bytes = self.sizes[rows].prod(axis=1, dtype=np.uint64) * np.uint64(3)
         modes = self.modes[rows]
         damaged = (modes == RAW) & (num_bytes != raw_bytes) | (modes > RAW) | (raw_bytes == 0)
@@ -187,13 +230,15 @@ class BetonReader:
     def _blocks(self, dtype: np.dtype, start: int) -> Iterator[tuple[slice, np.ndarray]]:
         """Read the records of all samples, starting at byte `start`, in blocks.
 
-        Views of the map are avoided, since pages touched by a view count as the process's memory. Reading all records
-        at once is avoided too, since freed memory of large arrays is not always returned to the system.
+        Reading all records at once is avoided, since freed memory of large arrays is not always returned to the system.
         """
-        with self.path.open("rb") as file:
-            file.seek(start)
-            for rows in self._slices():
-                yield rows, np.fromfile(file, dtype, rows.stop - rows.start)
+        for rows in self._slices():
+            yield rows, self.read(dtype, start + rows.start * dtype.itemsize, rows.stop - rows.start)
+
+    def _state_now(self) -> tuple[int, int]:
+        """Size in bytes and time of the last modification in ns. (Removing or renaming a file changes neither.)"""
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns
 
     def _read_sidecar(self) -> None:
         path = sidecar_path(self.path)
