@@ -14,7 +14,7 @@ from fastssl.checkpoint.save_load import last_checkpoint, load_weights
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.held_out import HeldOutKnn
-from fastssl.evaluation.labels import check_test_data, num_labelled_classes
+from fastssl.evaluation.labels import check_same_classes, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import Loss, build_loss
 from fastssl.machine.nvidia_gpu import has_gpu
@@ -27,8 +27,8 @@ from fastssl.processes.consistency import check_same_config
 from fastssl.processes.launch import num_threads_of
 from fastssl.tracking.run_folder import RunFolder
 from pipelines.batch import BatchSource
-from pipelines.beton import BetonReader
-from pipelines.loader import build_loader, identity_of, open_train_reader
+from pipelines.beton import BetonReader, Identity
+from pipelines.loader import build_loader, open_train_reader
 from pipelines.sampler import split_holdout
 
 
@@ -43,6 +43,7 @@ class RunParts:
         probe: Learns beside the training; None: the images have fewer than two labels.
         is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
         held_out: Judges the encoder during training; None: eval.every_epochs is 0.
+        test_identity: Identity of data.test; None: there is no test file.
     """
 
     model: TwoViewModel
@@ -51,6 +52,7 @@ class RunParts:
     probe: OnlineProbe | None
     is_holdout: Tensor | None
     held_out: HeldOutKnn | None
+    test_identity: Identity | None
 
 
 def build_run(cfg: Config, device: torch.device) -> RunParts:
@@ -60,7 +62,9 @@ def build_run(cfg: Config, device: torch.device) -> RunParts:
         ConfigError, DataError: What the user must change, in one line.
     """
     reader = open_train_reader(cfg.data)
-    check_same_config(cfg, identity_of(reader))
+    test_reader = BetonReader(cfg.data.test) if cfg.data.test else None
+    test_identity = test_reader and test_reader.identity
+    check_same_config(cfg, {"data.train": reader.identity} | ({"data.test": test_identity} if test_identity else {}))
     loader = build_loader(
         reader,
         cfg.data,
@@ -71,14 +75,23 @@ def build_run(cfg: Config, device: torch.device) -> RunParts:
         device=device,
         num_threads=num_threads_of(cfg.run),
     )
-    check_test_data(cfg.data.test, reader)
+    if test_reader:
+        check_same_classes(reader, test_reader, "data.test")
     model = build_model(cfg, loader.view_shapes[0][-1])
     if cfg.run.init_from and not last_checkpoint(RunFolder(cfg.run.dir).checkpoints):
         load_initial_weights(model, cfg.run.init_from)
     loss = build_loss(cfg.loss, cfg.model.projector_dim)
     probe, is_holdout = _build_probe(cfg, reader, model.num_features)
     held_out = HeldOutKnn(cfg.eval, cfg.data, cfg.views, reader, device) if cfg.eval.every_epochs else None
-    return RunParts(model=model, loss=loss, loader=loader, probe=probe, is_holdout=is_holdout, held_out=held_out)
+    return RunParts(
+        model=model,
+        loss=loss,
+        loader=loader,
+        probe=probe,
+        is_holdout=is_holdout,
+        held_out=held_out,
+        test_identity=test_identity,
+    )
 
 
 def _build_probe(cfg: Config, reader: BetonReader, num_features: int) -> tuple[OnlineProbe | None, Tensor | None]:

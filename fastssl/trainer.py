@@ -3,6 +3,7 @@
 # B local batch, F backbone features, D projection
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -37,7 +38,7 @@ from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.optim.layerwise import bind_partitions
 from fastssl.optim.schedules import learning_rate
-from fastssl.processes.consistency import check_same_config, check_shared_folder
+from fastssl.processes.consistency import check_same_config, check_same_data, check_shared_folder
 from fastssl.processes.launch import Process, start_process, started_process
 from fastssl.processes.preemption import StopRequest
 from fastssl.processes.watchdog import Watchdog
@@ -52,6 +53,7 @@ from fastssl.tracking.skipped_steps import SkippedSteps
 from fastssl.tracking.throughput import flops_per_image
 from fastssl.tracking.writers import best_held_out
 from pipelines.batch import Batch, BatchSource
+from pipelines.beton import Identity
 from pipelines.errors import DataChangedError
 from pipelines.iterable_loader import Batches, IterableLoader
 from pipelines.loader import Loader
@@ -83,6 +85,7 @@ class Trainer:
         probe: OnlineProbe | None = None,
         is_holdout: Tensor | None = None,
         held_out: HeldOutKnn | None = None,
+        test_identity: Identity | None = None,
     ) -> None:
         """Take the parts of a run; nothing is started, opened, moved or written.
 
@@ -95,6 +98,7 @@ class Trainer:
             probe: Learns beside the training.
             is_holdout: bool [N]: samples that the probe must not learn from.
             held_out: Judges the encoder every `eval.every_epochs`.
+            test_identity: Identity of data.test, which must be the same in a resumed run.
         """
         is_built = {
             "model": isinstance(model, TwoViewModel) and model.built_from == cfg.model,
@@ -106,6 +110,7 @@ class Trainer:
         custom = {name: f"{cls.__module__}.{cls.__qualname__}" for name, cls in own.items()}
         self.cfg = replace(cfg, custom=custom, loss=loss.config if is_built["loss"] else cfg.loss)
         self.probe, self.is_holdout, self.held_out = probe, is_holdout, held_out
+        self.test_identity = test_identity
         self.folder = RunFolder(cfg.run.dir)
         self.step = 0
         self.must_stop = False  # what all ranks agreed on
@@ -311,7 +316,7 @@ class Trainer:
         self.epoch_stats.sync()
         weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
         state: dict[str, Any] = {
-            "data_identity": self.loader.identity,
+            "data_identity": self._data_identity(),
             "collapsed_since": self.epoch_stats.collapsed_since,
         }
         state["loss_scale"] = self.update_step.update.state_dict()
@@ -338,11 +343,12 @@ class Trainer:
         self.skipped.resume(self.step)
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        if state["data_identity"] != self.loader.identity:
-            raise ConfigError(
-                f"data.train: {self.cfg.data.train} holds [images, bytes] {self.loader.identity}, but the run was made "
-                f"on {state['data_identity']}: resume with the same file, or start another run"
-            )
+        found, saved = self._data_identity(), state["data_identity"]
+        if isinstance(saved, list):  # of an older version
+            saved = {next(iter(found)): saved}
+        warning = check_same_data(self.cfg, found, saved)
+        if warning and collectives.rank() == 0:
+            print(f"fastssl: warning: {warning}", file=sys.stderr, flush=True)
         self.step = state["step"]
         self.epoch_stats.restore(state["sums"], state["collapsed_since"], state["world_size"])
         self.update_step.update.load_state_dict(state["loss_scale"])
@@ -393,7 +399,7 @@ class Trainer:
             return loader
         world_size = collectives.world_size()
         source = IterableLoader(loader, device=self.device, world_size=world_size)
-        check_same_config(self.cfg, source.identity)
+        check_same_config(self.cfg, {"loader": source.identity})
         loss, num_views = self._given[1], len(source.view_shapes)
         most = loss.config.max_views if isinstance(loss, Loss) else math.inf
         if num_views > most:
@@ -434,6 +440,13 @@ class Trainer:
             else:
                 self.folder.create(self.cfg, collectives.world_size())
         collectives.barrier()
+
+    def _data_identity(self) -> dict[str, Identity]:
+        """Identities by configuration key; "loader" for a loader of the user's own."""
+        if "loader" in self.cfg.custom:
+            return {"loader": self.loader.identity}
+        test = {"data.test": self.test_identity} if self.test_identity else {}
+        return {"data.train": self.loader.identity, **test}
 
     def _save_before_change(self) -> None:
         """Save the steps that were taken before the data changed: no batch of them has changed data.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from pipelines.bad_samples import BadSamples
-from pipelines.beton import BetonReader
+from pipelines.beton import BetonReader, Identity
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.config_field import Section, setting
 from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
@@ -77,6 +77,7 @@ class Loader:
 
     Attributes:
         num_samples: Number of images in the file.
+        identity: The file's at the start, which must be the same in a resumed run.
         bad_samples: The damaged samples found so far.
     """
 
@@ -95,6 +96,7 @@ class Loader:
         num_threads: int,
     ) -> None:
         self.num_samples = reader.num_samples
+        self.identity: Identity = reader.identity
         self.bad_samples = bad_samples
         self._engine = engine
         self._reader, self._cfg = reader, cfg
@@ -107,11 +109,6 @@ class Loader:
     def view_shapes(self) -> list[tuple[int, int, int]]:
         """[3, S, S] of each view."""
         return [(3, spec.size_px, spec.size_px) for spec in self._specs]
-
-    @property
-    def identity(self) -> list[int]:
-        """Number of images and of bytes of the file, which must be the same in a resumed run."""
-        return identity_of(self._reader)
 
     @property
     def num_bad_samples(self) -> int:
@@ -213,11 +210,6 @@ class EvalLoader:
         for first in range(0, len(self._sample_ids), self._local_batch_size):
             ids = self._sample_ids[first : first + self._local_batch_size]
             yield BatchPlan(ids, eval_params(self._spec, self._reader.sizes[ids]))
-
-
-def identity_of(reader: BetonReader) -> list[int]:
-    """Number of images and of bytes of a file."""
-    return [reader.num_samples, len(reader.mmap)]
 
 
 def _while_unchanged(reader: BetonReader, items: Iterator[T]) -> Iterator[T]:

@@ -53,13 +53,16 @@ def cached_features(
 
 
 def data_identity(reader: BetonReader) -> dict[str, Any]:
-    """Identity of a data file, as JSON values: size in bytes, number of images, and the checksum in its sidecar.
+    """Identity of a data file, as JSON values: size in bytes, number of images, CRC-32 of its tables and of some
+    images, and the checksum in its sidecar.
 
-    Without a sidecar, the modification time replaces the checksum, because files of raw images of one size have equal
-    lengths.
+    Without a sidecar, the modification time replaces the checksum, because not every image is in the CRC-32. With
+    one that belongs to another file, these differ.
     """
-    checksum = reader.sidecar.get("sha256") or f"changed {reader.path.stat().st_mtime_ns}"
-    return {"file_bytes": len(reader.mmap), "num_images": reader.num_samples, "checksum": checksum}
+    checksum = reader.sidecar.get("sha256") or f"changed {os.fstat(reader.descriptor).st_mtime_ns}"
+    num_images, file_bytes, tables, images = reader.identity
+    crc32 = {"tables_crc32": tables, "some_images_crc32": images}
+    return {"file_bytes": file_bytes, "num_images": num_images, "checksum": checksum, **crc32}
 
 
 def _read(path: Path, num_images: int, dtype: str) -> np.ndarray | None:

@@ -11,21 +11,6 @@ def num_labelled_classes(reader: BetonReader) -> int:
     return len(_classes(reader))
 
 
-def check_test_data(test: str | None, train: BetonReader) -> None:
-    """Refuse a test file on which the run could not be evaluated; called before training, to fail early.
-
-    Args:
-        test: data.test of the configuration.
-        train: The training file.
-
-    Raises:
-        ConfigError: it has no labels, or other classes than the training file.
-        DataError: it cannot be read.
-    """
-    if test is not None:
-        check_same_classes(train, BetonReader(test), "data.test")
-
-
 def check_same_classes(train: BetonReader, test: BetonReader, test_key: str) -> None:
     """Refuse a test file on which classifiers of the training file cannot be evaluated.
 

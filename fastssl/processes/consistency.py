@@ -2,43 +2,83 @@
 
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fastssl import collectives
 from fastssl.config import Config, differing_keys, to_dict
 from fastssl.errors import ConfigError
 from fastssl.tracking.run_folder import RunFolder
+from pipelines.beton.identity import Identity, difference
 
 _OWN_KEYS = ("run.num_threads", "data.num_workers")  # each host may have its own
 _VISIBLE_WITHIN_S = 30.0  # a network file system may show what another host wrote only after that
 
 
-def check_same_config(cfg: Config, data_identity: list[int]) -> None:
+def check_same_config(cfg: Config, data: Mapping[str, Identity]) -> None:
     """Refuse to train where a rank has another configuration or other data than the first (all ranks call it).
 
     Args:
         cfg: This rank's.
-        data_identity: Number of images and bytes of its data.train, or `identity` of a loader of its own.
+        data: Identities of its data.train and data.test, or, as "loader", of a loader of its own.
     Raises:
         ConfigError: on every rank; names the first that differs.
     """
-    of_ranks = collectives.all_gather_object((socket.gethostname(), to_dict(cfg), data_identity))
-    first_host, first_tree, first_identity = of_ranks[0]
-    for rank, (host, tree, identity) in enumerate(of_ranks):
+    of_ranks = collectives.all_gather_object((socket.gethostname(), to_dict(cfg), dict(data)))
+    first_host, first_tree, first_data = of_ranks[0]
+    for rank, (host, tree, own_data) in enumerate(of_ranks):
         if keys := differing_keys(first_tree, tree, ignore=_OWN_KEYS):
             raise ConfigError(
                 f"rank {rank} on {host} has another config than rank 0 on {first_host}; it differs in {'; '.join(keys)}"
             )
-        if identity != first_identity:
-            if "loader" in cfg.custom:
+        for key, identity in own_data.items():
+            if identity == first_data[key]:
+                continue
+            if key == "loader":
                 raise ConfigError(
                     f"the loader gives [batches, images of a batch] {identity} on {host} (rank {rank}), but "
-                    f"{first_identity} on {first_host} (rank 0): give every rank as many"
+                    f"{first_data[key]} on {first_host} (rank 0): give every rank as many"
                 )
             raise ConfigError(
-                f"data.train: {cfg.data.train} holds [images, bytes] {identity} on {host} (rank {rank}), but "
-                f"{first_identity} on {first_host} (rank 0): give every host the same file"
+                f"{key}: {_path_of(cfg, key)} on {host} (rank {rank}) is not the file of {first_host} (rank 0): it has "
+                f"{difference(identity, first_data[key])}; give every host the same file"
             )
+
+
+def check_same_data(cfg: Config, found: Mapping[str, Identity], saved: Mapping[str, Identity]) -> str | None:
+    """Refuse to resume on other data than the run was trained on.
+
+    Args:
+        cfg: The run's.
+        found: As for `check_same_config`.
+        saved: The same of the checkpoint; one of an older version has two numbers for data.train alone.
+    Returns:
+        A warning that not everything could be compared; None: it could.
+    Raises:
+        ConfigError: the data differ.
+    """
+    for key, identity in found.items():
+        if key == "loader":
+            if identity != saved[key]:
+                raise ConfigError(
+                    f"loader: the run was trained on a loader with the identity {saved[key]}, this one has {identity}: "
+                    "resume with the same data, or start another run"
+                )
+        elif differs := difference(identity, saved.get(key, identity)):
+            raise ConfigError(
+                f"{key}: {_path_of(cfg, key)} is not the file that the run was trained with: it has {differs}; resume "
+                "with the same file, or start another run"
+            )
+    if "data.train" in found and len(saved["data.train"]) < len(found["data.train"]):
+        return (
+            f"data.train: the checkpoint is of an older version, so only the size of {cfg.data.train} and its number "
+            "of images could be compared"
+        )
+    return None
+
+
+def _path_of(cfg: Config, key: str) -> str | None:
+    return cfg.data.test if key == "data.test" else cfg.data.train
 
 
 def check_shared_folder(folder: RunFolder, mark: str) -> None:

@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipelines.beton.format import (
     sidecar_path,
     summarise,
 )
+from pipelines.beton.identity import Identity, identity_of
 from pipelines.errors import DataChangedError, DataError
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
@@ -81,6 +83,11 @@ class BetonReader:
         self.alloc_table_start = int(header["alloc_table_ptr"])
         self._read_allocations(self.alloc_table_start)
         self._read_sidecar()
+
+    @cached_property
+    def identity(self) -> Identity:
+        """See `identity_of`; computed once."""
+        return identity_of(self)
 
     @property
     def open_path(self) -> str:

@@ -1,11 +1,13 @@
 """The feature cache: read again, told apart by every part of the key, never a part of a file."""
 
+import json
+
 import numpy as np
 import pytest
 
 from fastssl.errors import ConfigError
 from fastssl.evaluation.feature_cache import cached_features, data_identity
-from pipelines.beton import BetonReader
+from pipelines.beton import BetonReader, BetonWriter
 from pipelines.beton.format import sidecar_path
 
 KEY = {"step": 3, "data": {"file_bytes": 10, "checksum": "a"}, "dtype": "float32"}
@@ -91,3 +93,15 @@ def test_files_are_told_apart_with_and_without_a_sidecar(digits, tmp_path):
     assert before == data_identity(BetonReader(bare))
     bare.write_bytes(content[:-1] + bytes([content[-1]]))  # another file of the same size
     assert data_identity(BetonReader(bare)) != before
+
+
+def test_a_file_with_the_sidecar_of_another_is_told_apart(tmp_path):
+    found = []
+    for level in (1, 2):
+        path = tmp_path / "x.beton"
+        with BetonWriter(path, overwrite=True) as writer:
+            writer.write_raw(np.full((8, 8, 3), level, np.uint8))
+        sidecar_path(path).write_text(json.dumps({"num_images": 1, "sha256": "of another file"}))
+        found.append(data_identity(BetonReader(path)))
+    assert found[0]["checksum"] == found[1]["checksum"]
+    assert found[0] != found[1]

@@ -13,13 +13,48 @@ from tests.helpers.processes import join_ranks, start_ranks
 
 
 def config(**run) -> Config:
-    return build_config({"data": {"train": "x.beton"}, "run": {"num_threads": 1, **run}})
+    return build_config({"data": {"train": "x.beton", "test": "y.beton"}, "run": {"num_threads": 1, **run}})
 
 
 def test_one_process_agrees_with_itself(tmp_path):
-    consistency.check_same_config(config(), [10, 1000])
+    consistency.check_same_config(config(), {"data.train": [10, 1000, 1, 2]})
     folder = RunFolder(tmp_path)
     consistency.check_shared_folder(folder, folder.lock())
+
+
+@pytest.mark.parametrize(
+    ("now", "differs"),
+    [
+        ([11, 1000, 1, 2], "11 images instead of 10"),
+        ([10, 1001, 1, 2], "1001 bytes instead of 1000"),
+        ([10, 1000, 3, 2], "other labels, sizes or positions of the images"),
+        ([10, 1000, 1, 3], "as many images and bytes, but other images"),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.train", "data.test"])
+def test_a_run_is_not_resumed_on_other_data(key, now, differs):
+    saved = {"data.train": [10, 1000, 1, 2], "data.test": [10, 1000, 1, 2]}
+    assert consistency.check_same_data(config(), saved, saved) is None
+    with pytest.raises(
+        ConfigError, match=f"{key}: [xy]\\.beton is not the file .*: it has .*{differs}; resume with the"
+    ):
+        consistency.check_same_data(config(), saved | {key: now}, saved)
+
+
+def test_data_of_an_older_checkpoint_is_compared_by_its_two_numbers():
+    now = {"data.train": [10, 1000, 1, 2], "data.test": [10, 1000, 1, 2]}
+    warning = consistency.check_same_data(config(), now, {"data.train": [10, 1000]})
+    assert warning is not None
+    assert "only the size of x.beton and its number of images could be compared" in warning
+    with pytest.raises(ConfigError, match="1000 bytes instead of 999"):
+        consistency.check_same_data(config(), now, {"data.train": [10, 999]})
+
+
+def test_a_loader_of_the_user_is_compared_as_a_whole():
+    assert consistency.check_same_data(config(), {"loader": [3, 8]}, {"loader": [3, 8]}) is None
+    for other in ([3, 9], [3, 8, 1], [3]):
+        with pytest.raises(ConfigError, match="loader: the run was trained on a loader with the identity"):
+            consistency.check_same_data(config(), {"loader": [3, 8]}, {"loader": other})
 
 
 @pytest.mark.dist
@@ -28,7 +63,11 @@ def test_ranks_that_differ_all_hear_of_it(tmp_path):
     for said in of_ranks:
         assert "seed: 0 -> 1" in said["config"]
         assert "rank 1 on " in said["config"]
-        assert "holds [images, bytes] [10, 1001] on " in said["data"]
+        assert "data.train: x.beton on " in said["data"]
+        assert "(rank 1) is not the file of " in said["data"]
+        assert "it has as many images and bytes, but other images; give every host the same file" in said["data"]
+        assert "data.test: y.beton on " in said["test"]
+        assert "it has 11 images instead of 10" in said["test"]
         assert "is not one folder for all" in said["folder"]
         assert said["threads"] is None
         assert said["shared"] is None
@@ -50,11 +89,13 @@ def main(rank: int, world_size: int, folder: Path) -> None:
 
     join_ranks(rank, world_size, folder)
     consistency._VISIBLE_WITHIN_S = 0.5
+    data = {"data.train": [10, 1000, 1, 2]}
     own, shared = RunFolder(folder / f"{rank}/run"), RunFolder(folder / "run")
     said = {
-        "config": said_of(lambda: consistency.check_same_config(config(seed=rank), [10, 1000])),
-        "data": said_of(lambda: consistency.check_same_config(config(), [10, 1000 + rank])),
-        "threads": said_of(lambda: consistency.check_same_config(config(num_threads=1 + rank), [10, 1000])),
+        "config": said_of(lambda: consistency.check_same_config(config(seed=rank), data)),
+        "data": said_of(lambda: consistency.check_same_config(config(), {"data.train": [10, 1000, 1, 2 + rank]})),
+        "test": said_of(lambda: consistency.check_same_config(config(), data | {"data.test": [10 + rank, 1000, 1, 2]})),
+        "threads": said_of(lambda: consistency.check_same_config(config(num_threads=1 + rank), data)),
         "folder": said_of(lambda: consistency.check_shared_folder(own, collectives.run_on_first_rank(own.lock))),
         "shared": said_of(lambda: consistency.check_shared_folder(shared, collectives.run_on_first_rank(shared.lock))),
     }

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines.beton import JPG, RAW, BetonReader, BetonWriter, inspect
-from pipelines.beton.format import FIELD, HEADER, MAX_LABEL, METADATA, PAGE_BYTES
+from pipelines.beton.format import ALLOCATION, FIELD, HEADER, MAX_LABEL, METADATA, PAGE_BYTES
+from pipelines.beton.identity import difference
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import DataError
 from tests.helpers import stock_ffcv
@@ -177,6 +178,47 @@ def test_a_label_out_of_range_is_one_clear_line(tmp_path, label):
     metadata["f1"][2] = 0
     metadata.flush()
     assert BetonReader(path).labels.tolist() == [0, 1, 0, MAX_LABEL, -1]
+
+
+def test_identity_is_that_of_the_content(tmp_path):
+    path, copy = tmp_path / "x.beton", tmp_path / "copy.beton"
+    write_small(path, num=200)
+    content = path.read_bytes()
+    copy.write_bytes(content)
+    identity = BetonReader(path).identity
+    assert identity[:2] == [200, len(content)]
+    assert BetonReader(copy).identity == identity
+    reader = BetonReader(path)
+    label = HEADER.itemsize + 2 * FIELD.itemsize + 130 * METADATA.itemsize + METADATA.fields["f1"][1]
+    middle = int(reader.data_ptr[199] + reader.data_bytes[199] // 2)
+    type_argument = HEADER.itemsize + FIELD.itemsize - 1
+    sample_id = len(content) - 70 * ALLOCATION.itemsize
+    for place, differs in (
+        (label, "other labels"),
+        (type_argument, "other labels"),
+        (sample_id, "other labels"),
+        (middle, "but other images"),
+    ):
+        other = bytearray(content)
+        other[place] ^= 1
+        copy.write_bytes(other)
+        assert differs in str(difference(BetonReader(copy).identity, identity))
+    assert difference(identity, identity) is None
+    assert difference(identity, [200, len(content)]) is None
+
+
+def test_identity_reads_little_of_a_large_file(tmp_path):
+    """The tables, and 64 blocks of 4 KiB."""
+    path = tmp_path / "x.beton"
+    with BetonWriter(path) as writer:
+        for i in range(300):
+            writer.write_raw(np.full((100, 100, 3), i % 251, np.uint8))
+    reader, num_read = BetonReader(path), []
+    read = reader.read
+    reader.read = lambda dtype, start, num: num_read.append(num * dtype.itemsize) or read(dtype, start, num)
+    assert reader.identity[0] == 300
+    tables = HEADER.itemsize + 2 * FIELD.itemsize + 300 * (METADATA.itemsize + ALLOCATION.itemsize)
+    assert sum(num_read) == tables + 64 * 4096
 
 
 def test_damaged_image_names_file_and_index(tmp_path):
