@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 # A worker a core: most tests wait for a process of their own to start. The slow ones measure, one at a time.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-multinode lint format type clean install install-dev image
+.PHONY: demo test test-slow test-multinode fuzz lint format type clean install install-dev image
 
 install:
 	@VENV=$(VENV) scripts/install.sh run
@@ -29,6 +29,10 @@ test-slow: install-dev
 # Two hosts on this machine: needs root and iproute2, and skips without.
 test-multinode: install-dev
 	$(PYTEST) -rs tests/multinode $(ARGS)
+
+# CASES=10000: of each file of tests/fuzz. The last lines say how many cases ran.
+fuzz: install-dev
+	FUZZ_CASES=$(or $(CASES),1000) $(PYTEST) -q -n0 tests/fuzz $(ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

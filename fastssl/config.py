@@ -193,7 +193,7 @@ def load_config(path: str | Path | Sequence[str | Path], overrides: Mapping[str,
     paths = [path] if isinstance(path, (str, Path)) else path
     tree: dict[str, Any] = {}
     for each in paths:
-        tree = _merged(tree, _read_tree(Path(each)))
+        tree = _merged(tree, read_tree(Path(each)))
     return build_config(with_overrides(tree, as_overrides(overrides)))
 
 
@@ -307,7 +307,12 @@ def _fields_of(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(default) if dataclasses.is_dataclass(default) else ()
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """The mapping of sections in a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is something else.
+    """
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections such as data: and model:")
@@ -320,7 +325,7 @@ def _with_recipe_file(views: Mapping[str, Any]) -> Mapping[str, Any]:
     path = Path(recipe if isinstance(recipe, str) else "")
     if path.suffix not in (".yaml", ".yml"):
         return views
-    tree = _read_tree(path)
+    tree = read_tree(path)
     specs = tree.get("views")
     if set(tree) != {"views"} or not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
         raise ConfigError(f"views.recipe: {path} must hold `views:` and under it a list, the fields of each view")

@@ -2,6 +2,7 @@
 
 # N images, B of a batch, F features, S side of a view in pixels
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -66,9 +67,10 @@ def load_encoder(path: str | Path, *, backbone: nn.Module | None = None) -> Enco
     if backbone is None and "model" in cfg.custom:
         raise ConfigError(f"{path} was trained with {cfg.custom['model']}: pass such a module as backbone=")
     num_features: int | None = None
-    if backbone is None:
-        backbone, num_features = build_backbone(ModelConfig(**weights["model"]), weights["image_px"])
     try:
+        if backbone is None:
+            _check_model(weights["model"], cfg.model)
+            backbone, num_features = build_backbone(cfg.model, weights["image_px"])
         backbone.load_state_dict(weights["backbone"])
         if num_features is None:
             num_features = count_features(backbone.cpu(), type(backbone).__name__, weights["image_px"])
@@ -116,6 +118,15 @@ def embed(
     if not sum(map(len, features)):
         raise DataError(f"there is no image in {images if isinstance(images, (str, Path)) else 'what was given'}")
     return torch.cat(features)
+
+
+def _check_model(saved: dict[str, Any], model: ModelConfig) -> None:
+    """Raise ValueError where weights are of another backbone than the run's: some differ in no name and no shape."""
+    for key in ("backbone", "stem", "backbone_kwargs", "pool_px"):
+        values = (saved.get(key), getattr(model, key))
+        there, here = (json.dumps(value, sort_keys=True, default=str) for value in values)  # a tuple is a list in YAML
+        if key in saved and there != here:
+            raise ValueError(f"model.{key} is {there:.80} there and {here:.80} in the run")
 
 
 def _views_of(encoder: Encoder, images: Any, batch_size: int, device: torch.device) -> Iterator[Tensor]:

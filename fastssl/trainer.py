@@ -329,6 +329,7 @@ class Trainer:
             state=state,
             sums=self.epoch_stats.state(),
             weights=weights,
+            run=self.identity,
         )
         if collectives.rank() == 0:
             keep_every_steps = self.cfg.run.keep_every_epochs * self.steps_per_epoch
@@ -337,9 +338,13 @@ class Trainer:
 
     def restore(self) -> None:
         """Resume from the last whole checkpoint, or start from step 0 without one (all ranks)."""
-        state = load_checkpoint(self.folder.checkpoints, self.engine, seed=self.cfg.run.seed)
-        if state is not None:
-            self._take_up(state)
+        load_checkpoint(
+            self.folder.checkpoints,
+            self.engine,
+            seed=self.cfg.run.seed,
+            total_steps=self.total_steps,
+            take_up=self._take_up,
+        )
         self.skipped.resume(self.step)
 
     def _take_up(self, state: dict[str, Any]) -> None:
@@ -349,12 +354,12 @@ class Trainer:
         warning = check_same_data(self.cfg, found, saved)
         if warning and collectives.rank() == 0:
             print(f"fastssl: warning: {warning}", file=sys.stderr, flush=True)
-        self.step = state["step"]
         self.epoch_stats.restore(state["sums"], state["collapsed_since"], state["world_size"])
         self.update_step.update.load_state_dict(state["loss_scale"])
         self.update_step.update.bind()
         if self.probe:
             self.probe.load_state_dict(state["probe"])
+        self.step = state["step"]
 
     def _build_engine(self) -> tuple[Any, Any]:
         import deepspeed
@@ -439,7 +444,8 @@ class Trainer:
                 self.folder.preempted.unlink(missing_ok=True)
             else:
                 self.folder.create(self.cfg, collectives.world_size())
-        collectives.barrier()
+        # Read once: config.yaml may be edited while the run goes on.
+        self.identity = collectives.run_on_first_rank(self.folder.identity)
 
     def _data_identity(self) -> dict[str, Identity]:
         """Identities by configuration key; "loader" for a loader of the user's own."""

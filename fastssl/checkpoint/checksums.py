@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fastssl.checkpoint.tensor_file import DamagedError
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import package_version
 from fastssl.machine.files import sync_file
@@ -15,10 +16,7 @@ from fastssl.machine.files import sync_file
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # 1 was DeepSpeed's files, without a manifest
 _OLD_FORMAT_FILES = "*_model_states.pt"
-
-
-class DamagedError(ConfigError):
-    """A file of a checkpoint differs from what was written; the message is one line that names the file."""
+_MAX_MANIFEST_BYTES = 64 << 20  # 150 bytes per process
 
 
 def save_file(value: Any, path: Path) -> dict[str, Any]:
@@ -40,17 +38,21 @@ def save_file(value: Any, path: Path) -> dict[str, Any]:
     return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
 
 
-def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], *, world_size: int) -> None:
+def write_manifest(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], *, world_size: int, run: Mapping[str, str] | None = None
+) -> None:
     """Write manifest.json, the last file of a checkpoint.
 
     Args:
         folder: The checkpoint's folder.
         files: File name -> entry from `save_file`.
         world_size: Number of processes that saved.
+        run: Identity of the run, from `RunFolder.identity`; None: it has none.
     """
     content = {
         "format_version": FORMAT_VERSION,
         "world_size": world_size,
+        **({"run": dict(run)} if run else {}),
         "torch": package_version("torch"),
         "deepspeed": package_version("deepspeed"),
         "files": {name: dict(files[name]) for name in sorted(files)},
@@ -73,20 +75,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} was written by an older version of fastssl, with DeepSpeed's files: it cannot be resumed; its "
             "weights.pt can be taken with run.init_from"
         )
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing")
     try:
-        content = json.loads(path.read_bytes())
-        digest = content.pop("sha256_of_the_above")
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+        num_bytes = path.stat().st_size
+        content: dict[str, Any] = json.loads(path.read_bytes() if num_bytes <= _MAX_MANIFEST_BYTES else b"")
+        is_same = content.pop("sha256_of_the_above") == _digest(content)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DamagedError(f"{path} is damaged: it is no manifest") from None
-    if digest != _digest(content):
+    if not is_same:
         raise DamagedError(f"{path} is damaged: its sha256 is another")
-    if content["format_version"] != FORMAT_VERSION:
-        raise ConfigError(
-            f"{folder} has format {content['format_version']}, this version of fastssl reads {FORMAT_VERSION}"
-        )
+    version = content.get("format_version")
+    if type(version) is int and version != FORMAT_VERSION:
+        raise ConfigError(f"{folder} has format {version}, this version of fastssl reads {FORMAT_VERSION}")
+    if version is None or not _is_complete(content):
+        raise DamagedError(f"{path} is damaged: it does not list the files of a checkpoint")
     return content
+
+
+def _is_complete(content: Mapping[str, Any]) -> bool:
+    world_size, files, run = content.get("world_size"), content.get("files"), content.get("run", {})
+    if type(world_size) is not int or not isinstance(files, dict) or len(files) != world_size + 2:
+        return False
+    if not isinstance(run, dict) or not all(isinstance(value, str) for value in run.values()):
+        return False
+    expected = {"state.pt", "weights.pt", *(f"rank_{rank}.pt" for rank in range(world_size))}
+    return files.keys() == expected and all(map(_is_entry, files.values()))
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 
 
 def check_folder(folder: Path) -> None:
@@ -100,9 +120,11 @@ def check_folder(folder: Path) -> None:
         _check(folder / name, entry)
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path) -> bool:
     """Check one file; a file without a manifest in its folder, such as a copied weights.pt, is not checked.
 
+    Returns:
+        Whether it was checked.
     Raises:
         DamagedError: it is missing, truncated or changed.
         ConfigError: the checkpoint has a format that this version does not read.
@@ -111,6 +133,8 @@ def check_file(path: Path) -> None:
         entry = read_manifest(path.parent)["files"].get(path.name)
         if entry is not None:
             _check(path, entry)
+            return True
+    return False
 
 
 def sha256_of(path: Path) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastssl import collectives
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 OptimizerState = dict[str, dict[str, Any]]
 
@@ -48,7 +48,7 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]
         "parameters": parameters,
         "buffers": buffers,
         "optimizer": optimizer,
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
     }
     group_steps = [group.get("step") for group in _client_optimizer(engine).param_groups]
     if any(step is not None for step in group_steps):

@@ -16,11 +16,11 @@ weights_only=True. The last two checkpoints are kept, as a fallback if the newes
 
 import hashlib
 import os
-import pickle
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,23 @@ from torch import Tensor, nn
 
 from fastssl import collectives
 from fastssl.checkpoint.checksums import (
-    DamagedError,
+    MANIFEST,
     check_file,
     check_folder,
     read_manifest,
     save_file,
     write_manifest,
 )
+from fastssl.checkpoint.contents import check_contents
 from fastssl.checkpoint.engine_state import collect_engine_state, restore_engine_state
-from fastssl.errors import ConfigError
+from fastssl.checkpoint.tensor_file import DamagedError, is_state, read_tensors
+from fastssl.errors import ConfigError, UserError
+from fastssl.tracking.run_folder import RunFolder
 
 _PREFIX = "step_"
 _NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
 _NUM_KEPT = 2
+_MAX_IMAGE_PX = 1 << 14
 
 Sums = dict[str, dict[str, Tensor]]
 
@@ -54,6 +58,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     sums: Sums,
     weights: Mapping[str, Any],
+    run: Mapping[str, str] | None,
 ) -> None:
     """Save everything at `step` (all ranks call it).
 
@@ -64,6 +69,7 @@ def save_checkpoint(
         state: Other state of the run, equal on all ranks; tensors and plain values.
         sums: Tensors of this rank, by group and name, whose sum over ranks is meaningful.
         weights: Content of weights.pt, from `plain_weights`.
+        run: From `RunFolder.identity`.
     """
     temporary, final = root / f".{_PREFIX}{step:08d}.tmp", root / f"{_PREFIX}{step:08d}"
     shared, own_buffers = collect_engine_state(engine)
@@ -77,41 +83,81 @@ def save_checkpoint(
     of_ranks = collectives.all_gather_object(files)
     if collectives.rank() == 0:
         write_manifest(
-            temporary, {k: v for files in of_ranks for k, v in files.items()}, world_size=collectives.world_size()
+            temporary,
+            {k: v for files in of_ranks for k, v in files.items()},
+            world_size=collectives.world_size(),
+            run=run,
         )
         _publish(temporary, final)
     collectives.barrier()
 
 
-def load_checkpoint(root: Path, engine: Any, *, seed: int) -> dict[str, Any] | None:
-    """Restore the engine and the random state from the newest complete checkpoint (all ranks call it).
+def load_checkpoint(
+    root: Path, engine: Any, *, seed: int, total_steps: int, take_up: Callable[[dict[str, Any]], None]
+) -> None:
+    """Restore a run from the newest whole checkpoint (all ranks call it); without any, nothing happens.
 
     With the same number of processes and type of device as at the save, a run on the CPU continues bit for bit. With
     another number of processes, each rank gets the mean of the batch-norm buffers; the first rank gets the total of the
     sums, the others zeros. With another number or device, random states are derived from (seed, step, rank).
 
+    A damaged checkpoint, and one whose content is not a state of this run, is reported on stderr and moved aside once
+    an older one is restored.
+
     Args:
         root: The run's checkpoints folder.
         engine: DeepSpeed's engine, newly built.
         seed: The run's seed.
-    Returns:
-        The saved `state`, with "step", this rank's "sums" and the "world_size" of the save; None: no checkpoint exists.
+        total_steps: Optimizer steps of the whole run.
+        take_up: Restores the rest of the run from the saved `state`, with "step", this rank's "sums" and the
+            "world_size" of the save.
     Raises:
-        ConfigError: there are checkpoints, but none is complete and in a readable format.
+        ConfigError: there are checkpoints, but none is whole and in a readable format, or one is of another run.
     """
-    name = collectives.run_on_first_rank(lambda: path.name if (path := newest_whole(root)) else None)
-    if name is None:
-        return None
-    path = root / name
-    state = _load(path / "state.pt")
+    damage: dict[Path, DamagedError] = {}
+    while (name := collectives.run_on_first_rank(lambda: _name(newest_whole(root, damage)))) is not None:
+        found = _try_to_restore(root / name, engine, seed, total_steps, take_up)
+        problem = next((each for each in collectives.all_gather_object(found) if each), None)
+        if problem is None:
+            collectives.run_on_first_rank(lambda: set_aside(damage, root / name))
+            return
+        damage[root / name] = DamagedError(f"{root / name} is damaged: {problem}")
+
+
+def _name(path: Path | None) -> str | None:
+    return path.name if path else None
+
+
+def _try_to_restore(
+    path: Path, engine: Any, seed: int, total_steps: int, take_up: Callable[[dict[str, Any]], None]
+) -> str | None:
+    """Restore this rank from a checkpoint; returns what is wrong with its content, in words."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a tensor that is indexed by a name
+            _restore(path, engine, seed, total_steps, take_up)
+    except DamagedError as error:
+        return str(error)
+    except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):  # the user's settings, or the machine
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        return f"it is no state of this run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return None
+
+
+def _restore(path: Path, engine: Any, seed: int, total_steps: int, take_up: Callable[[dict[str, Any]], None]) -> None:
+    state = read_tensors(path / "state.pt", is_checked=True)
     world_size = read_manifest(path)["world_size"]
     is_same_world = world_size == collectives.world_size()
     ranks = [collectives.rank()] if is_same_world else range(world_size)
-    saved = [_load(path / f"rank_{rank}.pt") for rank in ranks]
-    own = saved[0] if is_same_world else {"buffers": {}, "sums": _share_sums([s["sums"] for s in saved]), "random": {}}
+    saved = [read_tensors(path / f"rank_{rank}.pt", is_checked=True) for rank in ranks]
+    own = saved[0]
+    if not is_same_world:
+        own = {"buffers": {}, "sums": _share_sums([each["sums"] for each in saved]), "random": {}}
+    check_contents(state, own, engine, step=step_of(path), total_steps=total_steps)
     restore_engine_state(engine, state.pop("engine"), own["buffers"])
     _restore_random_state(own["random"], engine.device, f"{seed} {state['step']} {collectives.rank()}")
-    return {**state, "sums": own["sums"], "world_size": world_size}
+    take_up({**state, "sums": own["sums"], "world_size": world_size})
 
 
 def load_objective_state(path: str | Path) -> dict[str, Tensor]:
@@ -127,10 +173,16 @@ def load_objective_state(path: str | Path) -> dict[str, Tensor]:
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
         folder = checkpoint_of(folder / "checkpoints", None)
-    read_manifest(folder)
-    check_file(folder / "state.pt")
-    engine = _load(folder / "state.pt")["engine"]
-    return engine["parameters"] | engine["buffers"]
+    check_origin(folder, read_manifest(folder))
+    file = folder / "state.pt"
+    state = read_tensors(file, is_checked=check_file(file))
+    try:
+        parameters, buffers = (state["engine"][part] for part in ("parameters", "buffers"))
+    except (KeyError, TypeError, IndexError):
+        parameters = buffers = None
+    if not is_state(parameters) or not is_state(buffers):
+        raise DamagedError(f"{file} is damaged: it has no parameters and buffers")
+    return parameters | buffers
 
 
 def last_checkpoint(root: Path) -> Path | None:
@@ -201,43 +253,63 @@ def load_weights(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, not a fastssl weights file, or damaged.
     """
     file = _find_weights(Path(path))
-    check_file(file)
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        raise ConfigError(f"{file} is no weights file of fastssl, or it is damaged") from error
+    if (file.parent / MANIFEST).exists():
+        check_origin(file.parent, read_manifest(file.parent))
+    weights = read_tensors(file, is_checked=check_file(file))
+    is_known = isinstance(weights, dict) and all(is_state(weights.get(part)) for part in ("backbone", "projector"))
+    if not is_known or not isinstance(weights.get("model"), dict) or not _is_image_px(weights.get("image_px")):
+        raise ConfigError(f"{file} is no weights file of fastssl, or it is damaged")
+    return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
+
+
+def _is_image_px(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _MAX_IMAGE_PX
 
 
 def _find_weights(path: Path) -> Path:
     if path.is_dir():
         folder = path if (path / "weights.pt").exists() else last_checkpoint(path / "checkpoints")
         path = (folder or path) / "weights.pt"
-    if not path.exists():
+    if not path.is_file():
         raise ConfigError(f"no weights at {path}: give a run's folder, a checkpoint's folder or a weights.pt")
     return path
 
 
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def check_origin(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint in the folder of a run that did not save it. Without an identity on either side it is taken.
+
+    Args:
+        folder: The checkpoint's folder, in the checkpoints folder of a run or anywhere else.
+        manifest: Its manifest.
+    Raises:
+        ConfigError: it is of another run, or the run's model, loss or optimizer section was edited since.
+    """
+    run = RunFolder(folder.absolute().parent.parent)
+    saved, own = manifest.get("run"), run.identity()
+    if not saved or own is None or saved == own:
+        return
+    if saved.get("id") != own["id"]:
+        raise ConfigError(
+            f"{folder} is a checkpoint of another run ({saved.get('id', '?'):.16}) than {run.path} ({own['id']}): move "
+            "it out of this folder; elsewhere, run.init_from takes its weights"
+        )
+    raise ConfigError(
+        f"{folder} was saved with other model, loss, optim or custom sections than {run.config} has now: undo the "
+        "change there, or start another run.dir"
+    )
 
 
-def newest_whole(root: Path) -> Path | None:
-    """The newest undamaged checkpoint; newer, damaged ones are reported on stderr and moved aside."""
-    damage: dict[Path, DamagedError] = {}
+def newest_whole(root: Path, damage: dict[Path, DamagedError]) -> Path | None:
+    """The newest undamaged checkpoint that is not in `damage`; newer, damaged ones are added to it."""
     for path in sorted(_finished(root), reverse=True):
+        if path in damage:
+            continue
         try:
             check_folder(path)
         except DamagedError as error:
             damage[path] = error
             continue
-        for damaged, error in damage.items():
-            aside = _move_aside(damaged)
-            print(
-                f"fastssl: warning: {error}: going on from {path.name} instead ({damaged.name} is now {aside.name})",
-                file=sys.stderr,
-                flush=True,
-            )
+        check_origin(path, read_manifest(path))
         return path
     if damage:
         raise ConfigError(
@@ -245,6 +317,17 @@ def newest_whole(root: Path) -> Path | None:
             "takes a weights.pt that is left)"
         )
     return None
+
+
+def set_aside(damage: Mapping[Path, DamagedError], taken: Path) -> None:
+    """Report damaged checkpoints on stderr and move them aside, as the run goes on from `taken`."""
+    for path, error in damage.items():
+        aside = _move_aside(path)
+        print(
+            f"fastssl: warning: {error}: going on from {taken.name} instead ({path.name} is now {aside.name})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _move_aside(path: Path) -> Path:

@@ -319,9 +319,10 @@ def _write(table: Path, rows: Sequence[Row], environment: Row) -> Path:
 def _lines(folder: RunFolder, *, on_test: bool) -> list[Row]:
     """The results of the last checkpoint's encoder: the last one of each protocol."""
     last_step = step_of(checkpoint_of(folder.checkpoints, None))
+    keys = ("encoder", "on", "checkpoint_step", "test", "train", "name", "top1", "scored_on")
     lines = [
         line
-        for line in read_rows(folder.evaluations)
+        for line in read_rows(folder.evaluations, *keys)
         if (line["encoder"], line["on"], line["checkpoint_step"]) == (_ENCODER, None, last_step)
         and (line["test"]["path"] != line["train"]["path"]) == on_test
     ]

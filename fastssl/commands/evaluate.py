@@ -131,7 +131,11 @@ def _encoders(cfg: Config, checkpoints: dict[str, Path]) -> Iterator[Encoder]:
     for name, checkpoint in checkpoints.items():
         step = step_of(checkpoint)
         backbone, _ = build_backbone(cfg.model, image_px)
-        backbone.load_state_dict(load_weights(checkpoint)["backbone"])
+        try:
+            backbone.load_state_dict(load_weights(checkpoint)["backbone"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{checkpoint} is of another model than the configuration: {reason}") from None
         identity = {"checkpoint_step": step, "weights_sha256": sha256_of(checkpoint / "weights.pt")}
         yield Encoder(name=name, module=backbone, identity=identity, step=step)
 

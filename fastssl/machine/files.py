@@ -7,9 +7,14 @@ from typing import IO, Any
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: readers see either the old or the new text."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """`replace_text` for any content."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         sync_file(file)
     os.replace(temporary, path)
 

@@ -1,5 +1,6 @@
 """Pictures of a run: the views that the network sees, and its curves."""
 
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def draw_curves(folder: RunFolder) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = read_rows(folder.metrics)
+    rows = read_rows(folder.metrics, "step")
     steps = [row for row in rows if "kind" not in row]
     epochs = [row for row in rows if row.get("kind") == "epoch"]
     held_out = [row for row in rows if row.get("kind") == "held_out"]
@@ -83,7 +84,7 @@ def draw_curves(folder: RunFolder) -> None:
 
 
 def _curve(axis: Any, rows: list[dict[str, Any]], key: str, title: str) -> None:
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    points = [(row["step"], row[key]) for row in rows if _is_plain_number(row.get(key))]
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)
@@ -91,6 +92,10 @@ def _curve(axis: Any, rows: list[dict[str, Any]], key: str, title: str) -> None:
         axis.plot(*zip(*points, strict=True), linewidth=1.2)
     else:
         axis.text(0.5, 0.5, "no rows", ha="center", transform=axis.transAxes)
+
+
+def _is_plain_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < sys.float_info.max  # not NaN either
 
 
 def _cells(view: np.ndarray, views: ViewsConfig) -> np.ndarray:

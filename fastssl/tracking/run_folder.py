@@ -1,6 +1,7 @@
 """The folder of a run: claimed once, never overwritten, with the files needed to understand the run later."""
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -9,27 +10,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from fastssl.config import Config, differing_keys, free_keys, load_config, to_dict
+from fastssl.config import Config, differing_keys, free_keys, load_config, read_tree, to_dict
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
 from fastssl.yaml_text import dump_yaml
 
+_STATE_SECTIONS = ("model", "loss", "optim", "custom")  # which tensors there are, and what they mean
 _LOCKS: dict[Path, IO[str]] = {}  # lock files held by trainings in this process
 
 
 class RunFolder:
     """Paths of one run.
 
-    Layout: config.yaml, environment.json, metrics.jsonl, tensorboard/, checkpoints/step_XXXXXXXX/, views.png,
-    curves.png, features/, eval.jsonl; nonfinite.jsonl if steps were skipped; preempted, while a run ended by a signal
-    waits to be resumed; lock, held by the first rank of a training; hessian/ and gradflow/ (docs/analysis.md), each
-    with one folder per checkpoint.
+    Layout: config.yaml, run.json (the run's id), environment.json, metrics.jsonl, tensorboard/,
+    checkpoints/step_XXXXXXXX/, views.png, curves.png, features/, eval.jsonl; nonfinite.jsonl if steps were skipped;
+    preempted, while a run ended by a signal waits to be resumed; lock, held by the first rank of a training; hessian/
+    and gradflow/ (docs/analysis.md), each with one folder per checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.id_file = self.path / "run.json"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -112,17 +115,40 @@ class RunFolder:
             )
 
     def create(self, cfg: Config, world_size: int) -> None:
-        """Write the resolved configuration and the environment (rank 0).
+        """Write the resolved configuration, an id of the run and the environment (rank 0).
 
         Raises:
             ConfigError: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            replace_text(self.id_file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
             self.environment.write_text(json.dumps(describe_environment(world_size), indent=2) + "\n")
             replace_text(self.config, dump_yaml(to_dict(cfg)))  # last: its presence marks a run
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be written ({error.strerror})") from None
+
+    def identity(self) -> dict[str, str] | None:
+        """What the checkpoints of this run carry: its "id", and "config", a digest of what determines the state.
+
+        The digest is of config.yaml as it was written: another version may fill in other defaults, but the file stays.
+
+        Returns:
+            None: there is no run here, or it is older than these ids.
+        Raises:
+            ConfigError: run.json is damaged.
+        """
+        if not self.id_file.is_file() or not self.config.is_file():
+            return None
+        try:
+            run_id = json.loads(self.id_file.read_bytes())["id"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            run_id = None
+        if not isinstance(run_id, str):
+            raise ConfigError(f"{self.id_file} is damaged: restore it, or delete it and checkpoints are not compared")
+        tree = read_tree(self.config)
+        sections = json.dumps({name: tree.get(name) for name in _STATE_SECTIONS}, sort_keys=True, default=str)
+        return {"id": run_id, "config": hashlib.sha256(sections.encode()).hexdigest()}
 
     def load_config(self, overrides: Sequence[str] = ()) -> Config:
         """The resolved configuration of the run, with `key=value` changes.

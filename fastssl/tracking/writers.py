@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,10 +13,12 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from fastssl.machine.files import replace_text, sync_file
+from fastssl.machine.files import replace_bytes, sync_file
 from fastssl.tracking.run_folder import RunFolder
 
 T = TypeVar("T")
+
+_MAX_SHOWN = 5  # bad lines of a file, by number
 
 
 class StepTimer:
@@ -149,27 +152,70 @@ class MetricsWriter:
         )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line truncated by a kill is ignored."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+def read_rows(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, such as metrics.jsonl; one warning names the lines that are skipped.
+
+    Args:
+        path: The file; a missing one has no rows.
+        keys: Keys that a row must have. "step" must be a number of steps wherever it is.
+    """
+    rows, bad = [], []
+    for number, line in enumerate(_lines_of(path), start=1):
+        row = _parse_row(line, keys)
+        if row is not None:
+            rows.append(row)
+        elif line.strip():
+            bad.append(number)
+    if bad:
+        shown = ", ".join(map(str, bad[:_MAX_SHOWN])) + (f" and {len(bad) - _MAX_SHOWN} more" * (len(bad) > _MAX_SHOWN))
+        _warn_once(f"{path}: no rows, skipped: line{'s' * (len(bad) > 1)} {shown}")
     return rows
 
 
 def best_held_out(path: Path) -> tuple[int, float] | None:
     """Step and accuracy of the best epoch by held-out images, the first of equals; None: the file has no such row."""
-    found = [(row["step"], row["knn_top1"]) for row in read_rows(path) if row.get("kind") == "held_out"]
+    rows = [row for row in read_rows(path, "step") if row.get("kind") == "held_out"]
+    found = [(row["step"], row["knn_top1"]) for row in rows if isinstance(row.get("knn_top1"), float)]
     return max(found, key=lambda pair: pair[1], default=None)
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Keep only the rows up to a checkpoint's step; a resumed run writes the later ones again."""
-    kept = [row for row in read_rows(path) if row["step"] <= step]
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    """Keep only the rows up to a checkpoint's step; a resumed run writes the later ones again.
+
+    Lines that are no rows stay as they are: somebody has edited the file.
+    """
+    read_rows(path, "step")  # for its warning
+    kept = []
+    for line in _lines_of(path):
+        row = _parse_row(line, ("step",))
+        if row is None or row["step"] <= step:
+            kept.append(line + b"\n")
+    replace_bytes(path, b"".join(kept))
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    """The lines of a file, without a row at the end that a kill has cut off."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    last = lines.pop()
+    if last and (_parse_row(last, ()) is not None or not last.startswith(b"{")):
+        lines.append(last)
+    return lines
+
+
+def _parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or any(key not in row for key in keys):
+        return None
+    step = row.get("step", 0)
+    return row if type(step) is int and 0 <= step < 2**63 else None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    print(f"fastssl: warning: {message}", file=sys.stderr, flush=True)
 
 
 def _shown(loss: Any) -> str:

@@ -5,13 +5,14 @@ import torch
 
 from fastssl.checkpoint.checksums import (
     MANIFEST,
-    DamagedError,
+    _digest,
     check_file,
     check_folder,
     save_file,
     sha256_of,
     write_manifest,
 )
+from fastssl.checkpoint.tensor_file import DamagedError
 from fastssl.errors import ConfigError
 
 FILES = ("state.pt", "rank_0.pt", "weights.pt")
@@ -80,3 +81,33 @@ def test_a_newer_format_is_refused(folder, monkeypatch):
     with pytest.raises(ConfigError, match="has format 2, this version of fastssl reads 3") as refused:
         check_folder(folder)
     assert not isinstance(refused.value, DamagedError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {}},
+        {"files": []},
+        {"files": {"state.pt": None, "weights.pt": None, "rank_0.pt": None}},
+        {"files": {name: {"bytes": 1, "sha256": ""} for name in ("state.pt", "weights.pt", "../rank_0.pt")}},
+        {"world_size": -1},
+        {"world_size": 10**30},
+        {"world_size": "1"},
+        {"format_version": None},
+        {"run": {"id": 7}},
+    ],
+)
+def test_a_manifest_of_something_else_is_damage(change, folder):
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["sha256_of_the_above"]
+    content |= change
+    (folder / MANIFEST).write_text(json.dumps(content | {"sha256_of_the_above": _digest(content)}))
+    with pytest.raises(DamagedError, match=r"manifest.json is damaged"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "9" * 5000, "null", "", "\0\xff", "[]"])
+def test_what_is_no_manifest_is_damage(text, folder):
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(DamagedError, match=r"manifest.json is damaged: it is no manifest"):
+        check_folder(folder)

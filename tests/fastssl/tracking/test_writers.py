@@ -14,6 +14,27 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_cut_off_line_too(tmp_path):
     assert path.read_text() == "".join(json.dumps({"step": step}) + "\n" for step in range(1, 6))
 
 
+def test_lines_that_are_no_rows_are_skipped_named_and_kept(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    bad = [
+        b"[1, 2]",
+        b'{"loss": 1}',
+        b"\xff\xfe\0",
+        b"[" * 100_000,
+        b'{"step": "3"}',
+        b'{"step": ' + b"9" * 5000 + b"}",
+    ]
+    rows = [json.dumps({"step": step}).encode() for step in range(1, 8)]
+    lines = [line for pair in zip(rows, bad, strict=False) for line in pair] + rows[6:]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    assert [row["step"] for row in read_rows(path, "step")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in read_rows(path, "step")] == [1, 2, 3, 4, 5, 6, 7]
+    warning = f"fastssl: warning: {path}: no rows, skipped: lines 2, 4, 6, 8, 10 and 1 more\n"
+    assert capfd.readouterr().err == warning  # once
+    drop_rows_after(path, 3)
+    assert path.read_bytes() == b"".join(line + b"\n" for line in lines[:6] + bad[3:])
+
+
 def test_no_file_has_no_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     drop_rows_after(path, 0)

@@ -1,0 +1,15 @@
+"""The last lines of `make fuzz`: how many cases ran."""
+
+import pytest
+
+from tests.helpers.fuzz import RAN
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not RAN:
+        return
+    for name, number in sorted(RAN.items()):
+        terminalreporter.write_line(f"fuzz: {name}: {number:,} cases")
+    num_failed = len(terminalreporter.stats.get("failed", ())) + len(terminalreporter.stats.get("error", ()))
+    found = f"{num_failed} tests failed" if num_failed else "0 tracebacks, 0 hangs, 0 signals"
+    terminalreporter.write_line(f"fuzz: {sum(RAN.values()):,} cases, {found}")
