@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastssl import __version__
 from pipelines.errors import DataError
+from pipelines.path_names import why_no_path
 from pipelines.printable import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from fastssl.errors import DivergedError, PeerLostError, Preempted, UserError
+    from fastssl.machine.open_files import allow_open_files
 
     try:
+        allow_open_files()
+        _check_paths(args)
         code = args.call(args)
     except (UserError, DataError) as error:
         return _fail(str(error), 2)
@@ -58,6 +62,16 @@ def _run(args: argparse.Namespace) -> int:
             raise
         return _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, then go on", 2)
     return code or 0
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    from fastssl.errors import UserError
+
+    for name, value in vars(args).items():
+        for each in value if isinstance(value, list) else [value]:
+            is_path = isinstance(each, Path) or (isinstance(each, str) and name in ("src", "root"))
+            if is_path and (reason := why_no_path(each)):
+                raise UserError(f"{str(each)!r:.300} is no path: {reason}")
 
 
 def _fail(message: str, code: int) -> int:

@@ -25,6 +25,7 @@ from fastssl.optim.config import OptimConfig
 from fastssl.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 from pipelines.config_field import Section, setting, shown
 from pipelines.loader import DataConfig
+from pipelines.path_names import why_no_path
 from pipelines.views import ViewsConfig, build_view_specs
 
 
@@ -81,6 +82,9 @@ class RunConfig(Section):
         super().__post_init__()
         if not self.dir:
             raise ValueError("dir must name a folder")
+        for name in ("dir", "init_from"):
+            if reason := why_no_path(getattr(self, name) or ""):
+                raise ValueError(f"{name}: {reason}")
         if self.checkpoint_every_minutes and (self.checkpoint_every_steps or self.checkpoint_every_epochs):
             raise ValueError(
                 "checkpoint_every_minutes cannot be set together with checkpoint_every_steps or "
@@ -313,6 +317,8 @@ def read_tree(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or is something else.
     """
+    if reason := why_no_path(path):
+        raise ConfigError(f"cannot read the config {str(path)!r:.300}: {reason}")
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections such as data: and model:")

@@ -18,6 +18,7 @@ from pipelines.beton.bus_error import report_bus_errors
 from pipelines.config_field import Section, setting
 from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
 from pipelines.errors import DataError
+from pipelines.path_names import why_no_path
 from pipelines.read_ahead import ReadAhead, read_whole
 from pipelines.sampler import global_batches, local_rows, quasi_random_windows
 from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
@@ -70,6 +71,12 @@ class DataConfig(Section):
     window_mb: int = setting(1024, "[1, 1e6]")
     cache: Literal["os", "ram", "none"] = setting("os", free=True)
     max_bad_fraction: float = setting(0.001, "[0, 1]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train", "test"):
+            if reason := why_no_path(getattr(self, name) or ""):
+                raise ValueError(f"{name}: {reason}")
 
 
 class Loader:

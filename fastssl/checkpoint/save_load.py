@@ -41,6 +41,7 @@ from fastssl.checkpoint.engine_state import collect_engine_state, restore_engine
 from fastssl.checkpoint.tensor_file import DamagedError, is_state, read_tensors
 from fastssl.errors import ConfigError, UserError
 from fastssl.tracking.run_folder import RunFolder
+from pipelines.path_names import why_no_path
 
 _PREFIX = "step_"
 _NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
@@ -267,6 +268,8 @@ def _is_image_px(value: Any) -> bool:
 
 
 def _find_weights(path: Path) -> Path:
+    if reason := why_no_path(path):
+        raise ConfigError(f"no weights at {str(path)!r:.300}: {reason}")
     if path.is_dir():
         folder = path if (path / "weights.pt").exists() else last_checkpoint(path / "checkpoints")
         path = (folder or path) / "weights.pt"

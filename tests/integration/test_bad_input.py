@@ -1,10 +1,14 @@
 """Bad input gets one line on stderr and exit code 2, never a traceback."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from fastssl.checkpoint.save_load import load_weights
+from fastssl.errors import ConfigError
 
 
 def assert_one_line(done, *parts):
@@ -91,6 +95,29 @@ def test_train_on_broken_files(tiny_config, digits, tmp_path, command):
 
 def test_missing_config(in_process):
     assert_one_line(in_process("train", "--cfg", "/no/such.yaml"), "/no/such.yaml")
+
+
+BAD_PATHS = {"a\0b": "NUL", f"{'x' * 300}/y": "300 bytes", "a/" * 3000: "more than 4095", "caf\udce9": "UTF-8"}
+
+
+@pytest.mark.parametrize("path", BAD_PATHS, ids=["nul", "long_name", "long_path", "not_utf8"])
+def test_paths_that_no_file_can_have(path, tiny_config, tmp_path, in_process):
+    arguments = [["train", "--cfg"], ["eval"], ["hessian"], ["inspect"], ["verify"], ["convert", "--from", "folder"]]
+    for each in arguments:
+        out = [tmp_path / "x.beton"] if each[0] == "convert" else []
+        assert_one_line(in_process(*each, path, *out), BAD_PATHS[path])
+    train = ["train", "--cfg", tiny_config, "--set"]
+    for key in ("run.dir", "data.train", "data.test", "run.init_from"):
+        assert_one_line(in_process(*train, f"{key}={json.dumps(path)}"), key)
+    assert_one_line(in_process(*train, f"views.recipe={json.dumps(f'{path}/x.yaml')}"), "cannot read the config")
+    with pytest.raises(ConfigError, match=rf"no weights at .*{BAD_PATHS[path]}"):
+        load_weights(path)
+
+
+def test_a_limit_of_open_files(command):
+    done = command("bash", "-c", "ulimit -n 24; fastssl verify no.beton")
+    assert_one_line(done, "may open only 24 files, at least 64 are needed: ulimit -n 65536")
+    assert_one_line(command("bash", "-c", "ulimit -S -n 24; fastssl verify no.beton"), "no.beton: no such file")
 
 
 def test_convert(tmp_path, in_process):
