@@ -3,17 +3,20 @@
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from fastssl.checkpoint.save_load import last_checkpoint
 from fastssl.tracking.writers import read_rows
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment, start_training
 from tests.helpers.runs import assert_same_end
-from tests.integration.test_training import TRAIN, run_of, torchrun
+from tests.integration.test_training import TRAIN, deepspeed, run_of, torchrun
 
 pytestmark = pytest.mark.slow
+
+LAUNCHERS = [(torchrun, 1), (deepspeed, -signal.SIGTERM)]  # and their exit codes after a SIGTERM
 
 
 def start(command):
@@ -113,3 +116,39 @@ def test_one_rank_that_is_asked_takes_the_other_along(tiny_config, command):
     resumed = command(*torchrun(2), tiny_config, *settings, "run.resume=auto")
     assert resumed.returncode == 0, resumed.stderr
     assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "kind" not in row] == list(range(1, 121))
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("launcher", "code"), LAUNCHERS, ids=["torchrun", "deepspeed"])
+def test_a_launcher_and_its_ranks_are_signalled_twice(launcher, code, tiny_config, tmp_path):
+    """As a scheduler does: SIGTERM to every process of the job, again 50 ms later, and the launcher passes both on."""
+    import psutil
+
+    run, settings = run_of(tiny_config), ["--set", "train.num_epochs=12"]
+    process = start_until_step([*launcher(2), str(tiny_config), *settings], run, step=14)
+    parent = psutil.Process(process.pid)
+    job = [parent, *parent.children(recursive=True)]
+    assert sum(each.environ().get("RANK") is not None for each in job) == 2
+    for _ in range(2):
+        for each in job:
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    out, _ = process.communicate(timeout=120)  # until the last rank has closed its output
+    assert process.returncode == code  # docs/cluster.md
+    assert out.count("fastssl: asked to stop (SIGTERM)") == 2
+    assert (run / "preempted").exists()
+    step = read_rows(run / "metrics.jsonl")[-1]["step"]
+    assert step < 120, "the run was complete before the signal came"
+    assert last_checkpoint(run / "checkpoints") == run / f"checkpoints/step_{step:08d}"
+
+    whole = tmp_path / "whole"
+    for setting in ("run.resume=auto", f"run.dir={whole}"):
+        arguments = ["--cfg", str(tiny_config), *settings, setting]
+        ranks = start_training(arguments, num_ranks=2, log=tmp_path / "log.txt")
+        for rank in ranks:
+            rank.join(timeout=240)
+        assert [rank.exitcode for rank in ranks] == [0, 0], (tmp_path / "log.txt").read_text()
+    assert f"resumed at step {step}" in (tmp_path / "log.txt").read_text()
+    assert_same_end(whole, run)
