@@ -141,7 +141,7 @@ def compare(
     ]
     table = _write(out / "compare.csv", rows, environment)
     summary = summarise(rows)
-    _draw(summary, variants, out / "compare.png")
+    draw(summary, variants, out / "compare.png")
     scored_on = "the test file" if on_test else "images held out of the training file"
     shown = (*SHOWN, "tuned") if tune else SHOWN
     return f"top-1 in % on {scored_on}\n{format_table(summary, shown)}\n{table}, {table.with_suffix('.png')}"
@@ -337,7 +337,7 @@ def _lines(folder: RunFolder, *, on_test: bool) -> list[Row]:
     ]
 
 
-def _draw(summary: Sequence[Row], variants: Sequence[Variant], path: Path) -> None:
+def draw(summary: Sequence[Row], variants: Sequence[Variant], path: Path) -> None:
     """Plot means with their standard deviations, one panel per metric; over the values of a sweep over one number."""
     import matplotlib
 

@@ -1,7 +1,6 @@
 """Reads a .beton file without ffcv."""
 
 import io
-import json
 import mmap
 import os
 import weakref
@@ -28,6 +27,7 @@ from pipelines.beton.format import (
     summarise,
 )
 from pipelines.beton.identity import Identity, identity_of
+from pipelines.beton.sidecar import read_sidecar
 from pipelines.errors import DataChangedError, DataError
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
@@ -50,8 +50,6 @@ class BetonReader:
         mmap: uint8, the whole file.
         data_start: Offset of the first byte after the metadata.
         alloc_table_start: Offset of the allocation table, which ends the file.
-        field_names: Names of the fields, ASCII.
-        field_types: Their types, such as `IMAGE_TYPE`.
         file_map: The memory map that `mmap` is a view of.
         sidecar: Contents of `<path>.json`; empty if there is no sidecar.
         class_names: Names by label, from the sidecar; None if unknown.
@@ -88,11 +86,6 @@ class BetonReader:
     def identity(self) -> Identity:
         """See `identity_of`; computed once."""
         return identity_of(self)
-
-    @property
-    def open_path(self) -> str:
-        """A path that opens this same file, also after it was removed or replaced; for code that takes only paths."""
-        return f"/proc/self/fd/{self.descriptor}"
 
     def check_unchanged(self) -> None:
         """Compare size and modification time with those at opening; takes about a microsecond.
@@ -157,10 +150,9 @@ class BetonReader:
         types = fields["type_id"].tolist()
         if types.count(IMAGE_TYPE) != 1 or not set(types) <= set(FIELD_DTYPES):
             raise DataError(f"{self.path}: needs one RGB image field beside int or float fields; field types: {types}")
-        self.field_names = [self._field_name(name.tobytes()) for name in fields["name"]]
-        if len(set(self.field_names)) < num_fields:
-            raise DataError(f"{self.path}: two fields have one name: {self.field_names}; copy it or convert again")
-        self.field_types: list[int] = types
+        names = [self._field_name(name.tobytes()) for name in fields["name"]]
+        if len(set(names)) < num_fields:
+            raise DataError(f"{self.path}: two fields have one name: {names}; copy it or convert again")
         if self.num_samples == 0:
             raise DataError(f"{self.path}: holds no images; convert the data again")
         record = np.dtype([(f"f{k}", FIELD_DTYPES[t]) for k, t in enumerate(types)], align=True)
@@ -249,16 +241,10 @@ class BetonReader:
 
     def _read_sidecar(self) -> None:
         path = sidecar_path(self.path)
-        self.sidecar: dict[str, Any] = {}
-        if path.is_file():
-            try:
-                self.sidecar = json.loads(path.read_text(encoding="utf-8"))
-                num_images = self.sidecar["num_images"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}: not a sidecar of `fastssl convert`; delete it or convert again") from error
-            if num_images != self.num_samples:
-                found = f"{num_images} images, {self.path.name} {self.num_samples}"
-                raise DataError(f"{path}: belongs to another file (it lists {found}); delete it or convert again")
+        self.sidecar: dict[str, Any] = read_sidecar(path) if path.is_file() else {}
+        if self.sidecar and self.sidecar["num_images"] != self.num_samples:
+            found = f"{self.sidecar['num_images']} images, {self.path.name} {self.num_samples}"
+            raise DataError(f"{path}: belongs to another file (it lists {found}); delete it or convert again")
         self.class_names: list[str] | None = self.sidecar.get("class_names")
 
     def _truncated(self) -> DataError:
@@ -281,7 +267,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _decode_jpeg(stored: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(stored.tobytes())).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)).convert("RGB"))
 
 
 def _one_line(error: Exception) -> str:

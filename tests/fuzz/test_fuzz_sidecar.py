@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pipelines.beton import BetonReader
 from pipelines.beton.sidecar import read_sidecar
 from pipelines.convert import convert
 from pipelines.errors import DataError
@@ -24,6 +25,7 @@ def test_sidecars(tmp_path):
             try:
                 convert("npz", source, out, resume=True)
                 names, message = read_sidecar(sidecar).get("class_names") or [], ""
+                assert BetonReader(out).class_names == (names or None)
             except DataError as error:
                 names, message = [], str(error)
         assert all(isinstance(name, str) for name in names)
