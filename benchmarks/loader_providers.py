@@ -18,7 +18,6 @@ from pipelines.bench.streams import PREFETCH_BATCHES, Job, Stream, chained, open
 from pipelines.bench.windows import end_with_parent
 from pipelines.beton import JPG, RAW, BetonReader
 from pipelines.sampler import global_batches
-from pipelines.view_spec import Range
 from pipelines.views import ViewsConfig, ViewSpec, build_view_specs
 
 FULL_RECIPE, PLAIN_OPERATIONS = "full recipe", "crop, flip, normalise"
@@ -156,7 +155,7 @@ def _torchvision_view(spec: ViewSpec, form: TorchvisionForm) -> Callable[[Any], 
     return v2.Compose(steps if form == "tensor" else [*steps, v2.PILToTensor()])
 
 
-def _pillow_blur(image: Image.Image, sigma_px: Range) -> Image.Image:
+def _pillow_blur(image: Image.Image, sigma_px: tuple[float, float]) -> Image.Image:
     """The blur of MoCo v2's authors: box blurs that approximate a Gaussian."""
     return image.filter(ImageFilter.GaussianBlur(random.uniform(*sigma_px)))
 

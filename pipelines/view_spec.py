@@ -1,54 +1,43 @@
 """View specs: the augmentation settings of one view, of which recipes consist."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Any
 
+from kernels.augment.ops import OPS
+from kernels.augment.ops.base import Field
 from pipelines.config_field import Section, setting, shown
 
-Range = tuple[float, float]
+_FIELDS = {"size_px": Field(32, "[1, 4096]")} | {name: field for op in OPS for name, field in op.fields.items()}
+_Fields: Any = make_dataclass(
+    "_Fields",
+    [(name, type(field.default), setting(field.default, field.within)) for name, field in _FIELDS.items()],
+    bases=(Section,),
+    frozen=True,
+    kw_only=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewSpec(Section):
-    """Augmentation settings of one view, with the ops in the order of application; semantics as in torchvision v2.
+class ViewSpec(_Fields):
+    """Augmentation settings of one view: `size_px`, the side of the square output, and the fields of all ops.
+
+    Their meaning and the order of application are in kernels/augment/ops.
 
     Raises:
         ValueError: a field has the wrong type or is out of range; the message names it.
     """
 
-    size_px: int = setting(32, "[1, 4096]")  # side of the square output
-    crop: bool = True  # RandomResizedCrop; False: the whole image is resized
-    crop_scale: Range = setting((0.2, 1.0), "[1e-6, 1]")  # share of the image's area
-    crop_ratio: Range = setting((3 / 4, 4 / 3), "[1e-3, 1e3]")  # width / height
-    affine_p: float = setting(0.0, "[0, 1]")  # RandomAffine, bilinear, fill 0
-    affine_degrees: float = setting(0.0, "[0, 360]")  # rotation in [-degrees, degrees]
-    affine_translate_fraction: float = setting(0.0, "[0, 1]")  # of the side, rounded to whole pixels
-    affine_scale: Range = setting((1.0, 1.0), "[1e-3, 1e3]")
-    affine_shear_degrees: float = setting(0.0, "[0, 90)")  # in x and in y, each in [-degrees, degrees]
-    flip_p: float = setting(0.5, "[0, 1]")  # horizontal
-    jitter_p: float = setting(0.8, "[0, 1]")  # ColorJitter; its four parts are applied in a uniformly drawn order
-    brightness: float = setting(0.4, "[0, 100]")
-    contrast: float = setting(0.4, "[0, 100]")
-    saturation: float = setting(0.4, "[0, 100]")
-    hue: float = setting(0.1, "[0, 0.5]")  # turns
-    grayscale_p: float = setting(0.2, "[0, 1]")
-    blur_p: float = setting(0.0, "[0, 1]")
-    blur_sigma: Range = setting((0.1, 2.0), "[1e-3, 1e3]")  # output pixels
-    blur_kernel_px: int = setting(23, "[1, 999]")
-    solarize_p: float = setting(0.0, "[0, 1]")
-    solarize_threshold: float = setting(0.5, "[0, 1]")
-
     def __post_init__(self) -> None:
         for item in fields(self):
             _check_type(item.name, getattr(self, item.name), item.default)
         super().__post_init__()
-        for name in ("crop_scale", "crop_ratio", "affine_scale", "blur_sigma"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name} must be low <= high, not {(low, high)}")
-        if self.blur_kernel_px % 2 == 0:
-            raise ValueError(f"blur_kernel_px must be odd, not {self.blur_kernel_px}")
+        for name, field in _FIELDS.items():
+            value = getattr(self, name)
+            if isinstance(value, tuple) and value[0] > value[1]:
+                raise ValueError(f"{name} must be low <= high, not {value}")
+            if not field.holds(value):
+                raise ValueError(f"{name} must be {field.rule}, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,9 +35,9 @@ def augment(
 ) -> list[torch.Tensor]:
     """Apply the drawn ops of every view, normalise and cast.
 
-    Order: affine, flip, jitter in its drawn order, grayscale, blur, solarize, normalise, cast. Each op is
-    torchvision v2's on float32 in [0, 1], with the same clamping. A blur kernel too large for v2's reflect padding
-    (kernel // 2 >= side) is reduced to the largest possible one, 2 * side - 1.
+    Order: the ops in that of `kernels.augment.ops.OPS`, normalise, cast. Each op is torchvision v2's on float32 in
+    [0, 1], with the same clamping. A blur kernel too large for v2's reflect padding (kernel // 2 >= side) is reduced to
+    the largest possible one, 2 * side - 1.
 
     Args:
         views: Cropped and resized views, uint8 [B, Vg, H, W, 3], RGB: an array, or a tensor on the device; or the

@@ -4,31 +4,30 @@
 # n of N views of H x W pixels; r, g, b in [0, 1], fp32, a block of pixels each; a record: FIELDS numbers of one view
 """
 
+from types import FunctionType
+
 import triton
 import triton.language as tl
 
-from kernels.augment.params import BRIGHTNESS as _BRIGHTNESS
-from kernels.augment.params import CONTRAST as _CONTRAST
-from kernels.augment.params import HUE as _HUE
-from kernels.augment.params import SATURATION as _SATURATION
+from kernels.augment import ops
+from kernels.augment.ops import jitter
 
-BRIGHTNESS: tl.constexpr = tl.constexpr(_BRIGHTNESS)
-CONTRAST: tl.constexpr = tl.constexpr(_CONTRAST)
-SATURATION: tl.constexpr = tl.constexpr(_SATURATION)
-HUE: tl.constexpr = tl.constexpr(_HUE)
+CONTRAST: tl.constexpr = tl.constexpr(jitter.CONTRAST)
+SATURATION: tl.constexpr = tl.constexpr(jitter.SATURATION)
+HUE: tl.constexpr = tl.constexpr(jitter.HUE)
 
-# Offsets of the fields in a record; ops that are off have neutral values.
+# Offsets of the fields in a record; fused ops that are off have neutral values, pointwise ops a gate that is zero.
 BOX: tl.constexpr = tl.constexpr(0)  # top, left, height, width
 AFFINE: tl.constexpr = tl.constexpr(4)  # 1 or 0, then the matrix
 FLIP: tl.constexpr = tl.constexpr(11)
 ORDER: tl.constexpr = tl.constexpr(12)  # four op codes
 FACTOR: tl.constexpr = tl.constexpr(16)  # four, by op code
 CONTRAST_AT: tl.constexpr = tl.constexpr(20)  # its position in the order; 4: no contrast
-GRAYSCALE: tl.constexpr = tl.constexpr(21)
-RADIUS: tl.constexpr = tl.constexpr(22)  # of the blur, in pixels; 0: none
-SIGMA: tl.constexpr = tl.constexpr(23)
-THRESHOLD: tl.constexpr = tl.constexpr(24)  # of solarize; 2: none
-FIELDS: tl.constexpr = tl.constexpr(25)
+RADIUS: tl.constexpr = tl.constexpr(21)  # of the blur, in pixels; 0: none
+SIGMA: tl.constexpr = tl.constexpr(22)
+POINTWISE: tl.constexpr = tl.constexpr(23)  # the params of each pointwise op
+POINTWISE_PARAMS = [param[0] for op in (*ops.BEFORE_BLUR, *ops.AFTER_BLUR) for param in op.params]
+FIELDS: tl.constexpr = tl.constexpr(23 + len(POINTWISE_PARAMS))
 
 LEVEL: tl.constexpr = tl.constexpr(1 / 255)
 ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds half to even
@@ -183,6 +182,38 @@ def _jitter(r, g, b, record, begin, end, grey_mean):
 
 
 @triton.jit
+def _unchanged(r, g, b, _record):
+    return r, g, b
+
+
+def _chain(r, g, b, record):
+    r, g, b = _apply_others(r, g, b, record)  # noqa: F821
+    if tl.load(record + _GATE) != 0:  # noqa: F821
+        r, g, b = _apply(r, g, b, record + _GATE + 1)  # noqa: F821
+    return r, g, b
+
+
+def _build_chain(chained):
+    """A function that applies the ops that are on, in order.
+
+    Triton finds functions only by name, so each op's call is a copy of `_chain` with names of its own.
+    """
+    if not chained:
+        return _unchanged
+    op = chained[-1]
+    op.on_gpu.__globals__["tl"] = tl
+    gate = tl.constexpr(POINTWISE.value + POINTWISE_PARAMS.index(op.gate))
+    names = {"_apply_others": _build_chain(chained[:-1]), "_apply": triton.jit(op.on_gpu), "_GATE": gate}
+    chain = FunctionType(_chain.__code__, globals() | names)
+    chain.__qualname__ = f"_chain_to_{op.name}"  # Triton identifies a function by its name
+    return triton.jit(chain)
+
+
+_before_blur = _build_chain(ops.BEFORE_BLUR)
+_after_blur = _build_chain(ops.AFTER_BLUR)
+
+
+@triton.jit
 def _image_of(pixels, image_ids, sample, n, num_levels, STORED: tl.constexpr):
     if STORED:
         return pixels + tl.load(image_ids + sample).to(tl.int64) * num_levels
@@ -215,12 +246,13 @@ def sum_grey(
 
 
 @triton.jit
-def _store(out, y, x, width, mask, r, g, b, threshold, scales, shifts):
-    """Solarize, normalise, cast and store one view as three interleaved channels."""
+def _store(out, y, x, width, mask, r, g, b, record, scales, shifts):
+    """Apply the ops after the blur, normalise, cast and store one view as three interleaved channels."""
+    r, g, b = _after_blur(r, g, b, record)
     at = out + (y * width + x) * 3
-    r = tl.where(r >= threshold, 1.0 - r, r) * tl.load(scales) + tl.load(shifts)
-    g = tl.where(g >= threshold, 1.0 - g, g) * tl.load(scales + 1) + tl.load(shifts + 1)
-    b = tl.where(b >= threshold, 1.0 - b, b) * tl.load(scales + 2) + tl.load(shifts + 2)
+    r = r * tl.load(scales) + tl.load(shifts)
+    g = g * tl.load(scales + 1) + tl.load(shifts + 1)
+    b = b * tl.load(scales + 2) + tl.load(shifts + 2)
     tl.store(at, r.to(out.dtype.element_ty), mask=mask)
     tl.store(at + 1, g.to(out.dtype.element_ty), mask=mask)
     tl.store(at + 2, b.to(out.dtype.element_ty), mask=mask)
@@ -259,7 +291,6 @@ def augment_rows(
         record = records + n * NUM_FIELDS
         radius = tl.load(record + RADIUS).to(tl.int32)
         sigma = tl.load(record + SIGMA)
-        threshold = tl.load(record + THRESHOLD)
         image = _image_of(pixels, image_ids, n // num_views, n, num_levels, STORED)
         target = out + (n % num_views * num_samples + n // num_views).to(tl.int64) * (height * width * 3)
         grey_mean = 0.0
@@ -275,10 +306,9 @@ def augment_rows(
             x = p % width
             r, g, b = _pixels(image, record, y, x, mask, height, width, image_width, taps_y, taps_x, STORED)
             r, g, b = _jitter(r, g, b, record, 0, 4, grey_mean)
-            if tl.load(record + GRAYSCALE) != 0:
-                r, g, b = _saturate(r, g, b, 0.0)
+            r, g, b = _before_blur(r, g, b, record)
             if radius == 0:
-                _store(target, y, x, width, mask, r, g, b, threshold, scales, shifts)
+                _store(target, y, x, width, mask, r, g, b, record, scales, shifts)
             else:
                 tl.store(made + p, r, mask=mask)
                 tl.store(made + plane_size + p, g, mask=mask)
@@ -302,5 +332,5 @@ def augment_rows(
                 r = _sum_taps(blurred, x, width, row + radius, 0, radius, sigma, mask)
                 g = _sum_taps(blurred + plane_size, x, width, row + radius, 0, radius, sigma, mask)
                 b = _sum_taps(blurred + 2 * plane_size, x, width, row + radius, 0, radius, sigma, mask)
-                _store(target, first_row + row, x, width, mask, r, g, b, threshold, scales, shifts)
+                _store(target, first_row + row, x, width, mask, r, g, b, record, scales, shifts)
             tl.debug_barrier()  # before the next block overwrites what others still read

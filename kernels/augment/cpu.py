@@ -3,7 +3,7 @@
 prange is not used: FFCV's thread may run numba code at the same time, and numba's workqueue layer does not support
 concurrent parallel calls. Instead, the functions release the GIL and the samples are divided among plain threads.
 Samples are independent, so the result does not depend on the number of threads.
-All code is in one file because numba's disk cache checks only the caller's file and would miss a change in another.
+The pointwise ops are compiled into the loops; the other ops are loops of this file.
 """
 
 # B samples, Vg views of one size, H and W height and width in pixels, P = H * W, R the blur's radius in pixels
@@ -30,10 +30,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
+from kernels.augment import ops
+from kernels.augment.ops.base import PointwiseOp
+from kernels.augment.ops.jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from kernels.augment.params import VIEW_PARAMS
 
 # Reassociation lets LLVM vectorise the sums; no op divides by zero or produces a NaN or an infinity.
-_jit = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+_JIT: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+_jit = njit(**_JIT)
 
 _PIECE_PX = 1024  # three float32 planes of this size are 12 KiB, which fits in L1
 # The distance between planes is constant, so that LLVM knows without a test that they do not overlap. It is not a
@@ -44,7 +48,6 @@ _DROPPED_WEIGHT = 2e-6  # see _blur_weights
 _SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares balance the load
 _MIN_SHARE_PX = 2**18  # 0.6 ms of work: with smaller shares, the threads lose more time waiting for the GIL
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 1, 2, 3, 4, 6))
-_NEVER = np.float32(2)  # a solarize threshold above every value
 _LEVEL = np.float32(1 / 255)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's grey
 _UNCHANGED = np.array([[1, 1, 1], [0, 0, 0]], np.float32)  # identity scale and shift
@@ -117,9 +120,7 @@ def compile_ahead() -> subprocess.Popen | None:
     same code loaded from the cache (observed with affine views; the arithmetic is fastmath), so all processes should
     load it from the cache.
     """
-    cache = _augment_range._cache  # pyright: ignore[reportAttributeAccessIssue]
-    index = Path(cache.cache_path) / cache._cache_file._index_name
-    if index.is_file() and index.stat().st_mtime >= Path(__file__).stat().st_mtime:
+    if _augment_range._cache._cache_file._load_index():  # pyright: ignore[reportAttributeAccessIssue]
         return None
     program = f"from {__name__} import compile_now; compile_now()"
     return subprocess.Popen(
@@ -165,7 +166,7 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the object but not its threads
 
 
-@_jit
+@njit(**_JIT, cache=True)  # contains all other functions, so that only this one is cached
 def _augment_range(levels, params, size, normal, unchanged, out, start, stop):
     """Process the views of samples start..stop-1, uint8 [B * Vg * P * 3], into out, float32 [Vg * B * P * 3].
 
@@ -189,6 +190,13 @@ def _augment_range(levels, params, size, normal, unchanged, out, start, stop):
             _augment_view(image, params[sample, view], size, scratch, normal, unchanged, target)
 
 
+# numba's cache is keyed by this file's time and size alone; the code also depends on the ops.
+_SOURCES = (Path(__file__), *sorted(Path(ops.__file__).parent.glob("*.py")))
+_augment_range._cache._cache_file._source_stamp = [  # pyright: ignore[reportAttributeAccessIssue]
+    (path.name, path.stat().st_mtime, path.stat().st_size) for path in _SOURCES
+]
+
+
 @njit(inline="always")  # compiled only once, in its caller: a sixth less compile time
 def _augment_view(image, record, size, scratch, normal, unchanged, out):
     """Process one view, piece by piece. Contrast needs the mean grey of the view after the parts before it, so with
@@ -198,11 +206,10 @@ def _augment_view(image, record, size, scratch, normal, unchanged, out):
     pieces, _, weights, _ = scratch
     num_px = height * width
     piece_px = _piece_px(width)
-    threshold = record.solarize_threshold if record.solarize else _NEVER
     radius = 0
     if record.blur_sigma > _ZERO:
         radius = _blur_weights(record.blur_sigma, min(record.blur_kernel_px // 2, max_radius), weights)
-    if radius == 0 and not (record.affine or record.flip or record.jitter or record.grayscale or record.solarize):
+    if radius == 0 and True not in _gates(record):
         _normalise(image, normal, 3 * width, 3 * num_px, out)
         return
     order, factor = record.jitter_order, record.jitter_factor
@@ -227,12 +234,12 @@ def _augment_view(image, record, size, scratch, normal, unchanged, out):
             if not is_output:
                 grey_sum += _sum_grey(piece, num)
                 continue
-            if record.grayscale:
-                _adjust(piece, num, SATURATION, _ZERO, _ZERO)
+            _before_blur(piece, num, record)
             if radius == 0:
-                _store(piece, 0, num, threshold, normal, out, 3 * first)
+                _after_blur(piece, num, record)
+                _store(piece, 0, num, normal, out, 3 * first)
             else:
-                _blur(piece, first, num, size, radius, scratch, threshold, normal, unchanged, out)
+                _blur(piece, first, num, size, radius, scratch, record, normal, unchanged, out)
         grey_mean = np.float32(grey_sum / num_px)
 
 
@@ -323,7 +330,7 @@ def _sum_grey(piece, num):
 
 @_jit
 def _adjust(piece, num, op, factor, grey_mean):
-    """Apply one part of colour jitter. Saturation with factor 0 is grayscale.
+    """Apply one part of colour jitter.
 
     Hue is shifted at fixed saturation and value, without branches or divisions. With hue h in [0, 6) each channel
     is low + span * clamp(.), a trapezoid of h: torchvision's six cases in one formula
@@ -364,21 +371,58 @@ def _adjust(piece, num, op, factor, grey_mean):
 
 
 @_jit
-def _solarize(value, threshold):
-    return _ONE - value if value >= threshold else value
-
-
-@_jit
-def _store(piece, begin, num, threshold, normal, out, at):
-    """Solarize, normalise and interleave pixels begin..begin + num - 1 of the piece, and store them from out[at] on."""
+def _store(piece, begin, num, normal, out, at):
+    """Normalise and interleave pixels begin..begin + num - 1 of the piece, and store them from out[at] on."""
     # Read once: LLVM does not know that out does not overlap them.
     scale_r, scale_g, scale_b = normal[0, 0], normal[0, 1], normal[0, 2]
     shift_r, shift_g, shift_b = normal[1, 0], normal[1, 1], normal[1, 2]
     source, target = piece[begin:], out[at:]
     for i in range(num):
-        target[3 * i] = _solarize(source[i], threshold) * scale_r + shift_r
-        target[3 * i + 1] = _solarize(source[i + _PLANE], threshold) * scale_g + shift_g
-        target[3 * i + 2] = _solarize(source[i + 2 * _PLANE], threshold) * scale_b + shift_b
+        target[3 * i] = source[i] * scale_r + shift_r
+        target[3 * i + 1] = source[i + _PLANE] * scale_g + shift_g
+        target[3 * i + 2] = source[i + 2 * _PLANE] * scale_b + shift_b
+
+
+def _build_read(names: Sequence[str]) -> Any:
+    """Compile a function from a record to the tuple of these fields."""
+    if not names:
+        return _jit(lambda record: ())
+    read_others, name = _build_read(names[:-1]), names[-1]
+    return _jit(lambda record: (*read_others(record), record[name]))
+
+
+def _build_chain(chained: Sequence[PointwiseOp], step: int, to_next_channel: int) -> Any:
+    """Compile a function that applies to `num` pixels the ops that are on, in order.
+
+    numba does not loop over functions of different types: each op is called after those before it, by name.
+
+    Args:
+        chained: The ops.
+        step: Distance between two pixels, in floats.
+        to_next_channel: Distance between red, green and blue of a pixel, in floats.
+    """
+    if not chained:
+        return _jit(lambda values, num, record: None)
+    apply_others, op = _build_chain(chained[:-1], step, to_next_channel), chained[-1]
+    apply, gate, read = _jit(op.on_cpu), op.gate, _build_read([param[0] for param in op.params[1:]])
+    green, blue = to_next_channel, 2 * to_next_channel
+
+    @_jit
+    def chain(values, num, record):
+        apply_others(values, num, record)
+        if record[gate]:
+            numbers = read(record)
+            for i in range(0, step * num, step):
+                r, g, b = apply(values[i], values[i + green], values[i + blue], *numbers)
+                values[i], values[i + green], values[i + blue] = r, g, b
+
+    return chain
+
+
+_gates = _build_read([op.gate for op in ops.OPS if op not in (ops.CROP, ops.BLUR)])
+_before_blur = _build_chain(ops.BEFORE_BLUR, 1, _PLANE)
+_after_blur = _build_chain(ops.AFTER_BLUR, 1, _PLANE)
+_after_blur_of_row = _build_chain(ops.AFTER_BLUR, 3, 1)
 
 
 @_jit
@@ -416,7 +460,7 @@ def _whole_blocks(num_floats):
 
 
 @_jit
-def _blur(piece, first, num, size, radius, scratch, threshold, normal, unchanged, out):
+def _blur(piece, first, num, size, radius, scratch, record, normal, unchanged, out):
     """Blur pixels first..first + num - 1 of the view, from the piece, and write every row that is complete.
 
     Separable Gaussian with reflected borders. Each row is first blurred horizontally and stored in a ring buffer of the
@@ -433,7 +477,7 @@ def _blur(piece, first, num, size, radius, scratch, threshold, normal, unchanged
         y = (first + done) // width
         x = first + done - y * width
         num_here = min(width - x, num - done)
-        _store(piece, done, num_here, _NEVER, unchanged, rows, padded + 3 * x)
+        _store(piece, done, num_here, unchanged, rows, padded + 3 * x)
         done += num_here
         if x + num_here < width:
             return
@@ -452,8 +496,9 @@ def _blur(piece, first, num, size, radius, scratch, threshold, normal, unchanged
                 places[2 * i - 1], places[2 * i] = abs(row - i) % ring_size * row_size, below % ring_size * row_size
             _sum_taps(rows, places, weights, radius, blurred, row_size)
             source, target = rows[blurred:], out[3 * width * row :]
+            _after_blur_of_row(source, width, record)
             for i in range(3 * width):
-                target[i] = _solarize(source[i], threshold) * normal[0, i] + normal[1, i]
+                target[i] = source[i] * normal[0, i] + normal[1, i]
 
 
 @_jit

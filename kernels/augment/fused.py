@@ -21,7 +21,8 @@ from torch import Tensor
 from triton import knobs
 
 from kernels.augment import augment_kernels as triton_kernels
-from kernels.augment.params import CONTRAST, StoredImages
+from kernels.augment.ops.jitter import CONTRAST
+from kernels.augment.params import StoredImages
 
 BLOCK_PX = 1024  # pixels per step of a program. Other values of these constants are untested on GPUs (augment_gpu.csv).
 BLOCK_ROWS = 32
@@ -104,10 +105,9 @@ def pack_records(params: np.ndarray, height: int, width: int) -> np.ndarray:
         (at.ORDER, order),
         (at.FACTOR, factor),
         (at.CONTRAST_AT, contrast_at),
-        (at.GRAYSCALE, params["grayscale"]),
         (at.RADIUS, radius),
         (at.SIGMA, np.where(radius > 0, params["blur_sigma"], 1)),
-        (at.THRESHOLD, np.where(params["solarize"], params["solarize_threshold"], 2)),
+        *((int(at.POINTWISE) + i, params[name]) for i, name in enumerate(at.POINTWISE_PARAMS)),
     ):
         values = values if values.ndim == 3 else values[..., None]
         records[..., int(place) : int(place) + values.shape[-1]] = values

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels.augment.params import CONTRAST, HUE, VIEW_PARAMS
+from kernels.augment.ops.jitter import CONTRAST, HUE
+from kernels.augment.params import VIEW_PARAMS
 from pipelines.philox import uniform
 from pipelines.views import (
     RECIPES,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.augment import StoredImages, augment, fused
-from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from kernels.augment.ops.jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.views import RECIPES, ViewSpec, draw
 from tests.helpers.view_records import jitter, make_records

@@ -14,7 +14,8 @@ from PIL import Image
 
 from kernels.augment import augment
 from kernels.augment.cpu import OutputPool
-from kernels.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS
+from kernels.augment.ops.jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from kernels.augment.params import VIEW_PARAMS
 from kernels.torchvision_cpu import import_torchvision
 from pipelines.views import RECIPES, ViewSpec, draw
 from tests.helpers.view_records import jitter, make_records
