@@ -201,7 +201,7 @@ def _build_chain(chained):
     if not chained:
         return _unchanged
     op = chained[-1]
-    op.on_gpu.__globals__["tl"] = tl
+    op.on_gpu.__globals__["tl"] = tl  # the file of an op does not import Triton
     gate = tl.constexpr(POINTWISE.value + POINTWISE_PARAMS.index(op.gate))
     names = {"_apply_others": _build_chain(chained[:-1]), "_apply": triton.jit(op.on_gpu), "_GATE": gate}
     chain = FunctionType(_chain.__code__, globals() | names)

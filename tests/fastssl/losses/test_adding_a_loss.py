@@ -11,7 +11,6 @@
 """
 
 import math
-import re
 import shutil
 import subprocess
 import sys
@@ -22,12 +21,11 @@ import torch
 import yaml
 
 from fastssl.tracking.writers import read_rows
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.documents import blocks, copy_sources, patch, run_in
+from tests.helpers.processes import ROOT
 
 DOCUMENT = ROOT / "docs/adding_a_loss.md"
 RUFF = Path(sys.executable).with_name("ruff")
-COPIED = ("fastssl", "pipelines", "kernels", "configs", "tests/helpers")
-WITHOUT = shutil.ignore_patterns("*.pyc", "*.tmp.*")  # of __pycache__ only numba's code: 10 s for each new process
 RANK_PROGRAM = """
 import sys
 from pathlib import Path
@@ -60,34 +58,16 @@ print("one loss, one gradient")
 """
 
 
-def blocks(language: str) -> list[str]:
-    """The document's code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def patch(path: Path, diff: str) -> None:
-    """Apply the hunks of a diff, each of which fits one place of the file."""
-    text = path.read_text()
-    for hunk in diff.split("@@\n")[1:]:
-        lines = hunk.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] != "+")
-        assert text.count(old) == 1, f"{path}: {old}"
-        text = text.replace(old, "".join(line[1:] for line in lines))
-    path.write_text(text)
-
-
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages, with the document's loss in them."""
     folder = tmp_path_factory.mktemp("copy")
-    for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name, ignore=WITHOUT)
+    copy_sources(folder)
     tests = folder / "tests/fastssl/losses"
     tests.mkdir(parents=True)
     shutil.copy(ROOT / "tests/fastssl/losses/test_losses_dist.py", tests)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    loss, test, _ = blocks("python")
-    of_package, of_ranks = blocks("diff")
+    loss, test, _ = blocks(DOCUMENT, "python")
+    of_package, of_ranks = blocks(DOCUMENT, "diff")
     (folder / "fastssl/losses/align_uniform.py").write_text(loss)
     (tests / "test_align_uniform.py").write_text(test)
     patch(folder / "fastssl/losses/__init__.py", of_package)
@@ -95,18 +75,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(copy: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, in the copy and with its packages."""
-    settings = environment() | {"PYTHONPATH": str(copy), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=copy, env=settings, capture_output=True, text=True, timeout=240, check=False)
-
-
 def test_it_trains_by_the_name_in_the_configuration(copy: Path, tiny_config: Path, tmp_path: Path) -> None:
-    (selected,) = blocks("yaml")
+    (selected,) = blocks(DOCUMENT, "yaml")
     tree = yaml.safe_load(tiny_config.read_text()) | yaml.safe_load(selected)
     tiny_config.write_text(yaml.safe_dump(tree))
-    done = run(copy, "fastssl/train.py", "--cfg", tiny_config)
+    done = run_in(copy, "fastssl/train.py", "--cfg", tiny_config)
     assert done.returncode == 0, done.stderr
     assert "align_uniform on 1,297 images" in done.stdout
     losses = [row["loss"] for row in read_rows(tmp_path / "run/metrics.jsonl") if "kind" not in row]
@@ -117,14 +90,14 @@ def test_it_trains_by_the_name_in_the_configuration(copy: Path, tiny_config: Pat
 
 def test_its_tests_pass(copy: Path) -> None:
     """Reference, gradcheck in fp64 and a bad setting, as the document has them."""
-    done = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fastssl/losses/test_align_uniform.py")
+    done = run_in(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fastssl/losses/test_align_uniform.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
 
 
 def test_an_unknown_setting_is_named(copy: Path, tiny_config: Path) -> None:
     change = "loss={name: align_uniform, uniformity_wieght: 2.0}"
-    done = run(copy, "fastssl/train.py", "--cfg", tiny_config, "--set", change)
+    done = run_in(copy, "fastssl/train.py", "--cfg", tiny_config, "--set", change)
     assert done.returncode == 2
     assert "loss.uniformity_wieght" in done.stderr
     assert "did you mean uniformity_weight?" in done.stderr
@@ -136,7 +109,7 @@ def test_an_unknown_setting_is_named(copy: Path, tiny_config: Path) -> None:
 def test_two_ranks_give_loss_and_gradients_of_one_process(copy: Path, tmp_path: Path) -> None:
     """To 1e-12 and 1e-10, by an averaging engine and by DistributedDataParallel; see test_losses_dist.py."""
     (copy / "rank_program.py").write_text(RANK_PROGRAM)
-    done = run(copy, "-c", START_RANKS, tmp_path)
+    done = run_in(copy, "-c", START_RANKS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "one loss, one gradient" in done.stdout
     assert len(torch.load(tmp_path / "rank1.pt")) == 2
@@ -144,7 +117,7 @@ def test_two_ranks_give_loss_and_gradients_of_one_process(copy: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_module_of_your_own_is_trained(copy: Path) -> None:
-    done = run(copy, "-c", blocks("python")[2])
+    done = run_in(copy, "-c", blocks(DOCUMENT, "python")[2])
     assert done.returncode == 0, done.stderr
     assert "Alignment on 256 images, Sequential" in done.stdout
     losses = [row["loss"] for row in read_rows(copy / "runs/own/metrics.jsonl") if "kind" not in row]
@@ -155,6 +128,6 @@ def test_a_module_of_your_own_is_trained(copy: Path) -> None:
 @pytest.mark.skipif(not RUFF.exists(), reason="ruff is not installed")
 @pytest.mark.parametrize("rule", [("check", "--quiet", "-"), ("format", "--check", "-")])
 def test_its_code_follows_the_style_of_the_source(rule: tuple[str, ...]) -> None:
-    for block in blocks("python"):
+    for block in blocks(DOCUMENT, "python"):
         done = subprocess.run([RUFF, *rule], input=block, capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
