@@ -9,9 +9,10 @@ from kernels.augment.ops.base import Field
 from pipelines.config_field import Section, setting, shown
 
 _FIELDS = {"size_px": Field(32, "[1, 4096]")} | {name: field for op in OPS for name, field in op.fields.items()}
+_TYPES: dict[type, Any] = {bool: bool, int: int, float: float, tuple: tuple[float, float]}
 _Fields: Any = make_dataclass(
     "_Fields",
-    [(name, type(field.default), setting(field.default, field.within)) for name, field in _FIELDS.items()],
+    [(name, _TYPES[type(each.default)], setting(each.default, each.within)) for name, each in _FIELDS.items()],
     bases=(Section,),
     frozen=True,
     kw_only=True,

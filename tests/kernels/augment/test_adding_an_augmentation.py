@@ -104,7 +104,7 @@ def test_its_machine_code(copy: Path) -> None:
     ("change", "message"),
     [
         ("{gama_p: 0.5}", "gama_p"),
-        ("{gamma_exponent: [2, 1]}", "gamma_exponent must be positive, low <= high, got (2, 1)"),
+        ("{gamma_exponent: [2, 1]}", "gamma_exponent must be low <= high, not (2, 1)"),
     ],
 )
 def test_a_bad_field_is_one_line(copy: Path, tiny_config: Path, change: str, message: str) -> None:
