@@ -26,7 +26,7 @@ setup(
         "tqdm>=4.67,<5",
         "PyYAML>=6,<7",
         "pydantic>=2.14,<3",
-        "deepspeed>=0.19.8,<0.20",  # its private names are used
+        "deepspeed>=0.19.8,<0.20",  # its private names are used: fastssl/machine/private_api.py
         "timm>=1.0.31,<2",
         "scikit-learn>=1.9,<2",
         "tensorboard>=2.21,<3",

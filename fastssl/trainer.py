@@ -33,6 +33,7 @@ from fastssl.losses import CLASSES as LOSS_CLASSES
 from fastssl.losses import Loss
 from fastssl.losses.base import ModuleLoss
 from fastssl.machine.files import replace_text
+from fastssl.machine.private_api import check_engine, disable_gradient_averaging
 from fastssl.models.sync_batch_norm import has_batch_norm
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
@@ -376,9 +377,10 @@ class Trainer:
             raise ConfigError(f"ds: DeepSpeed's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         except DeepSpeedConfigError as error:
             raise ConfigError(f"ds: DeepSpeed: {error}") from None
+        check_engine(engine)
         bind_partitions(optimizer)
         if collectives.world_size() == 1 and self.cfg.train.zero_stage == 0:
-            engine.enable_backward_allreduce = False  # it copies every gradient twice to average it with no other
+            disable_gradient_averaging(engine)
         if self.device.type == "cuda" and self.cfg.train.zero_stage == 0:
             # As the images are: or each convolution turns its weights around, forward and backward. ZeRO's flat buffers
             # and DeepSpeed's broadcast at the start want them contiguous.

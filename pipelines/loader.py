@@ -152,7 +152,7 @@ class Loader:
         is_reading = cfg.engine in _READING_ENGINES
         to_read = rows.reshape(-1) if is_reading else rows[:0].reshape(-1)
         with ReadAhead(self._reader, to_read, windows, drop_behind=cfg.cache == "none") as read_ahead:
-            plans = read_ahead.begin_each(self._plans(epoch, rows), rows.shape[1])
+            plans = read_ahead.begin_each(self.plans(epoch, rows), rows.shape[1])
             if is_reading:
                 plans = _while_unchanged(self._reader, plans)
             with closing(self._engine.batches(plans, rows.shape[1], self._groups)) as raw_batches:
@@ -167,7 +167,7 @@ class Loader:
         reader, window_bytes = self._reader, self._cfg.window_mb * 1_000_000
         return quasi_random_windows(reader.data_ptr, reader.data_bytes, self._seed, epoch, window_bytes)
 
-    def _plans(self, epoch: int, rows: np.ndarray) -> Iterator[BatchPlan]:
+    def plans(self, epoch: int, rows: np.ndarray) -> Iterator[BatchPlan]:
         """Plan the batches `rows` [num, B]; several are drawn at a time.
 
         A draw takes about 2 ms however small the batch is: as long as all other work on 256 CIFAR images.

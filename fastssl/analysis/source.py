@@ -9,13 +9,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.build_run import build_model
 from fastssl.checkpoint.save_load import checkpoint_of, load_objective_state, load_weights, step_of
 from fastssl.config import Config, check_built
 from fastssl.errors import ConfigError
 from fastssl.losses import build_loss
+from fastssl.machine.private_api import BatchNormBase
 from fastssl.models.objective import Objective
 from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking.result_rows import Row, append_rows
@@ -144,7 +145,7 @@ def hold_still(objective: Objective) -> None:
     """
     objective.train()
     for module in objective.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNormBase):
             module.track_running_stats = False
     objective.loss.training = False
 

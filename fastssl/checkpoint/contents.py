@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Size, Tensor
 
-from fastssl.checkpoint.engine_state import COUNTERS
 from fastssl.checkpoint.tensor_file import DamagedError, is_state
+from fastssl.machine.private_api import COUNTERS
 
 
 def check_contents(state: Any, own: Any, engine: Any, *, step: int, total_steps: int) -> None:

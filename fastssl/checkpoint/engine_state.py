@@ -17,8 +17,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fastssl import collectives
-
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+from fastssl.machine.private_api import client_optimizer, read_counters, write_counters, zero_groups
 
 OptimizerState = dict[str, dict[str, Any]]
 
@@ -38,7 +37,7 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]
     if _is_partitioned(engine):
         for group in _flat_groups(engine):
             parameters |= _gather(group, group.piece)
-            _collect_group(group, _client_optimizer(engine).state.get(group.piece, {}), optimizer)
+            _collect_group(group, client_optimizer(engine.optimizer).state.get(group.piece, {}), optimizer)
     else:
         for name, parameter in _optimized(engine):
             state = engine.optimizer.state.get(parameter, {})
@@ -48,9 +47,9 @@ def collect_engine_state(engine: Any) -> tuple[dict[str, Any], dict[str, Tensor]
         "parameters": parameters,
         "buffers": buffers,
         "optimizer": optimizer,
-        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "counters": read_counters(engine),
     }
-    group_steps = [group.get("step") for group in _client_optimizer(engine).param_groups]
+    group_steps = [group.get("step") for group in client_optimizer(engine.optimizer).param_groups]
     if any(step is not None for step in group_steps):
         shared["group_steps"] = group_steps
     return shared, own_buffers
@@ -71,8 +70,7 @@ def restore_engine_state(engine: Any, shared: Mapping[str, Any], own_buffers: Ma
     for name, value in {**shared["buffers"], **own_buffers}.items():
         buffers[name].copy_(value)
     _restore_optimizer(engine, shared)
-    for name, value in shared["counters"].items():
-        setattr(engine, name, value)
+    write_counters(engine, shared["counters"])
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,6 @@ def _is_partitioned(engine: Any) -> bool:
     return engine.zero_optimization_stage() > 0
 
 
-def _client_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer passed to DeepSpeed; its groups are the same at every stage, but their parameters differ."""
-    return engine.optimizer.optimizer if _is_partitioned(engine) else engine.optimizer
-
-
 def _names(engine: Any) -> dict[int, str]:
     return {id(parameter): name for name, parameter in engine.module.named_parameters()}
 
@@ -114,11 +107,10 @@ def _optimized(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _flat_groups(engine: Any) -> Iterator[_FlatGroup]:
-    names, zero = _names(engine), engine.optimizer
-    for index, piece in enumerate(zero.single_partition_of_fp32_groups):
-        parameters, offsets = zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index]
-        places = [(names[id(p)], p, offset) for p, offset in zip(parameters, offsets, strict=True)]
-        yield _FlatGroup(piece, zero.bit16_groups_flat[index].numel(), places, engine.device)
+    names = _names(engine)
+    for group in zero_groups(engine.optimizer):
+        places = [(names[id(p)], p, offset) for p, offset in zip(group.parameters, group.offsets, strict=True)]
+        yield _FlatGroup(group.piece, group.numel, places, engine.device)
 
 
 def _collect_group(group: _FlatGroup, state: Mapping[str, Any], found: OptimizerState) -> None:
@@ -161,7 +153,7 @@ def _restore_optimizer(engine: Any, shared: Mapping[str, Any]) -> None:
             states.append(_piece_state(group, saved))
     else:
         states = [saved.get(name, {}) for name, _ in _optimized(engine)]
-    _load_states(_client_optimizer(engine), states, shared.get("group_steps", ()))
+    _load_states(client_optimizer(engine.optimizer), states, shared.get("group_steps", ()))
 
 
 def _piece_state(group: _FlatGroup, saved: OptimizerState) -> dict[str, Any]:

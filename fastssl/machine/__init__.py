@@ -1,1 +1,1 @@
-"""This machine: versions, hardware, NVIDIA GPUs and their driver, files that survive a crash."""
+"""This machine: versions, private names of libraries, hardware, NVIDIA GPUs, files that survive a crash."""

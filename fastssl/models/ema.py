@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastssl.machine.private_api import foreach
+
 
 class Ema:
     """An exponential moving average of a module's parameters and buffers.
@@ -49,9 +51,9 @@ class Ema:
         pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
         averages = [average for average, _ in pairs if average.is_floating_point()]
         values = [value.to(average) for average, value in pairs if average.is_floating_point()]
-        # A list of weights, because `_foreach_lerp_` reads a single 0-dim weight on the host.
+        # A list of weights, because `foreach.lerp_` reads a single 0-dim weight on the host.
         weights = [weight.to(average.dtype).expand_as(average) for average in averages]
-        torch._foreach_lerp_(averages, values, weights)  # pyright: ignore[reportPrivateImportUsage]
+        foreach.lerp_(averages, values, weights)
         for average, value in pairs:
             if not average.is_floating_point():
                 average.copy_(value)

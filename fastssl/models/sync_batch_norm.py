@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import collectives
+from fastssl.machine.private_api import BatchNormBase
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNormBase):
     """Batch norm with statistics over all ranks; torch's own in eval mode, and for a single process on a GPU.
 
     Ranks may have different numbers of images. Child modules, such as a timm layer's activation, are applied after it.
@@ -73,7 +73,7 @@ class SyncBatchNorm(_BatchNorm):
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any layer computes statistics over the batch."""
-    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+    return any(isinstance(layer, BatchNormBase) for layer in module.modules())
 
 
 def synchronize_batch_norms(module: nn.Module) -> None:
@@ -83,9 +83,9 @@ def synchronize_batch_norms(module: nn.Module) -> None:
         ValueError: A batch norm does more than normalise (and is not timm's, which adds an activation).
     """
     for norm in module.modules():
-        if isinstance(norm, _BatchNorm) and not isinstance(norm, SyncBatchNorm):
+        if isinstance(norm, BatchNormBase) and not isinstance(norm, SyncBatchNorm):
             kind = type(norm)
-            if kind.forward is not _BatchNorm.forward and kind.__name__ != "BatchNormAct2d":
+            if kind.forward is not BatchNormBase.forward and kind.__name__ != "BatchNormAct2d":
                 raise ValueError(f"model.batch_norm: there is no sync form of {kind.__module__}.{kind.__name__}")
             norm.__class__ = SyncBatchNorm
 

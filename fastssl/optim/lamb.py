@@ -1,14 +1,12 @@
 """LAMB: Adam with layer-wise scaled steps."""
 
-# torch's own optimizers use its foreach operators, whose names are private.
-# pyright: reportPrivateImportUsage=false
-
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastssl.machine.private_api import foreach
 from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers, move
 
 
@@ -48,11 +46,11 @@ class Lamb(LayerwiseOptimizer):
             steps *= len(weights)  # fragments of one flat parameter
         averages, squares = (layers.cut(self._state_of(name, params)) for name in ("exp_avg", "exp_avg_sq"))
         updates = _adam_updates(group, grads, averages, squares, steps)
-        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        foreach.add_(updates, weights, alpha=group["weight_decay"])
         if group["adapt"]:
             w, u = layers.norms(weights, updates).unbind(1)
             ratios = torch.where((w > 0) & (u > 0), w / u, 1.0)
-            torch._foreach_mul_(updates, list(ratios.unbind()))
+            foreach.mul_(updates, list(ratios.unbind()))
         move(weights, updates, group["lr"])
 
     def _count_step(self, param: Tensor) -> Tensor:
@@ -69,13 +67,13 @@ def _adam_updates(
 ) -> list[Tensor]:
     """Update both averages; return m_hat / (sqrt(v_hat) + eps) of each."""
     beta1, beta2 = group["betas"]
-    torch._foreach_lerp_(averages, grads, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(squares)
+    foreach.lerp_(averages, grads, 1 - beta1)
+    foreach.mul_(squares, beta2)
+    foreach.addcmul_(squares, grads, grads, 1 - beta2)
+    denominators = foreach.sqrt(squares)
     step = torch.stack(steps).double()  # 1 - .999 loses too many digits in fp32
-    torch._foreach_div_(denominators, list((1 - beta2**step).sqrt().float().unbind()))
-    torch._foreach_add_(denominators, group["eps"])
-    updates = torch._foreach_div(averages, list((1 - beta1**step).float().unbind()))
-    torch._foreach_div_(updates, denominators)
+    foreach.div_(denominators, list((1 - beta2**step).sqrt().float().unbind()))
+    foreach.add_(denominators, group["eps"])
+    updates = foreach.div(averages, list((1 - beta1**step).float().unbind()))
+    foreach.div_(updates, denominators)
     return list(updates)

@@ -1,14 +1,12 @@
 """LARS, layer-wise adaptive rate scaling, with the learning rate outside of the momentum."""
 
-# torch's own optimizers use its foreach operators, whose names are private.
-# pyright: reportPrivateImportUsage=false
-
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastssl.machine.private_api import foreach
 from fastssl.optim.layerwise import LayerwiseOptimizer, Partition, WholeLayers, move
 
 
@@ -44,14 +42,14 @@ class Lars(LayerwiseOptimizer):
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor], layers: WholeLayers | Partition) -> None:
         weights, grads = layers.cut(params), layers.cut([p.grad for p in params if p.grad is not None])
-        updates = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+        updates = foreach.add(grads, weights, alpha=group["weight_decay"])
         if group["adapt"]:
             ratios = _trust_ratios(layers.norms(weights, grads), group)
-            torch._foreach_mul_(updates, list(ratios.unbind()))
+            foreach.mul_(updates, list(ratios.unbind()))
         if group["momentum"]:
             velocities = layers.cut(self._state_of("momentum_buffer", params))
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, updates)
+            foreach.mul_(velocities, group["momentum"])
+            foreach.add_(velocities, updates)
             updates = velocities
         move(weights, list(updates), group["lr"])
 

@@ -11,9 +11,6 @@ unpartitioned optimizer would take. docs/adr/0009-layerwise-optimizers-under-zer
 
 # L number of layers of a group, F number of those with elements on this rank (without ZeRO: F = L)
 
-# torch's own optimizers use its foreach operators, whose names are private.
-# pyright: reportPrivateImportUsage=false
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +19,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.optim import Optimizer
+
+from fastssl.machine.private_api import client_optimizer, foreach, zero_groups
 
 
 class WholeLayers:
@@ -129,24 +128,22 @@ def bind_partitions(engine_optimizer: Any) -> None:
         engine_optimizer: The optimizer returned by `deepspeed.initialize`. Does nothing unless it is a ZeRO 1 or 2
             optimizer that wraps a `LayerwiseOptimizer`.
     """
-    optimizer = getattr(engine_optimizer, "optimizer", None)
-    if not isinstance(optimizer, LayerwiseOptimizer):
+    optimizer = client_optimizer(engine_optimizer)
+    if optimizer is engine_optimizer or not isinstance(optimizer, LayerwiseOptimizer):
         return
-    for index, flat in enumerate(engine_optimizer.single_partition_of_fp32_groups):
-        process_group = engine_optimizer.real_dp_process_group[index]
-        layers = engine_optimizer.round_robin_bit16_groups[index]  # in memory order
-        offsets = engine_optimizer.round_robin_bit16_offsets[index]
-        begin = torch_dist.get_rank(process_group) * len(flat)
+    for group in zero_groups(engine_optimizer):
+        flat, layers = group.piece, group.parameters
+        begin = torch_dist.get_rank(group.process_group) * len(flat)
         bounds = [
             (max(offset - begin, 0), min(offset + layer.numel() - begin, len(flat)))
-            for layer, offset in zip(layers, offsets, strict=True)
+            for layer, offset in zip(layers, group.offsets, strict=True)
         ]
         here = [number for number, (start, end) in enumerate(bounds) if start < end]
         partition = Partition(
             num_layers=len(layers),
             first_layer=here[0] if here else 0,
             spans=tuple((bounds[number][0], bounds[number][1] - bounds[number][0]) for number in here),
-            process_group=process_group,
+            process_group=group.process_group,
             device=layers[0].device,
         )
         optimizer.bind(flat, partition)
@@ -155,10 +152,10 @@ def bind_partitions(engine_optimizer: Any) -> None:
 def move(weights: list[Tensor], updates: list[Tensor], learning_rate: float | Tensor) -> None:
     """w <- w - lr u; the rate is a number, or a 0-dim tensor on the device that is not read on the host."""
     if isinstance(learning_rate, Tensor):
-        torch._foreach_sub_(weights, torch._foreach_mul(updates, learning_rate))
+        foreach.sub_(weights, foreach.mul(updates, learning_rate))
     else:
-        torch._foreach_add_(weights, updates, alpha=-learning_rate)
+        foreach.add_(weights, updates, alpha=-learning_rate)
 
 
 def _norms(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
-    return torch.stack([torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, updates)], dim=1)
+    return torch.stack([torch.stack(foreach.norm(tensors)) for tensors in (weights, updates)], dim=1)

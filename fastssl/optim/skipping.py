@@ -4,9 +4,6 @@ torch's fused SGD and AdamW skip a step if their attribute `found_inf` is 1: wei
 their values. LARS and LAMB do not support this: they are stepped, and restored if the step is to be skipped.
 """
 
-# torch's own optimizers use its foreach operators, whose names are private.
-# pyright: reportPrivateImportUsage=false
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastssl.machine.private_api import foreach, skip_fused_step_if
 from fastssl.optim.layerwise import LayerwiseOptimizer
 
 
@@ -31,9 +29,7 @@ def skipped_unless(taken: Tensor, optimizer: Optimizer, undo: "Undo | None") -> 
         yield
         undo.put_back_unless(taken)
         return
-    # fp32 and exactly 1: the fused kernels compare it with 1, and AdamW's subtracts it from the step count.
-    optimizer.found_inf = (~taken).float()  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    skip_fused_step_if(optimizer, ~taken)
     yield
 
 
@@ -47,7 +43,7 @@ class Undo:
 
     @torch.no_grad()
     def keep(self) -> None:
-        torch._foreach_copy_(self._kept, self._values)
+        foreach.copy_(self._kept, self._values)
 
     @torch.no_grad()
     def put_back_unless(self, taken: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as torch_dist
 from fastssl.config import RunConfig
 from fastssl.errors import ConfigError, Preempted
 from fastssl.machine.nvidia_gpu import driver_version, why_no_gpu, why_too_old
+from fastssl.machine.private_api import check_libraries, use_gloo_for_shared_memory
 from fastssl.processes.rendezvous import ALONE, join
 from fastssl.processes.watchdog import Watchdog
 from pipelines.loader import cores_per_process
@@ -129,9 +130,9 @@ def _init_deepspeed(device: torch.device, cfg: RunConfig) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    check_libraries(device)
     if device.type == "cpu":
-        # DeepSpeed would compile its shared-memory collective for a minute and a half; gloo serves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        use_gloo_for_shared_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if torch_dist.is_initialized():
         _check_group(backend)

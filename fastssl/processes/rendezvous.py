@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import psutil
 import torch.distributed as torch_dist
-from torch.distributed.rendezvous import rendezvous
 
 from fastssl.config import RunConfig
 from fastssl.errors import ConfigError, PeerLostError
+from fastssl.machine.private_api import join_store, set_world_group
 from fastssl.processes.watchdog import is_loss, reason_of
 
 # What a launcher would set for a process without others; DeepSpeed reads it.
@@ -52,17 +52,14 @@ def join(backend: str, cfg: RunConfig) -> None:
 
 def _make_groups(backend: str, cfg: RunConfig) -> None:
     _wait_for_master(time.monotonic() + cfg.rendezvous_timeout_s)
-    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=cfg.rendezvous_timeout_s)))
+    store, rank, world_size = join_store(timedelta(seconds=cfg.rendezvous_timeout_s))
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
     timeout = timedelta(seconds=cfg.collective_timeout_s)
     store = torch_dist.PrefixStore("fastssl", store)  # pyright: ignore[reportPrivateImportUsage]
     torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if world_size > 1:
-        # DeepSpeed exchanges gradients in a group of its own, which it would make with torch's default timeout.
-        from deepspeed.utils import groups
-
-        groups._WORLD_GROUP = torch_dist.new_group(timeout=timeout)
+        set_world_group(torch_dist.new_group(timeout=timeout))
 
 
 def _wait_for_master(deadline_s: float) -> None:

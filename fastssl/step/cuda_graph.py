@@ -4,14 +4,13 @@
 DeepSpeed's engine is bypassed; docs/adr/0012-captured-step.md explains what that means for its hooks.
 """
 
-# pyright: reportPrivateImportUsage=false
-
 import sys
 
 import torch
 
 from fastssl.config import Config
 from fastssl.errors import ConfigError
+from fastssl.machine.private_api import foreach
 from fastssl.step.train_step import StepResult, TrainStep
 from pipelines.batch import Batch
 
@@ -52,7 +51,7 @@ class CapturedStep:
             self._try_to_capture(batch)
         if self._graph is None or self._has_other_shape(batch):
             return self._step.run(batch, learning_rate=learning_rate, target_momentum=target_momentum)
-        torch._foreach_copy_(self._views, batch.views)
+        foreach.copy_(self._views, batch.views)
         self._labels.copy_(batch.labels)
         self._sample_ids.copy_(batch.sample_ids)
         self._step.prepare(learning_rate, target_momentum)

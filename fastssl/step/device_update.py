@@ -1,14 +1,12 @@
 """The update without ZeRO in fp32 and bf16: gradient norm, clipping, step and skipping stay on the device."""
 
-# torch's own optimizers use its foreach operators, whose names are private.
-# pyright: reportPrivateImportUsage=false
-
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastssl.machine.private_api import count_bypassed_step, foreach
 from fastssl.models.objective import Objective
 from fastssl.optim.skipping import Undo, is_fused, prepare_state, skipped_unless
 
@@ -65,7 +63,7 @@ class DeviceUpdate:
         if self._max_norm:
             # In fp64, rounded once. A non-finite gradient becomes NaN, and the step is skipped.
             clip = ((norm.double() + 1e-6) / self._max_norm).clamp_min(1.0)
-            torch._foreach_mul_(gradients, clip.reciprocal().to(norm.dtype))
+            foreach.mul_(gradients, clip.reciprocal().to(norm.dtype))
         with skipped_unless(taken, self._optimizer, self._undo):
             if self.is_alone:
                 self._optimizer.step()
@@ -78,9 +76,7 @@ class DeviceUpdate:
     def count(self) -> None:
         """Update the counters of a bypassed engine."""
         if self.is_alone:
-            self._engine.global_steps += 1
-            self._engine.micro_steps += 1
-            self._engine.global_samples += self._engine.train_batch_size()
+            count_bypassed_step(self._engine)
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the update: none."""

@@ -5,18 +5,17 @@ scaler. These see different overflows, and gradients of different scales would b
 """
 
 import math
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastssl.config import TrainConfig
+from fastssl.machine.private_api import disable_gradient_scalers, foreach, has_overflowed, set_loss_scale
 from fastssl.models.objective import Objective
 from fastssl.optim.skipping import match_layout
-
-INITIAL_LOSS_SCALE = 2.0**16
-# Steps without overflow until the scale doubles. Both values are torch.amp.GradScaler's defaults.
-LOSS_SCALE_WINDOW = 2000
+from fastssl.step.loss_scale import LossScale
 
 
 class HostUpdate:
@@ -25,7 +24,7 @@ class HostUpdate:
     A skipped update changes neither weights nor the optimizer's state.
 
     Attributes:
-        loss_scale: DeepSpeed's dynamic scaler for fp16, else None.
+        loss_scale: For fp16, else None.
         is_searching: Whether the initial search for a loss scale is still running: no step has been taken yet.
     """
 
@@ -34,11 +33,9 @@ class HostUpdate:
         self._max_norm = cfg.grad_clip_norm
         self._is_partitioned = engine.zero_optimization()
         self._parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        self.loss_scale = _build_loss_scale() if cfg.precision == "fp16" else None
+        self.loss_scale = LossScale() if cfg.precision == "fp16" else None
         self.is_searching = self.loss_scale is not None
-        engine.torch_autocast_z0_gradscaler = None
-        if self._is_partitioned:
-            engine.optimizer.torch_autocast_gradscaler = None
+        disable_gradient_scalers(engine)
 
     def bind(self) -> None:
         """Give the optimizer state the memory layout of its parameters; call again after loading."""
@@ -55,7 +52,7 @@ class HostUpdate:
         if self.loss_scale is None:
             self._engine.backward(loss)
         elif self._is_partitioned:
-            self._engine.optimizer.override_loss_scale(self.loss_scale.cur_scale)  # it unscales before it clips
+            set_loss_scale(self._engine.optimizer, self.loss_scale.cur_scale)  # it unscales before it clips
             self._engine.backward(loss)
         else:
             self._engine.backward(loss * self.loss_scale.cur_scale)
@@ -69,9 +66,8 @@ class HostUpdate:
         """
         norm = self._partitioned_step() if self._is_partitioned else self._plain_step()
         if self.loss_scale is not None:
-            self.loss_scale.update_scale(norm is None)
-            is_least = self.loss_scale.cur_scale <= self.loss_scale.min_scale
-            self.is_searching = self.is_searching and norm is None and not is_least
+            self.loss_scale.update(has_overflowed=norm is None)
+            self.is_searching = self.is_searching and norm is None and not self.loss_scale.is_least
         device = self._parameters[0].device
         taken = torch.full((), norm is not None, device=device)  # `full` fills on the device: no copy from the host
         return taken, torch.full((), math.nan if norm is None else norm, dtype=torch.float32, device=device)
@@ -87,14 +83,13 @@ class HostUpdate:
         """State of the loss scaler; empty without one."""
         if self.loss_scale is None:
             return {}
-        return {name: getattr(self.loss_scale, name) for name in _SCALE_STATE} | {"is_searching": self.is_searching}
+        return asdict(self.loss_scale) | {"is_searching": self.is_searching}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved loss scale."""
         if self.loss_scale is None:
             return
-        for name in _SCALE_STATE:
-            setattr(self.loss_scale, name, state[name])
+        self.loss_scale = LossScale(**{field.name: state[field.name] for field in fields(LossScale)})
         self.is_searching = state.get("is_searching", False)  # missing in older checkpoints
 
     def _plain_step(self) -> float | None:
@@ -107,7 +102,7 @@ class HostUpdate:
         # The formula of DeepSpeed's ZeRO optimizers; at stage 0 DeepSpeed would clip gradients of the scaled loss.
         clip = max(1.0, (norm + 1e-6) / self._max_norm) if self._max_norm else 1.0
         if scale * clip != 1:
-            torch._foreach_mul_(gradients, 1 / (scale * clip))  # pyright: ignore[reportPrivateImportUsage]
+            foreach.mul_(gradients, 1 / (scale * clip))
         self._engine.step()
         return norm
 
@@ -124,23 +119,6 @@ class HostUpdate:
 
     def _partitioned_step(self) -> float | None:
         self._engine.step()
-        if self._engine.optimizer.overflow:
+        if has_overflowed(self._engine.optimizer):
             return None
         return float(self._engine.get_global_grad_norm())
-
-
-_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def _build_loss_scale() -> Any:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-    return DynamicLossScaler(
-        init_scale=INITIAL_LOSS_SCALE,
-        scale_window=LOSS_SCALE_WINDOW,
-        min_scale=1.0,
-        delayed_shift=1,
-        consecutive_hysteresis=False,
-        raise_error_at_min_scale=False,
-        dtype=torch.float16,
-    )

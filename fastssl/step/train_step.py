@@ -7,8 +7,6 @@ device, and values that change from step to step are stored in tensors.
 
 # B local batch, F features, D projection
 
-# pyright: reportPrivateImportUsage=false
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -192,7 +190,8 @@ class FlatBuffers:
                 part_of[buffer] = flat[start : start + buffer.numel()].view(buffer.shape).data
             self._flat.append(flat)
         for owner in module.modules():
-            owner._buffers.update({name: part_of[x] for name, x in owner._buffers.items() if x is not None})
+            for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
+                setattr(owner, name, part_of[buffer])
         self._kept = [flat.clone() for flat in self._flat]
 
     def keep(self) -> None:

@@ -97,7 +97,7 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
     opened.callback(decoder.close)
 
     def draw() -> list[np.ndarray]:
-        return [plan.params for plan in loader._plans(0, batches)]
+        return [plan.params for plan in loader.plans(0, batches)]
 
     params = draw()
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from fastssl.config import build_config
+from fastssl.errors import UserError
 from fastssl.losses import build_loss
+from fastssl.machine.private_api import check_engine
 from fastssl.models.objective import Objective
 from fastssl.models.two_view import TwoViewModel
 from fastssl.processes.launch import start_process
 from fastssl.step.deepspeed_config import build_ds_config
-from fastssl.step.host_update import INITIAL_LOSS_SCALE
+from fastssl.step.loss_scale import INITIAL_LOSS_SCALE
 from fastssl.step.train_step import TrainStep
 from pipelines.batch import Batch
 from tests.helpers.group_counts import AdamByGroup
@@ -181,3 +183,15 @@ def test_the_search_for_a_scale_ends_with_the_first_step_and_goes_no_further_tha
     assert hopeless.update.loss_scale.cur_scale == 1
     assert num_skipped == 16  # from 2^16
     assert not build(0)[0].update.is_searching
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "owner", "name"),
+    [(0, "DeepSpeedEngine", "skipped_steps"), (1, "DeepSpeedZeroOptimizer", "round_robin_bit16_offsets")],
+)
+def test_an_engine_without_an_attribute_that_is_needed_is_refused(zero_stage, owner, name):
+    engine = build(zero_stage)[0]._engine
+    check_engine(engine)
+    delattr(engine.optimizer if zero_stage else engine, name)
+    with pytest.raises(UserError, match=rf"^deepspeed .* does not have deepspeed.{owner}.{name}, which fastssl uses: "):
+        check_engine(engine)
