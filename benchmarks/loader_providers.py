@@ -108,9 +108,9 @@ class _TorchvisionViews:
     """Image -> its views, uint8 [3, S, S] each."""
 
     def __init__(self, job: Job, form: TorchvisionForm) -> None:
-        from kernels.torchvision_cpu import import_torchvision
+        from pipelines.torchvision_operators import declare_torchvision_operators
 
-        import_torchvision()
+        declare_torchvision_operators()
         self._form = form
         self._reader = repeated_reader(job.beton)
         self._transforms = [_torchvision_view(spec, form) for spec in build_view_specs(job.views)]
@@ -207,9 +207,9 @@ class _PillowCrops:
     """Image -> its resized crops, uint8 [3, S, S] each."""
 
     def __init__(self, job: Job) -> None:
-        from kernels.torchvision_cpu import import_torchvision
+        from pipelines.torchvision_operators import declare_torchvision_operators
 
-        import_torchvision()
+        declare_torchvision_operators()
         from torchvision.transforms import v2
 
         self._reader = repeated_reader(job.beton)

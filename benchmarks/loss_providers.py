@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.pair_loss import pair_loss
 from kernels.partition_loss import partition_loss
 from kernels.similarity import Impl
-from kernels.torchvision_cpu import import_torchvision
+from pipelines.torchvision_operators import declare_torchvision_operators
 
 LossOf = Callable[[Tensor], Tensor]
 
@@ -161,7 +161,7 @@ def _lightly(loss: str, device: str) -> LossOf:
     del device
     if loss != "nt_xent":
         raise NotInstalledError("its NTXentLoss has no such form")
-    import_torchvision()  # lightly imports it, which fails on a CPU build of torch
+    declare_torchvision_operators()  # lightly imports torchvision
     module = _import("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=1 / INV_TEMPERATURE)
     return lambda z: module(z[0], z[1])
 

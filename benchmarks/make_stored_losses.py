@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.torchvision_cpu import import_torchvision
+from pipelines.torchvision_operators import declare_torchvision_operators
 
 OUT = Path(__file__).resolve().parent.parent / "tests/fastssl/losses/stored_losses.json"
 SHAPES = {0: (2, 6, 5), 1: (2, 9, 4)}  # seed -> [views, N, D]
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--spectral", type=Path, required=True, help="a clone of spectral_contrastive_learning")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    import_torchvision()
+    declare_torchvision_operators()
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # from lightly's DCLW
     peers = [
         *lightly_peers(),

@@ -183,9 +183,12 @@ def load_cifar10(data: Path, split: Split, limit: int = 0) -> tuple[np.ndarray, 
         if (folder / "labels.npz").exists() and (strips := sorted(folder.glob(f"{split}_*.webp"))):
             return _read_strips(strips, limit), np.load(folder / "labels.npz")[f"y_{split}"][wanted].astype(np.int64)
     if (data / "cifar-10-batches-py").exists():
-        from kernels.torchvision_cpu import import_torchvision
+        from pipelines.torchvision_operators import declare_torchvision_operators
 
-        found = import_torchvision().datasets.CIFAR10(str(data), train=split == "train")
+        declare_torchvision_operators()
+        from torchvision.datasets import CIFAR10
+
+        found = CIFAR10(str(data), train=split == "train")
         return found.data[wanted], np.asarray(found.targets[wanted])
     raise DataError(
         f"--data {data} holds no CIFAR-10 {split} images: cifar10_{split}.beton, cifar10_{split}.npz (x, y), "

@@ -72,7 +72,7 @@ def check(base: dict[str, str]) -> None:
     changed = [f"{name} {was} -> {now.get(name, 'hidden')}" for name, was in base.items() if now.get(name) != was]
     if changed:
         sys.exit("base_packages: error: the base's packages have changed: " + ", ".join(changed))
-    importlib.import_module("kernels.torchvision_cpu").import_torchvision()  # before timm, which imports torchvision
+    importlib.import_module("pipelines.torchvision_operators").declare_torchvision_operators()  # for timm
     for name in IMPORTS:
         importlib.import_module(name)
     print(f"base_packages: {len(base)} packages of the base unchanged; {', '.join(IMPORTS)} import")

@@ -61,7 +61,7 @@ fi
 "$venv/bin/pip" install -q "${requirements[@]}"
 scripts/install_ffcv.sh "$venv/bin/pip"
 "$venv/bin/pip" install -q --no-deps --no-build-isolation -e .
-"$venv/bin/python" -c 'import deepspeed, ffcv.loader; from kernels.torchvision_cpu import import_torchvision; import_torchvision(); import timm' >/dev/null 2>"$venv/import.log" ||
+"$venv/bin/python" -c 'import deepspeed, ffcv.loader; import fastssl.models.backbones, timm' >/dev/null 2>"$venv/import.log" ||
     { cat "$venv/import.log" >&2; die "the packages are installed but do not import"; }
 echo "$stamp" >"$venv/.fastssl-$kind"
 say "done in ${SECONDS} s"

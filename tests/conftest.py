@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.torchvision_operators import declare_torchvision_operators
 from tests.helpers.processes import ROOT, environment
+
+declare_torchvision_operators()  # tests import torchvision and timm plainly
 
 # Enough of everything, small enough for seconds: digits at 16 px, a tiny ResNet with batch norm.
 TINY = """

@@ -13,7 +13,9 @@ from torch import nn
 
 from fastssl.errors import did_you_mean
 from fastssl.models.config import ModelConfig
-from kernels.torchvision_cpu import import_torchvision
+from pipelines.torchvision_operators import declare_torchvision_operators
+
+declare_torchvision_operators()  # timm imports torchvision too
 
 TIMM_PREFIX = "timm/"
 
@@ -36,12 +38,8 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
         ValueError: unknown name (the message suggests the closest known ones), arguments that the model does not
             accept, a stem or pool_px that it does not support, or an output at image_px that is not [B, F].
     """
-    torchvision = import_torchvision()  # before timm, which imports torchvision itself
-    if cfg.backbone.startswith(TIMM_PREFIX):
-        model, is_resnet = _build_timm(cfg)
-    else:
-        model = _build_torchvision(cfg)
-        is_resnet = isinstance(model, torchvision.models.ResNet)
+    is_of_timm = cfg.backbone.startswith(TIMM_PREFIX)
+    model, is_resnet = _build_timm(cfg) if is_of_timm else _build_torchvision(cfg)
     asked = {"stem": cfg.stem, "stem_channels": cfg.stem_channels, "pool_px": cfg.pool_px}
     changed = [f"model.{name}={asked[name]}" for name in asked if asked[name] not in ("imagenet", 0, 1)]
     if changed and not is_resnet:
@@ -57,8 +55,9 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
     return model, count_features(model, cfg.backbone, image_px)
 
 
-def _build_torchvision(cfg: ModelConfig) -> nn.Module:
-    models = import_torchvision().models
+def _build_torchvision(cfg: ModelConfig) -> tuple[nn.Module, bool]:
+    from torchvision import models  # slow to import, and a model of one's own does not need it
+
     known = models.list_models(module=models)
     if cfg.backbone not in known:
         raise _unknown_backbone(cfg.backbone, known)
@@ -66,7 +65,7 @@ def _build_torchvision(cfg: ModelConfig) -> nn.Module:
     if getattr(model, "aux_logits", False):  # GoogLeNet and Inception return a tuple in training mode only
         raise ValueError(f"model.backbone: {cfg.backbone} needs model.backbone_kwargs: {{aux_logits: false}}")
     _drop_classifier(model, cfg.backbone)
-    return model
+    return model, isinstance(model, models.ResNet)
 
 
 def _build_timm(cfg: ModelConfig) -> tuple[nn.Module, bool]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kernels.augment.ops import OPS
-from kernels.torchvision_cpu import import_torchvision
 
 
 def augment_reference(views: np.ndarray, params: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -18,7 +17,6 @@ def augment_reference(views: np.ndarray, params: np.ndarray, mean: Sequence[floa
     Returns:
         float32 [Vg, B, H, W, 3].
     """
-    import_torchvision()
     from torchvision.transforms.v2 import functional as v2
 
     num_samples, num_views = params.shape

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import EpsImagePlugin, Image
 
-from kernels.torchvision_cpu import import_torchvision
 from pipelines.convert.source import Item, Source, checked_label, fingerprint, path_source
 from pipelines.errors import DataError
+from pipelines.torchvision_operators import declare_torchvision_operators
+
+declare_torchvision_operators()
+from torchvision import datasets  # noqa: E402
 
 # Attributes that contain the files of a data set and, in the same order, their labels.
 FILE_LISTS = (("_image_files", "_labels"), ("_images", "_labels"))
@@ -57,7 +60,6 @@ def torchvision_source(name: str, root: str | None, split: str | None, *, downlo
 
 
 def _class_of(name: str) -> Any:
-    datasets = import_torchvision().datasets
     found = getattr(datasets, name, None)
     if not inspect.isclass(found) or not issubclass(found, datasets.VisionDataset):
         raise ValueError(f"torchvision.datasets has no data set {name!r}; names are written as there, e.g. CIFAR10")

@@ -5,12 +5,12 @@ from collections.abc import Generator, Iterator
 import numpy as np
 import torch
 
-from kernels.torchvision_cpu import import_torchvision
 from pipelines.batch import RawBatch
 from pipelines.beton import BetonReader
 from pipelines.engines import BatchPlan, Groups
+from pipelines.torchvision_operators import declare_torchvision_operators
 
-import_torchvision()
+declare_torchvision_operators()
 from torchvision.transforms.v2 import functional as v2  # noqa: E402
 
 

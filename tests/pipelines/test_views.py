@@ -230,9 +230,6 @@ def test_crop_off_is_the_whole_image() -> None:
 
 
 def test_affine_matrix_equals_torchvisions() -> None:
-    from kernels.torchvision_cpu import import_torchvision
-
-    import_torchvision()
     from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix
 
     spec = replace(RECIPES["digits"][0], size_px=32)

@@ -11,7 +11,6 @@ from fastssl.models.activation_checkpointing import checkpoint_activations
 from fastssl.models.backbones import build_backbone
 from fastssl.models.config import ModelConfig
 from fastssl.models.grad_cache import unchanged_buffers
-from kernels.torchvision_cpu import import_torchvision
 from tests.helpers.live_memory import PeakBytes
 
 NARROW = {"channels": [8, 8, 16, 16], "stem_type": "deep", "stem_width": 4}
@@ -19,19 +18,21 @@ TIMM_TINY = NARROW | {"layers": [2, 1, 1, 1], "zero_init_last": False, "drop_pat
 
 
 def torchvision_vit() -> nn.Module:
-    models = import_torchvision().models
+    from torchvision import models
+
     return models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, dropout=0.5)
 
 
 def torchvision_swin() -> nn.Module:
-    models = import_torchvision().models
+    from torchvision import models
+
     return models.SwinTransformer([2, 2], 8, [1, 1], [1, 1], [2, 2], stochastic_depth_prob=0.5)
 
 
 def torchvision_convnext() -> nn.Module:
-    from torchvision.models.convnext import CNBlockConfig
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-    return import_torchvision().models.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)])
+    return ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)])
 
 
 def of_config(name: str, **fields: Any) -> Callable[[], nn.Module]:
@@ -106,7 +107,6 @@ def test_models_that_cannot_are_named(name: str, words: str) -> None:
 
 
 def _timm_model_without() -> nn.Module:
-    import_torchvision()
     import timm
 
     return timm.create_model("convit_tiny", num_classes=0)

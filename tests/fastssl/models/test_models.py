@@ -11,7 +11,6 @@ from fastssl.models.backbones import build_backbone
 from fastssl.models.config import ModelConfig
 from fastssl.models.ema import Ema
 from fastssl.models.two_view import TwoViewModel
-from kernels.torchvision_cpu import import_torchvision
 
 TINY = {"channels": [8, 8, 16, 16], "stem_type": "deep", "stem_width": 4, "layers": [1, 1, 1, 1]}
 
@@ -21,8 +20,9 @@ def _tiny(**fields) -> ModelConfig:
 
 
 def _plain(name: str) -> nn.Module:
-    torchvision = import_torchvision()
     if not name.startswith("timm/"):
+        import torchvision
+
         return torchvision.models.get_model(name, weights=None)
     import timm
 

@@ -18,7 +18,6 @@ from fastssl.models.objective import Objective
 from fastssl.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norms
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import OptimConfig, build_optimizer
-from kernels.torchvision_cpu import import_torchvision
 from tests.helpers.processes import join_ranks, start_ranks
 
 C = 3
@@ -217,7 +216,6 @@ def test_one_value_of_a_channel_has_no_statistics() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "timm/mobilenetv3_small_050"])
 def test_it_stands_where_the_plain_one_stood(name: str) -> None:
     """Also where timm's norm holds the activation."""
-    import_torchvision()
     torch.manual_seed(0)
     model = TwoViewModel(ModelConfig(backbone=name), image_px=32).eval()
     names, images = list(model.state_dict()), torch.randn(2, 3, 32, 32)

@@ -8,7 +8,6 @@ from torch import nn
 
 from fastssl.optim.lamb import Lamb
 from fastssl.optim.lars import Lars
-from kernels.torchvision_cpu import import_torchvision
 
 SHAPES = [(5, 3, 3, 3), (7, 5), (1, 1), (4, 3)]
 
@@ -33,7 +32,6 @@ def assert_equal(own: list[nn.Parameter], other: list[nn.Parameter]) -> None:
 
 def build_pair(name: str, own: list[nn.Parameter], other: list[nn.Parameter], weight_decay: float, momentum: float):
     """Our optimizer of one list of parameters and timm's of the other."""
-    import_torchvision()  # before timm, which imports torchvision itself
     from timm.optim.lamb import Lamb as TimmLamb
     from timm.optim.lars import Lars as TimmLars
 

@@ -91,7 +91,7 @@ def test_layer_norms_are_replaced_and_parameters_keep_their_names():
 
 
 def test_layer_norms_that_do_something_else_stay():
-    from timm.layers import LayerNorm2d  # after TwoViewModel's module, which makes torchvision importable
+    from timm.layers import LayerNorm2d
 
     model = nn.Sequential(LayerNorm2d(4), nn.LayerNorm(4, bias=False), nn.LayerNorm(4, elementwise_affine=False))
     assert put_layer_norms(model, OtherNorm) == 1

@@ -6,15 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as v2
 
 from kernels.augment import StoredImages, augment, fused
 from kernels.augment.ops.jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from kernels.torchvision_cpu import import_torchvision
 from pipelines.views import RECIPES, ViewSpec, draw
 from tests.helpers.view_records import jitter, make_records
-
-import_torchvision()
-from torchvision.transforms.v2 import functional as v2  # noqa: E402
 
 IDENTITY: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

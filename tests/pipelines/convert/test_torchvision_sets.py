@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision import datasets
 
-from kernels.torchvision_cpu import import_torchvision
 from pipelines.beton import BetonReader
 from pipelines.convert import convert
 from pipelines.errors import DataError
@@ -22,7 +22,6 @@ def pixels(num: int) -> np.ndarray:
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch) -> Path:
     """CIFAR-10's layout with 3 and 2 images. torchvision compares MD5 sums with the published ones: here, not."""
-    datasets = import_torchvision().datasets
     folder = tmp_path / datasets.CIFAR10.base_folder
     folder.mkdir()
     for name, num in (("data_batch_1", 3), ("test_batch", 2)):
@@ -61,7 +60,6 @@ def test_files_keep_their_bytes(tmp_path):
 
 
 def test_decoded_images_are_encoded_and_may_be_unlabelled(tmp_path, monkeypatch):
-    datasets = import_torchvision().datasets
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)  # MD5 sums of the real files
     folder = tmp_path / datasets.STL10.base_folder
     folder.mkdir()
