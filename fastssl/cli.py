@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
 
         return exit_now(_fail(str(error), PeerLostError.exit_code))
     except KeyboardInterrupt:
-        return _fail("interrupted; a training goes on from its last checkpoint with --set run.resume=auto", 130)
+        return _fail("interrupted; resume a training from its last checkpoint with --set run.resume=auto", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
             return _fail(f"{error.filename}: {error.strerror}", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room, then go on", 2)
+        return _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}): free space, then resume", 2)
     return code or 0
 
 
@@ -103,7 +103,7 @@ def _convert(args: argparse.Namespace) -> None:
         if args.shards is not None:
             reports = convert_shards(args.kind, args.src, args.out, num_shards=args.shards, shard=args.shard, **options)
         elif args.shard is not None:
-            raise ValueError("shard: needs --shards, the number of all of them")
+            raise ValueError("--shard needs --shards, the total number of files")
         else:
             reports = [convert(args.kind, args.src, args.out, **options)]
     except ValueError as error:
@@ -244,191 +244,269 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastssl", description="Pre-train image encoders without labels.")
     parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(_command(commands, "train", "train one run in this process"))
+    _add_convert(_command(commands, "convert", "convert images to a .beton file"))
 
-    train = commands.add_parser("train", help="train one run (one process; see `deepspeed fastssl/train.py` for more)")
-    train.add_argument(
-        "--cfg", required=True, nargs="+", type=Path, help="YAML file of the run, or several: later ones count"
-    )
-    train.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
-    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
-    train.set_defaults(call=_train)
-
-    _add_convert(commands.add_parser("convert", help="write a .beton file from images"))
-
-    verify = commands.add_parser("verify", help="read a .beton file whole: its checksum, and decode every image")
-    verify.add_argument("beton", type=Path, metavar="X.beton")
+    verify = _command(commands, "verify", "check a .beton file: its checksum, and that every image decodes")
+    verify.add_argument("beton", type=Path, metavar="X.beton", help="the file to check")
     verify.set_defaults(call=_verify)
 
-    inspect = commands.add_parser("inspect", help="print what a .beton file holds and draw a contact sheet")
-    inspect.add_argument("beton", type=Path, metavar="X.beton")
-    inspect.add_argument("--out", type=Path, help="the PNG (default: beside the file)")
+    inspect = _command(commands, "inspect", "print what a .beton file contains and draw a contact sheet")
+    inspect.add_argument("beton", type=Path, metavar="X.beton", help="the file to inspect")
+    inspect.add_argument("--out", type=Path, metavar="X.png", help="contact sheet to write (default: next to the file)")
     inspect.set_defaults(call=_inspect)
 
-    views = commands.add_parser("views", help="draw what a network will see of a .beton file")
-    views.add_argument("beton", type=Path, metavar="X.beton")
-    views.add_argument("--recipe", default="mio_small", help="a recipe's name, or a .yaml file of one")
-    views.add_argument("--num", type=int, default=12, help="images, one a column (default: 12)")
-    views.add_argument("--seed", type=int, default=0)
-    views.add_argument("--out", type=Path, help="the PNG (default: beside the file)")
-    views.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
-    views.set_defaults(call=_views)
-
-    evaluate = commands.add_parser("eval", help="evaluate a run's encoder")
-    _add_eval(evaluate)
-
-    _add_compare(commands.add_parser("compare", help="train and judge several configurations under several seeds"))
-    _add_hessian(commands.add_parser("hessian", help="the eigenvalues of the loss's Hessian where runs stand"))
-    _add_gradflow(commands.add_parser("gradflow", help="a loss's closed-form gradient against autograd, pair by pair"))
-    _add_doctor(commands.add_parser("doctor", help="check this machine, and say what to do about what is found"))
-    bench = commands.add_parser("bench", help="measure how fast a .beton file is loaded here, and what bounds it")
-    _add_bench_loader(bench.add_subparsers(title="what to measure", required=True, metavar="PART"))
+    _add_views(_command(commands, "views", "draw the augmented views of some images of a .beton file"))
+    _add_eval(_command(commands, "eval", "evaluate the encoder of a run"))
+    _add_compare(_command(commands, "compare", "train and evaluate several configurations with several seeds"))
+    _add_hessian(
+        _command(commands, "hessian", "compute eigenvalues of the loss's Hessian at the weights of trained runs")
+    )
+    _add_gradflow(_command(commands, "gradflow", "compare a loss's closed-form gradient with autograd, pair by pair"))
+    _add_doctor(_command(commands, "doctor", "check whether this machine is ready for training, with advice"))
+    bench = _command(commands, "bench", "measure how fast this machine loads a .beton file")
+    parts = bench.add_subparsers(title="what to measure", required=True, metavar="PART")
+    _add_bench_loader(_command(parts, "loader", "measure each engine, the disk and decoding, and name the bottleneck"))
     return parser
 
 
+def _command(commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> argparse.ArgumentParser:
+    """A sub-command; its own --help begins with the same summary as a sentence."""
+    return commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+
+
+def _add_set(command: argparse.ArgumentParser, what: str = "override keys of the configuration") -> None:
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=what)
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    train.epilog = "For several processes or GPUs: deepspeed fastssl/train.py --cfg X.yaml, or torchrun."
+    train.add_argument(
+        "--cfg",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="X.yaml",
+        help="configuration; keys of later files override those of earlier ones",
+    )
+    _add_set(train)
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    train.set_defaults(call=_train)
+
+
+def _add_views(views: argparse.ArgumentParser) -> None:
+    views.add_argument("beton", type=Path, metavar="X.beton", help="the file with the images")
+    _add_recipe(views, "mio_small")
+    views.add_argument(
+        "--num", type=int, default=12, metavar="N", help="number of images, one per column (default: 12)"
+    )
+    views.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the augmentations (default: 0)")
+    views.add_argument("--out", type=Path, metavar="X.png", help="picture to write (default: next to the file)")
+    _add_set(views)
+    views.set_defaults(call=_views)
+
+
+def _add_recipe(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--recipe", default=default, help=f"name of a recipe, or a .yaml file with one (default: {default})"
+    )
+
+
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     evaluate.add_argument(
         "--what",
         nargs="+",
         action="extend",
         default=[],
         metavar="PROTOCOL",
-        help="knn, linear, logistic, few_label, linear_augmented, finetune (default: eval.what of the run)",
+        help="knn, linear, logistic, few_label, linear_augmented, finetune (default: the run's eval.what)",
     )
     evaluate.add_argument(
-        "--on", type=Path, metavar="OTHER.beton", help="judge on another data set (default: the run's own)"
+        "--on", type=Path, metavar="X.beton", help="evaluate on another data set (default: the run's own)"
     )
     evaluate.add_argument(
         "--test",
         type=Path,
         metavar="TEST.beton",
-        help="the test part (default: data.test of the run; with --on a hold-out of OTHER.beton)",
+        help="test set (default: the run's data.test; with --on, images held out of that file)",
     )
-    evaluate.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the last one)")
-    evaluate.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    _add_step(evaluate)
+    _add_set(evaluate)
     evaluate.set_defaults(call=_eval)
 
 
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the last one)")
+
+
 def _add_compare(compare: argparse.ArgumentParser) -> None:
-    compare.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml")
-    compare.add_argument("--base", nargs="+", type=Path, default=[], metavar="YAML", help="read first, for all of them")
-    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="of each configuration (default: 3)")
-    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the runs and the table")
-    compare.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for all of them")
+    compare.add_argument("configs", nargs="+", type=Path, metavar="X.yaml", help="the configurations to compare")
     compare.add_argument(
-        "--sweep",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=V1,V2",
-        help="run each configuration with each of these values",
+        "--base", nargs="+", type=Path, default=[], metavar="X.yaml", help="read these files first, for all of them"
     )
     compare.add_argument(
-        "--tune",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=V1,V2",
-        help="choose among these values on held-out images first, for each configuration",
+        "--seeds", type=int, default=3, metavar="N", help="train each configuration with seeds 0 to N - 1 (default: 3)"
     )
-    compare.add_argument("--tune-on", metavar="PROTOCOL", help="what to choose by (default: the first of eval.what)")
+    compare.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/compare"),
+        metavar="FOLDER",
+        help="folder for the runs and the table (default: runs/compare)",
+    )
+    _add_set(compare, "override keys of all configurations")
+    _add_values(compare, "--sweep", "repeat each configuration with each of these values")
+    _add_values(compare, "--tune", "first choose one of these values for each configuration, on held-out images")
+    compare.add_argument(
+        "--tune-on", metavar="PROTOCOL", help="protocol that --tune chooses by (default: the first of eval.what)"
+    )
     compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
-    compare.add_argument("--on-test", action="store_true", help="judge on data.test (default: on held-out images)")
     compare.add_argument(
-        "--launcher", default="", help="what starts a training, such as 'deepspeed --num_gpus 8' (default: one process)"
+        "--on-test", action="store_true", help="evaluate on data.test (default: on held-out training images)"
+    )
+    compare.add_argument(
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help="command that starts a training, such as 'deepspeed --num_gpus 8' (default: one process)",
     )
     compare.set_defaults(call=_compare)
 
 
+def _add_values(command: argparse.ArgumentParser, option: str, what: str) -> None:
+    command.add_argument(option, nargs="+", action="extend", default=[], metavar="KEY=V1,V2", help=what)
+
+
 def _add_hessian(hessian: argparse.ArgumentParser) -> None:
-    hessian.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, one plot for all")
-    hessian.add_argument("--num-probes", type=int, default=4, metavar="N", help="random starts (default: 4)")
+    hessian.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs; they share one plot")
     hessian.add_argument(
-        "--num-iterations", type=int, default=64, metavar="N", help="Lanczos steps for each start (default: 64)"
+        "--num-probes", type=int, default=4, metavar="N", help="number of random start vectors (default: 4)"
     )
-    hessian.add_argument("--top-k", type=int, default=5, metavar="K", help="largest eigenvalues (default: 5)")
-    hessian.add_argument("--seed", type=int, default=0, help="of the starts (default: 0)")
+    hessian.add_argument(
+        "--num-iterations", type=int, default=64, metavar="N", help="Lanczos steps per start vector (default: 64)"
+    )
+    hessian.add_argument(
+        "--top-k", type=int, default=5, metavar="K", help="number of largest eigenvalues to report (default: 5)"
+    )
+    hessian.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the start vectors (default: 0)")
     _add_batches(hessian)
     hessian.set_defaults(call=_hessian)
 
 
 def _add_gradflow(gradflow: argparse.ArgumentParser) -> None:
-    gradflow.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    gradflow.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     _add_batches(gradflow)
     gradflow.set_defaults(call=_gradflow)
 
 
 def _add_batches(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the last one)")
+    _add_step(command)
     command.add_argument(
-        "--num-images", type=int, metavar="N", help="of the training file, whole batches (default: four)"
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="number of training images, a multiple of the batch size (default: four batches)",
     )
-    command.add_argument("--batch-size", type=int, metavar="N", help="images of a batch (default: the run's, global)")
-    command.add_argument("--out", type=Path, help="folder of the results (default: in the run)")
-    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    command.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per batch (default: the run's data.global_batch_size)"
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for the results (default: inside the run's folder)"
+    )
+    _add_set(command)
 
 
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
-    doctor.add_argument("--cfg", nargs="+", type=Path, help="YAML file, or files, of the run that is to be made here")
-    doctor.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
-    doctor.add_argument("--data", type=Path, metavar="FOLDER", help="whose disk to measure (default: data.train)")
-    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument(
+        "--cfg", nargs="+", type=Path, metavar="X.yaml", help="also check what the run of this configuration needs"
+    )
+    _add_set(doctor)
+    doctor.add_argument(
+        "--data", type=Path, metavar="PATH", help="folder or .beton file whose disk to measure (default: data.train)"
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(call=_doctor)
 
 
-def _add_bench_loader(parts: "argparse._SubParsersAction[_Parser]") -> None:
-    loader = parts.add_parser("loader", help="each engine, the disk, decoding and the other stages, in turns")
-    loader.add_argument("beton", type=Path, metavar="X.beton")
-    loader.add_argument("--recipe", default="byol", help="a recipe's name, or a .yaml file of one (default: byol)")
-    loader.add_argument("--size-px", type=int, metavar="N", help="side of every view (default: the recipe's)")
+def _add_bench_loader(loader: argparse.ArgumentParser) -> None:
+    loader.add_argument("beton", type=Path, metavar="X.beton", help="the file to load")
+    _add_recipe(loader, "byol")
+    loader.add_argument("--size-px", type=int, metavar="N", help="side of every view in pixels (default: the recipe's)")
     loader.add_argument(
-        "--engines", nargs="+", default=["ffcv", "dali", "resident", "torch"], metavar="ENGINE", help="default: all"
+        "--engines",
+        nargs="+",
+        default=["ffcv", "dali", "resident", "torch"],
+        metavar="ENGINE",
+        help="engines to measure (default: ffcv dali resident torch)",
     )
-    loader.add_argument("--batch-size", type=int, default=64, metavar="N", help="images (default: 64)")
-    loader.add_argument("--threads", dest="num_threads", type=int, metavar="N", help="cores (default: all)")
-    loader.add_argument("--seconds", type=float, default=2.0, help="length of a timing window (default: 2)")
-    loader.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto, the GPU if there is one)")
-    loader.add_argument("--out", type=Path, metavar="X.csv", help="append the rows to this file")
+    loader.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
+    loader.add_argument(
+        "--threads", dest="num_threads", type=int, metavar="N", help="number of CPU cores to use (default: all)"
+    )
+    loader.add_argument(
+        "--seconds", type=float, default=2.0, metavar="S", help="length of a timing window (default: 2)"
+    )
+    loader.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda (default: auto, which takes a GPU if there is one)"
+    )
+    loader.add_argument("--out", type=Path, metavar="X.csv", help="append the results to this file")
     loader.set_defaults(call=_bench_loader)
 
 
 def _add_convert(convert: argparse.ArgumentParser) -> None:
     kinds = ["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
-    convert.add_argument("--from", dest="kind", required=True, choices=kinds)
+    convert.add_argument(
+        "--from", dest="kind", required=True, choices=kinds, metavar="KIND", help=f"kind of source: {', '.join(kinds)}"
+    )
     convert.add_argument(
         "src",
         nargs="?",
         metavar="SRC",
-        help="folder; csv: table with columns path and, if labelled, label; webdataset, parquet: a folder, file, glob "
-        "or pattern like x-{000..012}.tar; torchvision: the data set's name, e.g. CIFAR10; npz: the file; digits: none",
+        help="folder: a folder of images. csv: a table with the columns path and, if labelled, label. webdataset, "
+        "parquet: a folder, a file, or a pattern such as x-{000..012}.tar. torchvision: name of the data set, such "
+        "as CIFAR10. npz: the file. digits: leave SRC out",
     )
-    convert.add_argument("out", type=Path, metavar="OUT.beton")
+    convert.add_argument("out", type=Path, metavar="OUT.beton", help="the file to write")
     convert.add_argument(
-        "--split", help="digits: train or test (default: both); npz: reads x_SPLIT and y_SPLIT; torchvision: its own"
+        "--split",
+        help="digits: train or test (default: both). npz: read the arrays x_SPLIT and y_SPLIT. torchvision: the data "
+        "set's own name of the split",
     )
-    convert.add_argument("--root", help="torchvision: folder of its data sets")
-    convert.add_argument("--download", action="store_true", help="torchvision: fetch what is missing in --root")
-    convert.add_argument("--image-column", help="parquet: column of the images (default: the only one, or image)")
-    convert.add_argument("--label-column", help="parquet: column of integer labels (default: label, if it is there)")
-    convert.add_argument("--max-px", type=int, help="shrink images whose longer side is over this")
-    convert.add_argument("--quality", type=int, default=95, help="of JPEGs encoded anew, 1 to 100 (default: 95)")
-    convert.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do at a corrupt image")
+    convert.add_argument("--root", metavar="FOLDER", help="torchvision: folder of its data sets")
+    convert.add_argument("--download", action="store_true", help="torchvision: download files missing in --root")
+    convert.add_argument(
+        "--image-column", metavar="NAME", help="parquet: column with the images (default: the only one, or image)"
+    )
+    convert.add_argument(
+        "--label-column", metavar="NAME", help="parquet: column with integer labels (default: label, if present)"
+    )
+    convert.add_argument("--max-px", type=int, metavar="N", help="shrink images whose longer side exceeds N pixels")
+    convert.add_argument(
+        "--quality", type=int, default=95, metavar="N", help="JPEG quality of re-encoded images, 1 to 100 (default: 95)"
+    )
+    convert.add_argument(
+        "--on-error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="stop at a corrupt image, or leave it out (default: fail)",
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     convert.add_argument(
         "--resume",
         action="store_true",
-        help="go on where a killed conversion was (give the same command again with this option)",
+        help="resume an interrupted conversion: repeat its command with this option added",
     )
     convert.add_argument(
         "--shards",
         type=int,
         metavar="N",
-        help="write N files OUT-00000-of-0000N.beton of equal, contiguous ranges; each is a data set of its own (a "
-        "training reads one file): for work shared by machines, or parts of one set",
+        help="write N files OUT-00000-of-0000N.beton, each with an equal, contiguous part of the images: to share "
+        "the work among machines, or for parts of a data set (a training reads one file)",
     )
-    convert.add_argument("--shard", type=int, metavar="I", help="with --shards: write only number I, from 0")
+    convert.add_argument("--shard", type=int, metavar="I", help="with --shards: write only file I, counted from 0")
     convert.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes (default: 0, a thread a core of one process)"
+        "--workers", type=int, default=0, metavar="N", help="worker processes (default: 0, one thread per core instead)"
     )
     convert.set_defaults(call=_convert)
 

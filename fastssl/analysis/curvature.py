@@ -41,9 +41,14 @@ def twice_differentiable(cfg: Config) -> Config:
     """
     loss = cfg.loss
     if isinstance(loss, MincConfig) and loss.gha:
-        raise ConfigError("loss.gha: with the lower triangle MINC descends no function, so it has no Hessian")
+        raise ConfigError(
+            "loss.gha: the update of MINC with gha is not the gradient of a function, so it has no Hessian"
+        )
     if isinstance(loss, MincConfig) and loss.alpha != 2:
-        raise ConfigError(f"loss.alpha: {loss.alpha:g} has a slope below loss.alpha_floor that is no second derivative")
+        raise ConfigError(
+            f"loss.alpha is {loss.alpha:g}: below loss.alpha_floor its gradient is an approximation without a Hessian; "
+            "only loss.alpha=2 has one"
+        )
     return replace(cfg, loss=with_impl(loss, "reference"))
 
 
@@ -112,7 +117,10 @@ class LossHessian:
             slope = torch.stack([g.flatten() @ piece for g, piece in zip(grads, pieces, strict=True)]).sum()
             product += self._flat(torch.autograd.grad(slope, self.parameters, materialize_grads=True))
         if not torch.isfinite(product).all():
-            raise UserError("the Hessian is not finite here: a projection of length 0, or a loss out of fp32's range")
+            raise UserError(
+                "the Hessian is not finite at these weights: a projection has length 0, or the loss exceeds the "
+                "range of fp32"
+            )
         return product / len(self.batches)
 
     def _loss(self, number: int) -> Tensor:

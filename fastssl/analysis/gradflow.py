@@ -84,7 +84,7 @@ def gradflow(
     out = make_folder(out or folder.gradflow / checkpoint.name)
     source = load_source(folder, cfg, step=step, settings=settings)
     if len(source.batches[0]) != 2:
-        raise ConfigError(f"views.recipe: the closed form is for two views, {path} has {len(source.batches[0])}")
+        raise ConfigError(f"views.recipe: the closed form is for two views, but {path} has {len(source.batches[0])}")
     found = compare_gradients(source)
     rows = _coefficients(source)
     write_table(out / "coefficients.csv", rows)

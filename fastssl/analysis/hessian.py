@@ -57,7 +57,7 @@ class HessianSettings:
             if number < 1:
                 raise ConfigError(f"{option} must be >= 1, got {number}")
         if not 1 <= self.top_k <= self.num_iterations:
-            raise ConfigError(f"--top-k must be in [1, {self.num_iterations}], --num-iterations, got {self.top_k}")
+            raise ConfigError(f"--top-k must be in [1, {self.num_iterations}] (--num-iterations), got {self.top_k}")
         if self.seed < 0:
             raise ConfigError(f"--seed must be >= 0, got {self.seed}")
 
@@ -102,7 +102,7 @@ def find_spectrum(
         ConfigError: the matrix has fewer eigenvalues than top_k.
     """
     if settings.top_k > len(like):
-        raise ConfigError(f"--top-k is {settings.top_k}, but there are {len(like)} parameters")
+        raise ConfigError(f"--top-k is {settings.top_k}, but the model has only {len(like)} parameters")
     krylovs: list[Krylov] = []
     top: tuple[np.ndarray, np.ndarray] = (np.empty(0), np.empty(0))
     for number in range(settings.num_probes):
@@ -159,7 +159,7 @@ def hessian_of_runs(
         DataError: a file cannot be read.
     """
     if len(set(runs)) < len(runs):
-        raise ConfigError(f"{max(runs, key=runs.count)} is given twice")
+        raise ConfigError(f"the run {max(runs, key=runs.count)} is given twice")
     opened = [(path, *open_run(path, overrides)) for path in runs]
     targets: list[Path] = []
     for _, folder, cfg in opened:  # check everything before the long computation

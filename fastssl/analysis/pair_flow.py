@@ -117,7 +117,7 @@ def pair_flow(loss: Loss, z: Tensor) -> PairFlow:
     build = _BUILDERS.get(type(loss))
     if build is None:
         raise ConfigError(
-            f"loss.name: {loss.config.name} has no closed-form gradient over pairs; these have: "
+            f"loss.name: {loss.config.name} has no closed-form gradient over pairs; these losses have one: "
             "mio, simclr, dcl, dclw, siglip, spectral"
         )
     with torch.no_grad():

@@ -40,7 +40,7 @@ class BatchSettings:
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 2:
-            raise ConfigError(f"--batch-size must be >= 2, got {self.batch_size}: every loss needs other images")
+            raise ConfigError(f"--batch-size must be >= 2, got {self.batch_size}: every loss compares different images")
         if self.num_images is not None and self.num_images < 1:
             raise ConfigError(f"--num-images must be >= 1, got {self.num_images}")
 
@@ -113,7 +113,7 @@ def load_objective(cfg: Config, checkpoint: Path) -> Objective:
             objective.load_state_dict(load_objective_state(checkpoint))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{checkpoint} is of another model or loss than the configuration: {reason}") from None
+        raise ConfigError(f"{checkpoint} does not fit the model or loss of the configuration: {reason}") from None
     return objective
 
 

@@ -142,7 +142,7 @@ def compare(
     table = _write(out / "compare.csv", rows, environment)
     summary = summarise(rows)
     draw(summary, variants, out / "compare.png")
-    scored_on = "the test file" if on_test else "images held out of the training file"
+    scored_on = "the test file" if on_test else "held-out images of the training file"
     shown = (*SHOWN, "tuned") if tune else SHOWN
     return f"top-1 in % on {scored_on}\n{format_table(summary, shown)}\n{table}, {table.with_suffix('.png')}"
 
@@ -205,20 +205,25 @@ def _check(
     folders = [variant.folder for variant in variants]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
-        raise UserError(f"two configurations are named {twice}: rename one")
+        raise UserError(f"two configurations are named {twice}, the name in the table: rename one")
     first: dict[tuple[Setting, ...], tuple[Path, Any]] = {}  # of each point of the sweep
     for variant in variants:
         config = variant.config
         for candidate in candidates:
             cfg = load_config([*base, config], [*overrides, *replace(variant, tuned=candidate).overrides])
         if on_test and not cfg.data.test:
-            raise ConfigError(f"{config}: data.test is not set, and --on-test reads it")
+            raise ConfigError(f"{config}: --on-test needs data.test, which is not set")
         if (not on_test or candidates != [()]) and not cfg.data.holdout_fraction:
-            raise ConfigError(f"{config}: data.holdout_fraction is 0, so there is nothing to judge on but --on-test")
+            raise ConfigError(
+                f"{config}: data.holdout_fraction is 0, so no images are held out to evaluate on: raise it, or use "
+                "--on-test without --tune"
+            )
         other, expected = first.setdefault(variant.swept, (config, to_dict(cfg)))
         different = [key for key in differing_keys(expected, to_dict(cfg)) if key.startswith(("data.", "eval."))]
         if different:
-            raise UserError(f"{config} and {other} differ in {different[0]}: they would not be comparable")
+            raise UserError(
+                f"{config} and {other} differ in {different[0]}: make it the same, or they cannot be compared"
+            )
     return [name for name in cfg.eval.what if name != "few_label"]
 
 
@@ -265,9 +270,7 @@ class _Runs:
         train = [*self._start, _TRAIN, "--cfg", *self._base, variant.config, "--set", *settings]
         self._call("training", run, train, log)
         if RunFolder(run).preempted.exists():
-            raise UserError(
-                f"{run}: a signal ended the training before its last epoch; the same command goes on with it"
-            )
+            raise UserError(f"{run}: a signal ended the training before its last epoch; the same command resumes it")
         if not (lines := _lines(RunFolder(run), on_test=on_test)):
             judge = [] if on_test else ["--set", "data.test=null", "eval.baselines=false"]
             self._call("evaluation", run, [sys.executable, "-m", "fastssl.cli", "eval", run, *judge], log)

@@ -72,7 +72,9 @@ class EvalConfig(Section):
             if not values_of(getattr(self, name)):
                 raise ValueError(f"{name} must not be empty")
         if self.what == ("few_label",) and not self.few_labels:
-            raise ValueError("few_labels must hold numbers of labels, such as [5, 20], for the protocol few_label")
+            raise ValueError(
+                "few_labels must list numbers of images per class, such as [5, 20], for the protocol few_label"
+            )
         try:
             ViewSpec(**with_pairs(self.augment))
         except (ValueError, TypeError) as error:

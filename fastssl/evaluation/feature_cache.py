@@ -77,7 +77,8 @@ def _read(path: Path, num_images: int, dtype: str) -> np.ndarray | None:
     except (ValueError, EOFError, AttributeError):  # a truncated header or map; an array that cannot be mapped
         is_whole = False
     if not is_whole:
-        print(f"fastssl: warning: {printable(path)} is damaged and is made anew", file=sys.stderr, flush=True)
+        line = f"fastssl: warning: {printable(path)} is damaged; its features are computed again"
+        print(line, file=sys.stderr, flush=True)
         return None
     return features
 
@@ -97,7 +98,7 @@ def _write(path: Path, num_images: int, dtype: str, blocks: Iterable[np.ndarray]
                 file.write(np.ascontiguousarray(block, dtype).data)
                 num_written += len(block)
             if num_written != num_images:
-                raise ValueError(f"{num_written} rows of features came for {num_images} images")
+                raise ValueError(f"the encoder returned {num_written} feature vectors for {num_images} images")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

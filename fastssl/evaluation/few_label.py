@@ -25,7 +25,9 @@ def check_few_label(cfg: EvalConfig, train_y: np.ndarray) -> None:
     most = max(cfg.few_labels, default=0)
     if counts.min() < most:
         scarce = classes[counts.argmin()]
-        raise ValueError(f"eval.few_labels: class {scarce} has {counts.min()} training images, {most} are asked for")
+        raise ValueError(
+            f"eval.few_labels asks for {most} images per class, but class {scarce} has only {counts.min()}: lower it"
+        )
 
 
 def few_label(task: Task) -> dict[str, Outcome]:

@@ -25,7 +25,7 @@ def check_knn(cfg: EvalConfig, train_y: np.ndarray) -> None:
     num_images = len(split_validation(train_y)[0]) if _is_chosen(cfg) else len(train_y)
     k = max(values_of(cfg.knn_k))
     if k > num_images:
-        raise ValueError(f"eval.knn_k is {k}, but there are only {num_images} labelled images to be neighbours")
+        raise ValueError(f"eval.knn_k is {k}, but there are only {num_images} labelled training images: lower it")
 
 
 def knn(task: Task) -> dict[str, Outcome]:

@@ -23,18 +23,18 @@ def check_same_classes(train: BetonReader, test: BetonReader, test_key: str) -> 
         ConfigError: it has no labels, or other classes than the training file.
     """
     if num_labelled_classes(test) == 0:
-        raise ConfigError(f"{test_key}: {test.path} has no labels to be judged by")
+        raise ConfigError(f"{test_key}: {test.path} has no labels, which evaluation needs")
     names, test_names = train.class_names, test.class_names
     if names and test_names and names != test_names:
         odd = sorted(set(names) ^ set(test_names)) or test_names
         raise ConfigError(
-            f"{test_key}: {test.path} has other classes than {train.path} "
-            f"(labels are positions in the list of classes): {', '.join(odd[:5])}"
+            f"{test_key}: the classes of {test.path} differ from those of {train.path}, or their order does "
+            f"(a label is a position in the list of classes): {', '.join(odd[:5])}"
         )
     unknown = np.setdiff1d(_classes(test), _classes(train))
     if len(unknown) and num_labelled_classes(train):
         raise ConfigError(
-            f"{test_key}: {test.path} has labels that no image of {train.path} has: {', '.join(map(str, unknown[:5]))}"
+            f"{test_key}: {test.path} has labels that do not occur in {train.path}: {', '.join(map(str, unknown[:5]))}"
         )
 
 

@@ -30,9 +30,7 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
     """
     train_key, train = ("--on", BetonReader(on)) if on else ("data.train", BetonReader(data.train))
     if num_labelled_classes(train) < 2:
-        raise ConfigError(
-            f"{train_key}: {train.path} holds fewer than two labelled classes: there is nothing to evaluate"
-        )
+        raise ConfigError(f"{train_key}: {train.path} has fewer than two classes with labels, and evaluation needs two")
     test_path = test or (None if on else data.test)
     if test_path:
         test_key, reader = "--test" if test else "data.test", BetonReader(test_path)
@@ -51,7 +49,10 @@ def hold_out(reader: BetonReader, fraction: float, why: str) -> tuple[Part, Part
     is_held_out[split_holdout(reader.num_samples, fraction, reader.labels)[1]] = True
     is_labelled = reader.labels >= 0
     if not (is_held_out & is_labelled).any():
-        raise ConfigError(f"{why} and data.holdout_fraction holds out no image: nothing to be judged by")
+        raise ConfigError(
+            f"{why}, and data.holdout_fraction={fraction:g} holds out no labelled image to evaluate on: give a test "
+            "file, or raise data.holdout_fraction"
+        )
     train, test = _labelled(reader, is_labelled & ~is_held_out), _labelled(reader, is_labelled & is_held_out)
     return train, test, f"{fraction:g} of {reader.path}, held out ({why})"
 

@@ -68,9 +68,9 @@ def split_validation(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ValueError: fewer than 10 images, or fewer than two classes.
     """
     if len(labels) < 10:
-        raise ValueError(f"choosing settings needs at least 10 labelled training images, not {len(labels)}")
+        raise ValueError(f"choosing the settings needs at least 10 labelled training images, not {len(labels)}")
     if len(np.unique(labels)) < 2:
-        raise ValueError("a classifier needs at least two labelled classes to learn from, not one")
+        raise ValueError("a classifier needs training images of at least two classes, not one")
     return split_holdout(len(labels), VALIDATION_FRACTION, labels)
 
 

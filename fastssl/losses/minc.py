@@ -82,7 +82,7 @@ class MincConfig(LossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gha and self.alpha != 2:
-            raise ValueError(f"loss.gha: only with loss.alpha 2, got {self.alpha}")
+            raise ValueError(f"loss.gha needs loss.alpha=2, got {self.alpha}")
 
 
 class Minc(Loss[MincConfig]):

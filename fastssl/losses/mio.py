@@ -67,11 +67,11 @@ class MioConfig(LossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.per_anchor and self.negative != "jensen":
-            raise ValueError(f"loss.per_anchor: only for loss.negative jensen, got {self.negative}")
+            raise ValueError(f"loss.per_anchor needs loss.negative=jensen, got {self.negative}")
         if self.negative in ("exp", "jensen") and self.temperature_negative < LOWEST_EXP_TEMPERATURE:
             raise ValueError(
                 f"temperature_negative must be in {EXP_TEMPERATURE} for loss.negative {self.negative}, "
-                f"not {self.temperature_negative}: e^(s/temperature) leaves fp32's range"
+                f"not {self.temperature_negative}: exp(similarity / temperature) would exceed the range of fp32"
             )
 
 

@@ -15,8 +15,8 @@ def check_moment_width(width: int, loss_name: str) -> None:
     """Refuse a D whose D x D moment would not fit in memory; the ValueError names `model.projector_dim`."""
     if width > MAX_WIDTH:
         raise ValueError(
-            f"model.projector_dim: {width} needs moments of {width} x {width} for loss {loss_name}, "
-            f"{4 * width**2 / 1e9:.1f} GB each; at most {MAX_WIDTH}"
+            f"model.projector_dim: {width} is too wide for loss {loss_name}, which keeps moments of {width} x {width}, "
+            f"{4 * width**2 / 1e9:.1f} GB each; at most {MAX_WIDTH} is supported"
         )
 
 

@@ -31,9 +31,9 @@ def stack_views(*z: Tensor) -> Tensor:
     if len(z) < 2:
         raise ValueError(f"the loss needs at least two views, got {len(z)}")
     if z[0].ndim != 2 or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"all views must be [B, D] alike, got {', '.join(map(str, shapes))}")
+        raise ValueError(f"all views must have the same shape [B, D], got {', '.join(map(str, shapes))}")
     if len(set(dtypes)) > 1 or not z[0].is_floating_point():
-        raise ValueError(f"all views must have one floating dtype, got {', '.join(map(str, dtypes))}")
+        raise ValueError(f"all views must have the same floating dtype, got {', '.join(map(str, dtypes))}")
     num_samples = len(z[0]) * collectives.world_size()
     if num_samples < 2:
         raise ValueError(f"the global batch must have at least 2 samples, got {num_samples}")

@@ -42,12 +42,15 @@ def checkpoint_activations(backbone: nn.Module, name: str) -> None:
         try:
             backbone.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
         except AssertionError:  # timm raises this for unsupported models
-            raise ValueError(f"model.activation_checkpointing: timm has none for {name}") from None
+            raise ValueError(
+                f"model.activation_checkpointing: timm does not support it for {name}: set it to false"
+            ) from None
         return
     paths = _BLOCKS.get(type(backbone).__name__)
     if paths is None:
         raise ValueError(
-            f"model.activation_checkpointing: not for {name}, only for torchvision's {', '.join(_BLOCKS)} and for timm/"
+            f"model.activation_checkpointing: {name} does not support it; torchvision's {', '.join(_BLOCKS)} and timm/ "
+            "models do"
         )
     for path in paths:
         _checkpoint_blocks(backbone.get_submodule(path))

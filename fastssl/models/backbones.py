@@ -43,7 +43,7 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
     asked = {"stem": cfg.stem, "stem_channels": cfg.stem_channels, "pool_px": cfg.pool_px}
     changed = [f"model.{name}={asked[name]}" for name in asked if asked[name] not in ("imagenet", 0, 1)]
     if changed and not is_resnet:
-        raise ValueError(f"{' and '.join(changed)}: for ResNets only, not for {cfg.backbone}")
+        raise ValueError(f"{' and '.join(changed)}: for ResNets only, not for {cfg.backbone}: leave it out")
     if cfg.stem_channels:
         _set_stem_channels(model, cfg)
     if cfg.stem == "cifar":
@@ -126,7 +126,7 @@ def _drop_classifier(model: nn.Module, name: str) -> None:
     # In every torchvision classifier, the last registered linear layer is the one that outputs the class logits.
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
-        raise ValueError(f"model.backbone: {name} has no linear classifier to take off")
+        raise ValueError(f"model.backbone: {name} has no linear classifier to remove")
     parent, _, leaf = linears[-1].rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.Identity())
 
@@ -187,8 +187,8 @@ def count_features(model: nn.Module, name: str, image_px: int) -> int:
         h = model(torch.zeros(1, 3, image_px, image_px, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         message = " ".join(str(error).split())
-        raise ValueError(f"model.backbone: {name} does not take {image_px} px images: {message}") from error
+        raise ValueError(f"model.backbone: {name} does not accept images of {image_px} px: {message}") from error
     model.train()
     if not isinstance(h, torch.Tensor) or h.ndim != 2:
-        raise ValueError(f"model.backbone: {name} does not give one feature vector per image")
+        raise ValueError(f"model.backbone: {name} does not return one feature vector per image")
     return h.shape[1]

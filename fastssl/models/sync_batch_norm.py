@@ -52,7 +52,7 @@ class SyncBatchNorm(BatchNormBase):
     def _normalize(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if collectives.world_size() == 1 and x.numel() <= x.shape[1]:
-            raise ValueError(f"batch norm wants more than one value of a channel while training, got {list(x.shape)}")
+            raise ValueError(f"batch norm needs more than one value per channel in training, got shape {list(x.shape)}")
         y, mean, variance, num_values = _Normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
         self._track(mean, variance * (num_values / (num_values - 1)))
         return y
@@ -68,7 +68,7 @@ class SyncBatchNorm(BatchNormBase):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise ValueError(f"batch norm wants [B, C, ...], got {list(input.shape)}")
+            raise ValueError(f"batch norm needs [B, C, ...], got shape {list(input.shape)}")
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -86,7 +86,9 @@ def synchronize_batch_norms(module: nn.Module) -> None:
         if isinstance(norm, BatchNormBase) and not isinstance(norm, SyncBatchNorm):
             kind = type(norm)
             if kind.forward is not BatchNormBase.forward and kind.__name__ != "BatchNormAct2d":
-                raise ValueError(f"model.batch_norm: there is no sync form of {kind.__module__}.{kind.__name__}")
+                raise ValueError(
+                    f"model.batch_norm=sync does not support {kind.__module__}.{kind.__name__}: set it to per_rank"
+                )
             norm.__class__ = SyncBatchNorm
 
 

@@ -44,5 +44,6 @@ class OptimConfig(Section):
             raise ValueError("impl must be auto or torch with optim.name=lars: apex has no LARS")
         if self.impl == "apex" and self.name == "lamb" and self.weight_decay == 0:
             raise ValueError(
-                "weight_decay must be > 0 with optim.impl=apex and optim.name=lamb: apex adapts no layer without decay"
+                "weight_decay must be > 0 with optim.impl=apex and optim.name=lamb: without it, apex does not scale "
+                "the steps of the layers"
             )

@@ -29,19 +29,20 @@ def check_same_config(cfg: Config, data: Mapping[str, Identity]) -> None:
     for rank, (host, tree, own_data) in enumerate(of_ranks):
         if keys := differing_keys(first_tree, tree, ignore=_OWN_KEYS):
             raise ConfigError(
-                f"rank {rank} on {host} has another config than rank 0 on {first_host}; it differs in {'; '.join(keys)}"
+                f"rank {rank} on {host} has a different configuration from rank 0 on {first_host}: "
+                f"{'; '.join(keys)}; start every process with the same configuration"
             )
         for key, identity in own_data.items():
             if identity == first_data[key]:
                 continue
             if key == "loader":
                 raise ConfigError(
-                    f"the loader gives [batches, images of a batch] {identity} on {host} (rank {rank}), but "
-                    f"{first_data[key]} on {first_host} (rank 0): give every rank as many"
+                    f"the loader has [batches, images per batch] {identity} on {host} (rank {rank}), but "
+                    f"{first_data[key]} on {first_host} (rank 0): give every rank the same number of both"
                 )
             raise ConfigError(
                 f"{key}: {_path_of(cfg, key)} on {host} (rank {rank}) is not the file of {first_host} (rank 0): it has "
-                f"{difference(identity, first_data[key])}; give every host the same file"
+                f"{difference(identity, first_data[key])}; use the same file on every host"
             )
 
 
@@ -97,6 +98,6 @@ def check_shared_folder(folder: RunFolder, mark: str) -> None:
     blind = sorted({host for host, sees in of_ranks if not sees})
     if blind:
         raise ConfigError(
-            f"run.dir: {folder.path} is not one folder for all: {', '.join(blind)} does not see what {of_ranks[0][0]} "
-            "writes there; put it on a file system that all hosts share"
+            f"run.dir: {folder.path} is not shared by all hosts: {', '.join(blind)} cannot see the files that "
+            f"{of_ranks[0][0]} writes there; choose a folder on a shared file system"
         )

@@ -106,7 +106,7 @@ def choose_device(wanted: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     reason = why_no_gpu()
     if reason and wanted == "cuda":
-        raise ConfigError(f"run.device is cuda, but {reason}; or use --set run.device=cpu")
+        raise ConfigError(f"run.device is cuda, but {reason}; or use the CPU with --set run.device=cpu")
     if reason:
         is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         if local_rank == 0 and not is_hidden and driver_version():
@@ -115,8 +115,8 @@ def choose_device(wanted: str) -> torch.device:
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise ConfigError(
-            f"process {local_rank + 1} of this machine has no GPU of its own, torch finds {num_gpus}: start {num_gpus} "
-            "processes, or use --set run.device=cpu"
+            f"process {local_rank + 1} of this machine has no GPU, because torch finds only {num_gpus}: start "
+            f"{num_gpus} processes here, or use --set run.device=cpu"
         )
     if reason := why_too_old(local_rank):
         raise ConfigError(f"{reason}: use --set run.device=cpu")
@@ -148,8 +148,8 @@ def _check_group(backend: str) -> None:
     """
     if torch_dist.get_backend() != backend:
         raise ConfigError(
-            f"run.device: this process has a process group of {torch_dist.get_backend()}, and {backend} is needed: "
-            "train on the same device as before, or in another process"
+            f"run.device: this process already has a process group with backend {torch_dist.get_backend()}, but "
+            f"{backend} is needed: train on the same device as before, or in a new process"
         )
     if torch_dist.get_world_size() == 1:
         for name, value in ALONE.items():

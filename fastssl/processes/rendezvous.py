@@ -36,7 +36,10 @@ def join(backend: str, cfg: RunConfig) -> None:
         return
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ConfigError(f"RANK is set, but not {', '.join(missing)}: start with deepspeed or torchrun, or set all")
+        raise ConfigError(
+            f"the environment variable RANK is set, but not {', '.join(missing)}: start the training with deepspeed or "
+            "torchrun, or set all of them"
+        )
     try:
         _make_groups(backend, cfg)
     except (RuntimeError, OSError) as error:
@@ -44,9 +47,10 @@ def join(backend: str, cfg: RunConfig) -> None:
             raise
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PeerLostError(
-            f"the {os.environ['WORLD_SIZE']} processes did not all meet at {address} within "
-            f"run.rendezvous_timeout_s={cfg.rendezvous_timeout_s} s ({reason_of(error)}), says {socket.gethostname()}: "
-            "see whether every host has started, can reach that address, and GLOO_SOCKET_IFNAME names the interface"
+            f"not all {os.environ['WORLD_SIZE']} processes connected to {address} within "
+            f"run.rendezvous_timeout_s={cfg.rendezvous_timeout_s} s ({reason_of(error)}; seen on "
+            f"{socket.gethostname()}): check that every host has started its processes and can reach this address, and "
+            "that GLOO_SOCKET_IFNAME names the right network interface"
         ) from None
 
 

@@ -111,8 +111,8 @@ def loss_message(error: BaseException, step: int) -> str:
     """One line: who noticed, when, what the network said, and how to go on."""
     return (
         f"lost another process of the run after step {step} ({reason_of(error)}), noticed by rank "
-        f"{collectives.rank()} on {socket.gethostname()}: see what the other hosts say, then go on from the last "
-        "checkpoint with --set run.resume=auto"
+        f"{collectives.rank()} on {socket.gethostname()}: read the messages of the other processes, then resume from "
+        "the last checkpoint with --set run.resume=auto"
     )
 
 

@@ -64,7 +64,7 @@ class CapturedStep:
         if all(view.shape == captured.shape for view, captured in zip(batch.views, self._views, strict=True)):
             return False
         if not self._has_said:
-            line = "fastssl: a batch of another shape is taken by a plain step, not by the CUDA graph"
+            line = "fastssl: a batch with a different shape runs without the CUDA graph; said once"
             print(line, file=sys.stderr, flush=True)
         self._has_said = True
         return True
@@ -77,7 +77,7 @@ class CapturedStep:
             cause = error.__context__ or error  # ending an aborted capture raises another error
             reason = next(iter(str(cause).splitlines()), type(cause).__name__)
             raise ConfigError(
-                f"train.cuda_graph: the step cannot be captured as a CUDA graph ({reason}): set it to false"
+                f"train.cuda_graph: the step cannot be captured as a CUDA graph ({reason}): set train.cuda_graph=false"
             ) from None
 
     def _capture(self, batch: Batch) -> None:
@@ -105,7 +105,7 @@ def choose_step(cfg: Config, step: TrainStep, device: torch.device) -> TrainStep
     if reason is None:
         return CapturedStep(step, device)
     if cfg.train.cuda_graph is True:
-        raise ConfigError(f"train.cuda_graph is true, but {reason}: set it to auto")
+        raise ConfigError(f"train.cuda_graph is true, but {reason}: set it to auto or false")
     if device.type == "cuda":
         print(f"fastssl: the step is not captured as a CUDA graph: {reason}", file=sys.stderr, flush=True)
     return step
@@ -116,13 +116,13 @@ def why_not_captured(cfg: Config, step: TrainStep, device: torch.device) -> str 
     if device.type != "cuda":
         return "the run is not on a GPU"
     if cfg.train.zero_stage:
-        return f"train.zero_stage is {cfg.train.zero_stage}, whose engine reads values in each step"
+        return f"train.zero_stage is {cfg.train.zero_stage}, and ZeRO reads values on the host in every step"
     if cfg.train.precision == "fp16":
-        return "train.precision is fp16, whose loss scale the host keeps"
+        return "train.precision is fp16, and the host updates its loss scale in every step"
     if cfg.train.num_micro_batches > 1 or cfg.model.activation_checkpointing:
-        return "parts of the batch are encoded again in the backward pass"
+        return "train.num_micro_batches or model.activation_checkpointing encodes images again in the backward pass"
     if cfg.ds:
-        return "ds is set, and DeepSpeed's engine would be passed by"
+        return "ds is set, and a captured step bypasses DeepSpeed's engine"
     if not step.is_direct:
         return "there are several processes, or optim.impl is not auto"
     return None

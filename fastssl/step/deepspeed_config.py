@@ -38,10 +38,11 @@ _OURS = {
 _REFUSED_IN_ZERO = {
     "offload_optimizer": "set train.offload_optimizer instead",
     "cpu_offload": "set train.offload_optimizer instead",
-    "offload_param": "ZeRO 3 alone moves parameters, which train.zero_stage does not allow; leave it out",
-    "cpu_offload_param": "ZeRO 3 alone moves parameters, which train.zero_stage does not allow; leave it out",
-    "compute_grad_norm": "fastssl needs the norm, to know a step that is not finite and to log it; leave it out",
-    "zenflow": "it takes some steps late, from older gradients: another training; use train.offload_optimizer alone",
+    "offload_param": "only ZeRO 3 offloads parameters, and train.zero_stage does not allow 3; remove it",
+    "cpu_offload_param": "only ZeRO 3 offloads parameters, and train.zero_stage does not allow 3; remove it",
+    "compute_grad_norm": "fastssl needs the norm, to detect gradients that are not finite and to log it; remove it",
+    "zenflow": "it applies older gradients in some steps, which changes the training; use train.offload_optimizer "
+    "instead",
     "legacy_stage1": "DeepSpeed no longer has it; set train.zero_stage=1 instead",
 }
 
@@ -85,10 +86,10 @@ def build_ds_config(cfg: Config, *, world_size: int) -> dict[str, Any]:
     }
     for section, value in cfg.ds.items():
         if section in _OURS:
-            raise ConfigError(f"ds.{section}: set {_OURS[section]} instead, DeepSpeed's is written from it")
+            raise ConfigError(f"ds.{section}: set {_OURS[section]} instead, from which fastssl sets this")
         if section not in PASSED:
-            hint = did_you_mean(section, PASSED) or f"; what can be: {', '.join(PASSED)}"
-            raise ConfigError(f"ds.{section}: not passed on to DeepSpeed{hint}")
+            hint = did_you_mean(section, PASSED) or f"; supported are {', '.join(PASSED)}"
+            raise ConfigError(f"ds.{section} is not supported{hint}")
         _check_type(f"ds.{section}", value, PASSED[section])
         if PASSED[section] is dict and "enabled" in value:
             _check_type(f"ds.{section}.enabled", value["enabled"], bool)
@@ -114,7 +115,7 @@ def _merged(own: dict[str, Any], raw: Mapping[str, Any], key: str) -> dict[str, 
             merged[name] = _merged(own[name], value, f"{key}.{name}")
         else:
             raise ConfigError(
-                f"{key}.{name}: fastssl writes it from its own keys (see fastssl/step/deepspeed_config.py)"
+                f"{key}.{name}: fastssl sets it from its own keys (see fastssl/step/deepspeed_config.py); remove it"
             )
     return merged
 
@@ -140,4 +141,4 @@ def _check_averaging(cfg: Config) -> None:
     scatters = cfg.train.zero_stage == 2 and cfg.ds.get("zero_optimization", {}).get("reduce_scatter", True)
     if scatters and (factor != 1 or cfg.ds.get("prescale_gradients")):
         name = "prescale_gradients" if factor == 1 else "gradient_predivide_factor"
-        raise ConfigError(f"ds.{name}: with train.zero_stage=2 set ds.zero_optimization.reduce_scatter=false too")
+        raise ConfigError(f"ds.{name}: with train.zero_stage=2 it needs ds.zero_optimization.reduce_scatter=false")

@@ -209,7 +209,10 @@ class EpochStats:
             print(line, file=sys.stderr, flush=True)
         num_signals = collectives.EXCHANGE.sum_(torch.tensor(float(len(signals)), device=self._device))
         if self._cfg.train.on_collapse == "stop" and num_signals > 0:
-            raise DivergedError(f"the representation has collapsed at step {step}: train.on_collapse=stop")
+            raise DivergedError(
+                f"the representation has collapsed at step {step}, and train.on_collapse is stop: change the loss or "
+                "optim.base_lr, or set train.on_collapse=warn"
+            )
 
     def _memory_bytes(self) -> int:
         if self._device.type == "cuda":

@@ -74,7 +74,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         raise ValueError("rows of one table must have the same columns")
     text = path.read_text() if path.exists() else ""
     if text and next(csv.reader(io.StringIO(text))) != columns:
-        raise ValueError(f"{path} has other columns: give another file or move it away")
+        raise ValueError(f"{path} has different columns: choose another file, or move this one away")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

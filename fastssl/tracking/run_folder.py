@@ -59,11 +59,15 @@ class RunFolder:
             return False
         if cfg.run.resume == "never":
             raise ConfigError(
-                f"{self.path} holds a run already: go on with --set run.resume=auto, or choose another run.dir"
+                f"run.dir: {self.path} already contains a run: resume it with --set run.resume=auto, or choose another "
+                "run.dir"
             )
         differences = differing_keys(to_dict(self.load_config()), to_dict(cfg), ignore=free_keys())
         if differences:
-            raise ConfigError(f"{self.path} was made with another config; it differs in {'; '.join(differences)}")
+            raise ConfigError(
+                f"run.dir: {self.path} was started with a different configuration: {'; '.join(differences)}; resume "
+                "with the same one, or choose another run.dir"
+            )
         return True
 
     def lock(self) -> str:
@@ -85,7 +89,9 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             who = self.read_lock() or "another process"
-            raise ConfigError(f"run.dir: {self.path} is in use by {who}: wait, or choose another run.dir") from None
+            raise ConfigError(
+                f"run.dir: {self.path} is in use by {who}: wait for it to end, or choose another run.dir"
+            ) from None
         except OSError:  # the file system does not support locks
             pass
         mark = f"process {os.getpid()} on {socket.gethostname()} ({secrets.token_hex(8)})"
@@ -110,8 +116,8 @@ class RunFolder:
         saved, wanted = self.load_config().train.num_micro_batches, cfg.train.num_micro_batches
         if saved != wanted:
             raise ConfigError(
-                f"train.num_micro_batches: {self.path} was made with {saved}, not {wanted}, and its batch norm takes "
-                "statistics from each part: go on with as many, or start another run.dir"
+                f"train.num_micro_batches: {self.path} was started with {saved}, not {wanted}, and batch norm takes "
+                f"its statistics from each micro-batch: resume with {saved}, or choose another run.dir"
             )
 
     def create(self, cfg: Config, world_size: int) -> None:
@@ -157,7 +163,7 @@ class RunFolder:
             ConfigError: the folder holds no run.
         """
         if not self.config.exists():
-            raise ConfigError(f"{self.path} is no run folder: it has no config.yaml")
+            raise ConfigError(f"{self.path} is not the folder of a run: it has no config.yaml")
         return load_config(self.config, overrides)
 
     def _check_fresh(self) -> None:
@@ -166,7 +172,9 @@ class RunFolder:
         Every rank checks, so that all of them stop.
         """
         if any(self.checkpoints.glob("step_*")):
-            raise ConfigError(f"{self.path} holds checkpoints but no config.yaml: choose another run.dir")
+            raise ConfigError(f"run.dir: {self.path} contains checkpoints but no config.yaml: choose another run.dir")
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(f"run.dir: {self.path} cannot be written ({existing} is a file or not writable)")
+            raise ConfigError(
+                f"run.dir: {self.path} cannot be written ({existing} is a file or not writable): choose another"
+            )

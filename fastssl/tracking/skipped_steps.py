@@ -57,6 +57,6 @@ class SkippedSteps:
             what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
             raise DivergedError(
                 f"{what} at step {step}, {self.in_a_row} steps in a row (train.max_skipped_steps is "
-                f"{self._max_in_a_row}; their images are in {self._path}): go on from the last checkpoint with a lower "
-                "optim.base_lr or a longer warm-up in a new run (run.init_from)"
+                f"{self._max_in_a_row}; {self._path} lists their images): start a new run from the last checkpoint "
+                "(run.init_from) with a lower optim.base_lr or longer optim.warmup_epochs"
             )

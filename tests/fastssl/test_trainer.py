@@ -160,8 +160,8 @@ def test_an_own_run_goes_on_where_it_was_stopped(program, tmp_path) -> None:
 
 REFUSED = {
     "batch": "data.global_batch_size is 16, but the loader's batches hold 8 images on each of 1 processes: set it to 8",
-    "model=nn.Linear(2, 2)": "model.backbone: Linear does not take 12 px images",
-    "model=nn.Conv2d(3, 4, 3)": "model.backbone: Conv2d does not give one feature vector per image",
+    "model=nn.Linear(2, 2)": "model.backbone: Linear does not accept images of 12 px",
+    "model=nn.Conv2d(3, 4, 3)": "model.backbone: Conv2d does not return one feature vector per image",
     "loader=[torch.zeros(8, 3, 12, 12)]": "loader: a batch must be at least two views",
     "loader=[[torch.zeros(8, 3, 16, 16)] * 2]": "views.size_px is 12, but the loader's first view is 16x16 px",
     "loss=Spectral()": "loader: its batches have 3 views, loss spectral takes 2",
@@ -226,7 +226,8 @@ def test_a_trainer_trains_once_and_leaves_the_environment_as_it_was(program, tmp
     done = program(text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == [
-        f"{tmp_path / 'run_1'} holds a run already: go on with --set run.resume=auto, or choose another run.dir",
+        f"run.dir: {tmp_path / 'run_1'} already contains a run: resume it with --set run.resume=auto, or choose "
+        "another run.dir",
         "True train",
     ]
 

@@ -143,7 +143,7 @@ def test_convert_options(tmp_path, digits, in_process):
     convert = ["convert", "--from"]
     out = tmp_path / "x.beton"
     for arguments, part in (
-        (["digits", out, "--shard", "0"], "shard: needs --shards"),
+        (["digits", out, "--shard", "0"], "--shard needs --shards"),
         (["digits", out, "--shards", "2", "--shard", "2"], "shard must be 0..1"),
         (["webdataset", tmp_path / "no.tar", out], "no.tar: no such files"),
         (["torchvision", "CIFAR10", out], "root: torchvision needs"),

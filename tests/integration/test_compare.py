@@ -42,7 +42,7 @@ def test_configurations_under_seeds_become_a_table(tiny_config, tmp_path, comman
     compare = ["fastssl", "compare", *parts, "--base", tiny_config, "--seeds", "2", "--out", out, *FAST]
     done = command(*compare)
     assert done.returncode == 0, done.stderr
-    assert "images held out of the training file" in done.stdout
+    assert "held-out images of the training file" in done.stdout
     with (out / "compare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["config"], row["seed"], row["metric"]) for row in rows] == [

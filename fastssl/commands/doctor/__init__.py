@@ -70,4 +70,4 @@ def _examined(name: str, check: Check, node: Node) -> Finding:
         return check(node)._replace(check=name)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Finding("fail", f"the check itself failed ({reason})", "mend what it names", check=name)
+        return Finding("fail", f"the check itself failed ({reason})", "fix the cause that it names", check=name)

@@ -6,14 +6,14 @@ from typing import Literal, NamedTuple
 
 from fastssl.config import Config
 
-Status = Literal["ok", "warn", "fail", "not here"]
+Status = Literal["ok", "warn", "fail", "skipped"]
 
 
 class Finding(NamedTuple):
     """The outcome of one check.
 
     Attributes:
-        status: "not here" means that this machine does not have it and this run does not need it.
+        status: "skipped" means that this machine does not have it and this run does not need it.
         detail: What was found.
         advice: What to do; empty if all is well.
         check: Name of the check.
@@ -57,5 +57,5 @@ class Node:
     def without_gpu(self, what: str) -> Finding:
         """The finding of a check that needs a GPU, if there is none."""
         if self.wants_gpu:
-            return Finding("fail", f"{what}: torch finds no GPU", "run.device is cuda: see the check gpu")
-        return Finding("not here", f"{what}: torch finds no GPU")
+            return Finding("fail", f"{what}: torch finds no GPU", "run.device is cuda: see the check named gpu")
+        return Finding("skipped", f"{what}: torch finds no GPU")

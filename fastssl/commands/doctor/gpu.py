@@ -18,13 +18,13 @@ def check_gpu(node: Node) -> Finding:
     if node.num_gpus:
         for i in range(node.num_gpus):
             if reason := why_too_old(i):
-                return Finding("fail", reason, "use --set run.device=cpu, or another GPU")
+                return Finding("fail", reason, "use another GPU, or --set run.device=cpu")
         names = [torch.cuda.get_device_name(i) for i in range(node.num_gpus)]
         return Finding(
             "ok", f"{len(names)} x {names[0]}; {shown or 'no nvidia-smi'}; torch's CUDA {torch.version.cuda}"
         )
     if shown is None:
-        status = "fail" if node.wants_gpu else "not here"
+        status = "fail" if node.wants_gpu else "skipped"
         advice = "run.device is cuda: install NVIDIA's driver; in a container, docker run --gpus all"
         return Finding(status, "nvidia-smi finds no GPU", advice if node.wants_gpu else "")
     reason, _, advice = (why_no_gpu() or "").partition(": ")
@@ -43,10 +43,14 @@ def check_triton(node: Node) -> Finding:
     y = torch.randn(1000, device="cuda")
     error = (add(x, y) - (x + y)).abs().max().item()
     if error > _TOLERANCE:
-        return Finding("fail", f"a kernel that adds is off by {error:g}", "take the pinned triton of this torch")
+        return Finding(
+            "fail",
+            f"a test kernel that adds is wrong by {error:g}",
+            "install the Triton version that belongs to this torch",
+        )
     import triton
 
-    return Finding("ok", f"Triton {triton.__version__} compiles a kernel, which adds correctly")
+    return Finding("ok", f"Triton {triton.__version__} compiles a test kernel, and its result is correct")
 
 
 def _nvidia_smi() -> str | None:

@@ -21,9 +21,9 @@ def check_cores(_: Node) -> Finding:
         threads = max(1, math.floor(quota))
         return Finding(
             "warn",
-            f"{num_cores} cores are seen, but this container may use {quota:g}",
-            f"threads beyond that are stopped again and again: run.num_threads and data.num_workers of a process, "
-            f"times its processes, at most {threads}",
+            f"{num_cores} cores are visible, but this container may use {quota:g}",
+            "more threads than that are throttled: keep run.num_threads and data.num_workers, each times the number "
+            f"of processes, at or below {threads}",
         )
     return Finding("ok", f"{num_cores} cores" + ("" if quota is None else f", quota {quota:g}"))
 
@@ -42,17 +42,17 @@ def cpu_quota(cgroup: Path = _CGROUP) -> float | None:
 def check_memory(node: Node) -> Finding:
     """Memory available without swapping, and whether the training file fits into it."""
     free_bytes = available_memory_bytes()
-    detail = f"{free_bytes / 1e9:.1f} GB of memory are free, as this container's limit has it"
+    detail = f"{free_bytes / 1e9:.1f} GB of memory are available within this container's limit"
     if free_bytes < _MIN_MEMORY_BYTES:
         return Finding(
-            "warn", detail, "a process takes about 1 GB before its first image: free some, or raise the limit"
+            "warn", detail, "a process takes about 1 GB before its first image: free memory, or raise the limit"
         )
     cfg = node.cfg.data if node.cfg else None
     if cfg and Path(cfg.train).is_file() and cfg.order == "random" and cfg.cache != "none":
         num_bytes = Path(cfg.train).stat().st_size
         if num_bytes > free_bytes:
-            detail += f"; {cfg.train} has {num_bytes / 1e9:.1f} GB"
-            return Finding("warn", detail, "data.order=quasi_random data.cache=none (docs/data.md)")
+            detail += f"; {cfg.train} is {num_bytes / 1e9:.1f} GB"
+            return Finding("warn", detail, "set data.order=quasi_random data.cache=none (docs/data.md)")
     return Finding("ok", detail)
 
 
@@ -62,7 +62,7 @@ def check_shared_memory(_: Node) -> Finding:
     num_bytes = found.f_frsize * found.f_blocks
     detail = f"/dev/shm has {num_bytes / 1e9:.2f} GB"
     if num_bytes < _MIN_SHM_BYTES:
-        advice = "docker run --ipc=host or --shm-size=8g; Kubernetes: an emptyDir with medium: Memory at /dev/shm"
+        advice = "docker run --ipc=host or --shm-size=8g; in Kubernetes an emptyDir with medium: Memory at /dev/shm"
         return Finding("warn", detail, advice)
     return Finding("ok", detail)
 
@@ -79,7 +79,7 @@ def check_open_files(_: Node) -> Finding:
 def check_locked_memory(node: Node) -> Finding:
     """Limit on locked memory, which InfiniBand needs for its buffers."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    detail = f"a process may lock {_limit(soft, 'bytes')}"
+    detail = f"a process may lock {_limit(soft, 'bytes')} of memory"
     if soft == resource.RLIM_INFINITY:
         return Finding("ok", detail)
     adapters = Path("/sys/class/infiniband")
@@ -87,7 +87,7 @@ def check_locked_memory(node: Node) -> Finding:
         return Finding(
             "warn", f"{detail}, and there is InfiniBand", "ulimit -l unlimited; docker run --ulimit memlock=-1"
         )
-    return Finding("ok", f"{detail}; only InfiniBand needs more, which is not here")
+    return Finding("ok", f"{detail}; only InfiniBand needs more, and there is none")
 
 
 def _limit(value: int, unit: str = "") -> str:

@@ -29,17 +29,17 @@ def check_interfaces(_: Node) -> Finding:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "")
         if wanted and not wanted.startswith("^") and not _some_match(wanted.removeprefix("="), addresses):
-            return Finding("fail", f"{variable}={wanted}, but there are {shown}", f"name one of them in {variable}")
+            return Finding("fail", f"{variable}={wanted}, but there are {shown}", f"set {variable} to one of them")
     name = socket.gethostname()
     try:
         own = socket.gethostbyname(name)
     except OSError:
-        advice = "for several hosts give MASTER_ADDR as an address, or add the name to /etc/hosts"
-        return Finding("warn", f"{shown}; the host's name {name} does not resolve", advice)
+        advice = "for several hosts set MASTER_ADDR to an IP address, or add the name to /etc/hosts"
+        return Finding("warn", f"{shown}; the host name {name} does not resolve", advice)
     if own.startswith("127."):
-        advice = "for several hosts give MASTER_ADDR as an address, not as this name"
-        return Finding("warn", f"{shown}; the host's name {name} is {own}, the loopback", advice)
-    return Finding("ok", f"{shown}; {name} is {own}")
+        advice = "for several hosts set MASTER_ADDR to an IP address, not to this name"
+        return Finding("warn", f"{shown}; the host name {name} resolves to {own}, the loopback", advice)
+    return Finding("ok", f"{shown}; the host name {name} resolves to {own}")
 
 
 def check_gloo(_: Node) -> Finding:
@@ -62,12 +62,14 @@ def _finding(backend: str, num_ranks: int) -> Finding:
         latency_ms, bytes_per_s = _all_reduce(backend, num_ranks)
     except RuntimeError as error:
         hint = (
-            "NCCL_DEBUG=INFO says more" if backend == "nccl" else "a firewall between processes? GLOO_SOCKET_IFNAME=lo?"
+            "run it again with NCCL_DEBUG=INFO for the reason"
+            if backend == "nccl"
+            else "check for a firewall between processes, or try GLOO_SOCKET_IFNAME=lo"
         )
-        return Finding("fail", f"an all-reduce by {backend} failed ({error})", hint)
+        return Finding("fail", f"an all-reduce with {backend} failed ({error})", hint)
     return Finding(
         "ok",
-        f"an all-reduce by {backend} over {num_ranks} processes of this host: {latency_ms:.2f} ms for one number, "
+        f"an all-reduce with {backend} over {num_ranks} processes of this host: {latency_ms:.2f} ms for one number, "
         f"{bytes_per_s / 1e6:,.0f} MB/s for 16 MB",
     )
 
@@ -116,7 +118,7 @@ def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         if failed is not None or None not in codes:
             return failed
         time.sleep(_POLL_S)
-    raise RuntimeError(f"no end within {_TIMEOUT_S} s")
+    raise RuntimeError(f"not finished after {_TIMEOUT_S} s")
 
 
 def _some_match(wanted: str, names: dict[str, list[str]]) -> bool:

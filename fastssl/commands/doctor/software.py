@@ -19,7 +19,7 @@ def check_python(_: Node) -> Finding:
     """Python 3.11 or 3.12, in a virtual environment or an image."""
     found = ".".join(map(str, sys.version_info[:3]))
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return Finding("fail", f"Python {found}", "take Python 3.11 or 3.12")
+        return Finding("fail", f"Python {found}", "use Python 3.11 or 3.12")
     return Finding("ok", f"Python {found}, {sys.executable}")
 
 
@@ -34,13 +34,13 @@ def check_packages(_: Node) -> Finding:
         if version is None and name in _REQUIRED:
             missing.append(name)
         elif version is None:
-            shown.append(f"{name} none")
+            shown.append(f"{name} not installed")
         else:
             # A local build label, such as +cpu, does not make another version.
             is_tried = tried.get(name, version).split("+")[0] == version.split("+")[0]
-            shown.append(f"{name} {version}" + ("" if is_tried else f" (tried: {tried[name]})"))
+            shown.append(f"{name} {version}" + ("" if is_tried else f" (tested: {tried[name]})"))
     if missing:
-        return Finding("fail", f"missing: {', '.join(missing)}; {', '.join(shown)}", _INSTALL)
+        return Finding("fail", f"not installed: {', '.join(missing)}; {', '.join(shown)}", _INSTALL)
     return Finding("ok", ", ".join(shown))
 
 
@@ -50,7 +50,9 @@ def check_ffcv(_: Node) -> Finding:
         importlib.import_module("ffcv.libffcv")
     except (ImportError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        return Finding("fail", f"FFCV does not import ({reason})", f"scripts/install_ffcv.sh compiles it: {_INSTALL}")
+        return Finding(
+            "fail", f"FFCV cannot be imported ({reason})", f"{_INSTALL}; scripts/install_ffcv.sh compiles it"
+        )
     return Finding("ok", f"FFCV {package_version('ffcv')}, its compiled extension loads")
 
 
@@ -62,8 +64,10 @@ def check_dali(node: Node) -> Finding:
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         if wanted:
-            return Finding("fail", f"DALI does not import ({reason})", "data.engine=dali: pip install the pinned DALI")
-        return Finding("not here", f"DALI does not import ({reason}); data.engine=dali alone needs it")
+            return Finding(
+                "fail", f"DALI cannot be imported ({reason})", "data.engine is dali: install the DALI of requirements/"
+            )
+        return Finding("skipped", f"DALI cannot be imported ({reason}); only data.engine=dali needs it")
     names = (each.metadata["Name"] or "" for each in distributions())
     package = next((name for name in names if name.lower().startswith("nvidia-dali-cuda")), "")
     built_for = re.sub(r".*cuda(\d+)\d$", r"\1", package)  # nvidia-dali-cuda130 is for CUDA 13
@@ -72,7 +76,7 @@ def check_dali(node: Node) -> Finding:
         import torch
 
         if torch.version.cuda and torch.version.cuda.split(".")[0] != built_for:
-            return Finding("warn", f"{detail}; torch is for CUDA {torch.version.cuda}", "take the DALI of torch's CUDA")
+            return Finding("warn", f"{detail}; torch is for CUDA {torch.version.cuda}", "install DALI for torch's CUDA")
     return Finding("ok", detail)
 
 
@@ -83,13 +87,13 @@ def check_apex(node: Node) -> Finding:
 
     refusal = why_refused(node.cfg) if node.cfg else None
     if refusal:
-        return Finding("fail", refusal, "mend that, or leave the key out for torch's own")
+        return Finding("fail", refusal, "fix this, or remove the key to use torch's own")
     reason = why_no_apex()
     if reason is None:
         return Finding("ok", f"NVIDIA's apex {package_version('apex') or 'of unknown version'} imports")
     if importlib.util.find_spec("apex") is None:
-        return Finding("not here", f"{reason}; optim.impl=apex and model.layer_norm=apex alone need it")
-    return Finding("warn", reason, "pip uninstall apex, where nothing else needs it")
+        return Finding("skipped", f"{reason}; only optim.impl=apex and model.layer_norm=apex need it")
+    return Finding("warn", reason, "pip uninstall apex, unless something else needs it")
 
 
 def _pins() -> dict[str, str]:

@@ -17,9 +17,9 @@ _SLOW_BYTES_PER_S = 100e6  # sequential speed of a hard disk
 def check_data(node: Node) -> Finding:
     """Speed of reading images from their disk, without the page cache."""
     if node.data is None:
-        return Finding("not here", "no data given: --data FOLDER, or --cfg with data.train, measures its disk")
+        return Finding("skipped", "no data given: use --data PATH, or --cfg with data.train, to measure its disk")
     if not node.data.exists():
-        return Finding("fail", f"{node.data} does not exist", "mount it, or mend the path (data.train, --data)")
+        return Finding("fail", f"{node.data} does not exist", "mount it, or correct the path (data.train, --data)")
     file = _largest_beton(node.data)
     if file is None:
         return _probe(node.data)
@@ -31,9 +31,9 @@ def check_data(node: Node) -> Finding:
         f"{sequential.bytes_per_s / 1e6:,.0f} MB/s from end to end"
     )
     if file.stat().st_size < _PROBE_BYTES:
-        return Finding("ok", f"{detail}; a file so small says little of the disk")
+        return Finding("ok", f"{detail}; the file is too small to judge the disk by")
     if sequential.bytes_per_s < _SLOW_BYTES_PER_S or epoch.bytes_per_s < sequential.bytes_per_s / 4:
-        advice = "if it is slower than the training (fastssl bench loader): data.order=quasi_random, or a local disk"
+        advice = "if that is too slow (see fastssl bench loader): set data.order=quasi_random, or use a local disk"
         return Finding("warn", detail, advice)
     return Finding("ok", detail)
 
@@ -41,31 +41,33 @@ def check_data(node: Node) -> Finding:
 def check_run_dir(node: Node) -> Finding:
     """Whether run.dir is writable, and its write speed."""
     if node.cfg is None:
-        return Finding("not here", "no config given: --cfg looks at run.dir")
+        return Finding("skipped", "no configuration given: use --cfg to check run.dir")
     path = Path(node.cfg.run.dir).absolute()
     existing = next(each for each in (path, *path.parents) if each.exists())
     try:
         write_bytes_per_s, _ = _write_and_read(existing)
     except OSError as error:
         return Finding("fail", f"run.dir: {existing} cannot be written ({error.strerror})", "choose another run.dir")
-    return Finding("ok", f"run.dir: {existing} takes {write_bytes_per_s / 1e6:,.0f} MB/s, on the disk")
+    return Finding("ok", f"run.dir: {existing} is writable, at {write_bytes_per_s / 1e6:,.0f} MB/s")
 
 
 def _probe(folder: Path) -> Finding:
     """For a folder without a .beton file: write a file there and read it."""
     if not folder.is_dir():
-        return Finding("fail", f"{folder} is neither a folder nor a .beton file", "fastssl convert makes one")
+        return Finding("fail", f"{folder} is neither a folder nor a .beton file", "make one with fastssl convert")
     try:
         write_bytes_per_s, read_bytes_per_s = _write_and_read(folder)
     except OSError as error:
         detail = f"{folder} holds no .beton file and cannot be written ({error.strerror})"
-        return Finding("fail", detail, "mend its owner or its mount, or convert to another folder")
+        return Finding("fail", detail, "fix its permissions or its mount, or convert to another folder")
     read = (
-        f"{read_bytes_per_s / 1e6:,.0f} MB/s read" if read_bytes_per_s else "reading not measured, it stays in memory"
+        f"{read_bytes_per_s / 1e6:,.0f} MB/s read"
+        if read_bytes_per_s
+        else "read speed not measured: the file stays in memory"
     )
     detail = f"{folder} holds no .beton file; {write_bytes_per_s / 1e6:,.0f} MB/s written, {read}"
     if read_bytes_per_s and read_bytes_per_s < _SLOW_BYTES_PER_S:
-        return Finding("warn", detail, "data.order=quasi_random, or a local disk")
+        return Finding("warn", detail, "set data.order=quasi_random, or use a local disk")
     return Finding("ok", detail)
 
 

@@ -249,7 +249,7 @@ def test_few_labels_fit_only_what_was_drawn(monkeypatch):
 
 def test_too_few_labels_name_the_class():
     labels = np.array([0] * 10 + [1] * 4)
-    with pytest.raises(ValueError, match=r"eval\.few_labels: class 1 has 4"):
+    with pytest.raises(ValueError, match=r"eval\.few_labels asks for 5 images per class, but class 1 has only 4"):
         check_few_label(EvalConfig(few_labels=(2, 5)), labels)
 
 

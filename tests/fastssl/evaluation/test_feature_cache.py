@@ -70,7 +70,7 @@ def test_what_ends_in_an_error_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(RuntimeError):
         cached_features(tmp_path, "train", KEY, 7, fails)
-    with pytest.raises(ValueError, match="7 rows of features came for 8"):
+    with pytest.raises(ValueError, match="returned 7 feature vectors for 8 images"):
         cached_features(tmp_path, "train", KEY, 8, _Encode())
     assert not list(tmp_path.iterdir())
 

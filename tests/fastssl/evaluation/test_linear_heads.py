@@ -112,7 +112,7 @@ def test_an_epoch_takes_every_image_once_in_batches_of_nearly_one_size(monkeypat
     assert taken == [54] * 5 + [60] * 5  # 270 to choose, 300 to learn from
 
 
-@pytest.mark.parametrize(("labels", "message"), [([0, 1] * 4, "at least 10"), ([3] * 20, "two labelled classes")])
+@pytest.mark.parametrize(("labels", "message"), [([0, 1] * 4, "at least 10"), ([3] * 20, "at least two classes")])
 def test_too_little_to_choose_on_is_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         split_validation(np.array(labels))

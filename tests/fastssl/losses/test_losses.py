@@ -395,7 +395,7 @@ def test_every_loss_is_built_from_its_default_config_by_name() -> None:
             {"negative": "hinge"},
             "negative must be one of naive, exp, jensen, quadratic, softplus",
         ),
-        (MioConfig, {"per_anchor": True}, "loss.per_anchor: only for loss.negative jensen"),
+        (MioConfig, {"per_anchor": True}, "loss.per_anchor needs loss.negative=jensen"),
         (MioConfig, {"temperature_positive": 0.0}, r"temperature_positive must be in \[1e-4, 1e4\], not 0.0"),
         (MioConfig, {"temperature_negative": math.nan}, r"temperature_negative must be in \[1e-4, 1e4\], not nan"),
         (
@@ -431,9 +431,9 @@ def test_bad_settings_name_their_key(config_type: type, settings: dict, message:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((4, 3), (4, 2)), r"all views must be \[B, D\]"),
-        (((4, 3), (3, 3)), r"all views must be \[B, D\]"),
-        (((4, 3, 1), (4, 3, 1)), r"all views must be \[B, D\]"),
+        (((4, 3), (4, 2)), r"all views must have the same shape \[B, D\]"),
+        (((4, 3), (3, 3)), r"all views must have the same shape \[B, D\]"),
+        (((4, 3, 1), (4, 3, 1)), r"all views must have the same shape \[B, D\]"),
         (((1, 3), (1, 3)), "at least 2 samples, got 1"),
     ],
 )
@@ -444,7 +444,7 @@ def test_bad_shapes_are_refused(name: str, shapes: tuple, message: str) -> None:
 
 
 def test_mixed_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match="one floating dtype"):
+    with pytest.raises(ValueError, match="the same floating dtype"):
         build_loss(CONFIGS["exp"])(torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.float64))
 
 

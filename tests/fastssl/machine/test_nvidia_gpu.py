@@ -62,7 +62,7 @@ def test_a_driver_older_than_torch_names_both_versions(no_gpu, monkeypatch, capf
     set_driver(monkeypatch, "535.104.05", (12, 2))
     with pytest.raises(ConfigError) as error:
         choose_device("cuda")
-    assert str(error.value) == f"run.device is cuda, but {TOO_OLD}; or use --set run.device=cpu"
+    assert str(error.value) == f"run.device is cuda, but {TOO_OLD}; or use the CPU with --set run.device=cpu"
     assert choose_device("auto") == torch.device("cpu")
     assert capfd.readouterr().err == f"fastssl: warning: running on the CPU: {TOO_OLD}\n"
     assert choose_device("cpu") == torch.device("cpu")
@@ -121,12 +121,14 @@ def test_a_gpu_that_is_new_enough_is_taken_by_local_rank(gpus, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert choose_device("cuda") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="process 3 of this machine has no GPU of its own, torch finds 2"):
+    with pytest.raises(ConfigError, match="process 3 of this machine has no GPU, because torch finds only 2: start 2"):
         choose_device("cuda")
 
 
 def test_the_loader_benchmark_names_its_own_option(gpus, no_gpu):
-    with pytest.raises(ConfigError, match=r"^--device is cuda, but torch finds no GPU.*; or use --device cpu$"):
+    with pytest.raises(
+        ConfigError, match=r"^--device is cuda, but torch finds no GPU.*; or use the CPU with --device cpu$"
+    ):
         _choose_device("cuda")
     gpus((7, 0))
     with pytest.raises(ConfigError, match=r"capability 7\.0; .* or newer: use --device cpu$"):

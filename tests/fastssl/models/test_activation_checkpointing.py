@@ -99,7 +99,9 @@ def test_less_is_held() -> None:
     assert least < 0.5 * plain
 
 
-@pytest.mark.parametrize(("name", "words"), [("vgg11", "not for vgg11"), ("timm/inception_v3", "timm has none")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("vgg11", "vgg11 does not support it"), ("timm/inception_v3", "timm does not support it")]
+)
 def test_models_that_cannot_are_named(name: str, words: str) -> None:
     model = nn.Sequential() if name == "vgg11" else _timm_model_without()
     with pytest.raises(ValueError, match=rf"^model.activation_checkpointing: .*{words}"):

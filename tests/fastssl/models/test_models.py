@@ -198,7 +198,7 @@ def test_second_heads_are_refused():
 
 
 def test_an_image_size_that_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="vit_b_16 does not take 32 px images"):
+    with pytest.raises(ValueError, match="vit_b_16 does not accept images of 32 px"):
         build_backbone(ModelConfig(backbone="vit_b_16"), image_px=32)
 
 

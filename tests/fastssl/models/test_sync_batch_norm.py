@@ -208,7 +208,7 @@ def outputs_and_gradients(norm: nn.Module, x: Tensor, gy: Tensor) -> tuple[Tenso
 
 def test_one_value_of_a_channel_has_no_statistics() -> None:
     for shape in ((1, 3), (1, 3, 1, 1)):
-        with pytest.raises(ValueError, match="more than one value of a channel"):
+        with pytest.raises(ValueError, match="more than one value per channel"):
             SyncBatchNorm(3)(torch.randn(shape))
         assert SyncBatchNorm(3).eval()(torch.randn(shape)).shape == shape
 
@@ -234,7 +234,7 @@ def test_a_norm_that_does_more_is_refused() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) + 1
 
-    with pytest.raises(ValueError, match=r"model.batch_norm: there is no sync form of .*Shifted"):
+    with pytest.raises(ValueError, match=r"model.batch_norm=sync does not support .*Shifted"):
         synchronize_batch_norms(nn.Sequential(Shifted(3)))
 
 

@@ -65,13 +65,13 @@ def test_ranks_that_differ_all_hear_of_it(tmp_path):
         assert "rank 1 on " in said["config"]
         assert "data.train: x.beton on " in said["data"]
         assert "(rank 1) is not the file of " in said["data"]
-        assert "it has as many images and bytes, but other images; give every host the same file" in said["data"]
+        assert "it has as many images and bytes, but other images; use the same file on every host" in said["data"]
         assert "data.test: y.beton on " in said["test"]
         assert "it has 11 images instead of 10" in said["test"]
-        assert "is not one folder for all" in said["folder"]
+        assert "is not shared by all hosts" in said["folder"]
         assert said["threads"] is None
         assert said["shared"] is None
-    assert f"{tmp_path}/0/run is not one folder" in of_ranks[0]["folder"]
+    assert f"{tmp_path}/0/run is not shared" in of_ranks[0]["folder"]
 
 
 def said_of(check) -> str | None:

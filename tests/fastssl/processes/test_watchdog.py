@@ -168,5 +168,5 @@ def test_half_a_launcher(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match=r"RANK is set, but not WORLD_SIZE, .*MASTER_ADDR, MASTER_PORT"):
+    with pytest.raises(ConfigError, match=r"variable RANK is set, but not WORLD_SIZE, .*MASTER_ADDR, MASTER_PORT"):
         join("gloo", RunConfig())

@@ -173,8 +173,8 @@ def test_a_run_that_cannot_be_captured_says_why():
     for tree, words in (
         ({"train": {"zero_stage": 1}}, "zero_stage is 1"),
         ({"train": {"precision": "fp16"}}, "fp16"),
-        ({"train": {"num_micro_batches": 2}}, "encoded again"),
-        ({"model": {"activation_checkpointing": True}}, "encoded again"),
+        ({"train": {"num_micro_batches": 2}}, "encodes images again"),
+        ({"model": {"activation_checkpointing": True}}, "encodes images again"),
         ({"optim": {"impl": "torch"}}, "optim.impl"),
         ({"ds": {"comms_logger": {"enabled": False}}}, "ds is set"),
     ):
@@ -209,7 +209,9 @@ def test_a_capture_that_fails_ends_the_run_with_its_cause(monkeypatch):
     monkeypatch.setattr(captured, "_capture", fail)
     for step in range(NUM_PLAIN_STEPS):
         captured.run(batch_of(step), **rates_of(step, "sgd"))
-    with pytest.raises(ConfigError, match=r"\(operation not permitted when stream is capturing\): set it to false"):
+    with pytest.raises(
+        ConfigError, match=r"\(operation not permitted when stream is capturing\): set train.cuda_graph=false"
+    ):
         captured.run(batch_of(3), **rates_of(3, "sgd"))
 
 

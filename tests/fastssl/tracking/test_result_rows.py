@@ -30,7 +30,7 @@ def test_rows_of_other_columns_are_refused_and_nothing_is_written(tmp_path):
     out = tmp_path / "rows.csv"
     append_rows(out, [{"a": 1, "b": 2}])
     before = out.read_text()
-    with pytest.raises(ValueError, match="has other columns"):
+    with pytest.raises(ValueError, match="has different columns"):
         append_rows(out, [{"a": 1, "c": 2}])
     with pytest.raises(ValueError, match="same columns"):
         append_rows(out, [{"a": 1, "b": 2}, {"a": 1}])

@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_its_optimizer_on_the_cpu_and_back(tmp_path):
 def test_what_changes_the_training_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(config(), world_size=1)
-    with pytest.raises(ConfigError, match=r"it differs in train.precision: fp32 -> bf16"):
+    with pytest.raises(ConfigError, match=r"was started with a different configuration: train.precision: fp32 -> bf16"):
         folder.check_claim(config(precision="bf16"))
 
 
@@ -82,6 +82,6 @@ def test_a_batch_is_cut_into_other_parts_only_without_batch_norm(tmp_path):
     assert not has_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))
     assert has_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     folder.check_micro_batches(config())
-    with pytest.raises(ConfigError, match=r"train.num_micro_batches: .* was made with 1, not 4") as error:
+    with pytest.raises(ConfigError, match=r"train.num_micro_batches: .* was started with 1, not 4") as error:
         folder.check_micro_batches(parts)
     assert "\n" not in str(error.value)
