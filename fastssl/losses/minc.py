@@ -77,7 +77,7 @@ class MincConfig(LossConfig):
     target_momentum: float = setting(0.996, "[0, 1]")
     gha: bool = False
     alpha: float = setting(2.0, "[1, 100]")
-    alpha_floor: float = setting(0.1, "[1e-6, 1e6]")
+    alpha_floor: float = setting(0.1, "[1e-12, 1e6]")
 
     def __post_init__(self) -> None:
         super().__post_init__()

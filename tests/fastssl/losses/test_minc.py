@@ -400,7 +400,7 @@ def test_no_tensor_is_larger_than_the_rows_or_the_moment(gha: bool) -> None:
         ({"scale": math.nan}, r"scale must be in \[1e-6, 1e6\], not nan"),
         ({"norm": "l1"}, "norm must be one of unit, clip, none, not 'l1'"),
         ({"alpha": 0.5}, r"alpha must be in \[1, 100\], not 0.5"),
-        ({"alpha_floor": 0.0}, r"alpha_floor must be in \[1e-6, 1e6\]"),
+        ({"alpha_floor": 0.0}, r"alpha_floor must be in \[1e-12, 1e6\]"),
         ({"gha": True, "alpha": 1.5}, "loss.gha needs loss.alpha=2, got 1.5"),
         ({"moment_momentum": 1.0}, r"moment_momentum must be in \[0, 1\), not 1"),
         ({"moment_momentum": -0.1}, "moment_momentum must be in"),

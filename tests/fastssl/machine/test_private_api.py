@@ -23,7 +23,8 @@ DOCUMENTED = {"_replace", "_exit"}  # of named tuples and of os
 OF_KERNELS = {
     ("kernels/augment/cpu.py", "_cache"),
     ("kernels/augment/cpu.py", "_cache_file"),
-    ("kernels/augment/cpu.py", "_index_name"),
+    ("kernels/augment/cpu.py", "_load_index"),
+    ("kernels/augment/cpu.py", "_source_stamp"),
     ("kernels/similarity/__init__.py", "_dynamo_marked_constant"),
 }
 
