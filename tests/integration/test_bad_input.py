@@ -183,7 +183,7 @@ def test_files_that_do_not_belong_together(tiny_config, digits, tmp_path, comman
     done = command(*train, f"data.train={unlabelled}", "data.test=null", "data.global_batch_size=100")
     assert done.returncode == 0, done.stderr
     assert "online" not in done.stdout
-    assert_one_line(command("fastssl", "eval", tmp_path / "run"), str(unlabelled), "labelled classes")
+    assert_one_line(command("fastssl", "eval", tmp_path / "run"), str(unlabelled), "fewer than two classes with labels")
 
 
 def test_eval_without_a_run(tmp_path, in_process):

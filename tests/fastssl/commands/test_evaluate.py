@@ -238,7 +238,7 @@ def test_random_views_are_of_the_asked_for_images_and_plain_ones_in_order(run_fo
         (["--on", "UNLABELLED"], ["--on", "unlabelled.beton", "fewer than two classes with labels"]),
         (["--on", "ONE_CLASS"], ["--on", "one_class.beton", "fewer than two classes with labels"]),
         (["--test", "UNLABELLED"], ["--test", "no labels, which evaluation needs"]),
-        (["--test", "NAMED", "--on", "OTHER_NAMES"], ["--test", "other classes", "y"]),
+        (["--test", "NAMED", "--on", "OTHER_NAMES"], ["--test", "the classes of", "y"]),
         (["--test", "MORE_CLASSES"], ["--test", "labels that do not occur in", "10, 11"]),
         (["--on", "NINE", "--what", "logistic", "--set", "data.holdout_fraction=0.2"], ["logistic", "at least 10"]),
         (["--on", "NINE", "--set", "data.holdout_fraction=0"], ["--test is not given", "data.holdout_fraction"]),
