@@ -7,7 +7,8 @@ Of FFCV it takes the file format and the compiled library, which decodes the JPE
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from itertools import cycle, islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,10 @@ from pipelines.engines.decode_crop import BatchDecoder, Decoding, SampleTable
 
 
 class FfcvEngine:
-    """Keeps `prefetch_batches` batches in a pool of decoding threads; it has no other thread."""
+    """One thread takes the plans and starts the batches, in order; a pool of threads decodes them.
+
+    Taking a plan makes its draw. In the consumer's thread, the decoding threads would soon be idle meanwhile.
+    """
 
     def __init__(
         self, reader: SampleTable, *, num_workers: int, prefetch_batches: int, bad_samples: BadSamples
@@ -37,41 +41,52 @@ class FfcvEngine:
         self._reader = reader
         self._decoder = BatchDecoder(reader, num_workers, bad_samples)
         self._num_ahead = prefetch_batches
-        self._started: deque[_Started] = deque()  # the batches of the current iteration
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="fastssl-plan")
+        self._ahead: deque[Future[_Started | None]] = deque()  # the batches of the current iteration
 
     def batches(
         self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`."""
         self._end_iteration()
-        started = self._started
+        ahead = self._ahead
         num_slots = self._num_ahead + 1  # the consumer uses one of them
         shapes = [(num_slots, local_batch_size, len(members), size_px, size_px, 3) for size_px, members in groups]
         slots = zip(*[np.empty(shape, np.uint8) for shape in shapes], strict=True)
         planned = zip(plans, cycle(slots), strict=False)
+
+        def start_next() -> _Started | None:
+            for plan, slot in planned:
+                return self._start(plan, groups, slot)
+            return None
+
         try:
             while True:
-                for plan, slot in islice(planned, num_slots - len(started)):
-                    started.append(self._start(plan, groups, slot))
-                if not started:
+                while len(ahead) < num_slots:
+                    ahead.append(self._planner.submit(start_next))
+                started = ahead[0].result()
+                if started is None:
                     return
-                started[0].decoding.wait()
-                done = started.popleft()
-                labels = self._reader.labels[done.sample_ids]
-                yield RawBatch(views=done.views, params=done.params, labels=labels, sample_ids=done.sample_ids)
-                if started is not self._started:
+                started.decoding.wait()
+                ahead.popleft()
+                ids = started.sample_ids
+                yield RawBatch(
+                    views=started.views, params=started.params, labels=self._reader.labels[ids], sample_ids=ids
+                )
+                if ahead is not self._ahead:
                     raise RuntimeError("this iteration was ended by another one, or by close()")
         finally:
-            _cancel(started)
+            _cancel(ahead)
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._end_iteration()
+        self._planner.shutdown()
         self._decoder.close()
 
     def _end_iteration(self) -> None:
-        _cancel(self._started)
-        self._started = deque()
+        _cancel(self._ahead)
+        self._ahead = deque()
 
     def _start(self, plan: BatchPlan, groups: Groups, slot: tuple[np.ndarray, ...]) -> "_Started":
         sample_ids, boxes = plan.sample_ids.copy(), plan.params["crop_box"].copy()  # the decoder may write there
@@ -88,7 +103,9 @@ class _Started(NamedTuple):
     decoding: Decoding
 
 
-def _cancel(started: deque[_Started]) -> None:
+def _cancel(ahead: deque[Future[_Started | None]]) -> None:
     """Cancel the batches and wait until nothing is written any more, the last first: no thread begins with another."""
-    while started:
-        started.pop().decoding.cancel()
+    while ahead:
+        start = ahead.pop()
+        if not start.cancel() and start.exception() is None and (started := start.result()):
+            started.decoding.cancel()
