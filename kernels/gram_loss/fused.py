@@ -11,14 +11,7 @@ from torch import Tensor
 
 
 def add_rows(
-    x: Tensor,
-    view: int,
-    own: list[int],
-    first: Tensor,
-    second: Tensor,
-    linear: float,
-    square: float,
-    pulls: Tensor | None,
+    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, c1: float, c2: float, pulls: Tensor | None
 ) -> Tensor:
     """See `kernels.gram_loss.terms.GramImplementation`."""
     num_views, num_rows, width = x.shape
@@ -26,7 +19,7 @@ def add_rows(
     block, num_warps = choose_config(width)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of the tensors
         cast(Any, _add_rows)[(triton.cdiv(num_rows, block),)](
-            x, first.contiguous(), second.contiguous(), sums, pulls, linear, square, view, num_rows, width,
+            x, first.contiguous(), second.contiguous(), sums, pulls, c1, c2, view, num_rows, width,
             NUM_VIEWS=num_views, OWN=sum(1 << w for w in own), PULLS=pulls is not None, BM=block, BD=block,
             num_warps=num_warps,
         )  # fmt: skip

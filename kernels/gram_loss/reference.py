@@ -4,23 +4,16 @@ from torch import Tensor
 
 
 def add_rows(
-    x: Tensor,
-    view: int,
-    own: list[int],
-    first: Tensor,
-    second: Tensor,
-    linear: float,
-    square: float,
-    pulls: Tensor | None,
+    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, c1: float, c2: float, pulls: Tensor | None
 ) -> Tensor:
     """See `kernels.gram_loss.terms.GramImplementation`."""
     rows = x[view]
-    sums = linear * (rows @ first) + square * ((rows @ second) * rows).sum(1)
-    pulled = linear * first + 2 * square * (rows @ second)
+    sums = c1 * (rows @ first) + c2 * ((rows @ second) * rows).sum(1)
+    pulled = c1 * first + 2 * c2 * (rows @ second)
     for other in (x[w] for w in own):
         s = (rows * other).sum(1)
-        sums = sums - (linear * s + square * s**2)
-        pulled = pulled - (linear + 2 * square * s)[:, None] * other
+        sums = sums - (c1 * s + c2 * s**2)
+        pulled = pulled - (c1 + 2 * c2 * s)[:, None] * other
     if pulls is not None:
         pulls.copy_(pulled)
     return sums

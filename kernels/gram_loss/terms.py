@@ -20,25 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.exchange import ALONE, Exchange
-from kernels.pair_loss.terms import PairTerms, Topology, check_views, counted_rows, given_grads, sum_wide
+from kernels.pair_loss.terms import PairTerms, Topology, check_views, fake_terms, given_grads, total_of
 from kernels.similarity import Impl, choose_impl
-from kernels.similarity.rows import finish, normalize, view_pairs, widen
+from kernels.similarity.rows import add_positives, finish, normalize, view_pairs, widen
 
 
 class GramImplementation(Protocol):
     """The interface of an implementation module."""
 
     def add_rows(
-        self,
-        x: Tensor,
-        view: int,
-        own: list[int],
-        first: Tensor,
-        second: Tensor,
-        linear: float,
-        square: float,
+        self, x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, c1: float, c2: float,
         pulls: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return sum_{k in Neg(i)} f(s_ik) [B] of one view's rows; write sum_{k in Neg(i)} f'(s_ik) x_k to `pulls`.
 
         Args:
@@ -47,8 +40,8 @@ class GramImplementation(Protocol):
             own: Views whose rows are included in the moments.
             first: m [D].
             second: M [D, D].
-            linear: c1.
-            square: c2.
+            c1: Factor of s in f.
+            c2: Factor of s^2.
             pulls: [B, D], contiguous, overwritten; None: not computed.
         """
         ...
@@ -83,28 +76,20 @@ def gram_terms(
     """
     check_views(z, topology, None, exchange.size)
     exchange.check_same_shape(z)
-    with_grad = torch.is_grad_enabled() and z.requires_grad
     impl = choose_impl(impl, z)
-    settings = (float(linear), float(square), unit, topology, impl, with_grad)
-    if exchange.size == 1 and impl == "reference":  # uses autograd, since the op has only a first derivative
-        positives, total, *_ = _forward(z, *settings[:-1], with_grad=False, exchange=exchange)
-    elif exchange.size == 1:
-        positives, total, *_ = _gram_terms(z, *settings)
+    uses_autograd = impl == "reference" and exchange.size == 1  # the operators have only a first derivative
+    with_grad = torch.is_grad_enabled() and z.requires_grad and not uses_autograd
+    inputs = (z, float(linear), float(square), unit, topology, impl, with_grad)
+    if exchange.size > 1:
+        positives, total, *_ = _AcrossRanks.apply(*inputs, exchange)  # pyright: ignore
     else:
-        positives, total = _AcrossRanks.apply(z, settings, exchange)  # pyright: ignore
+        positives, total, *_ = _forward(*inputs) if uses_autograd else _gram_terms(*inputs)
     return PairTerms(positives, total)
 
 
 def _forward(
-    z: Tensor,
-    linear: float,
-    square: float,
-    unit: bool,
-    topology: str,
-    impl: str,
-    with_grad: bool,
-    exchange: Exchange,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z: Tensor, c1: float, c2: float, unit: bool, topology: str, impl: str, with_grad: bool, exchange: Exchange = ALONE
+) -> tuple[Tensor, ...]:
     """Return positives, total, inv_norm [V, B] (ones without `unit`), pulls [V, B, D] (empty without gradient)."""
     implementation: GramImplementation = importlib.import_module(f"kernels.gram_loss.{impl}")  # pyright: ignore
     with torch.autocast(z.device.type, enabled=False):
@@ -116,9 +101,8 @@ def _forward(
             others = list(range(len(x))) if topology == "self" else [1 - v]
             moment, second_moment = (m.sum(0) if topology == "self" else m[1 - v] for m in (first, second))
             view_pulls = pulls[v] if with_grad else None
-            sums[v] = implementation.add_rows(x, v, others, moment, second_moment, linear, square, view_pulls)
-    total = sum_wide(counted_rows(sums, topology))
-    return positives, total, inv_norm, pulls
+            sums[v] = implementation.add_rows(x, v, others, moment, second_moment, c1, c2, view_pulls)
+    return positives, total_of(sums, topology), inv_norm, pulls
 
 
 def _rows(z: Tensor, unit: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,42 +113,18 @@ def _rows(z: Tensor, unit: bool) -> tuple[Tensor, Tensor, Tensor]:
     return x, x.new_ones(x.shape[:2]), torch.stack([(x[v] * x[w]).sum(1) for v, w in view_pairs(len(x))])
 
 
-def _backward(
-    z: Tensor,
-    inv_norm: Tensor,
-    pulls: Tensor,
-    positive_grads: Tensor,
-    total_grad: Tensor,
-    unit: bool,
-    topology: str,
-) -> Tensor:
-    pull_scale = total_grad * 2 if topology == "self" else total_grad
-    if unit:
-        return finish(z, inv_norm, pulls, pull_scale, positive_grads)[0]
-    x, dx = widen(z), pulls * pull_scale
-    for (v, w), grads in zip(view_pairs(len(z)), positive_grads, strict=True):
-        dx[v].addcmul_(grads[:, None], x[w])
-        dx[w].addcmul_(grads[:, None], x[v])
-    return dx.to(z.dtype)
-
-
-@torch.library.custom_op("fastssl::gram_terms", mutates_args=())
-def _gram_terms(
-    z: Tensor, linear: float, square: float, unit: bool, topology: str, impl: str, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(z, linear, square, unit, topology, impl, with_grad, ALONE)
+_gram_terms = torch.library.custom_op(
+    "fastssl::gram_terms",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor z, float c1, float c2, bool unit, str topology, str impl, bool with_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_gram_terms.register_fake
-def _(z, linear, square, unit, topology, impl, with_grad):
-    num_views, num_samples, width = z.shape
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return (
-        z.new_empty((num_views * (num_views - 1) // 2, num_samples), dtype=dtype),
-        z.new_empty((), dtype=dtype),
-        z.new_empty((num_views, num_samples), dtype=dtype),
-        z.new_empty((num_views, num_samples, width) if with_grad else (0,), dtype=dtype),
-    )
+def _(z, *settings):
+    return fake_terms(z, with_grad=settings[-1])
 
 
 @torch.library.custom_op("fastssl::gram_terms_backward", mutates_args=())
@@ -177,43 +137,38 @@ def _gram_terms_backward(
     unit: bool,
     topology: str,
 ) -> Tensor:
-    return _backward(z, inv_norm, pulls, positive_grads, total_grad, unit, topology)
+    pull_scale = total_grad * 2 if topology == "self" else total_grad
+    if unit:
+        return finish(z, inv_norm, pulls, pull_scale, positive_grads)[0]
+    dx = pulls * pull_scale
+    add_positives(dx, widen(z), positive_grads)
+    return dx.to(z.dtype)
 
 
 @_gram_terms_backward.register_fake
-def _(z, inv_norm, pulls, positive_grads, total_grad, unit, topology):
+def _(z, *_):
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, _, _, unit, topology, _, _ = inputs
-    _, _, inv_norm, pulls = output
-    ctx.mark_non_differentiable(inv_norm, pulls)
+    z, _, _, unit, topology, *_ = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # avoids zeros of the size of the pulls, which are not used
-    ctx.save_for_backward(z, inv_norm, pulls)
+    ctx.save_for_backward(z, *output[2:])
     ctx.choices = (unit, topology)
 
 
-def _backward_of_op(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor | None, *_: Any) -> tuple:
-    z, inv_norm, pulls = ctx.saved_tensors
-    given = given_grads(positive_grads, total_grad, inv_norm)
-    return _gram_terms_backward(z, inv_norm, pulls, *given, *ctx.choices), *[None] * 6
+def _backward(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor | None, *_: Any) -> tuple:
+    given = given_grads(positive_grads, total_grad, ctx.saved_tensors[1])
+    return _gram_terms_backward(*ctx.saved_tensors, *given, *ctx.choices), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-_gram_terms.register_autograd(_backward_of_op, setup_context=_setup_context)
+_gram_terms.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _AcrossRanks(torch.autograd.Function):
     """The same for several ranks. Not a custom op, as the exchange is the caller's: torch.compile breaks the graph."""
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, settings: tuple, exchange: Exchange) -> tuple[Tensor, Tensor]:
-        positives, total, *saved = _forward(z, *settings, exchange)  # pyright: ignore
-        ctx.save_for_backward(z, *saved)
-        ctx.choices = settings[2:4]
-        return positives, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, positive_grads: Tensor, total_grad: Tensor) -> tuple:  # pyright: ignore
-        return _backward(*ctx.saved_tensors, positive_grads, total_grad, *ctx.choices), None, None  # pyright: ignore
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(once_differentiable(_backward))  # pyright: ignore[reportAssignmentType]

@@ -3,6 +3,7 @@
 # V views of B samples, D width, W ranks; s, t, b, f, slopes and pulls as in kernels/similarity/__init__.py
 # m = V B rows on this rank; Neg(i): the columns that row i is compared with, except those of its own sample or group
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.exchange import ALONE, Exchange
-from kernels.similarity import Impl, Kind, Side, Term, choose_impl, load_impl
+from kernels.similarity import Impl, Implementation, Kind, Rows, Side, Term, choose_impl, load_impl
+from kernels.similarity.rows import wide_dtype
 
 Topology = Literal["self", "cross"]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -64,17 +66,14 @@ def pair_terms(
     """
     check_views(z, topology, groups, exchange.size)
     exchange.check_same_shape(z)
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, inv_temperature, bias))
     impl = choose_impl(impl, z)
-    settings = (kind, topology, impl, wide_range, with_grad)
-    if exchange.size == 1 and impl == "reference":  # uses autograd, since the ops have only a first derivative
-        positives, total, *_ = _forward(
-            z, inv_temperature, bias, groups, *settings[:-1], with_grad=False, exchange=exchange
-        )
-    elif exchange.size == 1:
-        positives, total, *_ = _pair_terms(z, inv_temperature, bias, groups, *settings)
+    uses_autograd = impl == "reference" and exchange.size == 1  # the operators have only a first derivative
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, inv_temperature, bias))
+    inputs = (z, inv_temperature, bias, groups, kind, topology, impl, wide_range, needs_grad and not uses_autograd)
+    if exchange.size > 1:
+        positives, total, *_ = _AcrossRanks.apply(*inputs, exchange)  # pyright: ignore
     else:
-        positives, total = _AcrossRanks.apply(z, inv_temperature, bias, groups, settings, exchange)  # pyright: ignore
+        positives, total, *_ = _forward(*inputs) if uses_autograd else _pair_terms(*inputs)
     return PairTerms(positives, total)
 
 
@@ -101,24 +100,56 @@ def check_views(z: Tensor, topology: str, groups: Tensor | None, num_ranks: int)
         raise ValueError(f"groups must be on the device of z, {z.device}, got {groups.device}")
 
 
-def meetings(rows: Side, columns: Iterator[Side], topology: str) -> Iterator[tuple[Side, Side, int | None]]:
-    """Yield the arguments of the calls of `accumulate`: (rows, columns, own).
+def sum_over_pairs(
+    z: Tensor, groups: Tensor | None, term: Term, topology: str, impl: str, exchange: Exchange, with_grad: bool
+) -> tuple[Rows, Side, list[Side]]:
+    """Return the normalised rows, their accumulators (slopes and pulls `with_grad`), and the columns of other ranks."""
+    implementation = load_impl(impl)
+    unit = implementation.normalize(z, term.inv_temperature)
+    rows = Side(u=unit.u, groups=groups_of_rows(groups, z))
+    rows.sums = 0 * unit.inv_norm  # not zeros_like: autograd tracks in-place additions to a part of what has a graph
+    if with_grad:
+        rows.slopes, rows.pulls = torch.zeros_like(unit.inv_norm), unit.inv_norm.new_zeros(z.shape)
+    columns, gathered = itertools.tee(_columns(rows, exchange))
+    accumulate_all(implementation, rows, columns, term, topology)
+    return unit, rows, list(gathered)[1:]
+
+
+def groups_of_rows(groups: Tensor | None, z: Tensor) -> Tensor | None:
+    """[B] -> [V, B]."""
+    return None if groups is None else groups.expand(len(z), -1).contiguous()
+
+
+def _columns(rows: Side, exchange: Exchange) -> Iterator[Side]:
+    """Yield the columns of all ranks, those of this rank first."""
+    groups = itertools.repeat(None) if rows.groups is None else exchange.blocks(rows.groups)
+    for u, groups_of_u in zip(exchange.blocks(rows.u), groups, strict=False):
+        yield Side(u=u, groups=groups_of_u)
+
+
+def accumulate_all(
+    implementation: Implementation, rows: Side, columns: Iterator[Side], term: Term, topology: str
+) -> None:
+    """Accumulate over all pairs of the local rows.
 
     Args:
+        implementation: Its `accumulate` is called for each pair of sides.
         rows: All views of this rank [V, B, D], with their accumulators.
         columns: This rank's blocks (the same tensors), then those of other ranks [Q, B, D].
+        term: f.
         topology: As in `pair_terms`.
     """
     next(columns)
     if topology == "self":
-        yield rows, rows, 0
-        yield from ((rows, others, None) for others in columns)
+        implementation.accumulate(rows, rows, term, 0)
+        for others in columns:
+            implementation.accumulate(rows, others, term, None)
         return
     view_a, view_b = _view(rows, 0), _view(rows, 1)
-    yield view_a, view_b, 0
+    implementation.accumulate(view_a, view_b, term, 0)
     for others in columns:
-        yield view_a, _view(others, 1), None
-        yield view_b, _view(others, 0), None
+        implementation.accumulate(view_a, _view(others, 1), term, None)
+        implementation.accumulate(view_b, _view(others, 0), term, None)
 
 
 def _view(side: Side, view: int) -> Side:
@@ -126,9 +157,12 @@ def _view(side: Side, view: int) -> Side:
     return Side(**{name: x[view::2] for name, x in vars(side).items() if x is not None})
 
 
-def counted_rows(x: Tensor, topology: str) -> Tensor:
-    """The rows [..., B] whose sums make up the total: with `cross`, each pair is in the sums of both views."""
-    return x if topology == "self" else x[0]
+def total_of(x: Tensor, topology: str) -> Tensor:
+    """Sum of [V, B] over the rows; with `cross` each pair is in the sums of both views, and the first is enough.
+
+    In fp64, since the sums are over millions of pairs of rows.
+    """
+    return (x if topology == "self" else x[0]).sum(dtype=torch.float64).to(x.dtype)
 
 
 def _forward(
@@ -138,92 +172,41 @@ def _forward(
     groups: Tensor | None,
     kind: Kind,
     topology: str,
-    impl: Impl,
-    wide_range: bool,
-    with_grad: bool,
-    exchange: Exchange,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return positives, total, inv_norm [V, B], pulls [V, B, D] (empty without gradient), d total / d b."""
-    implementation = load_impl(impl)
-    u, inv_norm, positives = implementation.normalize(z, inv_temperature)
-    sums = 0 * inv_norm  # not zeros_like: autograd tracks in-place additions to parts of a tensor that has a graph
-    rows = Side(u=u, groups=groups_of_rows(groups, z), sums=sums)
-    if with_grad:
-        rows.slopes = torch.zeros_like(inv_norm)
-        rows.pulls = inv_norm.new_zeros(z.shape)
-    term = Term(kind=kind, inv_temperature=inv_temperature, bias=bias, wide_range=wide_range)
-    for side, columns, own in meetings(rows, column_sides(exchange, rows), topology):
-        implementation.accumulate(side, columns, term, own)
-    total = sum_wide(counted_rows(sums, topology))
-    if rows.pulls is None or rows.slopes is None:
-        return positives, total, inv_norm, inv_norm.new_empty(0), torch.zeros_like(total)
-    return positives, total, inv_norm, rows.pulls, sum_wide(counted_rows(rows.slopes, topology))
-
-
-def column_sides(exchange: Exchange, rows: Side) -> Iterator[Side]:
-    """Yield the columns of all ranks, those of this rank first."""
-    inputs = {"groups": rows.groups, "weights": rows.weights}
-    pieces = {"u": exchange.blocks(rows.u)} | {name: exchange.blocks(x) for name, x in inputs.items() if x is not None}
-    for parts in zip(*pieces.values(), strict=True):
-        yield Side(**dict(zip(pieces, parts, strict=True)))
-
-
-def groups_of_rows(groups: Tensor | None, z: Tensor) -> Tensor | None:
-    """[B] -> [V, B]."""
-    return None if groups is None else groups.expand(len(z), -1).contiguous()
-
-
-def sum_wide(x: Tensor) -> Tensor:
-    """Sum in fp64, since the sums are over millions of pairs of rows."""
-    return x.sum(dtype=torch.float64).to(x.dtype)
-
-
-def _backward(
-    z: Tensor,
-    inv_temperature: Tensor,
-    inv_norm: Tensor,
-    pulls: Tensor,
-    slope: Tensor,
-    positive_grads: Tensor,
-    total_grad: Tensor,
-    topology: str,
-    impl: Impl,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz, dt, db."""
-    # `self`: a pair of rows on two ranks is in both ranks' totals, and the local rows receive the gradient of both.
-    pull_scale = total_grad * inv_temperature * (2 if topology == "self" else 1)
-    dz, dots = load_impl(impl).finish(z, inv_norm, pulls, pull_scale, positive_grads)
-    assert dots is not None
-    return dz, total_grad * sum_wide(counted_rows(dots, topology)), total_grad * slope
-
-
-@torch.library.custom_op("fastssl::pair_terms", mutates_args=())
-def _pair_terms(
-    z: Tensor,
-    inv_temperature: Tensor,
-    bias: Tensor,
-    groups: Tensor | None,
-    kind: str,
-    topology: str,
     impl: str,
     wide_range: bool,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward(z, inv_temperature, bias, groups, kind, topology, impl, wide_range, with_grad, ALONE)  # pyright: ignore
+    exchange: Exchange = ALONE,
+) -> tuple[Tensor, ...]:
+    """Return positives, total, inv_norm [V, B], pulls [V, B, D] (empty without gradient), d total / d b."""
+    term = Term(kind=kind, inv_temperature=inv_temperature, bias=bias, wide_range=wide_range)
+    unit, rows, _ = sum_over_pairs(z, groups, term, topology, impl, exchange, with_grad)
+    assert rows.sums is not None
+    total = total_of(rows.sums, topology)
+    if rows.pulls is None or rows.slopes is None:
+        return unit.positives, total, unit.inv_norm, total.new_empty(0), torch.zeros_like(total)
+    return unit.positives, total, unit.inv_norm, rows.pulls, total_of(rows.slopes, topology)
+
+
+_pair_terms = torch.library.custom_op(
+    "fastssl::pair_terms",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor z, Tensor inv_temperature, Tensor bias, Tensor? groups, str kind, str topology, str impl, "
+    "bool wide_range, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_pair_terms.register_fake
-def _(z, inv_temperature, bias, groups, kind, topology, impl, wide_range, with_grad):
-    num_views, num_samples, width = z.shape
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    scalar = z.new_empty((), dtype=dtype)
-    return (
-        z.new_empty((num_views * (num_views - 1) // 2, num_samples), dtype=dtype),
-        scalar,
-        z.new_empty((num_views, num_samples), dtype=dtype),
-        z.new_empty((num_views, num_samples, width) if with_grad else (0,), dtype=dtype),
-        torch.empty_like(scalar),
-    )
+def _(z, *settings):
+    return *fake_terms(z, with_grad=settings[-1]), z.new_empty((), dtype=wide_dtype(z))
+
+
+def fake_terms(z: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positives, total, inv_norm and pulls without their values, for torch.compile."""
+    num_views, num_samples, _ = z.shape
+    shapes = ((num_views * (num_views - 1) // 2, num_samples), (), z.shape[:2], z.shape if with_grad else (0,))
+    positives, total, inv_norm, pulls = (z.new_empty(shape, dtype=wide_dtype(z)) for shape in shapes)
+    return positives, total, inv_norm, pulls
 
 
 @torch.library.custom_op("fastssl::pair_terms_backward", mutates_args=())
@@ -238,28 +221,29 @@ def _pair_terms_backward(
     topology: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(z, inv_temperature, inv_norm, pulls, slope, positive_grads, total_grad, topology, impl)  # pyright: ignore
+    """Return dz, dt, db."""
+    # `self`: a pair of rows on two ranks is in both ranks' totals, and the local rows receive the gradient of both.
+    pull_scale = total_grad * inv_temperature * (2 if topology == "self" else 1)
+    dz, dots = load_impl(impl).finish(z, inv_norm, pulls, pull_scale, positive_grads)
+    return dz, total_grad * total_of(dots, topology), total_grad * slope
 
 
 @_pair_terms_backward.register_fake
-def _(z, inv_temperature, inv_norm, pulls, slope, positive_grads, total_grad, topology, impl):
+def _(z, inv_temperature, inv_norm, pulls, slope, *_):
     return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(slope), torch.empty_like(slope)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, inv_temperature, _, _, _, topology, impl, _, _ = inputs
-    _, _, inv_norm, pulls, slope = output
-    ctx.mark_non_differentiable(inv_norm, pulls, slope)
+    z, inv_temperature, _, _, _, topology, impl, *_ = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # avoids zeros of the size of the pulls, which are not used
-    ctx.save_for_backward(z, inv_temperature, inv_norm, pulls, slope)
+    ctx.save_for_backward(z, inv_temperature, *output[2:])
     ctx.choices = (topology, impl)
 
 
-def _backward_of_op(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor | None, *_: Any) -> tuple:
-    *saved, inv_norm, pulls, slope = ctx.saved_tensors
-    given = given_grads(positive_grads, total_grad, inv_norm)
-    grads = _pair_terms_backward(*saved, inv_norm, pulls, slope, *given, *ctx.choices)
-    return (*grads, *[None] * 6)
+def _backward(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor | None, *_: Any) -> tuple:
+    given = given_grads(positive_grads, total_grad, ctx.saved_tensors[2])
+    return *_pair_terms_backward(*ctx.saved_tensors, *given, *ctx.choices), *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def given_grads(positive_grads: Tensor | None, total_grad: Tensor | None, inv_norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,29 +254,12 @@ def given_grads(positive_grads: Tensor | None, total_grad: Tensor | None, inv_no
     return positive_grads, inv_norm.new_zeros(()) if total_grad is None else total_grad
 
 
-_pair_terms.register_autograd(_backward_of_op, setup_context=_setup_context)
+_pair_terms.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _AcrossRanks(torch.autograd.Function):
     """The same for several ranks. Not a custom op, as the exchange is the caller's: torch.compile breaks the graph."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        inv_temperature: Tensor,
-        bias: Tensor,
-        groups: Tensor | None,
-        settings: tuple,
-        exchange: Exchange,
-    ) -> tuple[Tensor, Tensor]:
-        positives, total, *saved = _forward(z, inv_temperature, bias, groups, *settings, exchange)  # pyright: ignore
-        ctx.save_for_backward(z, inv_temperature, *saved)
-        ctx.choices = (settings[1], settings[2])
-        return positives, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, positive_grads: Tensor, total_grad: Tensor) -> tuple:  # pyright: ignore
-        grads = _backward(*ctx.saved_tensors, positive_grads, total_grad, *ctx.choices)  # pyright: ignore
-        return (*grads, *[None] * 3)
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(once_differentiable(_backward))  # pyright: ignore[reportAssignmentType]

@@ -45,19 +45,6 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor
 
-__all__ = [
-    "IMPLS",
-    "MAX_WIDTH",
-    "Impl",
-    "Implementation",
-    "Kind",
-    "Rows",
-    "Side",
-    "Term",
-    "choose_impl",
-    "load_impl",
-]
-
 Kind = Literal["exp", "softplus", "square"]
 Impl = Literal["auto", "fused", "chunked", "reference"]
 IMPLS: tuple[str, ...] = get_args(Impl)
@@ -142,19 +129,19 @@ class Implementation(Protocol):
         ...
 
     def finish(
-        self, z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self, z: Tensor, inv_norm: Tensor, pulls: Tensor, pull_scale: Tensor, positive_grads: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The gradient of the unnormalised rows, dz = (I - u u^T) du / |z|, du = pull_scale * pulls + positives' part.
 
         Args:
             z: As in `normalize`.
             inv_norm: From it.
-            pulls: [V, B, D], or None for zeros.
+            pulls: [V, B, D].
             pull_scale: 0-dim, dtype of the pulls.
             positive_grads: dL/ds of the positive pairs, in the order of `Rows.positives`.
 
         Returns:
-            dz [V, B, D] of z's dtype, and <u_i, pulls_i> [V, B] (times t this is sum_k f' t s_ik; None without pulls).
+            dz [V, B, D] of z's dtype, and <u_i, pulls_i> [V, B] (times t this is sum_k f' t s_ik).
         """
         ...
 
@@ -188,7 +175,7 @@ def choose_impl(impl: Impl, z: Tensor) -> Impl:
     return chosen
 
 
-def load_impl(impl: Impl) -> Implementation:
+def load_impl(impl: str) -> Implementation:
     """Import the module of an implementation from `choose_impl`; only "fused" imports Triton."""
     return importlib.import_module(f"kernels.similarity.{impl}")  # pyright: ignore[reportReturnType]
 

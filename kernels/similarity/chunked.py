@@ -3,15 +3,14 @@
 # a tile: R rows x C columns of one block each; only its similarities, its values and a scratch buffer are kept
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels.similarity import Kind, Side, Term
 from kernels.similarity.rows import finish, normalize
+from kernels.similarity.spans import Span, span_pairs
 
 __all__ = ["TILE_ROWS", "accumulate", "finish", "normalize"]
 
@@ -20,49 +19,43 @@ __all__ = ["TILE_ROWS", "accumulate", "finish", "normalize"]
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
-class _Tile(NamedTuple):
-    """Rows `rows` of block `block` of one side."""
-
-    block: int
-    rows: slice
-
-
 def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
     """See `kernels.similarity.Implementation`."""
     symmetric = columns is rows
+    needs_values = rows.sums is not None or columns.sums is not None
     needs_slopes = any(x is not None for side in (rows, columns) for x in (side.slopes, side.pulls))
-    buffers = _Buffers(rows.u)
+    step = min(rows.u.shape[1], TILE_ROWS.get(rows.u.device.type, TILE_ROWS["cuda"]))
+    buffers = _Buffers(rows.u, step**2)
     with torch.autocast(rows.u.device.type, enabled=False):
-        for i, k in _tile_pairs(rows.u, columns.u, symmetric):
-            logits = buffers.take("logits", (i.rows.stop - i.rows.start, k.rows.stop - k.rows.start))
-            torch.mm(rows.u[i.block, i.rows], columns.u[k.block, k.rows].T, out=logits)
+        for i, k in span_pairs(rows.u, columns.u, step, symmetric=symmetric):
+            u_i, u_k = i.of(rows.u), k.of(columns.u)
+            logits = torch.mm(u_i, u_k.T, out=buffers.take("logits", (len(u_i), len(u_k))))
             logits.mul_(term.inv_temperature).add_(term.bias)
-            excluded = _excluded(rows, columns, i, k, own)
-            needs_values = rows.sums is not None or columns.sums is not None
             values, slopes = _values_and_slopes(logits, buffers, term.kind, needs_values, needs_slopes)
-            if values is not None:
-                _exclude(values, excluded)
-            if slopes is not None and slopes is not values:
-                _exclude(slopes, excluded)
-            if values is not None:
-                _add_sums(rows.sums, i, values, 1)
-                if not (symmetric and i == k):
-                    _add_sums(columns.sums, k, values, 0)
+            excluded = _excluded(rows, columns, i, k, own)
+            for x in (values, None if slopes is values else slopes):
+                _exclude(x, excluded)
+            # A tile of equal spans of one side contains each pair twice: its rows alone are complete.
+            sides = ((rows, i, u_k, 1), (columns, k, u_i, 0))[: 1 if symmetric and i == k else 2]
+            for side, span, _, dim in sides:
+                if side.sums is not None and values is not None:
+                    span.of(side.sums).add_(values.sum(dim))
             if slopes is None:
                 continue
             if rows.weights is not None and columns.weights is not None:
-                slopes.mul_(rows.weights[i.block, i.rows, None] + columns.weights[k.block, k.rows])
-            _add_slopes(rows, i, slopes, columns.u[k.block, k.rows])
-            if not (symmetric and i == k):
-                _add_slopes(columns, k, slopes.T, rows.u[i.block, i.rows])
+                slopes.mul_(i.of(rows.weights)[:, None] + k.of(columns.weights))
+            for side, span, other, dim in sides:
+                if side.slopes is not None:
+                    span.of(side.slopes).add_(slopes.sum(dim))
+                if side.pulls is not None:
+                    span.of(side.pulls).addmm_(slopes if dim else slopes.T, other)
 
 
 class _Buffers:
     """A buffer of the size of the largest tile for each requested name, reused for all tiles."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._num_elements = min(like.shape[1], _tile_rows(like)) ** 2
+    def __init__(self, like: Tensor, num_elements: int) -> None:
+        self._like, self._num_elements = like, num_elements
         self._memory: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
@@ -71,29 +64,11 @@ class _Buffers:
         return self._memory[name][: shape[0] * shape[1]].view(shape[0], shape[1])
 
 
-def _tile_rows(u: Tensor) -> int:
-    return TILE_ROWS.get(u.device.type, TILE_ROWS["cuda"])
-
-
-def _tiles(u: Tensor) -> list[_Tile]:
-    num_blocks, num_samples, _ = u.shape
-    step = _tile_rows(u)
-    starts = range(0, num_samples, step)
-    return [_Tile(q, slice(s, min(s + step, num_samples))) for q in range(num_blocks) for s in starts]
-
-
-def _tile_pairs(rows: Tensor, columns: Tensor, symmetric: bool) -> Iterator[tuple[_Tile, _Tile]]:
-    if symmetric:
-        return itertools.combinations_with_replacement(_tiles(rows), 2)
-    return itertools.product(_tiles(rows), _tiles(columns))
-
-
-def _excluded(rows: Side, columns: Side, i: _Tile, k: _Tile, own: int | None) -> Tensor | str | None:
+def _excluded(rows: Side, columns: Side, i: Span, k: Span, own: int | None) -> Tensor | str | None:
     """The excluded pairs of a tile: "diagonal", a boolean mask [R, C], or None."""
     mask = None
     if rows.groups is not None and columns.groups is not None:
-        mask = rows.groups[i.block, i.rows, None] == columns.groups[k.block, k.rows]
-    # The blocks of both sides are split at the same positions, so pairs of one sample can only be on a tile's diagonal.
+        mask = i.of(rows.groups)[:, None] == k.of(columns.groups)
     if own is not None and own <= k.block < own + len(rows.u) and i.rows == k.rows:
         if mask is None:
             return "diagonal"
@@ -101,7 +76,9 @@ def _excluded(rows: Side, columns: Side, i: _Tile, k: _Tile, own: int | None) ->
     return mask
 
 
-def _exclude(x: Tensor, excluded: Tensor | str | None) -> None:
+def _exclude(x: Tensor | None, excluded: Tensor | str | None) -> None:
+    if x is None:
+        return
     if isinstance(excluded, Tensor):
         x.masked_fill_(excluded, 0.0)
     elif excluded == "diagonal":
@@ -124,15 +101,3 @@ def _values_and_slopes(
         values = torch.abs(logits, out=buffers.take("values", logits.shape))
         values = values.neg_().exp_().log1p_().add_(logits.clamp_(min=0))
     return values, slopes
-
-
-def _add_sums(sums: Tensor | None, tile: _Tile, values: Tensor, dim: int) -> None:
-    if sums is not None:
-        sums[tile.block, tile.rows] += values.sum(dim)
-
-
-def _add_slopes(side: Side, tile: _Tile, slopes: Tensor, other: Tensor) -> None:
-    if side.slopes is not None:
-        side.slopes[tile.block, tile.rows] += slopes.sum(1)
-    if side.pulls is not None:
-        side.pulls[tile.block, tile.rows].addmm_(slopes, other)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.similarity.rows import wide_dtype
+
 # With exp_shift every term is a normal fp32 number: e^{40 - 2 t} >= e^-80 = 1.8e-35, and sums stay below 1e38.
 MAX_EXP_INV_TEMPERATURE = 60.0
 
@@ -18,7 +20,7 @@ def scalar(x: float | Tensor, z: Tensor, *, name: str = "inv_temperature") -> Te
     Raises:
         ValueError: A tensor that does not have exactly one element; the message contains `name`.
     """
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(z)
     if isinstance(x, Tensor):
         if x.numel() != 1:
             raise ValueError(f"{name} must have one element, got {list(x.shape)}")

@@ -13,12 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kernels.similarity import MAX_WIDTH, Rows, Side, Term
+from kernels.similarity import Rows, Side, Term
 from kernels.similarity.row_kernels import finish_rows, normalize_rows
 from kernels.similarity.strips import accumulate_strips
 from kernels.similarity.tiles import MAX_TILE_WIDTH, accumulate_tiles
-
-__all__ = ["accumulate", "finish", "normalize"]
 
 WIDTH_MULTIPLE = 8
 # Elements per program of the row kernels: 16 per thread and view. Not measured yet.
@@ -26,12 +24,7 @@ ROW_KERNEL_ELEMENTS = 2048
 
 
 def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
-    """See `kernels.similarity.Implementation`; z fp32, fp16 or bf16.
-
-    Raises:
-        ValueError: fp64, or wider than MAX_WIDTH.
-    """
-    _check(z)
+    """See `kernels.similarity.Implementation`; z fp32, fp16 or bf16, at most MAX_WIDTH wide (`choose_impl`)."""
     z = _with_dense_rows(z)
     num_views, num_samples, width = z.shape
     padded = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -70,27 +63,20 @@ def accumulate(rows: Side, columns: Side, term: Term, own: int | None) -> None:
 
 
 def finish(
-    z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
-) -> tuple[Tensor, Tensor | None]:
+    z: Tensor, inv_norm: Tensor, pulls: Tensor, pull_scale: Tensor, positive_grads: Tensor
+) -> tuple[Tensor, Tensor]:
     """See `kernels.similarity.Implementation`; u is recomputed from z in fp32."""
-    _check(z)
-    z = _with_dense_rows(z)
+    z, pulls = _with_dense_rows(z), _with_dense_rows(pulls)
     num_views, num_samples, width = z.shape
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-    dots = None if pulls is None else torch.empty_like(inv_norm, memory_format=torch.contiguous_format)
-    pulls = None if pulls is None else _with_dense_rows(pulls)
+    dots = torch.empty_like(inv_norm, memory_format=torch.contiguous_format)
     with _on_device_of(z):
         cast(Any, finish_rows)[_row_grid(z)](
             z, inv_norm.contiguous(), pulls, pull_scale, positive_grads.contiguous(), dz, dots, num_samples,
-            z.stride(0), z.stride(1), *((0, 0) if pulls is None else pulls.stride()[:2]),
-            V=num_views, D=width, WIDTH=_width(z), ROWS=_row_block(z), HAS_PULLS=pulls is not None,
+            z.stride(0), z.stride(1), pulls.stride(0), pulls.stride(1),
+            V=num_views, D=width, WIDTH=_width(z), ROWS=_row_block(z),
         )  # fmt: skip
     return dz, dots
-
-
-def _check(z: Tensor) -> None:
-    if z.dtype == torch.float64 or z.shape[2] > MAX_WIDTH:
-        raise ValueError(f"fused rows are fp32, fp16 or bf16 and at most {MAX_WIDTH} wide, got {z.dtype}, {z.shape[2]}")
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def normalize_rows(
 def finish_rows(
     z, inv_norm, pulls, pull_scale, positive_grads, dz, dots, num_samples,
     stride_view, stride_row, pulls_stride_view, pulls_stride_row,
-    V: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HAS_PULLS: tl.constexpr,
+    V: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dz = (du - <u, du> u) / |z|, du = pull_scale pulls + the positives' part; dots = <u, pulls>."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -66,11 +66,9 @@ def finish_rows(
     for v in tl.static_range(V):
         inv = tl.load(inv_norm + v * num_samples + rows, mask=is_row, other=0.0)
         u = _load(z, v, rows, columns, is_row, stride_view, stride_row, D) * inv[:, None]
-        du = tl.zeros((ROWS, WIDTH), tl.float32)
-        if HAS_PULLS:
-            pull = _load(pulls, v, rows, columns, is_row, pulls_stride_view, pulls_stride_row, D)
-            tl.store(dots + v * num_samples + rows, tl.sum(u * pull, 1), mask=is_row)
-            du = pull * tl.load(pull_scale)
+        pull = _load(pulls, v, rows, columns, is_row, pulls_stride_view, pulls_stride_row, D)
+        tl.store(dots + v * num_samples + rows, tl.sum(u * pull, 1), mask=is_row)
+        du = pull * tl.load(pull_scale)
         for w in tl.static_range(V):
             if w != v:
                 pair = _pair(v, w, V) if v < w else _pair(w, v, V)

@@ -23,18 +23,23 @@ def normalize(z: Tensor, inv_temperature: Tensor) -> Rows:
 
 
 def finish(
-    z: Tensor, inv_norm: Tensor, pulls: Tensor | None, pull_scale: Tensor, positive_grads: Tensor
-) -> tuple[Tensor, Tensor | None]:
+    z: Tensor, inv_norm: Tensor, pulls: Tensor, pull_scale: Tensor, positive_grads: Tensor
+) -> tuple[Tensor, Tensor]:
     """See `kernels.similarity.Implementation`."""
     u = _unit(z, widen(z), inv_norm)
-    dots = None if pulls is None else _dot(u, pulls)
-    du = torch.zeros_like(u) if pulls is None else pulls * pull_scale
-    for (v, w), grads in zip(view_pairs(len(z)), positive_grads, strict=True):
-        du[v].addcmul_(grads[:, None], u[w])
-        du[w].addcmul_(grads[:, None], u[v])
+    dots = _dot(u, pulls)
+    du = pulls * pull_scale
+    add_positives(du, u, positive_grads)
     radial = _dot(u, du)
     du.addcmul_(radial[..., None], u, value=-1).mul_(inv_norm[..., None])
     return du.to(z.dtype), dots
+
+
+def add_positives(dx: Tensor, x: Tensor, positive_grads: Tensor) -> None:
+    """Add to dx [V, B, D] the gradient of the inner products of the positive pairs, ordered as in `Rows`."""
+    for (v, w), grads in zip(view_pairs(len(x)), positive_grads, strict=True):
+        dx[v].addcmul_(grads[:, None], x[w])
+        dx[w].addcmul_(grads[:, None], x[v])
 
 
 def _unit(z: Tensor, wide: Tensor, inv_norm: Tensor) -> Tensor:
@@ -54,6 +59,11 @@ def view_pairs(num_views: int) -> list[tuple[int, int]]:
     return list(itertools.combinations(range(num_views), 2))
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64: a product rounded to bf16 has an error of 4e-3, times 1/temperature."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def widen(x: Tensor) -> Tensor:
-    """Convert to fp32, except fp64: a product rounded to bf16 has an error of 4e-3, times 1/temperature."""
-    return x if x.dtype == torch.float64 else x.float()
+    """Convert to `wide_dtype`."""
+    return x.to(wide_dtype(x))

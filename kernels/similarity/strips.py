@@ -7,9 +7,7 @@ slopes, `square`), the kernel writes them in fp32. They are then scaled by a pow
 if the columns have pulls too.
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,24 +15,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.similarity import Side, Term
 from kernels.similarity.epilogues import INTERPRETED, KINDS, LOG2_E, TOP
+from kernels.similarity.spans import Span, span_pairs
 from kernels.similarity.strip_kernels import pair_strip
-
-__all__ = ["accumulate_strips"]
 
 STRIP_BYTES = 128 * 2**20  # maximum size of a strip's slopes, all formats together
 # BLOCK_R, BLOCK_C, STEP, warps, stages. No register spills on sm_90; which is fastest is not measured yet.
 CONFIG = (16, 16, 256, 4, 1) if INTERPRETED else (128, 128, 64, 8, 3)
 PART = 512  # a multiple of STEP
-
-
-class _Strip(NamedTuple):
-    """Rows `rows` of block `block` of one side."""
-
-    block: int
-    rows: slice
-
-    def of(self, x: Tensor) -> Tensor:
-        return x[self.block, self.rows]
 
 
 def accumulate_strips(rows: Side, columns: Side, term: Term, own: int | None) -> None:
@@ -48,8 +35,7 @@ def accumulate_strips(rows: Side, columns: Side, term: Term, own: int | None) ->
     slope_unit = 2.0**-TOP.value if term.kind == "softplus" else 1.0
     pull_unit = slope_unit * (term.inv_temperature * LOG2_E.value).rsqrt()
     with torch.autocast(rows.u.device.type, enabled=False):
-        for i, k in _strip_pairs(rows.u, columns.u, step, symmetric):
-            # All blocks are split at the same positions, so pairs of one sample can only be on a strip's diagonal.
+        for i, k in span_pairs(rows.u, columns.u, step, symmetric=symmetric):
             diagonal = own is not None and own <= k.block < own + len(rows.u) and i.rows == k.rows
             sums, slope_sums = _run(rows, i, columns, k, term, diagonal, scratch)
             _add(rows, i, sums[0], slope_sums[0], slope_unit)
@@ -65,18 +51,6 @@ def accumulate_strips(rows: Side, columns: Side, term: Term, own: int | None) ->
 def _strip_rows(scaled: bool) -> int:
     bytes_per_pair = 6 if scaled else 2
     return max(CONFIG[0], int((STRIP_BYTES / bytes_per_pair) ** 0.5) // CONFIG[0] * CONFIG[0])
-
-
-def _strip_pairs(rows: Tensor, columns: Tensor, step: int, symmetric: bool) -> Iterator[tuple[_Strip, _Strip]]:
-    if symmetric:
-        return itertools.combinations_with_replacement(_strips(rows, step), 2)
-    return itertools.product(_strips(rows, step), _strips(columns, step))
-
-
-def _strips(u: Tensor, step: int) -> list[_Strip]:
-    num_blocks, num_samples, _ = u.shape
-    starts = range(0, num_samples, step)
-    return [_Strip(q, slice(s, min(s + step, num_samples))) for q in range(num_blocks) for s in starts]
 
 
 class _Scratch:
@@ -98,7 +72,7 @@ class _Scratch:
 
 
 def _run(
-    rows: Side, i: _Strip, columns: Side, k: _Strip, term: Term, diagonal: bool, scratch: _Scratch | None
+    rows: Side, i: Span, columns: Side, k: Span, term: Term, diagonal: bool, scratch: _Scratch | None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Write the slopes to the scratch memory; return partial sums of values and of slopes for sides that need them."""
     block_r, block_c, step, num_warps, stages = CONFIG
@@ -126,14 +100,14 @@ def _run(
     return sums, slope_sums
 
 
-def _add(side: Side, strip: _Strip, sums: Tensor | None, slope_sums: Tensor | None, slope_unit: float) -> None:
+def _add(side: Side, strip: Span, sums: Tensor | None, slope_sums: Tensor | None, slope_unit: float) -> None:
     if side.sums is not None and sums is not None:
         strip.of(side.sums).add_(sums.sum(0))
     if side.slopes is not None and slope_sums is not None:
         strip.of(side.slopes).add_(slope_sums.sum(0), alpha=slope_unit)
 
 
-def _pull(side: Side, strip: _Strip, u: Tensor, slopes: Tensor, operand: Tensor, unit: Tensor) -> None:
+def _pull(side: Side, strip: Span, u: Tensor, slopes: Tensor, operand: Tensor, unit: Tensor) -> None:
     """pulls [R, D] += slopes [R, C] u [C, D']; operand: memory for the slopes in fp16, or the slopes themselves."""
     if side.pulls is None:
         return
@@ -147,7 +121,7 @@ def _pull(side: Side, strip: _Strip, u: Tensor, slopes: Tensor, operand: Tensor,
     pulls.addcmul_(product[:, : pulls.shape[1]], unit)
 
 
-def _of_both(*sides: tuple[Tensor | None, _Strip]) -> list[Tensor | None]:
+def _of_both(*sides: tuple[Tensor | None, Span]) -> list[Tensor | None]:
     """Groups or weights of a strip on each side, made contiguous; None unless both sides have them."""
     cuts = [strip.of(x).contiguous() for x, strip in sides if x is not None]
     return [*cuts] if len(cuts) == len(sides) else [None for _ in sides]

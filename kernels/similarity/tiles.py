@@ -13,8 +13,6 @@ from kernels.similarity import Side, Term
 from kernels.similarity.epilogues import INTERPRETED, KINDS
 from kernels.similarity.tile_kernels import one_pass_rows
 
-__all__ = ["MAX_TILE_WIDTH", "accumulate_tiles"]
-
 MAX_TILE_WIDTH = 256
 # Maximum extra memory for the pulls of shares after the first, used if a batch is too small to fill the device.
 MAX_SPLIT_BYTES = 8 * 2**20

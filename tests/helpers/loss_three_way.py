@@ -91,24 +91,17 @@ def torch_with_rounded_operands() -> Iterator[None]:
 
 
 def add_rows_of_rounded_operands(
-    x: Tensor,
-    view: int,
-    own: list[int],
-    first: Tensor,
-    second: Tensor,
-    linear: float,
-    square: float,
-    pulls: Tensor | None,
+    x: Tensor, view: int, own: list[int], first: Tensor, second: Tensor, c1: float, c2: float, pulls: Tensor | None
 ) -> Tensor:
     """`add_rows` of kernels/gram_loss/chunked.py, with the factors of its product rounded to TF32."""
     rows = x[view]
     product = to_tf32(rows) @ to_tf32(second)
-    sums = (rows * (square * product + linear * first)).sum(1)
-    pulled = 2 * square * product + linear * first
+    sums = (rows * (c2 * product + c1 * first)).sum(1)
+    pulled = 2 * c2 * product + c1 * first
     for other in (x[w] for w in own):
         s = (rows * other).sum(1)
-        sums = sums - (linear * s + square * s.square())
-        pulled = pulled - (linear + 2 * square * s)[:, None] * other
+        sums = sums - (c1 * s + c2 * s.square())
+        pulled = pulled - (c1 + 2 * c2 * s)[:, None] * other
     if pulls is not None:
         pulls.copy_(pulled)
     return sums

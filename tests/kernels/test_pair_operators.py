@@ -194,16 +194,10 @@ OF_MORE_VIEWS = ("exp", "jensen with groups", "nt_xent", "quadratic")
 def test_nothing_waits_for_the_device(name: str, num_views: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index that is a list is copied to the device and waited for."""
     _, t, b = inputs()
-    forward = kernels.gram_loss.terms._forward
-    with operations(monkeypatch) as mode:
-
-        def watched(*args):
-            with mode:
-                return forward(*args)
-
-        monkeypatch.setattr(kernels.gram_loss.terms, "_forward", watched)
-        with mode:
-            value_and_grads(LOSSES[name], [random_rows(num_views, 13, 6).requires_grad_(), t, b])
+    gram = kernels.gram_loss.terms
+    monkeypatch.setattr(gram, "_gram_terms", lambda *args: gram._AcrossRanks.apply(*args, gram.ALONE))  # no operator
+    with operations(monkeypatch) as mode, mode:
+        value_and_grads(LOSSES[name], [random_rows(num_views, 13, 6).requires_grad_(), t, b])
     assert len(mode.names) > 10
     assert not WAITING & mode.names
 
@@ -234,8 +228,8 @@ def test_without_a_gradient_its_product_is_left_out(name: str, monkeypatch: pyte
 @pytest.mark.parametrize("name", ["spectral", "quadratic"])
 def test_without_a_gradient_moments_keep_nothing_for_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
-    forward = kernels.gram_loss.terms._forward
-    monkeypatch.setattr(kernels.gram_loss.terms, "_forward", lambda *args: kept.append(forward(*args)) or kept[-1])
+    operator = kernels.gram_loss.terms._gram_terms
+    monkeypatch.setattr(kernels.gram_loss.terms, "_gram_terms", lambda *args: kept.append(operator(*args)) or kept[-1])
     leaves = inputs()
     value = LOSSES[name](*leaves)
     with torch.no_grad():
