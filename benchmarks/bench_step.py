@@ -79,7 +79,8 @@ class BareLoop:
                 *_, loss = self.objective(batch.views)
             self.backward(loss)
             self.update()
-            self.objective.after_step(self.step, self.total_steps)
+            if (momentum := self.objective.target_momentum(self.step, self.total_steps)) is not None:
+                self.objective.follow(torch.full_like(loss, 1 - momentum, dtype=torch.float32, requires_grad=False))
             self.step += 1
             if self.step % self.log_every_steps == 0:
                 self.last_loss = loss.item()

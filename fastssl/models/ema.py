@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +22,6 @@ class Ema:
     def __init__(self, module: nn.Module) -> None:
         self.module = copy.deepcopy(module).float().requires_grad_(False)
 
-    def update(self, module: nn.Module, momentum: float) -> None:
-        """Update the average to momentum * average + (1 - momentum) * module.
-
-        Args:
-            module: The averaged module, of the same structure, in any precision.
-            momentum: In [0, 1]; 1 leaves the average unchanged.
-
-        Raises:
-            ValueError: momentum outside of [0, 1].
-        """
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"momentum must be in [0, 1], not {momentum}")
-        device = next(_tensors(self.module)).device
-        self.follow(module, torch.full((), 1.0 - momentum, device=device))
-
     @torch.no_grad()
     def follow(self, module: nn.Module, weight: Tensor) -> None:
         """Update the average to (1 - weight) * average + weight * module, without a host synchronisation.
@@ -45,7 +29,8 @@ class Ema:
         Floating-point parameters and buffers are averaged; counters are copied.
 
         Args:
-            module: As in `update`; its values must be finite even if the weight is 0.
+            module: The averaged module, of the same structure, in any precision; its values must be finite even if the
+                weight is 0.
             weight: In [0, 1], fp32, 0-dim.
         """
         pairs = list(zip(_tensors(self.module), _tensors(module), strict=True))
@@ -57,14 +42,6 @@ class Ema:
         for average, value in pairs:
             if not average.is_floating_point():
                 average.copy_(value)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average under the module's own names, fp32."""
-        return self.module.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a saved average."""
-        self.module.load_state_dict(state)
 
 
 def _tensors(module: nn.Module) -> itertools.chain[Tensor]:

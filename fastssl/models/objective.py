@@ -65,13 +65,6 @@ class Objective(nn.Module):
         """
         return None if self._momentum is None else ema_momentum(step, total_steps, self._momentum)
 
-    def after_step(self, step: int, total_steps: int) -> None:
-        """Update the target after an optimizer step that was not skipped, see `target_momentum`."""
-        momentum = self.target_momentum(step, total_steps)
-        if momentum is not None:
-            device = next(self.parameters()).device
-            self.follow(torch.full((), 1.0 - momentum, device=device))
-
     def follow(self, weight: Tensor) -> None:
         """Update the target after a step. Must be called explicitly: the engine does not do it.
 

@@ -19,6 +19,13 @@ def build(config) -> Objective:
     return Objective(TwoViewModel(MODEL, image_px=16), build_loss(config, 8))
 
 
+def follow(objective: Objective, step: int) -> None:
+    """Move the target as after one of 10 steps."""
+    momentum = objective.target_momentum(step, 10)
+    assert momentum is not None
+    objective.follow(torch.tensor(1 - momentum))
+
+
 def views(*sizes_px: int) -> list[torch.Tensor]:
     torch.manual_seed(1)
     return [torch.randn(6, 3, px, px) for px in sizes_px]
@@ -28,7 +35,7 @@ def test_without_a_target_momentum_there_is_no_target() -> None:
     objective = build(MioConfig())
     assert objective.target is None
     objective(views(16, 16))
-    objective.after_step(0, 10)
+    assert objective.target_momentum(0, 10) is None
     assert not any("target" in name for name in objective.state_dict())
 
 
@@ -48,11 +55,11 @@ def test_the_target_starts_as_the_model_and_moves_by_the_schedule_only() -> None
         optimizer.step()
         before = average.clone()
         assert not torch.equal(weight, before)
-        objective.after_step(step, 10)
+        follow(objective, step)
         momentum = ema_momentum(step, 10, 0.9)
         torch.testing.assert_close(average, momentum * before + (1 - momentum) * weight)
     assert not torch.equal(average, start)
-    objective.after_step(10, 10)  # at the end the momentum is 1
+    assert objective.target_momentum(10, 10) == 1  # at the end
 
 
 def test_the_target_stays_fp32_under_autocast_and_sees_the_views_without_gradient() -> None:
@@ -66,10 +73,10 @@ def test_the_target_stays_fp32_under_autocast_and_sees_the_views_without_gradien
     assert [(z.dtype, z.requires_grad) for z in seen[0][1]] == [(torch.bfloat16, False)] * 2
     assert len(h) == 4
     assert loss.dtype == torch.float32
-    objective.after_step(0, 10)
+    follow(objective, 0)
     assert {value.dtype for value in objective.target.parameters()} == {torch.float32}
 
 
 def test_a_step_outside_of_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match="step 11"):
-        build(MincConfig()).after_step(11, 10)
+        build(MincConfig()).target_momentum(11, 10)

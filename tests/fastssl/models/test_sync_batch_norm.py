@@ -107,7 +107,8 @@ def train(config: LossConfig, *, sync: bool) -> dict[str, Tensor]:
             if parameter.grad is not None:
                 collectives.all_mean_(parameter.grad)
         optimizer.step()
-        objective.after_step(step, 10)
+        if (momentum := objective.target_momentum(step, 10)) is not None:
+            objective.follow(torch.tensor(1 - momentum))
     return {name: value.clone() for name, value in objective.state_dict().items()}
 
 
