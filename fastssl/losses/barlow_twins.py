@@ -8,7 +8,6 @@
 With more than two views: the mean over all pairs of views.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import center, covariances, variances
 from fastssl.losses.pairwise import stack_views
+from kernels.similarity.rows import view_pairs
 from pipelines.config_field import setting
 
 EPSILON = 1e-5  # eps of the parameter-free batch norm in the authors' code
@@ -43,22 +43,12 @@ class BarlowTwins(Loss[BarlowTwinsConfig]):
     configs = (BarlowTwinsConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss, from statistics of the global batch.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype.
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs), the same on every rank.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss, from statistics of the global batch, the same on every rank; see `Loss`."""
         rows = stack_views(*z)
         with torch.autocast(rows.device.type, enabled=False):
             x = center(rows)
             deviation = (variances(x) + EPSILON).sqrt()  # [V, D]
-            first, second = zip(*itertools.combinations(range(len(x)), 2), strict=True)
+            first, second = zip(*view_pairs(len(x)), strict=True)
             correlation = covariances(_views(x, first), _views(x, second))  # [pairs, D, D]
             correlation = correlation / (_views(deviation, first)[:, :, None] * _views(deviation, second)[:, None, :])
             diagonal = correlation.diagonal(dim1=1, dim2=2)

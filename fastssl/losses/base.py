@@ -40,9 +40,11 @@ ConfigT = TypeVar("ConfigT", bound=LossConfig)
 class Loss(nn.Module, Generic[ConfigT]):
     """Maps the projections of each view to a scalar whose mean over ranks is the loss of the global batch.
 
-    A subclass has `forward(self, *z, targets=...)`: z are V tensors [B, D] of any floating dtype, row i of all views
-    from the same image; `targets`, T tensors [B, D] without gradient, are passed where `target_momentum` is not None.
-    Its parameters are trained with the model; its buffers are saved with it.
+    A subclass has `forward(self, *z, targets=...)`. z are V projections [B, D] of one floating dtype, row i of every
+    view from the same image; `targets`, T tensors [B, D] without gradient, are passed where `target_momentum` is not
+    None. It returns a 0-dim tensor, fp32 (fp64 for fp64 inputs). It raises a ValueError if shapes or dtypes differ, or
+    the global batch has fewer than two samples. Its parameters are trained with the model; its buffers are saved with
+    it.
 
     Attributes:
         configs: The configurations that select this loss, the default one first.
@@ -66,8 +68,8 @@ class Loss(nn.Module, Generic[ConfigT]):
 
     @property
     def target_momentum(self) -> float | None:
-        """Initial momentum of the target network's moving average; None: the loss needs no target."""
-        return None
+        """Initial momentum of the target network's moving average, a setting; None: the loss needs no target."""
+        return getattr(self.config, "target_momentum", None)
 
     def bound_nats(self, value: float) -> float | None:
         """Lower bound in nats on the mutual information of two views implied by a mean loss; None: no bound."""

@@ -67,24 +67,8 @@ class Byol(Loss[ByolConfig | LinearByolConfig]):
             else nn.Linear(projector_dim, projector_dim)
         )
 
-    @property
-    def target_momentum(self) -> float | None:
-        """See `Loss`."""
-        return self.config.target_momentum
-
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The loss of this rank's rows.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype.
-            targets: The target network's projections of the first T views.
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs), in [0, 8]; its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss of this rank's rows, in [0, 8]; see `Loss`."""
         rows = stack_views(*z)
         predictions = self.predictor(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return 2 * (2 - 2 * mean_cosine(predictions, torch.stack(list(targets))))

@@ -50,18 +50,7 @@ class Dcl(Loss[DclConfig]):
     configs = (DclConfig, DclwConfig)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The mean loss of this rank's 2B rows against the rows of all ranks.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside; row i of every view is from the
-                same sample (positives).
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The mean loss of this rank's 2B rows, normalised, against the rows of all ranks, in nats; see `Loss`."""
         rows = stack_views(*z)
         t, impl = 1 / self.config.temperature, self.config.impl
         return partition_loss(rows, form=self.config.name, inv_temperature=t, exchange=EXCHANGE, impl=impl)

@@ -99,24 +99,10 @@ class Minc(Loss[MincConfig]):
         config = self.config
         self.moment = MovingMoment(projector_dim, config.moment_momentum)
 
-    @property
-    def target_momentum(self) -> float | None:
-        """See `Loss`."""
-        return self.config.target_momentum
-
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The loss of this rank's rows. In training mode Lambda is updated with the batch after it was used.
+        """The loss of this rank's rows, normalised as `norm` says; see `Loss`.
 
-        Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside as `norm` says.
-            targets: The target network's projections of the first T views.
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch. The targets and
-            Lambda are constants in its gradient.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
+        The targets and Lambda are constants in its gradient. In training mode Lambda is updated with the batch after it was used.
         """
         rows, s = stack_views(*z), self.config.scale
         with torch.autocast(rows.device.type, enabled=False):

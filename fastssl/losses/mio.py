@@ -19,23 +19,23 @@ JSD and KL are those of the joint distribution of two views against the product 
 information.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastssl.collectives import EXCHANGE
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.pairwise import EXP_TEMPERATURE, LOWEST_EXP_TEMPERATURE, TEMPERATURE, stack_views
+from fastssl.losses.view_pairs import unit_rows
 from kernels.gram_loss import quadratic_loss
 from kernels.pair_loss import count_negatives, pair_loss, softplus
 from kernels.partition_loss import partition_terms
 from kernels.similarity import Impl
 from kernels.similarity.exponent import scalar
+from kernels.similarity.rows import view_pairs
 from pipelines.config_field import setting
 
 Negative = Literal["naive", "exp", "jensen", "quadratic", "softplus"]
@@ -81,23 +81,12 @@ class Mio(Loss[MioConfig]):
     configs = (MioConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss of this rank's rows against the negatives of all ranks.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside; row i of every view is from the
-                same sample (positives).
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss of this rank's rows, normalised, against the negatives of all ranks, in nats; see `Loss`."""
         rows = stack_views(*z)
         loss = self._pairs(rows)
         if self.config.alignment_weight:
-            u = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=2)
-            distances = [(u[v] - u[w]).square().mean() for v, w in itertools.combinations(range(len(u)), 2)]
+            u = unit_rows(rows)
+            distances = [(u[v] - u[w]).square().mean() for v, w in view_pairs(len(u))]
             loss = loss + self.config.alignment_weight * torch.stack(distances).mean()
         return loss
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import collectives
+from kernels.similarity.rows import widen
 
 MAX_WIDTH = 16384  # 1 GiB of fp32 for one D x D moment
 
@@ -27,7 +28,7 @@ def center(z: Tensor) -> Tensor:
     so the gradient of `covariances` of these rows is still exact. To second order they do depend on it; with a single
     process, the only case in which Hessians are computed, the mean keeps its gradient.
     """
-    wide = z if z.dtype == torch.float64 else z.float()
+    wide = widen(z)
     mean = wide.mean(1, keepdim=True)
     return wide - (collectives.all_mean_(mean.detach()) if collectives.world_size() > 1 else mean)
 

@@ -52,18 +52,7 @@ class SigLip(Loss[SigLipConfig]):
         self.bias = nn.Parameter(torch.tensor([float(config.initial_bias)]))
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """The loss of this rank's rows of view a against all ranks' rows of view b.
-
-        Args:
-            z_a: Projections of view a [B, D], any floating dtype; normalised inside.
-            z_b: Same for view b; row i is the positive of z_a[i].
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs), nats; its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss of this rank's rows of view a against all ranks' of view b, normalised, in nats; see `Loss`."""
         return pair_loss(
             stack_views(z_a, z_b),
             positives="softplus",

@@ -45,17 +45,7 @@ class SimSiam(Loss[SimSiamConfig]):
         self.predictor: nn.Module = build_predictor(projector_dim, config.predictor_hidden)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss of this rank's rows.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype.
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs), in [-1, 1]; its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss of this rank's rows, in [-1, 1]; see `Loss`."""
         rows = stack_views(*z)
         predictions = self.predictor(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return -mean_cosine(predictions, rows)

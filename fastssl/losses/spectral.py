@@ -45,17 +45,6 @@ class Spectral(Loss[SpectralConfig]):
     configs = (SpectralConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss of this rank's rows of view a against all ranks' rows of view b.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype; row i of every view comes from
-                the same sample (positives).
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss of this rank's rows of view a against all ranks' rows of view b; see `Loss`."""
         rows = stack_views(*z)
         return spectral_loss(rows, mu=self.config.mu, exchange=EXCHANGE, impl=self.config.impl)

@@ -57,24 +57,8 @@ class TiCo(Loss[TiCoConfig]):
         config = self.config
         self.moment = MovingMoment(projector_dim, config.moment_momentum)
 
-    @property
-    def target_momentum(self) -> float | None:
-        """See `Loss`."""
-        return self.config.target_momentum
-
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """The loss, with C over the global batch. In training mode C is updated with the batch.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype; normalised inside.
-            targets: The target network's projections of the first T views.
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss, with C over the global batch; see `Loss`. In training mode C is updated with the batch."""
         rows, beta = stack_views(*z), self.moment.momentum
         with torch.autocast(rows.device.type, enabled=False):
             u = unit_rows(rows)

@@ -10,7 +10,6 @@
 With more than two views: the mean over all pairs of views.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,6 +20,7 @@ from fastssl import collectives
 from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import center, covariances
 from fastssl.losses.pairwise import stack_views
+from kernels.similarity.rows import view_pairs, widen
 from pipelines.config_field import setting
 
 EPSILON = 1e-4
@@ -50,23 +50,12 @@ class VicReg(Loss[VicRegConfig]):
     configs = (VicRegConfig,)
 
     def forward(self, *z: Tensor) -> Tensor:
-        """The loss, from statistics of the global batch.
-
-        Args:
-            z: Projections of each view [B, D], any floating dtype.
-
-        Returns:
-            Scalar, fp32 (fp64 for fp64 inputs); its mean over ranks is the loss of the global batch.
-
-        Raises:
-            ValueError: Shapes or dtypes differ, or the global batch has fewer than two samples.
-        """
+        """The loss, from statistics of the global batch; see `Loss`."""
         rows, config = stack_views(*z), self.config
         num_samples = rows.shape[1] * collectives.world_size()
         with torch.autocast(rows.device.type, enabled=False):
-            wide = rows if rows.dtype == torch.float64 else rows.float()
-            pairs = itertools.combinations(range(len(wide)), 2)
-            invariance = torch.stack([(wide[v] - wide[w]).square().mean() for v, w in pairs]).mean()
+            wide = widen(rows)
+            invariance = torch.stack([(wide[v] - wide[w]).square().mean() for v, w in view_pairs(len(wide))]).mean()
             x = center(wide)
             covariance = covariances(x, x) * (num_samples / (num_samples - 1))  # [V, D, D]
             variance = covariance.diagonal(dim1=1, dim2=2)

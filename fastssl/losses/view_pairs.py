@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.similarity.rows import widen
+
 
 def unit_rows(z: Tensor) -> Tensor:
     """Rows of norm 1 along the last dimension, fp32 (fp64 for fp64 rows)."""
-    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+    return F.normalize(widen(z), dim=-1)
 
 
 def ordered_pairs(num_views: int, num_targets: int) -> list[tuple[int, int]]:

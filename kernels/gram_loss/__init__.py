@@ -19,6 +19,7 @@ from kernels.pair_loss import count_negatives
 from kernels.pair_loss.terms import Topology, check_views
 from kernels.similarity import Impl, choose_impl
 from kernels.similarity.exponent import check_inv_temperature
+from kernels.similarity.rows import widen
 
 __all__ = ["gram_terms", "quadratic_loss", "spectral_loss"]
 
@@ -45,7 +46,7 @@ def spectral_loss(
         raise ValueError(f"mu must be finite and > 0, got {mu}")
     check_views(z, topology, None, exchange.size)
     impl = choose_impl(impl, z)  # chosen by the dtype of the input: the rows below are fp32
-    wide = z if z.dtype == torch.float64 else z.float()
+    wide = widen(z)
     longest = math.sqrt(mu)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     clipped = wide * (longest / norm.clamp_min(longest))
