@@ -102,7 +102,8 @@ class Minc(Loss[MincConfig]):
     def forward(self, *z: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """The loss of this rank's rows, normalised as `norm` says; see `Loss`.
 
-        The targets and Lambda are constants in its gradient. In training mode Lambda is updated with the batch after it was used.
+        The targets and Lambda are constants in its gradient. In training mode Lambda is updated with the batch after it
+        was used.
         """
         rows, s = stack_views(*z), self.config.scale
         with torch.autocast(rows.device.type, enabled=False):
