@@ -80,7 +80,7 @@ class BareLoop:
             self.backward(loss)
             self.update()
             if (momentum := self.objective.target_momentum(self.step, self.total_steps)) is not None:
-                self.objective.follow(torch.full_like(loss, 1 - momentum, dtype=torch.float32, requires_grad=False))
+                self.objective.follow(torch.full((), 1 - momentum, device=loss.device))
             self.step += 1
             if self.step % self.log_every_steps == 0:
                 self.last_loss = loss.item()
