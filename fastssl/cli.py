@@ -173,15 +173,20 @@ def _hessian(args: argparse.Namespace) -> None:
 
     names = ("num_probes", "num_iterations", "top_k", "seed")
     settings = HessianSettings(**{name: getattr(args, name) for name in names}, batches=_batch_settings(args))
-    table = hessian_of_runs(args.runs, args.set, step=args.step, settings=settings, out=args.out)
+    table = hessian_of_runs(args.runs, args.set, steps=_steps(args), settings=settings, out=args.out)
     print(printable_lines(table))
 
 
 def _gradflow(args: argparse.Namespace) -> None:
     from fastssl.analysis.gradflow import gradflow
 
-    table = gradflow(args.run, args.set, step=args.step, settings=_batch_settings(args), out=args.out)
+    table = gradflow(args.run, args.set, steps=_steps(args), settings=_batch_settings(args), out=args.out)
     print(printable_lines(table))
+
+
+def _steps(args: argparse.Namespace) -> list[int | None]:
+    """The steps of --steps or --step; None: the last."""
+    return args.steps or [args.step]
 
 
 def _batch_settings(args: argparse.Namespace) -> "BatchSettings":
@@ -400,8 +405,19 @@ def _add_gradflow(gradflow: argparse.ArgumentParser) -> None:
     gradflow.set_defaults(call=_gradflow)
 
 
+def _series(text: str) -> list[int | None]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part == "last" or (part.isascii() and part.isdigit()) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be steps with commas between them, such as 100,1000,last")
+    return [None if part == "last" else int(part) for part in parts]
+
+
 def _add_batches(command: argparse.ArgumentParser) -> None:
-    _add_step(command)
+    step = command.add_mutually_exclusive_group()
+    step.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the last one)")
+    step.add_argument(
+        "--steps", type=_series, metavar="N,N,last", help="steps of several checkpoints, such as 100,1000,last"
+    )
     command.add_argument(
         "--num-images",
         type=int,

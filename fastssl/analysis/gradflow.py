@@ -14,8 +14,16 @@ from torch import Tensor
 
 from fastssl.analysis.curvature import rebuild_loss, with_impl
 from fastssl.analysis.pair_flow import PairFlow, pair_flow
-from fastssl.analysis.source import BatchSettings, Source, load_source, make_folder, open_run, write_table
-from fastssl.checkpoint.save_load import checkpoint_of
+from fastssl.analysis.source import (
+    BatchSettings,
+    Source,
+    checkpoints_at,
+    load_source,
+    make_folder,
+    open_run,
+    write_table,
+)
+from fastssl.checkpoint.save_load import step_of
 from fastssl.errors import ConfigError
 from fastssl.losses import (
     DclConfig,
@@ -35,6 +43,10 @@ from fastssl.tracking.result_rows import format_table
 
 GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart
 SHOWN = ("gradient", "max_relative_difference", "mean_relative_difference")
+SERIES = (
+    "step", "attraction", "repulsion", "positive_similarity", "negative_similarity", "projections_max_difference",
+    "parameters_difference",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +69,23 @@ def gradflow(
     path: Path,
     overrides: Sequence[str] = (),
     *,
-    step: int | None = None,
+    steps: Sequence[int | None] = (None,),
     settings: BatchSettings,
     out: Path | None = None,
 ) -> str:
-    """Compare closed form and autograd at a checkpoint, and write all objectives' coefficients over similarity.
+    """Compare closed form and autograd at checkpoints, and write all objectives' coefficients over similarity.
 
     Args:
         path: The run's folder.
         overrides: `key=value` changes of its configuration.
-        step: Step of the checkpoint; None: the last.
+        steps: Steps of the checkpoints; None: the last.
         settings: Which batches to use.
-        out: Folder for the results; None: gradflow/step_XXXXXXXX in the run.
+        out: Folder for the results; None: gradflow/step_XXXXXXXX in the run. With several checkpoints, the folder for
+            their common table and plot; None: gradflow/compared in the run.
 
     Returns:
-        A table: the maximum and the mean relative difference of the gradients of projections and parameters.
+        A table: the maximum and the mean relative difference of the gradients of projections and parameters. With
+        several checkpoints, a row for each, see `mean_flow`.
 
     Raises:
         ConfigError: no run or checkpoint, settings that do not fit it, more than two views, or a loss without a closed
@@ -80,26 +94,65 @@ def gradflow(
     """
     folder, cfg = open_run(path, overrides)
     pair_flow(build_loss(cfg.loss, cfg.model.projector_dim), torch.eye(4).view(2, 2, 4))  # may raise ConfigError
-    checkpoint = checkpoint_of(folder.checkpoints, step)
-    out = make_folder(out or folder.gradflow / checkpoint.name)
-    source = load_source(folder, cfg, step=step, settings=settings)
+    checkpoints = checkpoints_at(folder, steps)
+    if len(checkpoints) == 1:
+        out = make_folder(out or folder.gradflow / checkpoints[0].name)
+        source = load_source(folder, cfg, step=step_of(checkpoints[0]), settings=settings)
+        found, _ = _analyse(source, out)
+        head = f"{_label(cfg.loss)} at step {source.step}: closed form against autograd"
+        return f"{head}\n{format_table(_summary(found), SHOWN)}\n{out}"
+    out = make_folder(out or folder.gradflow / "compared")
+    targets = [make_folder(folder.gradflow / checkpoint.name) for checkpoint in checkpoints]
+    rows: list[dict[str, float]] = []
+    for target in targets:
+        source = load_source(folder, cfg, step=step_of(target), settings=settings)
+        found, flow = _analyse(source, target)
+        differences = {"projections_max_difference": float(found.rows.max()), "parameters_difference": found.whole}
+        rows.append({"step": source.step} | flow | differences)
+    write_table(out / "flow.csv", rows)
+    draw_flow(rows, out / "flow.png")
+    shown = [row | {name: float(f"{row[name]:.4g}") for name in SERIES[1:]} for row in rows]
+    return f"{_label(cfg.loss)}: means over the pairs of the first batch\n{format_table(shown, SERIES)}\n{out}"
+
+
+def _analyse(source: Source, out: Path) -> tuple[Differences, dict[str, float]]:
+    """Analyse one checkpoint: return its differences and `mean_flow`, and write its files to `out`."""
     if len(source.batches[0]) != 2:
-        raise ConfigError(f"views.recipe: the closed form is for two views, but {path} has {len(source.batches[0])}")
+        num_views = len(source.batches[0])
+        raise ConfigError(f"views.recipe: the closed form is for two views, but {source.folder.path} has {num_views}")
     found = compare_gradients(source)
+    flow = mean_flow(source.objective.loss, _project(source, 0).double())
     rows = _coefficients(source)
     write_table(out / "coefficients.csv", rows)
     draw_coefficients(rows, out / "coefficients.png")
     summary = {
-        "loss": cfg.loss.name,
+        "loss": source.cfg.loss.name,
         "step": source.step,
         "num_images": source.num_images,
         "batch_size": len(source.batches[0][0]),
         "gradients": _summary(found),
+        "flow": flow,
         "environment": describe_environment(world_size=1),
     }
     replace_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    head = f"{_label(cfg.loss)} at step {source.step}: closed form against autograd"
-    return f"{head}\n{format_table(_summary(found), SHOWN)}\n{out}"
+    return found, flow
+
+
+def mean_flow(loss: Loss, z: Tensor) -> dict[str, float]:
+    """Means over the pairs of a batch: alpha and similarity of positive pairs, beta and similarity of negative pairs.
+
+    Args:
+        loss: The run's loss, with its learned state.
+        z: Projections [2, N, D].
+    """
+    flow = pair_flow(loss, z)
+    similarities = flow.similarities
+    return {
+        "attraction": float(flow.alpha().mean()),
+        "repulsion": float(flow.beta()[flow.counted].mean()),
+        "positive_similarity": float(similarities.diagonal(z.shape[1]).mean()),
+        "negative_similarity": float(similarities[flow.counted].mean()),
+    }
 
 
 def compare_gradients(source: Source) -> Differences:
@@ -241,5 +294,31 @@ def draw_coefficients(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].set_ylabel("alpha")
     axes[1].set_ylabel("beta")
     axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_flow(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """Plot mean alpha and beta, and the mean similarities of the pairs, over the steps of a series.
+
+    Args:
+        rows: The rows of `flow.csv`.
+        path: The PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = (("attraction", "repulsion"), ("positive_similarity", "negative_similarity"))
+    for axis, names in zip(axes, panels, strict=True):
+        for name in names:
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], "o-", label=name.replace("_", " "))
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("alpha and beta, mean over the pairs")
+    axes[1].set_ylabel("cosine similarity, mean over the pairs")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""`fastssl hessian RUN ...`: the eigenvalues of the loss's Hessian at a checkpoint, for one or several runs."""
+"""`fastssl hessian RUN ...`: the eigenvalues of the loss's Hessian at checkpoints of one or several runs."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,8 +19,17 @@ from fastssl.analysis.lanczos import (
     random_signs,
     spectral_density,
 )
-from fastssl.analysis.source import BatchSettings, Source, hold_still, load_source, make_folder, open_run, write_table
-from fastssl.checkpoint.save_load import checkpoint_of
+from fastssl.analysis.source import (
+    BatchSettings,
+    Source,
+    checkpoints_at,
+    hold_still,
+    load_source,
+    make_folder,
+    open_run,
+    write_table,
+)
+from fastssl.checkpoint.save_load import step_of
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
@@ -29,8 +38,8 @@ from fastssl.tracking.result_rows import Value, format_table
 
 TOLERANCE = 1e-3  # converged if residual norm / |largest eigenvalue| is below this
 SHOWN = (
-    "run", "loss", "step", "value", "largest", "smallest", "negative_share", "trace", "trace_error", "num_converged",
-    "held_fixed",
+    "run", "loss", "step", "value", "largest", "smallest", "negative_share", "trace", "trace_error",
+    "largest_over_trace", "smallest_over_largest", "num_converged", "held_fixed",
 )  # fmt: skip
 
 
@@ -86,6 +95,39 @@ class Spectrum:
         """Which of the largest eigenvalues are within TOLERANCE, bool [k]."""
         return self.residuals <= TOLERANCE * np.abs(self.eigenvalues).max()
 
+    @property
+    def largest_over_trace(self) -> float | None:
+        """Largest eigenvalue / trace estimate, dimensionless; None if the trace is 0."""
+        return _ratio(float(self.eigenvalues[0]), self.trace[0])
+
+    @property
+    def smallest_over_largest(self) -> float | None:
+        """|smallest eigenvalue| / largest eigenvalue, dimensionless; None if the largest is 0."""
+        return _ratio(abs(self.smallest[0]), float(self.eigenvalues[0]))
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What a plot of densities shows of one checkpoint.
+
+    Attributes:
+        label: Its name in the legend.
+        density: The density.
+        eigenvalues: The largest eigenvalues [k].
+        run: Number of its run, which has a colour.
+        shade: Strength of the colour, in (0, 1].
+    """
+
+    label: str
+    density: Density
+    eigenvalues: np.ndarray
+    run: int = 0
+    shade: float = 1.0
+
 
 def find_spectrum(
     product: Callable[[Tensor], Tensor], like: Tensor, settings: HessianSettings, say: Callable[[str], None] = print
@@ -135,24 +177,24 @@ def hessian_of_runs(
     runs: Sequence[Path],
     overrides: Sequence[str] = (),
     *,
-    step: int | None = None,
+    steps: Sequence[int | None] = (None,),
     settings: HessianSettings,
     out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> str:
-    """Compute the Hessian's spectrum at a checkpoint of every run, and write tables and a plot.
+    """Compute the Hessian's spectrum at checkpoints of every run, and write tables and a plot.
 
     Args:
         runs: Folders of runs.
         overrides: `key=value` changes of their configurations.
-        step: Step of the checkpoints; None: the last of each run.
+        steps: Steps of the checkpoints of each run; None: its last.
         settings: Accuracy settings.
-        out: Folder for the results; None: hessian/step_XXXXXXXX in the run. With several runs, the folder for the
-            common table and plot; None: hessian/compared in the first run.
+        out: Folder for the results; None: hessian/step_XXXXXXXX in the run. With several checkpoints, the folder for
+            the common table and plot; None: hessian/compared in the first run.
         say: Called with progress messages.
 
     Returns:
-        A table with one row per run.
+        A table with one row per checkpoint.
 
     Raises:
         ConfigError: no run or checkpoint, or settings that do not fit it, or a loss without a Hessian.
@@ -161,30 +203,35 @@ def hessian_of_runs(
     if len(set(runs)) < len(runs):
         raise ConfigError(f"the run {max(runs, key=runs.count)} is given twice")
     opened = [(path, *open_run(path, overrides)) for path in runs]
-    targets: list[Path] = []
-    for _, folder, cfg in opened:  # check everything before the long computation
+    for _, _, cfg in opened:  # check everything before the long computation
         twice_differentiable(cfg)
-        own = folder.hessian / checkpoint_of(folder.checkpoints, step).name
-        targets.append(make_folder(own if len(runs) > 1 or out is None else out))
-    compared = make_folder(out or opened[0][1].hessian / "compared") if len(runs) > 1 else None
+    checkpoints = [checkpoints_at(folder, steps) for _, folder, _ in opened]
+    if sum(map(len, checkpoints)) == 1:
+        compared, targets = None, [[make_folder(out or opened[0][1].hessian / checkpoints[0][0].name)]]
+    else:
+        compared = make_folder(out or opened[0][1].hessian / "compared")
+        runs_found = zip(opened, checkpoints, strict=True)
+        targets = [[make_folder(folder.hessian / at.name) for at in found] for (_, folder, _), found in runs_found]
     rows: list[dict[str, Value]] = []
-    densities: dict[str, tuple[Density, np.ndarray]] = {}
-    for (path, folder, cfg), target in zip(opened, targets, strict=True):
-        say(f"{path}")
-        source = load_source(folder, twice_differentiable(cfg), step=step, settings=settings.batches)
-        row, spectrum, density = _analyse(source, cfg, settings, target, say)
-        rows.append({"run": str(path)} | row)
-        densities[str(path)] = (density, spectrum.eigenvalues)
+    curves: list[Curve] = []
+    for number, (path, folder, cfg) in enumerate(opened):
+        for order, (checkpoint, target) in enumerate(zip(checkpoints[number], targets[number], strict=True), 1):
+            step, shade = step_of(checkpoint), order / len(targets[number])
+            say(f"{path}, step {step}")
+            source = load_source(folder, twice_differentiable(cfg), step=step, settings=settings.batches)
+            row, curve = _analyse(source, cfg, settings, target, say)
+            rows.append({"run": str(path)} | row)
+            curves.append(replace(curve, label=f"{path}, step {step}", run=number, shade=shade))
     if compared:
         write_table(compared / "spectra.csv", rows)
-        draw_densities(densities, compared / "density.png")
-    return f"{format_table([_rounded(row) for row in rows], SHOWN)}\n{compared or targets[0]}"
+        draw_densities(curves, compared / "density.png")
+    return f"{format_table([_rounded(row) for row in rows], SHOWN)}\n{compared or targets[0][0]}"
 
 
 def _analyse(
     source: Source, cfg: Config, settings: HessianSettings, out: Path, say: Callable[[str], None]
-) -> tuple[dict[str, Value], Spectrum, Density]:
-    """Analyse one run: return its row, and write its files to `out`."""
+) -> tuple[dict[str, Value], Curve]:
+    """Analyse one checkpoint: return its row and its curve, and write its files to `out`."""
     hessian = LossHessian(source.objective, source.batches, cfg.run.seed)
     value, gradient = hessian.loss_and_gradient()
     if not torch.isfinite(gradient).all():
@@ -204,6 +251,8 @@ def _analyse(
         "negative_share": negative_share(spectrum.krylovs, density.width),
         "trace": spectrum.trace[0],
         "trace_error": spectrum.trace[1],
+        "largest_over_trace": spectrum.largest_over_trace,
+        "smallest_over_largest": spectrum.smallest_over_largest,
         "num_converged": int(spectrum.is_converged.sum()),
         "held_fixed": held_fixed(cfg.loss),
     }
@@ -218,9 +267,10 @@ def _analyse(
         "environment": describe_environment(world_size=1),
     }
     _write_spectrum(out, spectrum, density)
-    draw_densities({str(source.folder.path): (density, spectrum.eigenvalues)}, out / "density.png")
+    curve = Curve(label=str(source.folder.path), density=density, eigenvalues=spectrum.eigenvalues)
+    draw_densities([curve], out / "density.png")
     replace_text(out / "summary.json", json.dumps(about, indent=2) + "\n")
-    return row, spectrum, density
+    return row, curve
 
 
 def negative_share(krylovs: Sequence[Krylov], width: float) -> float:
@@ -268,11 +318,11 @@ def _rounded(row: dict[str, Value]) -> dict[str, Value]:
     return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
-def draw_densities(densities: dict[str, tuple[Density, np.ndarray]], path: Path) -> None:
+def draw_densities(curves: Sequence[Curve], path: Path) -> None:
     """Plot densities over the eigenvalue, log over symlog, with the largest eigenvalues as ticks below.
 
     Args:
-        densities: Legend name -> the density, and the largest eigenvalues [k].
+        curves: One for each checkpoint.
         path: The PNG file.
     """
     import matplotlib
@@ -281,11 +331,12 @@ def draw_densities(densities: dict[str, tuple[Density, np.ndarray]], path: Path)
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    peak = max(float(density.density.max()) for density, _ in densities.values())
-    for number, (name, (density, top)) in enumerate(densities.items()):
-        axis.plot(density.eigenvalues, density.density, color=f"C{number % 10}", linewidth=1.2, label=name)
-        axis.plot(top, np.full(len(top), 3e-9 * peak), "|", color=f"C{number % 10}", markersize=10)
-    axis.set_xscale("symlog", linthresh=min(3 * density.width for density, _ in densities.values()))
+    peak = max(float(curve.density.density.max()) for curve in curves)
+    for curve in curves:
+        color = color_of(curve)
+        axis.plot(curve.density.eigenvalues, curve.density.density, color=color, linewidth=1.2, label=curve.label)
+        axis.plot(curve.eigenvalues, np.full(len(curve.eigenvalues), 3e-9 * peak), "|", color=color, markersize=10)
+    axis.set_xscale("symlog", linthresh=min(3 * curve.density.width for curve in curves))
     axis.set_yscale("log")
     axis.set_ylim(1e-9 * peak, 3 * peak)
     axis.set_xlabel("eigenvalue of the Hessian")
@@ -294,3 +345,11 @@ def draw_densities(densities: dict[str, tuple[Density, np.ndarray]], path: Path)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def color_of(curve: Curve) -> tuple[float, ...]:
+    """The run's colour, mixed with white where the shade is less than 1; the palest keeps a quarter of it."""
+    from matplotlib.colors import to_rgb
+
+    strength = 0.25 + 0.75 * curve.shade
+    return tuple(1 - strength * (1 - channel) for channel in to_rgb(f"C{curve.run % 10}"))

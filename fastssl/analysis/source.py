@@ -81,6 +81,21 @@ def open_run(path: Path, overrides: Sequence[str]) -> tuple[RunFolder, Config]:
     return folder, cfg
 
 
+def checkpoints_at(folder: RunFolder, steps: Sequence[int | None]) -> list[Path]:
+    """The checkpoints of some steps, each once, from the earliest to the last.
+
+    Args:
+        folder: The run's folder.
+        steps: The steps, at least one; None: the last.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    option = "--steps" if len(steps) > 1 else "--step"
+    found = {checkpoint_of(folder.checkpoints, step, option=option) for step in steps}
+    return sorted(found, key=step_of)
+
+
 def load_source(folder: RunFolder, cfg: Config, *, step: int | None, settings: BatchSettings) -> Source:
     """Rebuild the objective of a checkpoint and draw its batches, on the device of run.device.
 

@@ -191,8 +191,13 @@ def last_checkpoint(root: Path) -> Path | None:
     return max(_finished(root), default=None)
 
 
-def checkpoint_of(root: Path, step: int | None) -> Path:
+def checkpoint_of(root: Path, step: int | None, *, option: str = "--step") -> Path:
     """The checkpoint of a step; None: the newest.
+
+    Args:
+        root: Folder of the checkpoints.
+        step: The step.
+        option: What named the step, for the error message.
 
     Raises:
         ConfigError: there is no such checkpoint.
@@ -202,7 +207,7 @@ def checkpoint_of(root: Path, step: int | None) -> Path:
         raise ConfigError(f"{root.parent} has no checkpoint yet")
     if step is not None and step not in steps:
         raise ConfigError(
-            f"--step: {root.parent} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}"
+            f"{option}: {root.parent} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}"
         )
     return root / f"{_PREFIX}{steps[-1] if step is None else step:08d}"
 

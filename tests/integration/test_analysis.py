@@ -72,6 +72,69 @@ def run(tiny_config):
     return folder.path
 
 
+@pytest.fixture
+def series(run):
+    """The run with a second checkpoint of other weights, at step 20."""
+    import torch
+
+    weights = torch.load(run / "checkpoints/step_00000001/weights.pt", weights_only=True)
+    for value in weights["projector"].values():
+        if value.dim() == 2:
+            value += 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    (run / "checkpoints/step_00000020").mkdir()
+    torch.save(weights, run / "checkpoints/step_00000020/weights.pt")
+    return run
+
+
+def test_a_series_has_a_row_for_each_checkpoint(series, tmp_path, in_process):
+    done = in_process("hessian", series, *FEW, "--steps", "last,1,20")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(series / "hessian/compared/spectra.csv")
+    assert [row["step"] for row in rows] == ["1", "20"]
+    assert rows[0]["largest"] != rows[1]["largest"]
+    for row in rows:
+        ratios = float(row["largest"]) / float(row["trace"]), abs(float(row["smallest"])) / float(row["largest"])
+        assert (float(row["largest_over_trace"]), float(row["smallest_over_largest"])) == pytest.approx(ratios)
+        own = json.loads((series / f"hessian/step_{int(row['step']):08d}/summary.json").read_text())
+        assert own["largest_over_trace"] == float(row["largest_over_trace"])
+    assert (series / "hessian/compared/density.png").exists()
+    assert "largest_over_trace" in done.stdout
+    alone = in_process("hessian", series, *FEW, "--step", "1", "--out", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    of_series = series / "hessian/step_00000001/ritz_values.csv"
+    assert (tmp_path / "alone/ritz_values.csv").read_text() == of_series.read_text()
+
+    few = ["--num-images", "64", "--batch-size", "32"]
+    done = in_process("gradflow", series, *few, "--steps", "1,20", "--out", tmp_path / "flow")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "flow/flow.csv")
+    assert [row["step"] for row in rows] == ["1", "20"]
+    assert rows[0]["positive_similarity"] != rows[1]["positive_similarity"]
+    assert all(float(row["projections_max_difference"]) < 1e-12 for row in rows)
+    for row in rows:
+        folder = series / f"gradflow/step_{int(row['step']):08d}"
+        assert (folder / "coefficients.png").exists()
+        own = json.loads((folder / "summary.json").read_text())
+        assert own["flow"]["repulsion"] == float(row["repulsion"])
+    assert (tmp_path / "flow/flow.png").exists()
+
+
+def test_a_series_that_cannot_be_is_refused(series, in_process, capfd):
+    for command in ("hessian", "gradflow"):
+        done = in_process(command, series, "--steps", "1,7")
+        assert_one_line(done, "--steps: ", "no checkpoint of step 7, only of 1, 20")
+        assert not (series / command).exists()
+        for options, reason in (
+            (["--step", "1", "--steps", "1,last"], "--steps: not allowed with argument --step"),
+            (["--steps", "1,-2"], "must be steps with commas between them"),
+            (["--steps", ""], "must be steps"),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                in_process(command, series, *options)
+            assert ended.value.code == 2
+            assert reason in capfd.readouterr().err
+
+
 def test_what_is_refused_before_a_run_is_read(tmp_path, in_process):
     for command in ("hessian", "gradflow"):
         assert_one_line(in_process(command, tmp_path), "config.yaml")

@@ -1,6 +1,7 @@
 """The Hessian of every loss on a small network in fp64, against differences of gradients and against its exact self."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.analysis.curvature import HELD, LossHessian, held_fixed, twice_differentiable
-from fastssl.analysis.hessian import HessianSettings, density_moments, find_spectrum
+from fastssl.analysis.hessian import Curve, HessianSettings, color_of, density_moments, draw_densities, find_spectrum
+from fastssl.analysis.lanczos import spectral_density
 from fastssl.analysis.source import hold_still
 from fastssl.config import build_config
 from fastssl.errors import ConfigError, UserError
@@ -141,6 +143,32 @@ def test_the_largest_eigenvalues_are_those_of_the_exact_hessian(small: tuple[Los
     few = find_spectrum(lambda v: matrix @ v, matrix[0], settings, say=lambda _: None)
     assert not few.is_converged.all()  # five products do not find five eigenvalues
     assert few.trace[1] is None
+
+
+def test_ratios_are_those_of_the_eigenvalues_and_have_no_scale() -> None:
+    """Of a diagonal matrix, random signs give the trace exactly."""
+    settings = HessianSettings(num_probes=2, num_iterations=5, top_k=2)
+    diagonal = torch.tensor([-2.0, 1.0, 3.0, 6.0, 8.0]).double()
+    for scale in (1.0, 1e-6):
+        found = find_spectrum(lambda v, scale=scale: scale * diagonal * v, diagonal, settings, say=lambda _: None)
+        assert found.largest_over_trace == pytest.approx(8 / 16, rel=1e-12)
+        assert found.smallest_over_largest == pytest.approx(2 / 8, rel=1e-12)
+    zero = find_spectrum(lambda v: 0 * v, diagonal, replace(settings, top_k=1), say=lambda _: None)
+    assert (zero.largest_over_trace, zero.smallest_over_largest) == (None, None)
+
+
+def test_a_plot_has_a_colour_for_each_run_and_a_shade_for_each_step(tmp_path) -> None:
+    from matplotlib.colors import to_rgb
+
+    krylov = find_spectrum(lambda v: v, torch.ones(4), HessianSettings(num_iterations=5, top_k=1), say=lambda _: None)
+    of_curve = {"density": spectral_density(krylov.krylovs), "eigenvalues": krylov.eigenvalues}
+    curves = [Curve(label=f"{run} {k}", run=run, shade=k / 3, **of_curve) for run in (0, 1) for k in (1, 2, 3)]
+    colors = [color_of(curve) for curve in curves]
+    assert [*colors[2], *colors[5]] == pytest.approx([*to_rgb("C0"), *to_rgb("C1")])
+    assert len(set(colors)) == 6
+    assert min(colors[0]) > min(colors[1]) > min(colors[2])  # an earlier step is paler
+    draw_densities(curves, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0
 
 
 def test_trace_and_moments_are_those_of_the_exact_hessian(small: tuple[LossHessian, Tensor]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastssl.analysis.gradflow import GRID, objectives_beside, row_differences
+from fastssl.analysis.gradflow import GRID, mean_flow, objectives_beside, row_differences
 from fastssl.analysis.pair_flow import pair_flow
 from fastssl.errors import ConfigError
 from fastssl.losses import LOSSES, MioConfig, NtXentConfig, SpectralConfig, build_loss
@@ -45,6 +45,24 @@ def test_coefficients_over_similarity_are_those_of_the_pairs() -> None:
     torch.testing.assert_close(repulsion, flow.beta()[flow.counted])
     torch.testing.assert_close(attraction, torch.full_like(attraction, 2.0))
     torch.testing.assert_close(flow.alpha(), torch.full_like(flow.alpha(), 2.0))
+
+
+def test_mean_flow_is_the_mean_over_the_pairs() -> None:
+    z = clustered_rows(2, 6, 5)
+    found = mean_flow(build_loss(MioConfig(negative="naive", temperature_positive=0.2, temperature_negative=0.5)), z)
+    u = torch.nn.functional.normalize(z.flatten(0, 1), dim=1)
+    positive = torch.tensor([float(u[i] @ u[i + 6]) for i in range(6)], dtype=z.dtype)
+    others = [(i, k) for i in range(12) for k in range(12) if i % 6 != k % 6]
+    negative = torch.tensor([float(u[i] @ u[k]) for i, k in others], dtype=z.dtype)
+    assert found == pytest.approx(
+        {
+            "attraction": float(torch.sigmoid(-positive / 0.2).mean() / 0.2),
+            "repulsion": float(torch.sigmoid(negative / 0.5).mean() / 0.5),
+            "positive_similarity": float(positive.mean()),
+            "negative_similarity": float(negative.mean()),
+        },
+        rel=1e-12,
+    )
 
 
 def test_the_naive_attraction_vanishes_where_the_linear_one_stays() -> None:
