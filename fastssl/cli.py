@@ -69,7 +69,7 @@ def _check_paths(args: argparse.Namespace) -> None:
 
     for name, value in vars(args).items():
         for each in value if isinstance(value, list) else [value]:
-            is_path = isinstance(each, Path) or (isinstance(each, str) and name in ("src", "root"))
+            is_path = isinstance(each, Path) or (isinstance(each, str) and name in ("src", "root", "classes"))
             if is_path and (reason := why_no_path(each)):
                 raise UserError(f"{str(each)!r:.300} is no path: {reason}")
 
@@ -97,8 +97,10 @@ def _convert(args: argparse.Namespace) -> None:
     from fastssl.errors import UserError
     from pipelines.convert import convert, convert_shards
 
-    names = ("max_px", "quality", "on_error", "overwrite", "resume", "split", "root", "download", "image_column")
-    options = {name: getattr(args, name) for name in (*names, "label_column")} | {"num_workers": args.workers}
+    names = ("max_px", "quality", "on_error", "overwrite", "resume", "classes", "split", "root", "download")
+    options = {name: getattr(args, name) for name in (*names, "image_column", "label_column")} | {
+        "num_workers": args.workers
+    }
     try:
         if args.shards is not None:
             reports = convert_shards(args.kind, args.src, args.out, num_shards=args.shards, shard=args.shard, **options)
@@ -336,13 +338,11 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
         metavar="TEST.beton",
         help="test set (default: the run's data.test; with --on, images held out of that file)",
     )
-    _add_step(evaluate)
+    evaluate.add_argument(
+        "--step", type=int, metavar="N", help="step of the checkpoint (default: the last and the best)"
+    )
     _add_set(evaluate)
     evaluate.set_defaults(call=_eval)
-
-
-def _add_step(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--step", type=int, metavar="N", help="step of the checkpoint to use (default: the last one)")
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:
@@ -484,6 +484,7 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
         "as CIFAR10. npz: the file. digits: leave SRC out",
     )
     convert.add_argument("out", type=Path, metavar="OUT.beton", help="the file to write")
+    convert.add_argument("--classes", metavar="FILE", help="folder: read only the sub-folders named in this file")
     convert.add_argument(
         "--split",
         help="digits: train or test (default: both). npz: read the arrays x_SPLIT and y_SPLIT. torchvision: the data "

@@ -206,7 +206,10 @@ def _prepare(
     source = build_source(source_kind, src, source_options)
     for note in source.notes:
         print(printable(note))
-    return source, checked, {"source_kind": source_kind, **asdict(source_options)}
+    about = {"source_kind": source_kind, **asdict(source_options)}
+    if source_options.classes is None:  # files from before there was this option keep their identity
+        del about["classes"]
+    return source, checked, about
 
 
 def _convert_range(

@@ -4,9 +4,9 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from glob import glob
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,11 +22,12 @@ from pipelines.convert.source import (
     path_source,
 )
 from pipelines.errors import DataError
-from pipelines.files import open_regular
+from pipelines.files import open_regular, read_file
 
 SourceKind = Literal["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
 NUM_DIGITS_TEST = 500
 MAX_BRACE_NUMBERS = 1_000_000
+MAX_CLASS_LIST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class SourceOptions:
     """Options that only some kinds of source support; None or False: not given.
 
     Attributes:
+        classes: folder: a file with the names of the sub-folders to read, one a line; None: all.
         split: digits: train, test or None (all). npz: a suffix, arrays `x_<split>`, `y_<split>`. torchvision: the
             data set's own split.
         root: torchvision: the folder of its data sets.
@@ -42,6 +44,7 @@ class SourceOptions:
         label_column: parquet: the column of the labels; None: `label`, if there is one.
     """
 
+    classes: str | None = None
     split: str | None = None
     root: str | None = None
     download: bool = False
@@ -50,6 +53,7 @@ class SourceOptions:
 
 
 OPTION_KINDS = {
+    "classes": ("folder",),
     "split": ("digits", "npz", "torchvision"),
     "root": ("torchvision",),
     "download": ("torchvision",),
@@ -96,8 +100,9 @@ def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> S
         from pipelines.convert.torchvision_sets import torchvision_source
 
         return torchvision_source(src, options.root, options.split, download=options.download)
-    of_path: dict[str, Callable[[Path], Source]] = {"folder": folder_source, "csv": csv_source}
-    return of_path[kind](Path(src))
+    if kind == "folder":
+        return folder_source(Path(src), read_class_list(Path(options.classes)) if options.classes else None)
+    return csv_source(Path(src))
 
 
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -129,12 +134,44 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     return found
 
 
-def folder_source(folder: Path) -> Source:
-    """Images in class subfolders (the sorted names are the classes), or directly in the folder (unlabelled)."""
+def read_class_list(path: Path) -> list[str]:
+    """The names in a file with one class a line, sorted; empty lines do not count.
+
+    Raises:
+        DataError: it cannot be read, or holds no name or one twice.
+    """
+    try:
+        lines = read_file(path, MAX_CLASS_LIST_BYTES).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: not a readable list of classes in UTF-8 ({reason})") from error
+    names = sorted(filter(None, map(str.strip, lines)))
+    if not names:
+        raise DataError(f"{path}: no class in it")
+    again = next((name for name, after in pairwise(names) if name == after), None)
+    if again is not None:
+        raise DataError(f"{path}: the class {again} is in it twice")
+    return names
+
+
+def folder_source(folder: Path, only: list[str] | None = None) -> Source:
+    """Images in class subfolders (the sorted names are the classes), or directly in the folder (unlabelled).
+
+    Args:
+        folder: The folder.
+        only: Sorted names of the sub-folders to read; None: all.
+    """
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder")
     files = ImageFiles()
     classes = files.folders_in(str(folder))
+    if only is not None:
+        by_name = {os.path.basename(path): path for path in classes}
+        if missing := [name for name in only if name not in by_name]:
+            raise DataError(
+                f"{folder}: no sub-folder for {len(missing)} of {len(only)} classes: {', '.join(missing[:5])}"
+            )
+        classes = [by_name[name] for name in only]
     found = files.find(classes)
     flat = files.find([str(folder)], recursive=False)[0]
     images = [path for paths in found for path in paths]

@@ -63,7 +63,34 @@ def test_bad_tables(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_only_the_classes_of_a_list_are_read(tmp_path):
+    for number, name in enumerate(("ant", "bee", "cat", "dog")):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        Image.fromarray(np.full((4, 5, 3), 10 * number, np.uint8)).save(tmp_path / "all" / name / "x.png")
+    names = tmp_path / "classes.txt"
+    names.write_text("\ufeffdog\r\n\n bee \n")
+    report = convert("folder", str(tmp_path / "all"), tmp_path / "x.beton", classes=str(names))
+    reader = BetonReader(report.out)
+    assert levels(report.out) == [10, 30]
+    assert reader.labels.tolist() == [0, 1]
+    assert reader.class_names == ["bee", "dog"]
+    for content, reason in (
+        (b"dog\nemu\nfox\n", "all: no sub-folder for 2 of 3 classes: emu, fox"),
+        (b"dog\nbee\ndog\n", "the class dog is in it twice"),
+        (b"\n", "no class in it"),
+        (b"\xff\xfe", "not a readable list of classes in UTF-8"),
+    ):
+        names.write_bytes(content)
+        with pytest.raises(DataError, match=reason):
+            convert("folder", str(tmp_path / "all"), tmp_path / "y.beton", classes=str(names))
+    with pytest.raises(DataError, match=r"none\.txt: not a readable list .*No such file"):
+        convert("folder", str(tmp_path / "all"), tmp_path / "y.beton", classes=str(tmp_path / "none.txt"))
+    assert not (tmp_path / "y.beton").exists()
+
+
 def test_options_of_other_kinds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^classes: only for sources of kind folder, not csv"):
+        build_source("csv", str(tmp_path), SourceOptions(classes="x"))
     for options in ({"root": "x"}, {"download": True}, {"image_column": "x"}, {"label_column": "x"}, {"split": "x"}):
         with pytest.raises(ValueError, match=f"^{next(iter(options))}: only for sources of kind"):
             build_source("folder", str(tmp_path), SourceOptions(**options))
