@@ -2,6 +2,9 @@
 
     python benchmarks/reproduce.py --row cifar10-mio-exp --data data --out runs/reproduce
 
+The images are a copy of the data set in its usual layout: CIFAR-10, CIFAR-100 and STL-10 as torchvision reads them,
+tiny-imagenet-200, ImageNet's train/ and val/ with a folder for each class. benchmarks/README.md has more.
+
 Of the kept checkpoints, the one with the best weighted kNN on held-out training images is chosen. Then the last one and
 the chosen one are evaluated on the test images, once each, with kNN and a linear classifier. After a kill, the same
 command continues and does not repeat finished parts.
@@ -41,21 +44,40 @@ from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from pipelines.beton import BetonReader
 from pipelines.convert import convert
+from pipelines.convert.sources import read_class_list
 from pipelines.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR10 = "data/cifar10.yaml"
+# Data set -> its recipe: which of the files in configs/loss. Decoded images of the small sets fit into memory.
+SETS = {
+    "cifar10": "small",
+    "cifar100": "small",
+    "stl10": "small",
+    "tiny_imagenet": "small",
+    "imagenet100": "imagenet",
+    "imagenet": "imagenet",
+}
+LOSSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mio-exp": ("mio", ()),
+    "mio-jensen": ("mio", ("loss.negative=jensen",)),
+    "simclr": ("simclr", ()),
+    "minc": ("minc", ()),
+    "spectral": ("spectral", ()),
+}
 # The name of a row -> the files of its configuration, and its overrides.
 ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "cifar10-mio-exp": ((CIFAR10, "loss/mio_small.yaml"), ()),
+    f"{images}-{name}": ((f"data/{images}.yaml", f"loss/{loss}_{recipe}.yaml"), changes)
+    for images, recipe in SETS.items()
+    for name, (loss, changes) in LOSSES.items()
+} | {
     "cifar10-mio-exp-b512": (("mio_resnet18_cifar10_200ep_b512.yaml",), ()),
-    "cifar10-mio-jensen": ((CIFAR10, "loss/mio_small.yaml"), ("loss.negative=jensen",)),
     "cifar10-mio-jensen-b512": (("mio_resnet18_cifar10_200ep_b512.yaml",), ("loss.negative=jensen",)),
-    "cifar10-simclr": ((CIFAR10, "loss/simclr_small.yaml"), ()),
     "cifar10-simclr-b512": (("simclr_resnet18_cifar10_200ep_b512.yaml",), ()),
-    "cifar10-minc": ((CIFAR10, "loss/minc_small.yaml"), ()),
-    "cifar10-spectral": ((CIFAR10, "loss/spectral_small.yaml"), ()),
 }
+# CIFAR's data sets: torchvision's name and folder.
+CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
+NUM_CLASSES_IMAGENET100 = 100
+IMAGENET_MAX_PX = 512
 # Keys that are set by an option of this program.
 TAKEN = {
     "run.dir": "--out",
@@ -87,6 +109,7 @@ class Job:
         cfg: The configuration of the run, with all overrides.
         overrides: The overrides that the training is started with.
         data: Folder of the images.
+        classes: imagenet100: the file with the names of its classes, one a line; None: all folders.
         out: Folder of the results.
         keep_every: A checkpoint is kept and evaluated every `keep_every` epochs.
         limit: Use only the first `limit` images of each file; 0: all.
@@ -98,10 +121,16 @@ class Job:
     cfg: Config
     overrides: list[str]
     data: Path
+    classes: Path | None
     out: Path
     keep_every: int
     limit: int
     device: str
+
+    @property
+    def images(self) -> str:
+        """The data set, a key of SETS."""
+        return self.row.partition("-")[0]
 
     @property
     def folder(self) -> RunFolder:
@@ -119,7 +148,7 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """Reproduce one row and print its table; for bad input, print one line to stderr and return 2."""
     try:
-        print(reproduce(_job(_parse(argv))), flush=True)
+        print(reproduce(build_job(parse(argv))), flush=True)
     except (UserError, DataError) as error:
         print(f"reproduce: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
@@ -129,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def reproduce(job: Job) -> str:
     """Run the unfinished parts and return the table of the row's accuracies."""
     with _alone(job.out):
-        prepare(job.data, "train", Path(job.cfg.data.train), job.limit)
-        prepare(job.data, "test", Path(str(job.cfg.data.test)), job.limit)
+        prepare(job, "train")
+        prepare(job, "test")
     train(job)
     steps = kept_steps(job)
     for num_left, step in zip(reversed(range(len(steps))), steps, strict=True):
@@ -144,55 +173,116 @@ def reproduce(job: Job) -> str:
     return f"{format_table(_rows_of(job), SHOWN)}\n{job.out / 'results.csv'}, {job.folder.path}"
 
 
-def prepare(data: Path, split: Split, out: Path, limit: int) -> None:
-    """Make the .beton file of a split from the first `limit` images (0: all), unless it exists.
+def prepare(job: Job, split: Split) -> None:
+    """Make the .beton file of a split from the images in job.data, unless it exists.
 
     Raises:
-        DataError: If no images of the split are found.
+        DataError: If no images of the split are found, or if the file holds other classes than those of job.classes.
     """
+    out = Path(job.cfg.data.train if split == "train" else str(job.cfg.data.test))
     if out.exists():
+        if job.classes and BetonReader(out).class_names != read_class_list(job.classes):
+            raise DataError(f"{out} holds other classes than {job.classes}: give another --out")
         return
-    _say(f"converting the {split} images in {data} -> {out}")
-    x, y = load_cifar10(data, split, limit)
+    _say(f"converting the {split} images in {job.data} -> {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if job.images in CIFAR:
+        _convert_arrays(out, *load_cifar(job.data, split, job.limit, job.images))
+    elif job.images == "stl10":
+        if not (job.data / "stl10_binary").is_dir():
+            raise DataError(f"--data {job.data} holds no STL-10: torchvision's folder stl10_binary")
+        name = "train+unlabeled" if split == "train" else "test"
+        convert("torchvision", "STL10", out, root=str(job.data), split=name, resume=True)
+    elif job.images == "tiny_imagenet":
+        _convert_tiny_imagenet(job.data, split, out)
+    else:
+        _convert_imagenet(job, split, out)
+
+
+def _convert_arrays(out: Path, x: np.ndarray, y: np.ndarray) -> None:
     arrays = out.with_suffix(".npz")
     np.savez(arrays, x=x, y=y)
-    convert("npz", str(arrays), out, overwrite=True)
-    arrays.unlink()
+    try:
+        convert("npz", str(arrays), out, overwrite=True)
+    finally:
+        arrays.unlink()
 
 
-def load_cifar10(data: Path, split: Split, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _convert_tiny_imagenet(data: Path, split: Split, out: Path) -> None:
+    """Convert train/, or val/, where val_annotations.txt has a line `image<TAB>class<TAB>box` for each image."""
+    folder = next((place for place in (data, data / "tiny-imagenet-200") if (place / "val").is_dir()), None)
+    if folder is None:
+        raise DataError(f"--data {data} holds no Tiny-ImageNet: tiny-imagenet-200 with train/ and val/")
+    if split == "train":
+        convert("folder", str(folder / "train"), out, resume=True)
+        return
+    annotations = folder / "val" / "val_annotations.txt"
+    try:
+        lines = [line.split("\t") for line in annotations.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{annotations}: cannot be read ({error})") from error
+    if any(len(line) < 2 for line in lines):
+        raise DataError(f"{annotations}: must have lines of image<TAB>class<TAB>box")
+    images = (folder / "val" / "images").absolute()
+    table = out.with_suffix(".csv")
+    table.unlink(missing_ok=True)
+    append_rows(table, [{"path": str(images / line[0]), "label": line[1]} for line in lines])
+    try:
+        convert("csv", str(table), out, overwrite=True)
+    finally:
+        table.unlink()
+
+
+def _convert_imagenet(job: Job, split: Split, out: Path) -> None:
+    folder = job.data / ("train" if split == "train" else "val")
+    num_classes = sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else 0
+    if not num_classes:
+        raise DataError(f"--data {job.data} holds no ImageNet: {folder.name}/ with a sub-folder for each class")
+    if job.images == "imagenet100" and not job.classes and num_classes > NUM_CLASSES_IMAGENET100:
+        raise DataError(f"{folder} has {num_classes} classes: name the {NUM_CLASSES_IMAGENET100} with --classes FILE")
+    classes = job.classes and str(job.classes)
+    convert("folder", str(folder), out, max_px=IMAGENET_MAX_PX, classes=classes, resume=True)
+
+
+def load_cifar(data: Path, split: Split, limit: int = 0, images: str = "cifar10") -> tuple[np.ndarray, np.ndarray]:
     """Load the first `limit` images (0: all) uint8 [N, 32, 32, 3] and labels int64 [N].
 
-    The first existing source is used: cifar10_SPLIT.beton; cifar10_SPLIT.npz with arrays x and y; WebP strips
-    SPLIT_*.webp of vertically stacked images with labels.npz (arrays y_train and y_test), in `data` or in cifar10/;
-    cifar-10-batches-py, which torchvision reads.
+    The first existing source is used: IMAGES_SPLIT.beton; IMAGES_SPLIT.npz with arrays x and y; of CIFAR-10, WebP
+    strips SPLIT_*.webp of vertically stacked images with labels.npz (arrays y_train and y_test), in `data` or in
+    cifar10/; the folder that torchvision reads.
 
+    Args:
+        data: Folder of the images.
+        split: train or test.
+        limit: Number of images.
+        images: cifar10 or cifar100.
     Raises:
         DataError: If there is no source, or if it cannot be read.
     """
     wanted = slice(limit or None)
-    if (beton := data / f"cifar10_{split}.beton").exists():
+    name, folder_name = CIFAR[images]
+    if (beton := data / f"{images}_{split}.beton").exists():
         reader = BetonReader(beton)
         ids = range(reader.num_samples)[wanted]
         return np.stack([reader.decode(i) for i in ids]), reader.labels[wanted]
-    if (arrays := data / f"cifar10_{split}.npz").exists():
+    if (arrays := data / f"{images}_{split}.npz").exists():
         with np.load(arrays) as found:
             return found["x"][wanted], found["y"][wanted]
-    for folder in (data, data / "cifar10"):
+    for folder in (data, data / "cifar10") if images == "cifar10" else ():
         if (folder / "labels.npz").exists() and (strips := sorted(folder.glob(f"{split}_*.webp"))):
             return _read_strips(strips, limit), np.load(folder / "labels.npz")[f"y_{split}"][wanted].astype(np.int64)
-    if (data / "cifar-10-batches-py").exists():
+    if (data / folder_name).exists():
         from pipelines.torchvision_operators import declare_torchvision_operators
 
         declare_torchvision_operators()
-        from torchvision.datasets import CIFAR10
+        from torchvision import datasets
 
-        found = CIFAR10(str(data), train=split == "train")
+        found = getattr(datasets, name)(str(data), train=split == "train")
         return found.data[wanted], np.asarray(found.targets[wanted])
+    strips = f"{split}_*.webp with labels.npz, " if images == "cifar10" else ""
     raise DataError(
-        f"--data {data} holds no CIFAR-10 {split} images: cifar10_{split}.beton, cifar10_{split}.npz (x, y), "
-        f"{split}_*.webp with labels.npz, or torchvision's cifar-10-batches-py"
+        f"--data {data} holds no CIFAR-{name.removeprefix('CIFAR')} {split} images: {images}_{split}.beton, "
+        f"{images}_{split}.npz (x, y), {strips}or torchvision's {folder_name}"
     )
 
 
@@ -247,7 +337,7 @@ def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpo
         overrides = ["eval.baselines=false", f"run.device={job.device}"]
         if scored_on == HELD_OUT:
             overrides.append("data.test=null")
-        if job.device == "cuda":
+        if job.device == "cuda" and SETS[job.images] == "small":
             overrides.append("eval.local_batch_size=1000")
         evaluate_run(job.folder.path, overrides, what=missing, step=step)
     seconds = time.perf_counter() - started if missing else 0.0
@@ -381,12 +471,17 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _job(args: argparse.Namespace) -> Job:
+def build_job(args: argparse.Namespace) -> Job:
     import torch
 
     if args.row not in ROWS:
         raise UserError(f"--row must be one of {', '.join(ROWS)}, not {args.row}")
-    if args.epochs < 1 or args.keep_every < 1:
+    images = args.row.partition("-")[0]
+    if args.classes and images != "imagenet100":
+        raise UserError("--classes is for the rows of imagenet100")
+    if args.limit and images not in CIFAR:
+        raise UserError(f"--limit is for the rows of {' and '.join(CIFAR)}")
+    if (args.epochs is not None and args.epochs < 1) or args.keep_every < 1:
         raise UserError("--epochs and --keep-every must be >= 1")
     if args.seed < 0:
         raise UserError("--seed must be >= 0")
@@ -404,20 +499,23 @@ def _job(args: argparse.Namespace) -> Job:
     config = [ROOT / "configs" / name for name in names]
     fast = ["train.precision=bf16", "train.compile=true"] if device == "cuda" else ["train.precision=fp32"]
     limited = f"_first{args.limit}" if args.limit else ""
+    of_row = load_config(config, [*changes, "run.dir=unused"])
+    epochs = args.epochs or of_row.train.num_epochs
     overrides = [
         *changes,
-        "data.engine=resident",
+        *(["data.engine=resident"] if SETS[images] == "small" else []),
         *fast,
         f"run.checkpoint_every_epochs={gcd(args.keep_every, CHECKPOINT_EVERY_EPOCHS)}",
         "run.diagnose_every_epochs=10",
         *args.set,
-        f"run.dir={args.out / f'{args.row}_{args.epochs}ep_seed{args.seed}{limited}'}",
+        f"run.dir={args.out / f'{args.row}_{epochs}ep_seed{args.seed}{limited}'}",
         "run.resume=auto",
         f"run.seed={args.seed}",
         f"run.device={device}",
         f"run.keep_every_epochs={args.keep_every}",
-        f"train.num_epochs={args.epochs}",
-        *(f"data.{split}={_beton(args, split)}" for split in ("train", "test")),
+        f"train.num_epochs={epochs}",
+        f"data.train={_beton(args, of_row.data.train)}",
+        f"data.test={_beton(args, str(of_row.data.test))}",
     ]
     cfg = load_config(config, overrides)
     if args.limit and args.limit < cfg.data.global_batch_size:
@@ -428,6 +526,7 @@ def _job(args: argparse.Namespace) -> Job:
         cfg=cfg,
         overrides=overrides,
         data=args.data,
+        classes=args.classes,
         out=args.out,
         keep_every=args.keep_every,
         limit=args.limit,
@@ -435,12 +534,12 @@ def _job(args: argparse.Namespace) -> Job:
     )
 
 
-def _beton(args: argparse.Namespace, split: str) -> Path:
-    """The .beton file in --data if it exists and all its images are used; otherwise a file in --out."""
-    found = args.data / f"cifar10_{split}.beton"
+def _beton(args: argparse.Namespace, path: str) -> Path:
+    """The .beton file of this name in --data if it exists and all its images are used; otherwise a file in --out."""
+    found = args.data / Path(path).name
     if found.exists() and not args.limit:
         return found
-    return args.out / "data" / f"cifar10_{split}{f'_first{args.limit}' if args.limit else ''}.beton"
+    return args.out / "data" / f"{found.stem}{f'_first{args.limit}' if args.limit else ''}.beton"
 
 
 def _say(line: str) -> None:
@@ -452,15 +551,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", required=True, metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--epochs", type=int, default=200, help="the cosine is over these (default: 200)")
+    parser.add_argument("--epochs", type=int, help="the cosine is over these (default: those of the row)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the images (default: data)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="imagenet100: its classes, a name a line")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
     parser.add_argument("--keep-every", type=int, default=20, metavar="K", help="epochs (default: 20)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N images of each file only")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="CIFAR: the first N images of each file only")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     return parser.parse_args(argv)

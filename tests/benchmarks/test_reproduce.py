@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernels.torchvision_cpu import import_torchvision
 from PIL import Image
 
 from benchmarks import reproduce
+from fastssl.evaluation.labels import check_same_classes
 from fastssl.optim.schedules import learning_rate
 from fastssl.tracking.writers import read_rows
+from pipelines.beton import BetonReader
 from tests.helpers.processes import ROOT, environment
 
 NUM_TRAIN, NUM_TEST, NUM_CLASSES = 400, 320, 4
@@ -109,7 +113,7 @@ def test_a_killed_row_goes_on_and_ends_as_one_that_was_not(data, tmp_path):
 
 
 def test_images_are_found_in_every_form_and_are_the_same(data, tmp_path):
-    x, y = reproduce.load_cifar10(data, "train")
+    x, y = reproduce.load_cifar(data, "train")
     expected = _images(NUM_TRAIN, 0)
     assert np.array_equal(x, expected[0])
     assert np.array_equal(y, expected[1])
@@ -118,17 +122,119 @@ def test_images_are_found_in_every_form_and_are_the_same(data, tmp_path):
     for number, rows in enumerate(np.array_split(np.arange(NUM_TRAIN), 4)):
         Image.fromarray(x[rows].reshape(-1, 32, 3)).save(strips / f"train_{number:03d}.webp", lossless=True)
     np.savez(strips / "labels.npz", y_train=y, y_test=y[:10])
-    reproduce.prepare(strips, "train", tmp_path / "beton" / "cifar10_train.beton", 0)
-    for folder in (strips, tmp_path / "beton"):
+    reproduce.prepare(_job("cifar10-mio-exp", strips, tmp_path / "out"), "train")
+    for folder in (strips, tmp_path / "out" / "data"):
         for limit in (0, 150):
-            found = reproduce.load_cifar10(folder, "train", limit)
+            found = reproduce.load_cifar(folder, "train", limit)
             assert np.array_equal(found[0], x[: limit or None])
             assert np.array_equal(found[1], y[: limit or None])
             assert found[1].dtype == np.int64
-    assert sorted(path.name for path in (tmp_path / "beton").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "out" / "data").iterdir()) == [
         "cifar10_train.beton",
         "cifar10_train.beton.json",
     ]
+
+
+def test_cifar100_is_read_from_torchvisions_folder_and_from_arrays(tmp_path, monkeypatch):
+    datasets = import_torchvision().datasets  # MD5 sums are those of the real files
+    x, y = _images(320, 0)
+    folder = tmp_path / "python" / datasets.CIFAR100.base_folder
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        batch = {"data": x.transpose(0, 3, 1, 2).reshape(len(x), -1), "fine_labels": y.tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b", "c", "d"]}))
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [("train", None)])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [("test", None)])
+    monkeypatch.setitem(datasets.CIFAR100.meta, "md5", None)
+    (tmp_path / "arrays").mkdir()
+    np.savez(tmp_path / "arrays" / "cifar100_train.npz", x=x, y=y)
+    for layout, limit in (("python", 0), ("arrays", 0), ("arrays", 300)):
+        out = tmp_path / f"{layout}{limit}"
+        reader = _prepared("cifar100-mio-exp", tmp_path / layout, out, "train", "--limit", str(limit))
+        num = limit or len(x)
+        assert reader.labels.tolist() == y[:num].tolist()
+        assert np.array_equal(np.stack([reader.decode(i) for i in range(num)]), x[:num])
+
+
+def test_stl10_has_its_unlabelled_images_for_pretraining_only(tmp_path, monkeypatch):
+    datasets = import_torchvision().datasets
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)  # MD5 sums of the real files
+    folder = tmp_path / datasets.STL10.base_folder
+    folder.mkdir()
+    for name, levels in (("train", [10, 60]), ("unlabeled", [110, 160, 210]), ("test", [40])):
+        np.repeat(np.array(levels, np.uint8), 3 * 96 * 96).tofile(folder / f"{name}_X.bin")
+    np.array([2, 1], np.uint8).tofile(folder / "train_y.bin")
+    np.array([2], np.uint8).tofile(folder / "test_y.bin")
+    (folder / "class_names.txt").write_text("airplane\nbird")
+    train = _prepared("stl10-simclr", tmp_path, tmp_path / "out", "train")
+    assert train.labels.tolist() == [1, 0, -1, -1, -1]  # evaluation leaves out the images without a label
+    assert [round(float(train.decode(i).mean()), -1) for i in range(5)] == [10, 60, 110, 160, 210]
+    test = _prepared("stl10-simclr", tmp_path, tmp_path / "out", "test")
+    assert test.labels.tolist() == [1]
+    check_same_classes(train, test, "data.test")
+
+
+def test_tiny_imagenets_validation_images_get_the_classes_of_their_table(tmp_path):
+    folder = tmp_path / "tiny-imagenet-200"
+    for name, level in (("n02", 50), ("n01", 100)):
+        _save(folder / "train" / name / "images" / f"{name}_0.JPEG", level)
+        (folder / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t63\t63\n")
+    lines = [("val_0.JPEG", "n02", 150), ("val_1.JPEG", "n01", 200), ("val_10.JPEG", "n02", 250)]
+    for name, _, level in lines:
+        _save(folder / "val" / "images" / name, level)
+    table = "".join(f"{name}\t{label}\t0\t0\t63\t63\n" for name, label, _ in lines)
+    (folder / "val" / "val_annotations.txt").write_text(table)
+    for data in (tmp_path, folder):
+        out = tmp_path / f"out_{data.name}"
+        train = _prepared("tiny_imagenet-mio-exp", data, out, "train")
+        assert [(_level(train, i), int(train.labels[i])) for i in range(2)] == [(100, 0), (50, 1)]
+        test = _prepared("tiny_imagenet-mio-exp", data, out, "test")
+        assert [(_level(test, i), int(test.labels[i])) for i in range(3)] == [(150, 1), (200, 0), (250, 1)]
+        assert train.class_names == test.class_names == ["n01", "n02"]
+        assert not list(out.glob("data/*.csv"))
+
+
+def test_imagenet100_is_the_classes_of_a_list(tmp_path, capsys):
+    names = [f"n{number:03d}" for number in range(101)]
+    for split in ("train", "val"):
+        for number, name in enumerate(names):
+            _save(tmp_path / split / name / "x.JPEG", number, size_px=16)
+    classes = tmp_path / "classes.txt"
+    classes.write_text("n070\nn020\n")
+    options = ["--classes", str(classes)]
+    for split in ("train", "test"):
+        reader = _prepared("imagenet100-mio-exp", tmp_path, tmp_path / "out", split, *options)
+        assert [(_level(reader, i), int(reader.labels[i])) for i in range(2)] == [(20, 0), (70, 1)]
+        assert reader.class_names == ["n020", "n070"]
+    assert _prepared("imagenet-simclr", tmp_path, tmp_path / "whole", "test").num_samples == 101
+    for arguments, message in (
+        ([], "train has 101 classes: name the 100 with --classes FILE"),
+        ([*options, "--limit", "300"], "--limit is for the rows of cifar10 and cifar100"),
+        ([*options, "--row", "imagenet-mio-exp"], "--classes is for the rows of imagenet100"),
+    ):
+        row = ["--row", "imagenet100-mio-exp", "--data", str(tmp_path), "--out", str(tmp_path / "new"), *arguments]
+        _costs_one_line(row, message, capsys)
+    classes.write_text("n070\n")
+    row = ["--row", "imagenet100-mio-exp", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *options]
+    _costs_one_line(row, f"imagenet100_train.beton holds other classes than {classes}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            "cifar100-mio-exp",
+            "holds no CIFAR-100 train images: cifar100_train.beton, cifar100_train.npz (x, y), or torch",
+        ),
+        ("stl10-mio-exp", "holds no STL-10: torchvision's folder stl10_binary"),
+        ("tiny_imagenet-mio-exp", "holds no Tiny-ImageNet: tiny-imagenet-200 with train/ and val/"),
+        ("imagenet100-mio-exp", "holds no ImageNet: train/ with a sub-folder for each class"),
+        ("imagenet-mio-exp", "holds no ImageNet: train/ with a sub-folder for each class"),
+    ],
+)
+def test_missing_images_cost_one_line(row, message, tmp_path, capsys):
+    _costs_one_line(["--row", row, "--data", str(tmp_path), "--out", str(tmp_path / "out")], message, capsys)
 
 
 @pytest.mark.parametrize(
@@ -147,27 +253,59 @@ def test_images_are_found_in_every_form_and_are_the_same(data, tmp_path):
     ],
 )
 def test_bad_input_costs_one_line(arguments, message, tmp_path, capsys):
-    options = [*OPTIONS, "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert reproduce.main([*options, *arguments]) == 2
+    _costs_one_line([*OPTIONS, "--data", str(tmp_path), "--out", str(tmp_path / "out"), *arguments], message, capsys)
+
+
+def _costs_one_line(arguments, message, capsys):
+    capsys.readouterr()
+    assert reproduce.main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("reproduce: error: ")
     assert message in line
 
 
 def test_rows_name_configurations_that_differ_in_loss_and_batch_only():
+    """MINC and the spectral loss have heads of their own, and the latter a recipe of its own for ImageNet."""
     jobs = {
-        name: reproduce.load_config([ROOT / "configs" / part for part in parts], changes)
+        name: reproduce.load_config([ROOT / "configs" / part for part in parts], [*changes, "run.dir=unused"])
         for name, (parts, changes) in reproduce.ROWS.items()
     }
+    sizes = {"imagenet100": 512, "imagenet": 2048}
     for name, cfg in jobs.items():
-        assert cfg.data.global_batch_size == (512 if name.endswith("-b512") else 128)
-        assert cfg.loss.name == name.split("-")[1]
-        assert getattr(cfg.loss, "negative", "none") == {"exp": "exp", "jensen": "jensen"}.get(
-            name.split("-")[-1 - name.endswith("-b512")], "none"
-        )
-        assert (cfg.optim, cfg.views, cfg.model) == tuple(
-            getattr(jobs["cifar10-mio-exp"], part) for part in ("optim", "views", "model")
-        )
+        images, loss, *more = name.split("-")
+        assert cfg.loss.name == loss
+        assert getattr(cfg.loss, "negative", "none") == (more[0] if loss == "mio" else "none")
+        assert Path(cfg.data.train).name == f"{images}_train.beton"
+        if not (loss == "spectral" and "imagenet" in images.split("_")[0]):
+            assert cfg.data.global_batch_size == (512 if "b512" in more else sizes.get(images, 128))
+        reference = jobs[f"{images}-mio-exp"]
+        assert cfg.views == reference.views
+        assert (cfg.model.backbone, cfg.model.stem) == (reference.model.backbone, reference.model.stem)
+        if loss in ("mio", "simclr"):
+            assert (cfg.optim, cfg.model) == (reference.optim, reference.model)
+        assert cfg.train.num_epochs == (100 if images == "imagenet" else 200)
+    assert len(jobs) == 6 * 5 + 3
+
+
+def _job(row: str, data: Path, out: Path, *more: str) -> reproduce.Job:
+    options = ["--row", row, "--data", str(data), "--out", str(out), "--device", "cpu", *more]
+    return reproduce.build_job(reproduce.parse(options))
+
+
+def _prepared(row: str, data: Path, out: Path, split: reproduce.Split, *more: str) -> BetonReader:
+    """Convert a split for a row, and open the file that its training or evaluation will read."""
+    job = _job(row, data, out, *more)
+    reproduce.prepare(job, split)
+    return BetonReader(job.cfg.data.train if split == "train" else str(job.cfg.data.test))
+
+
+def _save(path: Path, level: int, size_px: int = 64) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size_px, size_px), (level, level, level)).save(path)
+
+
+def _level(reader: BetonReader, index: int) -> int:
+    return int(reader.decode(index)[8, 8, 0])
 
 
 def _command(data: Path, out: Path) -> list[str]:
