@@ -198,7 +198,7 @@ class BetonReader:
         in_order = True  # true for our writer's table; FFCV writes one worker's entries after another's
         for rows, block in self._blocks(ALLOCATION, start):
             self.data_bytes[rows] = block["size"]
-            in_order = in_order and np.array_equal(block["ptr"], self.data_ptr[rows])
+            in_order = in_order and self._are_entries_of(rows, block)
         if not in_order:
             self._sort_allocations(start)
         for rows in self._slices():
@@ -207,15 +207,19 @@ class BetonReader:
 
     def _sort_allocations(self, start: int) -> None:
         table = self.read(ALLOCATION, start, (len(self.mmap) - start) // ALLOCATION.itemsize)
-        table = table[np.argsort(table["ptr"], kind="stable")]
-        row = np.searchsorted(table["ptr"], self.data_ptr).clip(max=len(table) - 1)
-        if np.any(table["ptr"][row] != self.data_ptr):
+        table = table[np.argsort(table["sample_id"], kind="stable")][: self.num_samples]
+        if not self._are_entries_of(slice(0, self.num_samples), table):
             raise self._truncated()
-        self.data_bytes = table["size"][row]
+        self.data_bytes = table["size"].copy()
+
+    def _are_entries_of(self, rows: slice, entries: np.ndarray) -> bool:
+        """Whether these are the entries of these samples, one each, for the places that their records name."""
+        is_in_order = np.array_equal(entries["sample_id"], np.arange(rows.start, rows.stop))
+        return is_in_order and np.array_equal(entries["ptr"], self.data_ptr[rows])
 
     def _is_damaged(self, rows: slice) -> bool:
         start, num_bytes = self.data_ptr[rows], self.data_bytes[rows]
-        end = np.uint64(len(self.mmap))
+        end = np.uint64(self.alloc_table_start)
         outside = (start < self.data_start) | (start > end) | (num_bytes > end - start)
         raw_bytes = self.sizes[rows].prod(axis=1, dtype=np.uint64) * np.uint64(3)
         modes = self.modes[rows]

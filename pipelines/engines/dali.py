@@ -178,7 +178,30 @@ class DaliEngine:
                 if (boxes < (0, 0, 1, 1)).any() or (boxes[:, :2] + boxes[:, 2:] > (height_px, width_px)).any():
                     where = f"{self._reader.path}: image {i}"
                     return DataError(f"{where} was given a crop box outside its {height_px}x{width_px} pixels")
-        return error
+        bad = self._first_undecodable(np.concatenate([plan.sample_ids for plan in under_way]))
+        if bad is None:
+            return error
+        return DataError(
+            f"{self._reader.path}: image {bad} cannot be decoded by DALI, though the other engines decode it: take "
+            "data.engine=ffcv, or repair or remove the image and convert again"
+        )
+
+    def _first_undecodable(self, ids: np.ndarray) -> int | None:
+        """The first JPEG that DALI itself refuses: its parser is stricter about markers than that of the check."""
+        reader, on_gpu = self._reader, self._device.type == "cuda"
+        ids = ids[reader.modes[ids] == JPG]
+        jpegs = ([reader.image_bytes(i)] for i in ids.tolist())
+        pipeline = pipeline_def(lambda: _decode(fn.external_source(jpegs), "mixed" if on_gpu else "cpu"))(
+            batch_size=1, num_threads=1, device_id=(self._device.index or 0) if on_gpu else None,
+            exec_async=False, exec_pipelined=False,
+        )  # fmt: skip
+        pipeline.build()
+        for i in ids.tolist():
+            try:
+                pipeline.run()
+            except RuntimeError:
+                return i
+        return None
 
 
 class _Feed:
