@@ -278,7 +278,6 @@ def _judge(
     if status == OK or (status != WRONG_SIZE and decoder.is_harmless()):
         return decoder.pixels
     message = decoder.last_message()
-    decoder.renew()
     if status == WRONG_SIZE:
         raise CorruptImageError(f"damaged JPEG (not {height_px}x{width_px} as recorded)")
     ends_early = "Premature end" in message or "missing SOS" in message

@@ -291,7 +291,6 @@ class _Feed:
                 status = check_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
                 if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
                     found[i] = why_bad(reader, i, status, decoder)
-                    decoder.renew()
         finally:
             self._decoders.put(decoder)
         return found

@@ -30,6 +30,7 @@ from pipelines.resample import Weights, is_small, resized_crop, small_crop, smal
 _Work = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...], tuple[Weights, ...]]
 
 _BAD_BOX = 3
+_NO_HANDLE = np.zeros(1, np.int64)  # of a decompressor that is not used
 # A task contains at least this many encoded bytes (about 5 ms of decoding), so that starting it costs little in
 # comparison. More than 16 tasks per thread would not balance better.
 _MIN_TASK_BYTES = 256 * 1024
@@ -50,7 +51,7 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
         first: int,
         stop: int,
         forgiven: int,
-        handle: int,
+        handle: np.ndarray,
         pixels: np.ndarray,
         file_bytes: np.ndarray,
         sample_ids: np.ndarray,
@@ -213,11 +214,11 @@ class BatchDecoder:
         try:
             if self._has_jpegs:
                 decoder.reserve(3 * int(reader.sizes[sample_ids[first:stop]].prod(1, dtype=np.int64).max()))
-            forgiven = -1
+            forgiven, handle = -1, decoder.handle if self._has_jpegs else _NO_HANDLE
             asked: dict[int, tuple[int, np.ndarray]] = {}  # by position: original sample and boxes
             while first < stop:
                 first, status = self._decode_samples(
-                    first, stop, forgiven, decoder.handle if self._has_jpegs else 0, decoder.pixels, reader.mmap, *work,
+                    first, stop, forgiven, handle, decoder.pixels, reader.mmap, *work,
                     reader.data_ptr, reader.data_bytes, reader.modes, reader.sizes,
                 )  # fmt: skip
                 if status == UNREADABLE and decoder.is_harmless():
@@ -230,7 +231,6 @@ class BatchDecoder:
                     bad = int(sample_ids[first])
                     asked_id, asked_boxes = asked.setdefault(first, (bad, boxes[first].copy()))
                     good = self._bad_samples.replace(bad, why_bad(reader, bad, status, decoder))
-                    decoder.renew()
                     decoder.reserve(3 * int(reader.sizes[good].prod(dtype=np.int64)))
                     sample_ids[first] = good
                     boxes[first] = move_boxes(asked_boxes, reader.sizes[asked_id], reader.sizes[good])

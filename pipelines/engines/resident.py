@@ -124,7 +124,6 @@ def _decode_all(reader: BetonReader, num_threads: int) -> tuple[_Decoded, dict[i
                 status = decode_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, target)
                 if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
                     bad[i] = why_bad(reader, i, status, decoder)
-                    decoder.renew()
         finally:
             decoder.close()
 

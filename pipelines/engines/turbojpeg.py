@@ -47,13 +47,14 @@ def load_library() -> ctypes.CDLL:
         raise DataError("decoding JPEGs needs FFCV: pip install --no-deps ffcv==1.0.2")
     llvm.load_library_permanently(str(paths[0]))
     library = ctypes.CDLL(str(paths[0]))
-    library.tjInitDecompress.restype = ctypes.c_void_p
     library.tjDestroy.argtypes = [ctypes.c_void_p]
     library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
     library.tjGetErrorStr2.restype = ctypes.c_char_p
     return library
 
 
+_init_decompress = types.ExternalFunction("tjInitDecompress", types.intp())
+_destroy = types.ExternalFunction("tjDestroy", types.int32(types.intp))
 # (handle, bytes, number of bytes, addresses of width, height, subsampling, colour space)
 _decompress_header = types.ExternalFunction(
     "tjDecompressHeader3", types.int32(*[types.intp] * 2, types.uint64, *[types.intp] * 4)
@@ -73,19 +74,16 @@ class JpegDecoder:
 
     def __init__(self) -> None:
         self.pixels = np.empty(0, np.uint8)
-        self._handle = 0
+        self._handle = np.zeros(1, np.int64)
 
     @property
-    def handle(self) -> int:
-        """TurboJPEG's handle; created on first use.
+    def handle(self) -> np.ndarray:
+        """TurboJPEG's handle, int64 [1]: each decoding puts a new one there. (0: none yet.)
 
         Raises:
             DataError: FFCV is not installed.
         """
-        if not self._handle:
-            self._handle = load_library().tjInitDecompress()
-            if not self._handle:
-                raise MemoryError("TurboJPEG: no decompressor")
+        load_library()
         return self._handle
 
     def reserve(self, num_bytes: int) -> None:
@@ -95,25 +93,21 @@ class JpegDecoder:
 
     def last_message(self) -> str:
         """Error message of the last failed call."""
-        return load_library().tjGetErrorStr2(self.handle).decode(errors="replace")
+        return load_library().tjGetErrorStr2(int(self._handle[0])).decode(errors="replace")
 
     def is_harmless(self) -> bool:
         """Whether the last failure was a warning that does not affect the image; a worse message would replace it."""
         return any(warning in self.last_message() for warning in _HARMLESS_WARNINGS)
 
-    def renew(self) -> None:
-        """Discard the decompressor: after an error in a header, it would fail on the next image."""
-        self.close()
-
     def close(self) -> None:
-        """Free the decompressor; the next use of `handle` creates a new one."""
-        if self._handle:
-            load_library().tjDestroy(self._handle)
-            self._handle = 0
+        """Free the decompressor; the next decoding creates a new one."""
+        if self._handle[0]:
+            load_library().tjDestroy(int(self._handle[0]))
+            self._handle[0] = 0
 
 
 @njit(nogil=True, cache=True)
-def decode_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pixels: np.ndarray) -> int:
+def decode_jpeg(handle: np.ndarray, data: np.ndarray, height_px: int, width_px: int, pixels: np.ndarray) -> int:
     """Decode one JPEG to RGB.
 
     Args:
@@ -129,7 +123,7 @@ def decode_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pi
 
 
 @njit(nogil=True, cache=True)
-def check_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pixels: np.ndarray) -> int:
+def check_jpeg(handle: np.ndarray, data: np.ndarray, height_px: int, width_px: int, pixels: np.ndarray) -> int:
     """Return what `decode_jpeg` would return, at a lower cost.
 
     Every coefficient is read, which is where a JPEG can be damaged, but the image is decoded at 1/8 of its size.
@@ -145,7 +139,7 @@ def check_jpeg(handle: int, data: np.ndarray, height_px: int, width_px: int, pix
 
 @njit(nogil=True, cache=True)
 def _decode(
-    handle: int,
+    handle: np.ndarray,
     data: np.ndarray,
     height_px: int,
     width_px: int,
@@ -157,7 +151,14 @@ def _decode(
     facts = np.zeros(4, np.int32)  # width, height, subsampling, colour space
     at = facts.ctypes.data
     # Its status is not used: it also fails on a warning, and on a subsampling without a name, which decodes correctly.
-    _decompress_header(handle, data.ctypes.data, num_bytes, at, at + 4, at + 8, at + 12)
+    # A decompressor keeps the tables of an image; a damaged one that lacks its own would be decoded with them. A new
+    # decompressor takes a microsecond.
+    if handle[0] != 0:
+        _destroy(handle[0])
+    handle[0] = _init_decompress()
+    if handle[0] == 0:
+        return UNREADABLE
+    _decompress_header(handle[0], data.ctypes.data, num_bytes, at, at + 4, at + 8, at + 12)
     width_found_px, height_found_px = facts[0], facts[1]
     if width_found_px == 0:
         return UNREADABLE
@@ -165,6 +166,6 @@ def _decode(
         return WRONG_SIZE
     target = pixels.ctypes.data
     status = _decompress(
-        handle, data.ctypes.data, num_bytes, target, to_width_px, 0, to_height_px, _PIXEL_FORMAT_RGB, _FLAGS
+        handle[0], data.ctypes.data, num_bytes, target, to_width_px, 0, to_height_px, _PIXEL_FORMAT_RGB, _FLAGS
     )
     return OK if status == 0 else UNREADABLE

@@ -269,7 +269,10 @@ def test_a_damaged_field_name_does_no_harm(jpegs, tmp_path):
 
 def damage(data: bytes, kind: str) -> bytes:
     middle = len(data) // 2
+    tables = data.index(b"\xff\xdb")  # of quantization
+    after = tables + 2 + int.from_bytes(data[tables + 2 : tables + 4], "big")
     return {
+        "no tables": data[:tables] + data[after:],
         "no header": b"\0" * len(data),
         "cut short": data[:middle],
         "zeroed": data[:middle] + b"\0" * (len(data) - middle),
@@ -277,7 +280,7 @@ def damage(data: bytes, kind: str) -> bytes:
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["no header", "cut short", "zeroed", "overwritten"])
+@pytest.mark.parametrize("kind", ["no header", "no tables", "cut short", "zeroed", "overwritten"])
 def test_a_damaged_jpeg_is_named(tmp_path, kind):
     files = make_jpegs(20)
     path = tmp_path / "damaged.beton"
@@ -294,6 +297,18 @@ def test_a_damaged_jpeg_is_named(tmp_path, kind):
         next(batches)
     good = np.array([0, 1, 14, 19])
     assert [len(raw.labels) for _, raw in iterate(engine, good)] == [4]  # the engine lives on
+    engine.close()
+
+
+def test_a_jpeg_that_only_dali_refuses_is_named(tmp_path):
+    """libjpeg skips the bytes between two segments, and warns first of the unknown revision, which harms no pixel."""
+    files = make_jpegs(3)
+    tables = files[1].index(b"\xff\xdb")
+    files[1] = files[1][:11] + b"\xc7" + files[1][12:tables] + b"\x12\x34" + files[1][tables:]
+    reader = write_jpegs(tmp_path / "odd.beton", files)
+    engine = build_engine("dali", reader, num_workers=1, prefetch_batches=1)
+    with pytest.raises(DataError, match=r"odd\.beton: image 1 cannot be decoded by DALI, though"):
+        list(iterate(engine, np.arange(3)))
     engine.close()
 
 
