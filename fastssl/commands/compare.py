@@ -24,6 +24,7 @@ from fastssl.checkpoint.save_load import checkpoint_of, step_of
 from fastssl.config import differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError, UserError
 from fastssl.evaluation.accuracy import over_seeds
+from fastssl.evaluation.protocols import outcome_names
 from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
@@ -271,7 +272,8 @@ class _Runs:
         self._call("training", run, train, log)
         if RunFolder(run).preempted.exists():
             raise UserError(f"{run}: a signal ended the training before its last epoch; the same command resumes it")
-        if not (lines := _lines(RunFolder(run), on_test=on_test)):
+        lines = _lines(RunFolder(run), on_test=on_test)
+        if not outcome_names(RunFolder(run).load_config().eval) <= {line["metric"] for line in lines}:
             judge = [] if on_test else ["--set", "data.test=null", "eval.baselines=false"]
             self._call("evaluation", run, [sys.executable, "-m", "fastssl.cli", "eval", run, *judge], log)
             lines = _lines(RunFolder(run), on_test=on_test)

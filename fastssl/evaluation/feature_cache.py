@@ -2,6 +2,7 @@
 
 # N images of the file, F features
 
+import fcntl
 import hashlib
 import json
 import os
@@ -89,6 +90,9 @@ def _write(path: Path, num_images: int, dtype: str, blocks: Iterable[np.ndarray]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
+            with suppress(OSError):  # the file system does not support locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends
+            _remove_abandoned(path.parent, ours=temporary)
             num_written = 0
             for block in blocks:
                 if num_written == 0:
@@ -106,4 +110,12 @@ def _write(path: Path, num_images: int, dtype: str, blocks: Iterable[np.ndarray]
         raise ConfigError(f"{path.parent} cannot be written ({error.strerror})") from None
     finally:
         with suppress(OSError):
+            temporary.unlink()
+
+
+def _remove_abandoned(folder: Path, *, ours: Path) -> None:
+    """Remove the temporary files of killed processes: nobody holds their locks."""
+    for temporary in set(folder.glob(".*.npy.*.tmp")) - {ours}:
+        with suppress(OSError), temporary.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             temporary.unlink()

@@ -49,14 +49,23 @@ def few_label(task: Task) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     for num_per_class in task.cfg.few_labels:
         draws = [draw_labelled(task.train_y, num_per_class, draw) for draw in range(task.cfg.num_draws)]
-        for name, rank in (("logistic", _rank_by_logistic), ("nearest", _rank_by_distance)):
+        for name, rank in _CLASSIFIERS.items():
             with threadpool_limits(1, user_api="blas"):  # as in logistic.py
                 ranked = [rank(train_x[ids], task.train_y[ids], test_x, task.num_classes) for ids in draws]
             settings = {"labels_per_class": num_per_class, "classifier": name}
-            outcomes[f"{name}_{num_per_class}_labels_per_class"] = Outcome(
+            outcomes[_outcome_name(name, num_per_class)] = Outcome(
                 ranked=ranked, chosen=settings, repeated_over="draws of the labelled images"
             )
     return outcomes
+
+
+def few_label_names(cfg: EvalConfig) -> list[str]:
+    """The names of the outcomes of `few_label`."""
+    return [_outcome_name(name, num_per_class) for num_per_class in cfg.few_labels for name in _CLASSIFIERS]
+
+
+def _outcome_name(classifier: str, num_per_class: int) -> str:
+    return f"{classifier}_{num_per_class}_labels_per_class"
 
 
 def draw_labelled(labels: np.ndarray, num_per_class: int, draw: int) -> np.ndarray:
@@ -85,3 +94,6 @@ def _rank_by_distance(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarr
         distances = torch.full((len(chunk), num_classes), torch.inf)
         nearest.append(distances.scatter_reduce_(1, index.expand(len(chunk), -1), torch.cdist(chunk, labelled), "amin"))
     return rank_classes(-torch.cat(nearest).numpy())
+
+
+_CLASSIFIERS = {"logistic": _rank_by_logistic, "nearest": _rank_by_distance}

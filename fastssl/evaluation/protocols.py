@@ -8,7 +8,7 @@ import numpy as np
 
 from fastssl.evaluation.accuracy import judge
 from fastssl.evaluation.config import EvalConfig, ProtocolName
-from fastssl.evaluation.few_label import check_few_label, few_label
+from fastssl.evaluation.few_label import check_few_label, few_label, few_label_names
 from fastssl.evaluation.finetune import finetune
 from fastssl.evaluation.knn import check_knn, knn
 from fastssl.evaluation.linear import linear
@@ -45,6 +45,14 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
     "linear_augmented": Protocol(linear_augmented, check_choice, needs_images=True),
     "finetune": Protocol(finetune, check_choice, needs_images=True),
 }
+
+
+def outcome_names(cfg: EvalConfig) -> set[str]:
+    """The names of all outcomes of eval.what."""
+    names: set[str] = set()
+    for name in cfg.what:
+        names |= set(few_label_names(cfg)) if name == "few_label" else {name}
+    return names
 
 
 def evaluate(task: Task, test_y: np.ndarray, names: Iterable[ProtocolName]) -> Iterable[tuple[str, dict[str, Any]]]:

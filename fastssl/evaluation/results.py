@@ -17,7 +17,7 @@ LEGEND = (
 
 
 def append_line(path: Path, line: Line) -> None:
-    """Append one result to a file of JSON lines, in one write.
+    """Append one result to a file of JSON lines, in one write; a last line that a kill has cut off is removed.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -25,11 +25,23 @@ def append_line(path: Path, line: Line) -> None:
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(file, (json.dumps(line) + "\n").encode())
+            os.write(file, _end_last_line(path) + (json.dumps(line) + "\n").encode())
         finally:
             os.close(file)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def _end_last_line(path: Path) -> bytes:
+    """Remove a last result that a kill has cut off; returns what another last line lacks."""
+    whole, end, last = path.read_bytes().rpartition(b"\n")
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        if last.startswith(b"{"):
+            os.truncate(path, len(whole + end))
+            last = b""
+    return b"\n" if last else b""
 
 
 def format_table(lines: Sequence[Line]) -> str:

@@ -45,6 +45,16 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+def partial_path(path: Path) -> Path:
+    """`x.beton` -> `x.beton.partial`, the file while it is written."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def checkpoint_path(path: Path) -> Path:
+    """`x.beton` -> `x.beton.partial.npz`, from which a killed writer's work is resumed."""
+    return path.with_name(f"{path.name}.partial.npz")
+
+
 def summarise(
     sizes: np.ndarray, modes: np.ndarray, labels: np.ndarray, class_names: Sequence[str] | None
 ) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from pipelines.beton.format import (
     PAGE_BYTES,
     RAW,
     SIDECAR_VERSION,
+    checkpoint_path,
+    partial_path,
     sidecar_path,
     summarise,
 )
@@ -106,8 +108,9 @@ class BetonWriter:
             raise DataError(f"{self.path}: exists already; choose another name or pass --overwrite")
         if not self.path.parent.is_dir():
             raise DataError(f"{self.path.parent}: no such folder; create it first")
-        self._partial = self.path.with_name(f"{self.path.name}.partial")
-        self._checkpoint = self.path.with_name(f"{self._partial.name}.npz")
+        self._partial = partial_path(self.path)
+        self._checkpoint = checkpoint_path(self.path)
+        self._new_checkpoint = self.path.with_name(f"{self._checkpoint.name}.new")
         self._file: BinaryIO = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             self._begin()
@@ -121,6 +124,7 @@ class BetonWriter:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             raise DataError(f"{self._partial}: another process is writing it") from None
+        self._new_checkpoint.unlink(missing_ok=True)  # left by a writer that was killed in `checkpoint`
         if self._checkpoint.exists() and self._resume:
             self._load_checkpoint()
         elif self._checkpoint.exists() and not self._overwrite:
@@ -139,8 +143,7 @@ class BetonWriter:
         self._sync(self._file)
         place = {"num_samples": self.num_samples, "position": self._position, "page_bytes": self._page_bytes}
         about = json.dumps(place | {"data_start": self._data_start, "note": note}).encode()
-        new = self._checkpoint.with_name(f"{self._checkpoint.name}.new")
-        with new.open("wb") as file:
+        with self._new_checkpoint.open("wb") as file:
             np.savez(
                 file,
                 about=np.frombuffer(about, np.uint8),
@@ -148,7 +151,7 @@ class BetonWriter:
                 data_bytes=self._data_bytes[: self.num_samples],
             )
             self._sync(file)
-        new.replace(self._checkpoint)
+        self._new_checkpoint.replace(self._checkpoint)
 
     def _load_checkpoint(self) -> None:
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipelines.beton import BetonWriter
-from pipelines.beton.format import sidecar_path
+from pipelines.beton.format import checkpoint_path, partial_path, sidecar_path
 from pipelines.beton.sidecar import read_sidecar
 from pipelines.convert.images import (
     MAX_JPEG_SIDE_PX,
@@ -223,6 +223,8 @@ def _convert_range(
         done = _Done(fingerprint=identity)
         if _finished_identity(out) != identity:
             raise DataError(f"{out}: exists already, of another source or other options; choose another name")
+        if not partial_path(out).exists():  # killed after the file had its name
+            checkpoint_path(out).unlink(missing_ok=True)
         print(f"{printable(out)}: finished already")
         return _report(out, done, source, None, start_s)
     if stop - start > MAX_ITEMS:

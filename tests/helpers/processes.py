@@ -59,13 +59,18 @@ def train_as_rank(arguments: list[str], rank: int, num_ranks: int, port: str, lo
 
 def train_in_this_process(arguments: list[str], log: Path) -> None:
     """Run `fastssl train ARGUMENTS` from the repository's root, append its output to a file, and exit."""
+    run_in_this_process(["train", *arguments], log)
+
+
+def run_in_this_process(arguments: list[str], log: Path) -> None:
+    """`train_in_this_process` for any command."""
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.chdir(ROOT)
     from fastssl.cli import main
 
-    sys.exit(main(["train", *arguments]))
+    sys.exit(main(arguments))
 
 
 def start_ranks(program: str, world_size: int, folder: Path, timeout_s: float = 240) -> list[Any]:
