@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernels.torchvision_cpu import import_torchvision
 from PIL import Image
 
 from benchmarks import reproduce
@@ -136,7 +135,8 @@ def test_images_are_found_in_every_form_and_are_the_same(data, tmp_path):
 
 
 def test_cifar100_is_read_from_torchvisions_folder_and_from_arrays(tmp_path, monkeypatch):
-    datasets = import_torchvision().datasets  # MD5 sums are those of the real files
+    from torchvision import datasets  # MD5 sums are those of the real files
+
     x, y = _images(320, 0)
     folder = tmp_path / "python" / datasets.CIFAR100.base_folder
     folder.mkdir(parents=True)
@@ -158,7 +158,8 @@ def test_cifar100_is_read_from_torchvisions_folder_and_from_arrays(tmp_path, mon
 
 
 def test_stl10_has_its_unlabelled_images_for_pretraining_only(tmp_path, monkeypatch):
-    datasets = import_torchvision().datasets
+    from torchvision import datasets
+
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)  # MD5 sums of the real files
     folder = tmp_path / datasets.STL10.base_folder
     folder.mkdir()

@@ -20,7 +20,6 @@ from PIL import Image
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader, BetonWriter
-from pipelines.beton.format import FIELD, HEADER
 from pipelines.engines import build_engine as build_engine_on
 from pipelines.engines.turbojpeg import OK, JpegDecoder, decode_jpeg, load_library
 from pipelines.errors import DataError
@@ -252,19 +251,6 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(engine):
             time.sleep(0.15)  # the engine fills all its slots meanwhile
         for array, kept in zip(raw.views, views, strict=True):
             np.testing.assert_array_equal(array, kept)
-
-
-def test_a_damaged_field_name_does_no_harm(jpegs, tmp_path):
-    """Engines find the image and its label by the types of the fields."""
-    content = bytearray(jpegs.path.read_bytes())
-    at = HEADER.itemsize + FIELD.fields["name"][1]
-    content[at : at + 5] = b"\xff\xfe\x80im"
-    damaged = tmp_path / "damaged.beton"
-    damaged.write_bytes(content)
-    engine = build_engine("ffcv", BetonReader(damaged), num_workers=1, prefetch_batches=1)
-    labels = np.concatenate([raw.labels for _, raw in iterate(engine, np.arange(30))])
-    np.testing.assert_array_equal(labels, np.arange(30))
-    engine.close()
 
 
 def damage(data: bytes, kind: str) -> bytes:
