@@ -71,7 +71,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         for each in value if isinstance(value, list) else [value]:
             is_path = isinstance(each, Path) or (isinstance(each, str) and name in ("src", "root", "classes"))
             if is_path and (reason := why_no_path(each)):
-                raise UserError(f"{str(each)!r:.300} is no path: {reason}")
+                raise UserError(f"{str(each)!r:.300} is not a path: {reason}")
 
 
 def _fail(message: str, code: int) -> int:

@@ -348,7 +348,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     value = parse_yaml(text, f"--set {key[:80]}")
     for section in sections:
         if not isinstance(tree.setdefault(section, {}), dict):
-            raise ConfigError(f"--set {key[:80]}: {section} is no section")
+            raise ConfigError(f"--set {key[:80]}: {section} is not a section")
         tree = tree[section]
     tree[leaf] = value
 

@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> Any:
             raise
         raise ConfigError(f"cannot read the config {path}: {getattr(error, 'strerror', error)}") from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES:,} bytes: this is no configuration")
+        raise ConfigError(f"{path} is larger than {MAX_BYTES:,} bytes: this is not a configuration")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

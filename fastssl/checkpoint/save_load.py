@@ -142,7 +142,7 @@ def _try_to_restore(
     except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):  # the user's settings, or the machine
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        return f"it is no state of this run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"it is not a state of this run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None
 
 
@@ -264,7 +264,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     weights = read_tensors(file, is_checked=check_file(file))
     is_known = isinstance(weights, dict) and all(is_state(weights.get(part)) for part in ("backbone", "projector"))
     if not is_known or not isinstance(weights.get("model"), dict) or not _is_image_px(weights.get("image_px")):
-        raise ConfigError(f"{file} is no weights file of fastssl, or it is damaged")
+        raise ConfigError(f"{file} is not a weights file of fastssl, or it is damaged")
     return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
 
 

@@ -33,7 +33,9 @@ def read_tensors(path: Path, *, is_checked: bool) -> Any:
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # damaged bytes raise whatever the objects raise that they happen to name
-        raise DamagedError(f"{path} is no weights file of fastssl, or it is damaged ({type(error).__name__})") from None
+        raise DamagedError(
+            f"{path} is not a weights file of fastssl, or it is damaged ({type(error).__name__})"
+        ) from None
 
 
 def is_state(value: Any) -> TypeGuard[dict[str, torch.Tensor]]:
@@ -49,6 +51,6 @@ def _check_parts(path: Path, *, is_checked: bool) -> None:
         parts = archive.infolist()
         is_plain = all(p.compress_type == zipfile.ZIP_STORED and p.file_size == p.compress_size for p in parts)
         if not is_plain or sum(part.file_size for part in parts) > path.stat().st_size:
-            raise DamagedError(f"{path} is no weights file of fastssl, or it is damaged (it is compressed)")
+            raise DamagedError(f"{path} is not a weights file of fastssl, or it is damaged (it is compressed)")
         if not is_checked and (name := archive.testzip()) is not None:
             raise DamagedError(f"{path} is damaged: the CRC-32 of its part {name!r} is another")

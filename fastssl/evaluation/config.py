@@ -40,8 +40,8 @@ class EvalConfig(Section):
             distance from the classifier; 1: the same learning rate for all layers.
         finetune_epochs: Passes over the images; the epoch to stop at is also chosen.
         probe_lr: Learning rate of the online linear probe, trained alongside pre-training.
-        every_epochs: During training, every so many epochs and after the last, classify the held-out training images by
-            kNN (the first of knn_k and knn_temperature), and keep the checkpoint of the best epoch; 0: never.
+        every_epochs: During training, after every this many epochs and after the last, classify the held-out training
+            images by kNN (the first of knn_k and knn_temperature), and keep the checkpoint of the best epoch; 0: never.
     """
 
     what: tuple[ProtocolName, ...] = ("knn", "linear", "logistic", "few_label")
