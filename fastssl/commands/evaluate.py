@@ -1,6 +1,7 @@
 """`fastssl eval RUN`: evaluate a checkpoint's encoder and the baselines on the run's data or on another data set."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -83,7 +84,10 @@ def evaluate_run(
     checkpoints = {"pre-trained encoder": checkpoint_of(folder.checkpoints, step)}
     best = best_held_out(folder.metrics)
     if step is None and best and best[0] != step_of(checkpoints["pre-trained encoder"]):
-        checkpoints["best pre-trained encoder"] = checkpoint_of(folder.checkpoints, best[0])
+        try:
+            checkpoints["best pre-trained encoder"] = checkpoint_of(folder.checkpoints, best[0])
+        except ConfigError as error:
+            print(f"fastssl: warning: the best checkpoint is not judged: {error}", file=sys.stderr, flush=True)
     device = choose_device(cfg.run.device)
     torch.set_num_threads(num_threads_of(cfg.run))
     train, test_part, scored_on = choose_parts(cfg.data, on, test)
