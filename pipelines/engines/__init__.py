@@ -42,7 +42,8 @@ class Engine(Protocol):
     ) -> Generator[RawBatch, None, None]:
         """Yield one batch per plan, in the given order.
 
-        A batch's arrays may be overwritten when the next batch is requested: copy them to keep them.
+        A batch's arrays may be overwritten when the next batch is requested or another iteration begins: copy them to
+        keep them.
         Closing the generator, or leaving its loop, stops the work.
 
         Args:

@@ -43,6 +43,9 @@ class FfcvEngine:
         self._num_ahead = prefetch_batches
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="fastssl-plan")
         self._ahead: deque[Future[_Started | None]] = deque()  # the batches of the current iteration
+        # For each size, uint8 [slots, B, Vg, S, S, 3]; kept for the next iteration. A thread may hold its last task for
+        # a moment longer than the iteration lasts, so that new arrays would not always take the place of the old ones.
+        self._arrays: list[np.ndarray] = []
 
     def batches(
         self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
@@ -52,8 +55,9 @@ class FfcvEngine:
         ahead = self._ahead
         num_slots = self._num_ahead + 1  # the consumer uses one of them
         shapes = [(num_slots, local_batch_size, len(members), size_px, size_px, 3) for size_px, members in groups]
-        slots = zip(*[np.empty(shape, np.uint8) for shape in shapes], strict=True)
-        planned = zip(plans, cycle(slots), strict=False)
+        if shapes != [array.shape for array in self._arrays]:
+            self._arrays = [np.empty(shape, np.uint8) for shape in shapes]
+        planned = zip(plans, cycle(zip(*self._arrays, strict=True)), strict=False)
 
         def start_next() -> _Started | None:
             for plan, slot in planned:
@@ -83,6 +87,7 @@ class FfcvEngine:
         self._end_iteration()
         self._planner.shutdown()
         self._decoder.close()
+        self._arrays = []
 
     def _end_iteration(self) -> None:
         _cancel(self._ahead)
