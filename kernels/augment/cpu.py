@@ -1,6 +1,6 @@
 """The pixel op in numba: a view passes through all ops in pieces of about a thousand pixels, which stay in L1.
 
-prange is not used: FFCV's thread may run numba code at the same time, and numba's workqueue layer does not support
+prange is not used: the decoding threads run numba code at the same time, and numba's workqueue layer does not support
 concurrent parallel calls. Instead, the functions release the GIL and the samples are divided among plain threads.
 Samples are independent, so the result does not depend on the number of threads.
 The pointwise ops are compiled into the loops; the other ops are loops of this file.
