@@ -28,6 +28,8 @@ setup(
         "pydantic>=2.14,<3",
         "deepspeed>=0.19.8,<0.20",  # its private names are used: fastssl/machine/private_api.py
         "timm>=1.0.31,<2",
+        "huggingface-hub>=2.4,<3",
+        "packaging>=26",
         "scikit-learn>=1.9,<2",
         "tensorboard>=2.21,<3",
         "matplotlib>=3.11,<4",

@@ -40,7 +40,7 @@ class RunParts:
         model: Images to features and projections.
         loss: Projections to a scalar.
         loader: Gives this rank's batches.
-        probe: Learns beside the training; None: the images have fewer than two labels.
+        probe: Learns during the training; None: the images have fewer than two labels.
         is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
         held_out: Judges the encoder during training; None: eval.every_epochs is 0.
         test_identity: Identity of data.test; None: there is no test file.

@@ -242,7 +242,7 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             from fastssl.errors import did_you_mean
 
-            name = action.metavar or "/".join(action.option_strings)
+            name = "/".join(action.option_strings) or action.metavar
             hint = did_you_mean(str(value), action.choices)
             self.error(f"{name} must be one of {', '.join(action.choices)}, not {str(value)[:100]}{hint}")
 

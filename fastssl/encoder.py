@@ -122,7 +122,7 @@ def embed(
 
 def _check_model(saved: dict[str, Any], model: ModelConfig) -> None:
     """Raise ValueError where weights are of another backbone than the run's: some differ in no name and no shape."""
-    for key in ("backbone", "stem", "backbone_kwargs", "pool_px"):
+    for key in ("backbone", "stem", "stem_channels", "backbone_kwargs", "pool_px"):
         values = (saved.get(key), getattr(model, key))
         there, here = (json.dumps(value, sort_keys=True, default=str) for value in values)  # a tuple is a list in YAML
         if key in saved and there != here:

@@ -96,7 +96,7 @@ class Trainer:
                 the model section.
             loss: A `fastssl.losses.Loss`, or a module that is called with the projections of each view [B, D].
             loader: A `BatchSource`, or a DataLoader or another iterable as `IterableLoader` takes it.
-            probe: Learns beside the training.
+            probe: Learns during the training.
             is_holdout: bool [N]: samples that the probe must not learn from.
             held_out: Judges the encoder every `eval.every_epochs`.
             test_identity: Identity of data.test, which must be the same in a resumed run.
@@ -110,13 +110,10 @@ class Trainer:
         own = {name: type(part) for name, part in parts.items() if not is_built[name]}
         custom = {name: f"{cls.__module__}.{cls.__qualname__}" for name, cls in own.items()}
         self.cfg = replace(cfg, custom=custom, loss=loss.config if is_built["loss"] else cfg.loss)
-        self.probe, self.is_holdout, self.held_out = probe, is_holdout, held_out
-        self.test_identity = test_identity
+        self.probe, self.is_holdout, self.held_out, self.test_identity = probe, is_holdout, held_out, test_identity
         self.folder = RunFolder(cfg.run.dir)
-        self.step = 0
-        self.must_stop = False  # what all ranks agreed on
-        self.checkpoint_due = False
-        self._has_started = False
+        self.step, self._has_started = 0, False
+        self.must_stop = self.checkpoint_due = False  # what all ranks agreed on
         self._given = (model, loss, loader)
 
     def train(self, stop_request: StopRequest | None = None) -> RunFolder:
@@ -158,7 +155,7 @@ class Trainer:
             self.restore()
         self._say(self._headline())
         self.epoch_stats.open(self.folder, self.step)
-        self.best = collectives.broadcast_object(best_held_out(self.folder.metrics))
+        self.best = collectives.run_on_first_rank(lambda: best_held_out(self.folder.metrics))
         self.stop_request = stop_request
         stop_request.listen_to_sigterm()
 
@@ -242,7 +239,8 @@ class Trainer:
             self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
             if is_epoch_end:
                 self.epoch_stats.end_epoch(self.step, self.loader.num_bad_samples)
-                self.judge_held_out()
+                if not self.must_stop:
+                    self.judge_held_out()
             self.checkpoint_due |= self.must_stop
             if self.checkpoint_due:
                 self.read_reports(keep=0)
@@ -344,17 +342,20 @@ class Trainer:
             self.engine,
             seed=self.cfg.run.seed,
             total_steps=self.total_steps,
+            check=self._check_data,
             take_up=self._take_up,
         )
         self.skipped.resume(self.step)
 
-    def _take_up(self, state: dict[str, Any]) -> None:
+    def _check_data(self, state: dict[str, Any]) -> None:
         found, saved = self._data_identity(), state["data_identity"]
         if isinstance(saved, list):  # of an older version
             saved = {next(iter(found)): saved}
         warning = check_same_data(self.cfg, found, saved)
         if warning and collectives.rank() == 0:
             print(f"fastssl: warning: {warning}", file=sys.stderr, flush=True)
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.epoch_stats.restore(state["sums"], state["collapsed_since"], state["world_size"])
         self.update_step.update.load_state_dict(state["loss_scale"])
         self.update_step.update.bind()
@@ -398,8 +399,8 @@ class Trainer:
             raise ConfigError("model.layer_norm is for a model that is built from the configuration: change your own")
         if self.probe is not None and self.is_holdout is None:
             raise ConfigError("a probe needs is_holdout: which samples it must not learn from")
-        if self.cfg.eval.every_epochs and self.held_out is None:
-            raise ConfigError("eval.every_epochs is for a run that is built from its configuration: set it to 0")
+        if bool(self.cfg.eval.every_epochs) != (self.held_out is not None):
+            raise ConfigError("eval.every_epochs needs held_out, as `build_run` makes it, and the other way round")
 
     def _as_batch_source(self, loader: Any) -> BatchSource:
         if isinstance(loader, Loader) or hasattr(loader, "view_shapes"):

@@ -132,7 +132,7 @@ def test_weights_are_not_unpickled(tmp_path, protocol):
         torch.save({"backbone": Bomb(mark)}, file)
     else:
         file.write_bytes(pickle.dumps({"backbone": Bomb(mark)}, protocol=2))
-    with pytest.raises(ConfigError, match=r"weights\.pt is not a weights file"):
+    with pytest.raises(ConfigError, match=r"weights\.pt is not a file of fastssl"):
         load_weights(file)
     assert not mark.exists()
 

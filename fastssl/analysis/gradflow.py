@@ -216,7 +216,7 @@ def _summary(found: Differences) -> list[dict[str, Any]]:
     ]
 
 
-def objectives_beside(config: LossConfig) -> dict[str, LossConfig]:
+def compared_objectives(config: LossConfig) -> dict[str, LossConfig]:
     """The run's own loss, then all others with a closed form, at the run's temperature if both have one."""
     own: float = getattr(config, "temperature_positive", getattr(config, "temperature", MioConfig.temperature_positive))
     negative: float = getattr(config, "temperature_negative", own)
@@ -239,7 +239,7 @@ def _coefficients(source: Source) -> list[dict[str, Any]]:
     z = _project(source, 0).double().cpu()
     counts = _count_pairs(z)
     rows: list[dict[str, Any]] = []
-    for label, config in objectives_beside(source.cfg.loss).items():
+    for label, config in compared_objectives(source.cfg.loss).items():
         is_own = label == _label(source.cfg.loss)
         loss = copy.deepcopy(source.objective.loss).cpu() if is_own else build_loss(config)
         attraction, repulsion = pair_flow(loss, z).over_similarity(GRID)

@@ -21,6 +21,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from fastssl.checkpoint.checksums import (
 )
 from fastssl.checkpoint.contents import check_contents
 from fastssl.checkpoint.engine_state import collect_engine_state, restore_engine_state
-from fastssl.checkpoint.tensor_file import DamagedError, is_state, read_tensors
+from fastssl.checkpoint.tensor_file import DamagedError, is_out_of_memory, is_state, read_tensors
 from fastssl.errors import ConfigError, UserError
 from fastssl.tracking.run_folder import RunFolder
 from pipelines.path_names import why_no_path
@@ -94,7 +95,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    root: Path, engine: Any, *, seed: int, total_steps: int, take_up: Callable[[dict[str, Any]], None]
+    root: Path,
+    engine: Any,
+    *,
+    seed: int,
+    total_steps: int,
+    check: Callable[[dict[str, Any]], None],
+    take_up: Callable[[dict[str, Any]], None],
 ) -> None:
     """Restore a run from the newest whole checkpoint (all ranks call it); without any, nothing happens.
 
@@ -110,6 +117,7 @@ def load_checkpoint(
         engine: DeepSpeed's engine, newly built.
         seed: The run's seed.
         total_steps: Optimizer steps of the whole run.
+        check: Refuses the saved `state` of a run on other data, before anything is changed or counts as damage.
         take_up: Restores the rest of the run from the saved `state`, with "step", this rank's "sums" and the
             "world_size" of the save.
     Raises:
@@ -117,7 +125,8 @@ def load_checkpoint(
     """
     damage: dict[Path, DamagedError] = {}
     while (name := collectives.run_on_first_rank(lambda: _name(newest_whole(root, damage)))) is not None:
-        found = _try_to_restore(root / name, engine, seed, total_steps, take_up)
+        restore = partial(_restore, root / name, engine, seed, total_steps, check, take_up)
+        found = _problem_of(restore)
         problem = next((each for each in collectives.all_gather_object(found) if each), None)
         if problem is None:
             collectives.run_on_first_rank(lambda: set_aside(damage, root / name))
@@ -129,25 +138,33 @@ def _name(path: Path | None) -> str | None:
     return path.name if path else None
 
 
-def _try_to_restore(
-    path: Path, engine: Any, seed: int, total_steps: int, take_up: Callable[[dict[str, Any]], None]
-) -> str | None:
+def _problem_of(restore: Callable[[], None]) -> str | None:
     """Restore this rank from a checkpoint; returns what is wrong with its content, in words."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a tensor that is indexed by a name
-            _restore(path, engine, seed, total_steps, take_up)
+            restore()
     except DamagedError as error:
         return str(error)
     except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):  # the user's settings, or the machine
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"it is not a state of this run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None
 
 
-def _restore(path: Path, engine: Any, seed: int, total_steps: int, take_up: Callable[[dict[str, Any]], None]) -> None:
+def _restore(
+    path: Path,
+    engine: Any,
+    seed: int,
+    total_steps: int,
+    check: Callable[[dict[str, Any]], None],
+    take_up: Callable[[dict[str, Any]], None],
+) -> None:
     state = read_tensors(path / "state.pt", is_checked=True)
+    check(state)
     world_size = read_manifest(path)["world_size"]
     is_same_world = world_size == collectives.world_size()
     ranks = [collectives.rank()] if is_same_world else range(world_size)
@@ -264,7 +281,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     weights = read_tensors(file, is_checked=check_file(file))
     is_known = isinstance(weights, dict) and all(is_state(weights.get(part)) for part in ("backbone", "projector"))
     if not is_known or not isinstance(weights.get("model"), dict) or not _is_image_px(weights.get("image_px")):
-        raise ConfigError(f"{file} is not a weights file of fastssl, or it is damaged")
+        raise ConfigError(f"{file} is not a file of fastssl, or it is damaged")
     return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from fastssl.errors import ConfigError
+from fastssl.errors import ConfigError, UserError
 
 
 class DamagedError(ConfigError):
@@ -22,6 +22,7 @@ def read_tensors(path: Path, *, is_checked: bool) -> Any:
         is_checked: Its checksum was compared already. Otherwise the CRC-32 of each of its parts is, which torch skips.
     Raises:
         DamagedError: it cannot be read, is damaged or something else.
+        UserError: it is whole, but cannot be read here and now.
     """
     try:
         _check_parts(path, is_checked=is_checked)
@@ -31,11 +32,17 @@ def read_tensors(path: Path, *, is_checked: bool) -> Any:
     except DamagedError:
         raise
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from None
+        kind = UserError if is_checked else DamagedError
+        raise kind(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # damaged bytes raise whatever the objects raise that they happen to name
-        raise DamagedError(
-            f"{path} is not a weights file of fastssl, or it is damaged ({type(error).__name__})"
-        ) from None
+        if is_checked and is_out_of_memory(error):
+            raise UserError(f"{path} cannot be read: out of memory") from None
+        raise DamagedError(f"{path} is not a file of fastssl, or it is damaged ({type(error).__name__})") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation has failed, on the host."""
+    return isinstance(error, MemoryError) or "not enough memory" in str(error)
 
 
 def is_state(value: Any) -> TypeGuard[dict[str, torch.Tensor]]:
@@ -51,6 +58,6 @@ def _check_parts(path: Path, *, is_checked: bool) -> None:
         parts = archive.infolist()
         is_plain = all(p.compress_type == zipfile.ZIP_STORED and p.file_size == p.compress_size for p in parts)
         if not is_plain or sum(part.file_size for part in parts) > path.stat().st_size:
-            raise DamagedError(f"{path} is not a weights file of fastssl, or it is damaged (it is compressed)")
+            raise DamagedError(f"{path} is not a file of fastssl, or it is damaged (it is compressed)")
         if not is_checked and (name := archive.testzip()) is not None:
             raise DamagedError(f"{path} is damaged: the CRC-32 of its part {name!r} is another")

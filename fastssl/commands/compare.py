@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -245,6 +246,7 @@ class _Runs:
         self._base, self._overrides, self._num_jobs, self._say = base, overrides, num_jobs, say
         self._start = shlex.split(launcher) or [sys.executable]
         self._processes: set[subprocess.Popen] = set()
+        self._lock, self._is_ending = threading.Lock(), False
 
     def all(self, tasks: Sequence[tuple[Variant, int, Path]], *, on_test: bool) -> list[list[Row]]:
         """The results of each (variant, seed, folder below `out`)."""
@@ -255,8 +257,10 @@ class _Runs:
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self._processes):
-                    process.terminate()
+                with self._lock:
+                    self._is_ending = True
+                    for process in self._processes:
+                        process.terminate()
                 raise
         return [future.result() for future in futures]
 
@@ -281,10 +285,14 @@ class _Runs:
 
     def _call(self, what: str, run: Path, arguments: Sequence[str | Path], log: Path | None) -> None:
         with log.open("a") if log else nullcontext() as file:
-            process = subprocess.Popen([*map(str, arguments)], stdout=file, stderr=file)
-            self._processes.add(process)
+            with self._lock:
+                if self._is_ending:
+                    raise UserError(f"{run}: not started, as another run has failed")
+                process = subprocess.Popen([*map(str, arguments)], stdout=file, stderr=file)
+                self._processes.add(process)
             code = process.wait()
-            self._processes.discard(process)
+            with self._lock:
+                self._processes.discard(process)
         if code:
             where = f"in {log}" if log else "above"
             raise UserError(f"{run}: the {what} ended with exit code {code}; its message is {where}")

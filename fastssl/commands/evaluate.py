@@ -30,6 +30,7 @@ from fastssl.tracking import plots
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import best_held_out
 from pipelines.beton import BetonReader
+from pipelines.printable import printable
 from pipelines.views import build_eval_spec
 
 
@@ -85,9 +86,11 @@ def evaluate_run(
     best = best_held_out(folder.metrics)
     if step is None and best and best[0] != step_of(checkpoints["pre-trained encoder"]):
         try:
-            checkpoints["best pre-trained encoder"] = checkpoint_of(folder.checkpoints, best[0])
+            checkpoints["best pre-trained encoder"] = checkpoint_of(
+                folder.checkpoints, best[0], option="the best epoch"
+            )
         except ConfigError as error:
-            print(f"fastssl: warning: the best checkpoint is not judged: {error}", file=sys.stderr, flush=True)
+            print(printable(f"fastssl: warning: {error}; it is not evaluated"), file=sys.stderr, flush=True)
     device = choose_device(cfg.run.device)
     torch.set_num_threads(num_threads_of(cfg.run))
     train, test_part, scored_on = choose_parts(cfg.data, on, test)

@@ -4,10 +4,11 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastssl import collectives
 from fastssl.errors import ConfigError
@@ -20,11 +21,14 @@ from pipelines.beton import BetonReader
 from pipelines.loader import DataConfig
 from pipelines.views import ViewsConfig
 
+MAX_FIT, MAX_HELD_OUT = 50_000, 10_000  # images; at ImageNet's 1.28 million, a kNN of all would take an epoch's time
+
 
 class HeldOutKnn:
     """Classifies the held-out images by their nearest neighbours among the others, as `fastssl eval` does with knn.
 
-    Each rank encodes and classifies its share of the images.
+    Each rank encodes and classifies its share of the images. Of larger data sets, at most MAX_FIT and MAX_HELD_OUT
+    images are used.
     """
 
     def __init__(
@@ -41,13 +45,15 @@ class HeldOutKnn:
         Raises:
             ConfigError: no labelled image is held out, there are too few for knn_k, or fewer than two classes.
         """
-        self._cfg, self._data, self._views, self._device = cfg, data, views, device
+        self._cfg, self._data, self._views = cfg, data, views
+        self._reader, self._device = reader, device
         labels = reader.labels[reader.labels >= 0]
         if len(np.unique(labels)) < 2:
             raise ConfigError(f"eval.every_epochs: {reader.path} holds fewer than two labelled classes: leave it out")
-        self._fit, self._held_out, _ = hold_out(reader, data.holdout_fraction, "eval.every_epochs is set")
+        fit, held_out, _ = hold_out(reader, data.holdout_fraction, "eval.every_epochs is set")
+        self._fit, self._held_out = _some(fit.ids, MAX_FIT), _some(held_out.ids, MAX_HELD_OUT)
         try:
-            check_knn(cfg, self._fit.labels)
+            check_knn(cfg, reader.labels[self._fit])
         except ValueError as error:
             raise ConfigError(f"eval.every_epochs: {error}") from None
         self._num_classes = int(labels.max()) + 1
@@ -55,30 +61,37 @@ class HeldOutKnn:
     def top1(self, backbone: nn.Module) -> float:
         """The fraction of held-out images that are classified correctly, in [0, 1] (all ranks call it)."""
         pair = (values_of(self._cfg.knn_k)[0], values_of(self._cfg.knn_temperature)[0])
-        num = len(self._held_out.ids)
+        num_fit, num_held_out, labels = len(self._fit), len(self._held_out), self._reader.labels
+        fit, ids = _share(self._fit), _share(self._held_out)
         with _mean_buffers(backbone):
-            bank = collectives.gather(self._encode(backbone, _share(self._fit.ids))).flatten(0, 1)
-            ids = _share(self._held_out.ids)
-            queries = self._encode(backbone, ids)
+            features = self._encode(backbone, np.concatenate([fit, ids]))
+        bank = collectives.gather(torch.from_numpy(features[: len(fit)]).to(self._device)).flatten(0, 1)[:num_fit]
         (votes,) = knn_votes(
-            bank[: len(self._fit.ids)].cpu().numpy(),
-            self._fit.labels,
-            queries.cpu().numpy(),
+            bank.cpu().numpy(),
+            labels[self._fit],
+            features[len(fit) :],
             [pair],
             num_classes=self._num_classes,
             device=self._device,
         )
-        is_correct = votes.argmax(1) == self._held_out.reader.labels[ids]
-        num_own = min(max(num - collectives.rank() * len(ids), 0), len(ids))  # the rest of a share is filled up
+        is_correct = votes.argmax(1) == labels[ids]
+        num_own = min(
+            max(num_held_out - collectives.rank() * len(ids), 0), len(ids)
+        )  # the rest of a share is filled up
         num_correct = torch.tensor(float(is_correct[:num_own].sum()), device=self._device)
-        return collectives.EXCHANGE.sum_(num_correct).item() / num
+        return collectives.EXCHANGE.sum_(num_correct).item() / num_held_out
 
-    def _encode(self, backbone: nn.Module, ids: np.ndarray) -> Tensor:
-        reader = self._fit.reader
-        loader = build_plain_loader(self._cfg, self._data, self._views, reader, self._device, ids)
+    def _encode(self, backbone: nn.Module, ids: np.ndarray) -> np.ndarray:
+        # `resident` would decode the whole file once more.
+        data = replace(self._data, engine="ffcv") if self._data.engine == "resident" else self._data
+        loader = build_plain_loader(self._cfg, data, self._views, self._reader, self._device, ids)
         with closing(loader):
-            features = np.concatenate(list(encode_batches(backbone, loader)))
-        return torch.from_numpy(features).to(self._device)
+            return np.concatenate(list(encode_batches(backbone, loader)))
+
+
+def _some(ids: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the ids, evenly spaced."""
+    return ids[np.linspace(0, len(ids) - 1, min(len(ids), most)).astype(np.int64)]
 
 
 def _share(ids: np.ndarray) -> np.ndarray:

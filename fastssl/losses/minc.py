@@ -48,6 +48,7 @@ from fastssl.losses.base import Loss, LossConfig
 from fastssl.losses.moments import MovingMoment, second_moment
 from fastssl.losses.pairwise import stack_views
 from fastssl.losses.view_pairs import ordered_pairs, unit_rows
+from kernels.similarity.rows import widen
 from pipelines.config_field import setting
 
 
@@ -123,7 +124,7 @@ class Minc(Loss[MincConfig]):
         """phi/sqrt(s) of the rows z, fp32 (fp64 for fp64 rows)."""
         if self.config.norm == "unit":
             return unit_rows(z)
-        longest, wide = math.sqrt(self.config.scale), z if z.dtype == torch.float64 else z.float()
+        longest, wide = math.sqrt(self.config.scale), widen(z)
         if self.config.norm == "none":
             return wide / longest
         return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(longest)

@@ -162,9 +162,10 @@ def use_gloo_for_shared_memory() -> None:
 
 
 def set_world_group(group: Any) -> None:
-    """Have DeepSpeed exchange gradients in this group.
+    """Have DeepSpeed exchange gradients in this group; None: in one that it makes.
 
-    It would make one with torch's default timeout, and has no setting for the timeout.
+    It would make one with torch's default timeout, and has no setting for the timeout. It also keeps that of a default
+    group which is destroyed since.
     """
     from deepspeed.utils import groups
 

@@ -40,8 +40,8 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
     """
     is_of_timm = cfg.backbone.startswith(TIMM_PREFIX)
     model, is_resnet = _build_timm(cfg) if is_of_timm else _build_torchvision(cfg)
-    asked = {"stem": cfg.stem, "stem_channels": cfg.stem_channels, "pool_px": cfg.pool_px}
-    changed = [f"model.{name}={asked[name]}" for name in asked if asked[name] not in ("imagenet", 0, 1)]
+    for_resnets = (("stem", "imagenet"), ("stem_channels", 0), ("pool_px", 1))
+    changed = [f"model.{name}={getattr(cfg, name)}" for name, plain in for_resnets if getattr(cfg, name) != plain]
     if changed and not is_resnet:
         raise ValueError(f"{' and '.join(changed)}: for ResNets only, not for {cfg.backbone}: leave it out")
     if cfg.stem_channels:

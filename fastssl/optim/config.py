@@ -28,7 +28,7 @@ class OptimConfig(Section):
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     impl: Literal["auto", "torch", "apex"] = "auto"
-    base_lr: float = setting(0.06, "[1e-12, 1e38]")
+    base_lr: float = setting(0.06, "(0, 1e38]")
     momentum: float = setting(0.9, "[0, 1)")
     weight_decay: float = setting(5e-4, "[0, 100]")
     decay_all: bool = False

@@ -33,6 +33,7 @@ def join(backend: str, cfg: RunConfig) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens all the same: for this machine only
         store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        set_world_group(None)
         return
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -62,8 +63,7 @@ def _make_groups(backend: str, cfg: RunConfig) -> None:
     timeout = timedelta(seconds=cfg.collective_timeout_s)
     store = torch_dist.PrefixStore("fastssl", store)  # pyright: ignore[reportPrivateImportUsage]
     torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    if world_size > 1:
-        set_world_group(torch_dist.new_group(timeout=timeout))
+    set_world_group(torch_dist.new_group(timeout=timeout) if world_size > 1 else None)
 
 
 def _wait_for_master(deadline_s: float) -> None:

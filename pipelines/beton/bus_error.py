@@ -17,6 +17,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from pipelines.beton.reader import BetonReader
+from pipelines.printable import printable
 
 EXIT_CODE = 2
 _MAX_FILES = 64  # further files that are open at the same time go without a line
@@ -95,8 +96,8 @@ def report_bus_errors(reader: BetonReader) -> None:
     first, is_free = reader.mmap.ctypes.data, _table[:, 1] == 0
     if (first == _table[~is_free, 0]).any() or not is_free.any():
         return
-    line = f"fastssl: error: {reader.path}: was cut short, or cannot be read any more: restore it, then start again "
-    line = ctypes.create_string_buffer(f"{line}(run.resume=auto resumes a training)\n".encode())
+    line = f"fastssl: error: {reader.path}: was cut short, or cannot be read any more: restore it, then start again"
+    line = ctypes.create_string_buffer(f"{printable(line)} (run.resume=auto resumes a training)\n".encode())
     row = _table[np.flatnonzero(is_free)[0]]
     row[2:] = ctypes.addressof(line), len(line) - 1
     row[0] = first

@@ -28,7 +28,7 @@ from pipelines.beton.format import (
 )
 from pipelines.beton.identity import Identity, identity_of
 from pipelines.beton.sidecar import read_sidecar
-from pipelines.errors import DataChangedError, DataError
+from pipelines.errors import DataChangedError, DataError, one_line
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 
@@ -133,7 +133,7 @@ class BetonReader:
                 return stored.reshape(height_px, width_px, 3)
             pixels = _decode_jpeg(stored)
         except Exception as error:  # Pillow raises many types of exceptions
-            raise DataError(f"{self.path}: image {i} cannot be decoded ({_one_line(error)}); convert again") from error
+            raise DataError(f"{self.path}: image {i} cannot be decoded ({one_line(error)}); convert again") from error
         if pixels.shape[:2] != (height_px, width_px):
             found = f"{pixels.shape[0]}x{pixels.shape[1]}"
             raise DataError(f"{self.path}: image {i} is {found}, not {height_px}x{width_px} as recorded; convert again")
@@ -149,7 +149,9 @@ class BetonReader:
         fields = self.mmap[HEADER.itemsize : start].view(FIELD)
         types = fields["type_id"].tolist()
         if types.count(IMAGE_TYPE) != 1 or not set(types) <= set(FIELD_DTYPES):
-            raise DataError(f"{self.path}: needs one RGB image field beside int or float fields; field types: {types}")
+            raise DataError(
+                f"{self.path}: needs one RGB image field, and int or float fields only next to it; field types: {types}"
+            )
         names = [self._field_name(name.tobytes()) for name in fields["name"]]
         if len(set(names)) < num_fields:
             raise DataError(f"{self.path}: two fields have one name: {names}; copy it or convert again")
@@ -272,7 +274,3 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _decode_jpeg(stored: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)).convert("RGB"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{error}".split()) or type(error).__name__

@@ -164,9 +164,9 @@ class BetonWriter:
             self._position, self._page_bytes = about["position"], about["page_bytes"]
             self.num_samples, self.note = num, about["note"]
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self._checkpoint}: does not fit ({error}); pass --overwrite to start anew") from error
+            raise DataError(f"{self._checkpoint}: does not fit ({error}); pass --overwrite to start again") from error
         if self._partial.stat().st_size < self._position:
-            raise DataError(f"{self._partial}: shorter than at its checkpoint; pass --overwrite to start anew")
+            raise DataError(f"{self._partial}: shorter than at its checkpoint; pass --overwrite to start again")
         self._file.truncate(self._position)
 
     def write_jpeg(self, data: bytes, *, height_px: int, width_px: int, label: int = -1) -> None:

@@ -243,7 +243,9 @@ def _convert_range(
         with writer:
             done = _Done(**(writer.note or {"fingerprint": identity}))
             if done.fingerprint != identity:
-                raise DataError(f"{out}.partial: of another source or other options; pass --overwrite to start anew")
+                raise DataError(
+                    f"{partial_path(out)}: of another source or other options; pass --overwrite to start again"
+                )
             _write_all(writer, source, start, stop, options, done)
             errors_path = _write_errors(out, done.errors)
             if not writer.num_samples:

@@ -176,7 +176,7 @@ def folder_source(folder: Path, only: list[str] | None = None) -> Source:
     flat = files.find([str(folder)], recursive=False)[0]
     images = [path for paths in found for path in paths]
     if images and flat:
-        raise DataError(f"{folder}: has images beside class sub-folders with images; move one or the other away")
+        raise DataError(f"{folder}: has images and class sub-folders with images; move one or the other away")
     if not images and not flat:
         raise DataError(f"{folder}: no images in it (looked for {' '.join(sorted(EXTENSIONS))})")
     labels = np.full(len(flat), -1) if flat else np.repeat(np.arange(len(classes)), [len(paths) for paths in found])

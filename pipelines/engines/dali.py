@@ -172,6 +172,8 @@ class DaliEngine:
         self._forget_pipeline()
         if of_feed is not None:
             return of_feed
+        if not under_way or "memory" in str(error):
+            return error
         for plan in under_way:
             for i, boxes in zip(plan.sample_ids.tolist(), plan.params["crop_box"], strict=True):
                 height_px, width_px = self._reader.sizes[i].tolist()

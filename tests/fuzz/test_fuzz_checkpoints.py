@@ -19,9 +19,8 @@ from fastssl.errors import UserError
 from fastssl.evaluation.config import EvalConfig
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import Mio
-from fastssl.processes.launch import Process, start_process
+from fastssl.processes.launch import started_process
 from fastssl.processes.preemption import StopRequest
-from fastssl.processes.watchdog import Watchdog
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import drop_rows_after, read_rows
 from fastssl.trainer import Trainer
@@ -62,8 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     batches = [Batch(views=list(torch.randn(2, 8, 3, 12, 12)), labels=ids % 2, sample_ids=ids) for _ in range(3)]
     layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     parts: dict[str, Any] = {"model": nn.Sequential(*layers), "loss": Mio(), "loader": batches}
-    with StopRequest() as request:
-        process = Process(start_process(cfg.run), Watchdog())
+    with started_process(cfg.run) as process, StopRequest() as request:
         probe = OnlineProbe(6, 2, EvalConfig())
         trainer = Trainer(cfg, **parts, probe=probe, is_holdout=ids % 4 == 3)
         trainer.start(process, request)

@@ -13,10 +13,11 @@ WITHOUT = shutil.ignore_patterns("*.pyc", "*.tmp.*")  # of __pycache__ only numb
 
 
 def copy_sources(folder: Path) -> None:
-    """The packages, their configurations and the tests' helpers."""
+    """The packages, their configurations, and the helpers and fixtures of the tests."""
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=WITHOUT)
     shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copy(ROOT / "tests/conftest.py", folder / "tests")
 
 
 def blocks(document: Path, language: str) -> list[str]:

@@ -47,20 +47,28 @@ class Case:
     @contextmanager
     def guarded(self, *, seconds: float = 20.0, memory_mb: int = 1024) -> Iterator[None]:
         """Limit time and additional address space, and print the seed of what fails."""
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes() + (memory_mb << 20), before[1]))
-        handler = signal.signal(signal.SIGALRM, _raise_limit)
-        timer = signal.setitimer(signal.ITIMER_REAL, seconds)  # pytest-timeout uses it too
         try:
-            yield
+            with limits(seconds=seconds, memory_mb=memory_mb):
+                yield
         except BaseException:
             print(f"failed: {self.name}: FUZZ_SEED={self.seed} runs this case alone")
             raise
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, *timer)
-            signal.signal(signal.SIGALRM, handler)
-            resource.setrlimit(resource.RLIMIT_AS, before)
         RAN[self.name] += 1
+
+
+@contextmanager
+def limits(*, seconds: float, memory_mb: int) -> Iterator[None]:
+    """Limit the time and the additional address space of the block."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes() + (memory_mb << 20), before[1]))
+    handler = signal.signal(signal.SIGALRM, _raise_limit)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)  # pytest-timeout uses it too
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def cases(name: str, *, fraction: float) -> Iterator[Case]:

@@ -62,7 +62,7 @@ def test_files(name, tmp_path, tiny_config, in_process):
     content, part = FILES[name]
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
-    with limits(seconds=20, megabytes=1000):
+    with limits(seconds=20, memory_mb=1000):
         done = in_process("train", "--cfg", path)
         recipe = in_process("train", "--cfg", tiny_config, "--set", f"views.recipe={path}")
     assert_one_line(done, part)
@@ -75,7 +75,7 @@ def test_what_is_no_file(tmp_path, in_process):
     large = tmp_path / "large.yaml"
     with large.open("wb") as file:
         file.truncate(2**30)
-    with limits(seconds=20, megabytes=1000):
+    with limits(seconds=20, memory_mb=1000):
         for path in (tmp_path, tmp_path / "fifo", "/dev/zero"):
             assert_one_line(in_process("train", "--cfg", path), f"cannot read the config {path}: not a file")
         assert_one_line(in_process("train", "--cfg", large), "large.yaml is larger than 1,048,576 bytes")

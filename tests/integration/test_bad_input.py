@@ -109,7 +109,7 @@ def test_paths_that_no_file_can_have(path, tiny_config, tmp_path, in_process):
     train = ["train", "--cfg", tiny_config, "--set"]
     for key in ("run.dir", "data.train", "data.test", "run.init_from"):
         assert_one_line(in_process(*train, f"{key}={json.dumps(path)}"), key)
-    assert_one_line(in_process(*train, f"views.recipe={json.dumps(f'{path}/x.yaml')}"), "cannot read the config")
+    assert_one_line(in_process(*train, f"views.recipe={json.dumps(f'{path}/x.yaml')}"))
     with pytest.raises(ConfigError, match=rf"no weights at .*{BAD_PATHS[path]}"):
         load_weights(path)
 

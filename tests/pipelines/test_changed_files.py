@@ -31,14 +31,15 @@ import torch
 from pipelines.beton import BetonReader
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.engines import build_engine
-from pipelines.views import ViewsConfig, build_view_specs, draw, size_groups
+from pipelines.views import ViewsConfig, build_view_specs, size_groups
+from tests.helpers.plans import draw_of, plan_batches
 
 path, engine = sys.argv[1:]
 reader, specs = BetonReader(path), build_view_specs(ViewsConfig(recipe="weak", size_px=16))
 report_bus_errors(reader)
 engine = build_engine(engine, reader, num_workers=2, prefetch_batches=1, device=torch.device("cpu"))
-draw_batch = lambda ids, sizes: draw(specs, 0, 0, ids, sizes)
-for number, _ in enumerate(engine.batches(np.arange(reader.num_samples), 4, draw_batch, size_groups(specs))):
+plans = plan_batches(draw_of(specs), np.arange(reader.num_samples), reader.sizes, 4)
+for number, _ in enumerate(engine.batches(plans, 4, size_groups(specs))):
     print(number, flush=True)
     os.truncate(path, int(reader.data_ptr[0]))
 """

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fastssl.checkpoint.contents import check_contents
-from fastssl.checkpoint.engine_state import COUNTERS
 from fastssl.checkpoint.tensor_file import DamagedError
+from fastssl.machine.private_api import COUNTERS
 
 SHARED = "state", "engine"
 

@@ -122,10 +122,10 @@ def test_weights_that_are_none_are_named(tmp_path):
         load_weights(tmp_path)
     bad = tmp_path / "weights.pt"
     bad.write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match=r"weights.pt is not a weights file"):
+    with pytest.raises(ConfigError, match=r"weights.pt is not a file of fastssl"):
         load_weights(bad)
     torch.save({"state_dict": {}}, bad)
-    with pytest.raises(ConfigError, match=r"weights.pt is not a weights file"):
+    with pytest.raises(ConfigError, match=r"weights.pt is not a file of fastssl"):
         load_weights(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_weights_that_claim_more_than_they_hold_are_refused(tmp_path):
         archive.writestr("weights/data.pkl", bytes(1 << 28))
     assert file.stat().st_size < 1 << 20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigError, match=r"weights.pt is not a weights file .* compressed"):
+    with pytest.raises(ConfigError, match=r"weights.pt is not a file of fastssl.* compressed"):
         load_weights(file)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 17  # KiB
     claimed, true = struct.pack("<q", 1 << 40), struct.pack("<H", 1000)
@@ -202,7 +202,7 @@ def test_weights_that_claim_more_than_they_hold_are_refused(tmp_path):
         for part in whole.infolist():
             data = whole.read(part).replace(b"M" + true, b"\x8a\x08" + claimed)
             archive.writestr(part.filename, data)
-    with pytest.raises(ConfigError, match=r"weights.pt is not a weights file"):
+    with pytest.raises(ConfigError, match=r"weights.pt is not a file of fastssl"):
         load_weights(file)
 
 
@@ -222,5 +222,5 @@ def test_a_flipped_bit_in_weights_without_a_manifest_is_found(tmp_path):
 def test_parts_of_weights_that_are_none_are_named(wrong, tmp_path):
     parts = {"backbone": {}, "projector": {}, "model": {}, "image_px": 8}
     torch.save(parts | wrong, tmp_path / "weights.pt")
-    with pytest.raises(ConfigError, match=r"weights.pt is not a weights file"):
+    with pytest.raises(ConfigError, match=r"weights.pt is not a file of fastssl"):
         load_weights(tmp_path)

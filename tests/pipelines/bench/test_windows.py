@@ -20,7 +20,7 @@ def steady(job: Job) -> Stream:
 
 
 def refused(job: Job) -> Stream:
-    raise DataError("this one\n needs a package")
+    raise DataError("this one needs a package")
 
 
 def broken(job: Job) -> Stream:
