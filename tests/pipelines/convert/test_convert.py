@@ -276,7 +276,7 @@ def test_bad_folders(tmp_path):
         convert("folder", str(tmp_path / "empty"), tmp_path / "x.beton")
     root = make_folder(tmp_path / "mixed")
     save(picture(), root / "x.jpg")
-    with pytest.raises(DataError, match="beside class sub-folders"):
+    with pytest.raises(DataError, match="images and class sub-folders"):
         convert("folder", str(root), tmp_path / "x.beton")
 
 
