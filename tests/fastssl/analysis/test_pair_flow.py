@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastssl.analysis.gradflow import GRID, mean_flow, objectives_beside, row_differences
+from fastssl.analysis.gradflow import GRID, compared_objectives, mean_flow, row_differences
 from fastssl.analysis.pair_flow import pair_flow
 from fastssl.errors import ConfigError
 from fastssl.losses import LOSSES, MioConfig, NtXentConfig, SpectralConfig, build_loss
@@ -84,10 +84,10 @@ def test_simclr_lets_go_of_an_easy_positive() -> None:
 
 def test_each_objective_stands_once_beside_the_runs_own() -> None:
     own = MioConfig(negative="naive", temperature_positive=0.2, temperature_negative=0.3)
-    found = objectives_beside(own)
+    found = compared_objectives(own)
     assert next(iter(found)) == "mio naive"
     assert found["mio naive"] is own
     assert len(found) == 11
     assert found["mio exp"] == MioConfig(temperature_positive=0.2, temperature_negative=0.3)
     assert found["simclr"] == NtXentConfig(temperature=0.2)
-    assert objectives_beside(SpectralConfig())["simclr"] == NtXentConfig(temperature=0.5)
+    assert compared_objectives(SpectralConfig())["simclr"] == NtXentConfig(temperature=0.5)
