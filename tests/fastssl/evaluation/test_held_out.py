@@ -67,9 +67,9 @@ def test_the_best_epoch_is_the_first_of_equals(tmp_path):
 def test_a_run_keeps_the_best_checkpoint_and_eval_judges_it_beside_the_last(tiny_config, command):
     """The learning rate grows until it does harm, so that the last epoch is not the best."""
     settings = [
-        "train.num_epochs=5",
+        "train.num_epochs=6",
         "optim.warmup_epochs=5",
-        "optim.base_lr=30",
+        "optim.base_lr=1000",
         "eval.every_epochs=1",
         "eval.what=[knn]",
     ]
@@ -77,7 +77,7 @@ def test_a_run_keeps_the_best_checkpoint_and_eval_judges_it_beside_the_last(tiny
     assert command(*train, "train.on_collapse=warn").returncode == 0
     run = RunFolder(tiny_config.parent / "run")
     rows = [row for row in read_rows(run.metrics) if row.get("kind") == "held_out"]
-    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]
     step, top1 = best_held_out(run.metrics) or (0, 0.0)
     assert step < rows[-2]["step"], "the best epoch must be none of the two that are kept anyway"
     assert (run.checkpoints / f"step_{step:08d}").is_dir()
