@@ -309,7 +309,7 @@ def train(job: Job) -> None:
     if code:
         raise UserError(f"{job.folder.path}: the training ended with exit code {code}; its message is above")
     if job.folder.preempted.exists():
-        raise UserError(f"{job.folder.path}: a signal ended the training; the same command goes on with it")
+        raise UserError(f"{job.folder.path}: a signal ended the training; the same command resumes it")
 
 
 def kept_steps(job: Job) -> list[int]:

@@ -1,9 +1,11 @@
 """From a configuration to what a run is made of: model, loss, batches, probe; and the objective of model and loss."""
 
+import math
 import os
 import shutil
 import sys
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,8 +30,11 @@ from fastssl.processes.launch import num_threads_of
 from fastssl.tracking.run_folder import RunFolder
 from pipelines.batch import BatchSource
 from pipelines.beton import BetonReader, Identity
-from pipelines.loader import build_loader, open_train_reader
+from pipelines.errors import one_line
+from pipelines.iterable_loader import Batches, IterableLoader
+from pipelines.loader import Loader, build_loader, open_train_reader
 from pipelines.sampler import split_holdout
+from pipelines.views import build_view_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +136,53 @@ def load_initial_weights(model: TwoViewModel, path: str) -> None:
         model.backbone.load_state_dict(weights["backbone"])
         model.projector.load_state_dict(weights["projector"])
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConfigError(f"run.init_from: {path} is of another model, {weights['model']}: {reason}") from None
+
+
+def as_batch_source(cfg: Config, loader: BatchSource | Batches, loss: nn.Module, device: torch.device) -> BatchSource:
+    """The source of batches that a loader of the user's own gives (all ranks call it).
+
+    Raises:
+        ConfigError: its batches do not fit the configuration or the loss, or differ between ranks.
+    """
+    if isinstance(loader, Loader) or hasattr(loader, "view_shapes"):
+        return cast("BatchSource", loader)
+    world_size = collectives.world_size()
+    source = IterableLoader(cast("Batches", loader), device=device, world_size=world_size)
+    check_same_config(cfg, {"loader": source.identity})
+    num_views, most = len(source.view_shapes), loss.config.max_views if isinstance(loss, Loss) else math.inf
+    if num_views > most:
+        raise ConfigError(f"loader: its batches have {num_views} views, loss {cfg.loss.name} takes {most:g}")
+    size_px = build_view_specs(cfg.views)[0].size_px
+    if source.view_shapes[0][1:] != (size_px, size_px):
+        height_px, width_px = source.view_shapes[0][1:]
+        raise ConfigError(
+            f"views.size_px is {size_px}, but the loader's first view is {height_px}x{width_px} px: set it to "
+            "that, as evaluation and load_encoder prepare images of this size"
+        )
+    num_images = source.local_batch_size * world_size
+    if num_images != cfg.data.global_batch_size:
+        raise ConfigError(
+            f"data.global_batch_size is {cfg.data.global_batch_size}, but the loader's batches hold "
+            f"{source.local_batch_size} images on each of {world_size} processes: set it to {num_images}"
+        )
+    return source
+
+
+def as_two_view(cfg: Config, model: nn.Module, image_px: int) -> TwoViewModel:
+    """The model, or a user's own encoder with the projector of the model section.
+
+    Raises:
+        ConfigError: the encoder does not take the images, or does not give one feature vector for each.
+    """
+    if isinstance(model, TwoViewModel):
+        return model
+    torch.manual_seed(cfg.run.seed)  # of the projector
+    try:
+        return TwoViewModel(cfg.model, image_px, backbone=model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def build_objective(cfg: Config, model: TwoViewModel, loss: Loss) -> Objective:

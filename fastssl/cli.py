@@ -2,15 +2,14 @@
 
 import argparse
 import errno
-import itertools
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from fastssl import __version__
+from fastssl.commands.argument_parser import ArgumentParser
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
 from pipelines.printable import printable, printable_lines
@@ -212,43 +211,8 @@ def _bench_loader(args: argparse.Namespace) -> None:
     bench_loader_on(args.beton, **{name: getattr(args, name) for name in names})
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends at a bad argument with one line that names the nearest known one."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, but an unknown option is reported before a missing one, and by the parser that knows it."""
-        for word in () if args is None or self._subparsers else itertools.takewhile(lambda word: word != "--", args):
-            option = word.partition("=")[0]
-            if re.fullmatch(r"--\S+", option) and not any(known.startswith(option) for known in self._options()):
-                self._refuse(option)
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self._refuse(unknown[0])
-        return found, unknown
-
-    def error(self, message: str) -> NoReturn:
-        """Print the line and exit."""
-        sys.exit(_fail(f"{message} (see {self.prog} --help)", 2))
-
-    def _options(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings]
-
-    def _refuse(self, argument: str) -> NoReturn:
-        from fastssl.errors import did_you_mean
-
-        self.error(f"unknown argument {argument[:100]}{did_you_mean(argument, self._options())}")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            from fastssl.errors import did_you_mean
-
-            name = "/".join(action.option_strings) or action.metavar
-            hint = did_you_mean(str(value), action.choices)
-            self.error(f"{name} must be one of {', '.join(action.choices)}, not {str(value)[:100]}{hint}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastssl", description="Pre-train image encoders without labels.")
+    parser = ArgumentParser(prog="fastssl", description="Pre-train image encoders without labels.")
     parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(_command(commands, "train", "train one run in this process"))
@@ -277,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: "argparse._SubParsersAction[_Parser]", name: str, summary: str) -> "_Parser":
+def _command(commands: "argparse._SubParsersAction[ArgumentParser]", name: str, summary: str) -> ArgumentParser:
     """A sub-command; its own --help begins with the same summary as a sentence."""
     return commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
 

@@ -20,9 +20,9 @@ from fastssl.errors import ConfigError, did_you_mean
 from fastssl.evaluation.config import EvalConfig
 from fastssl.losses import AnyLossConfig, MioConfig
 from fastssl.losses.moments import check_moment_width
+from fastssl.machine.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 from fastssl.models.config import ModelConfig
 from fastssl.optim.config import OptimConfig
-from fastssl.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 from pipelines.config_field import Section, setting, shown
 from pipelines.loader import DataConfig
 from pipelines.path_names import why_no_path

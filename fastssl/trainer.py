@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastssl import collectives
-from fastssl.build_run import build_objective, build_run, check_apex
+from fastssl.build_run import as_batch_source, as_two_view, build_objective, build_run, check_apex
 from fastssl.checkpoint.save_load import (
     drop_incomplete,
     load_checkpoint,
@@ -39,7 +39,7 @@ from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.optim.layerwise import bind_partitions
 from fastssl.optim.schedules import learning_rate
-from fastssl.processes.consistency import check_same_config, check_same_data, check_shared_folder
+from fastssl.processes.consistency import check_same_data, check_shared_folder
 from fastssl.processes.launch import Process, start_process, started_process
 from fastssl.processes.preemption import StopRequest
 from fastssl.processes.watchdog import Watchdog
@@ -56,10 +56,9 @@ from fastssl.tracking.writers import best_held_out
 from pipelines.batch import Batch, BatchSource
 from pipelines.beton import Identity
 from pipelines.errors import DataChangedError
-from pipelines.iterable_loader import Batches, IterableLoader
+from pipelines.iterable_loader import Batches
 from pipelines.loader import Loader
 from pipelines.printable import printable
-from pipelines.views import build_view_specs
 
 
 class Trainer:
@@ -163,12 +162,12 @@ class Trainer:
         """Bring the parts to the device and build what trains them (all ranks call it, in a process group)."""
         cfg, (model, loss, loader) = self.cfg, self._given
         self.device = device
-        self.loader = self._as_batch_source(loader)
+        self.loader = as_batch_source(cfg, loader, loss, device)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * cfg.train.num_epochs
         view_shapes = self.loader.view_shapes
         self.image_px = view_shapes[0][-1]
-        self.model = self._as_two_view(model)
+        self.model = as_two_view(cfg, model, self.image_px)
         self.loss = loss if isinstance(loss, Loss) else ModuleLoss(loss)
         self.objective = build_objective(cfg, self.model, self.loss).to(device)
         if self.probe is not None and self.is_holdout is not None:
@@ -401,40 +400,6 @@ class Trainer:
             raise ConfigError("a probe needs is_holdout: which samples it must not learn from")
         if bool(self.cfg.eval.every_epochs) != (self.held_out is not None):
             raise ConfigError("eval.every_epochs needs held_out, as `build_run` makes it, and the other way round")
-
-    def _as_batch_source(self, loader: Any) -> BatchSource:
-        if isinstance(loader, Loader) or hasattr(loader, "view_shapes"):
-            return loader
-        world_size = collectives.world_size()
-        source = IterableLoader(loader, device=self.device, world_size=world_size)
-        check_same_config(self.cfg, {"loader": source.identity})
-        loss, num_views = self._given[1], len(source.view_shapes)
-        most = loss.config.max_views if isinstance(loss, Loss) else math.inf
-        if num_views > most:
-            raise ConfigError(f"loader: its batches have {num_views} views, loss {self.cfg.loss.name} takes {most:g}")
-        size_px = build_view_specs(self.cfg.views)[0].size_px
-        if source.view_shapes[0][1:] != (size_px, size_px):
-            height_px, width_px = source.view_shapes[0][1:]
-            raise ConfigError(
-                f"views.size_px is {size_px}, but the loader's first view is {height_px}x{width_px} px: set it to "
-                "that, as evaluation and load_encoder prepare images of this size"
-            )
-        num_images = source.local_batch_size * world_size
-        if num_images != self.cfg.data.global_batch_size:
-            raise ConfigError(
-                f"data.global_batch_size is {self.cfg.data.global_batch_size}, but the loader's batches hold "
-                f"{source.local_batch_size} images on each of {world_size} processes: set it to {num_images}"
-            )
-        return source
-
-    def _as_two_view(self, model: nn.Module) -> TwoViewModel:
-        if isinstance(model, TwoViewModel):
-            return model
-        torch.manual_seed(self.cfg.run.seed)  # of the projector
-        try:
-            return TwoViewModel(self.cfg.model, self.image_px, backbone=model)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
 
     def lock_folder(self, is_resumed: bool) -> None:
         """Keep other trainings out of the folder, and make it ready (all ranks)."""

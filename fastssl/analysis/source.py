@@ -21,6 +21,7 @@ from fastssl.models.objective import Objective
 from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking.result_rows import Row, append_rows
 from fastssl.tracking.run_folder import RunFolder
+from pipelines.errors import one_line
 from pipelines.loader import build_loader, open_train_reader
 
 MAX_DEFAULT_BATCHES = 4
@@ -127,7 +128,7 @@ def load_objective(cfg: Config, checkpoint: Path) -> Objective:
         if objective.target is not None or objective.loss.state_dict():
             objective.load_state_dict(load_objective_state(checkpoint))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConfigError(f"{checkpoint} does not fit the model or loss of the configuration: {reason}") from None
     return objective
 

@@ -12,6 +12,7 @@ from fastssl.checkpoint.tensor_file import DamagedError
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import package_version
 from fastssl.machine.files import sync_file
+from pipelines.files import read_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # 1 was DeepSpeed's files, without a manifest
@@ -34,7 +35,9 @@ def save_file(value: Any, path: Path) -> dict[str, Any]:
             sync_file(file)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails inside it
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or str(error)
-        raise ConfigError(f"{path} cannot be written ({reason}): make room, then go on with run.resume=auto") from None
+        raise ConfigError(
+            f"{path} cannot be written ({reason}): free space, then run.resume=auto"
+        ) from None
     return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
 
 
@@ -78,13 +81,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DamagedError(f"{path} is missing")
     try:
-        num_bytes = path.stat().st_size
-        content: dict[str, Any] = json.loads(path.read_bytes() if num_bytes <= _MAX_MANIFEST_BYTES else b"")
+        content: dict[str, Any] = json.loads(read_file(path, _MAX_MANIFEST_BYTES))
         is_same = content.pop("sha256_of_the_above") == _digest(content)
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise DamagedError(f"{path} is damaged: it is no manifest") from None
+        raise DamagedError(f"{path} is damaged: it is not a manifest") from None
     if not is_same:
         raise DamagedError(f"{path} is damaged: its sha256 is another")
     version = content.get("format_version")

@@ -44,7 +44,7 @@ def check_contents(state: Any, own: Any, engine: Any, *, step: int, total_steps:
                 raise DamagedError(f"the optimizer's {key} of {name} has shape {list(value.shape)}")
     counters = shared["counters"]
     if counters.keys() != set(COUNTERS) or any(type(value) is not int or value < 0 for value in counters.values()):
-        raise DamagedError("its counters are none")
+        raise DamagedError("its counters are not counts")
 
 
 def _check_tensors(values: Any, shapes: Mapping[str, Size], kind: str) -> None:

@@ -21,7 +21,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from fastssl.checkpoint.engine_state import collect_engine_state, restore_engine
 from fastssl.checkpoint.tensor_file import DamagedError, is_out_of_memory, is_state, read_tensors
 from fastssl.errors import ConfigError, UserError
 from fastssl.tracking.run_folder import RunFolder
+from pipelines.errors import one_line
 from pipelines.path_names import why_no_path
 
 _PREFIX = "step_"
@@ -123,27 +123,37 @@ def load_checkpoint(
     Raises:
         ConfigError: there are checkpoints, but none is whole and in a readable format, or one is of another run.
     """
+
+    def restore(path: Path) -> None:
+        state = read_tensors(path / "state.pt", is_checked=True)
+        check(state)
+        world_size = read_manifest(path)["world_size"]
+        is_same_world = world_size == collectives.world_size()
+        ranks = [collectives.rank()] if is_same_world else range(world_size)
+        saved = [read_tensors(path / f"rank_{rank}.pt", is_checked=True) for rank in ranks]
+        own = saved[0]
+        if not is_same_world:
+            own = {"buffers": {}, "sums": _share_sums([each["sums"] for each in saved]), "random": {}}
+        check_contents(state, own, engine, step=step_of(path), total_steps=total_steps)
+        restore_engine_state(engine, state.pop("engine"), own["buffers"])
+        _restore_random_state(own["random"], engine.device, f"{seed} {state['step']} {collectives.rank()}")
+        take_up({**state, "sums": own["sums"], "world_size": world_size})
+
     damage: dict[Path, DamagedError] = {}
-    while (name := collectives.run_on_first_rank(lambda: _name(newest_whole(root, damage)))) is not None:
-        restore = partial(_restore, root / name, engine, seed, total_steps, check, take_up)
-        found = _problem_of(restore)
-        problem = next((each for each in collectives.all_gather_object(found) if each), None)
+    while path := collectives.run_on_first_rank(lambda: newest_whole(root, damage)):
+        problem = next((each for each in collectives.all_gather_object(_problem_of(restore, path)) if each), None)
         if problem is None:
-            collectives.run_on_first_rank(lambda: set_aside(damage, root / name))
+            collectives.run_on_first_rank(lambda: set_aside(damage, path))
             return
-        damage[root / name] = DamagedError(f"{root / name} is damaged: {problem}")
+        damage[path] = DamagedError(f"{path} is damaged: {problem}")
 
 
-def _name(path: Path | None) -> str | None:
-    return path.name if path else None
-
-
-def _problem_of(restore: Callable[[], None]) -> str | None:
+def _problem_of(restore: Callable[[Path], None], path: Path) -> str | None:
     """Restore this rank from a checkpoint; returns what is wrong with its content, in words."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a tensor that is indexed by a name
-            restore()
+            restore(path)
     except DamagedError as error:
         return str(error)
     except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):  # the user's settings, or the machine
@@ -151,31 +161,8 @@ def _problem_of(restore: Callable[[], None]) -> str | None:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        return f"it is not a state of this run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"it is not a state of this run ({type(error).__name__}: {one_line(error)[:200]})"
     return None
-
-
-def _restore(
-    path: Path,
-    engine: Any,
-    seed: int,
-    total_steps: int,
-    check: Callable[[dict[str, Any]], None],
-    take_up: Callable[[dict[str, Any]], None],
-) -> None:
-    state = read_tensors(path / "state.pt", is_checked=True)
-    check(state)
-    world_size = read_manifest(path)["world_size"]
-    is_same_world = world_size == collectives.world_size()
-    ranks = [collectives.rank()] if is_same_world else range(world_size)
-    saved = [read_tensors(path / f"rank_{rank}.pt", is_checked=True) for rank in ranks]
-    own = saved[0]
-    if not is_same_world:
-        own = {"buffers": {}, "sums": _share_sums([each["sums"] for each in saved]), "random": {}}
-    check_contents(state, own, engine, step=step_of(path), total_steps=total_steps)
-    restore_engine_state(engine, state.pop("engine"), own["buffers"])
-    _restore_random_state(own["random"], engine.device, f"{seed} {state['step']} {collectives.rank()}")
-    take_up({**state, "sums": own["sums"], "world_size": world_size})
 
 
 def load_objective_state(path: str | Path) -> dict[str, Tensor]:
@@ -345,11 +332,11 @@ def newest_whole(root: Path, damage: dict[Path, DamagedError]) -> Path | None:
 
 
 def set_aside(damage: Mapping[Path, DamagedError], taken: Path) -> None:
-    """Report damaged checkpoints on stderr and move them aside, as the run goes on from `taken`."""
+    """Report damaged checkpoints on stderr and move them aside, as the run resumes from `taken`."""
     for path, error in damage.items():
         aside = _move_aside(path)
         print(
-            f"fastssl: warning: {error}: going on from {taken.name} instead ({path.name} is now {aside.name})",
+            f"fastssl: warning: {error}: resuming from {taken.name} instead ({path.name} is now {aside.name})",
             file=sys.stderr,
             flush=True,
         )

@@ -26,10 +26,10 @@ from fastssl.config import differing_keys, load_config, to_dict
 from fastssl.errors import ConfigError, UserError
 from fastssl.evaluation.accuracy import over_seeds
 from fastssl.evaluation.protocols import outcome_names
+from fastssl.machine.yaml_text import parse_yaml
 from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
-from fastssl.yaml_text import parse_yaml
 from pipelines.printable import printable
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"

@@ -30,6 +30,7 @@ from fastssl.tracking import plots
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import best_held_out
 from pipelines.beton import BetonReader
+from pipelines.errors import one_line
 from pipelines.printable import printable
 from pipelines.views import build_eval_spec
 
@@ -141,7 +142,7 @@ def _encoders(cfg: Config, checkpoints: dict[str, Path]) -> Iterator[Encoder]:
         try:
             backbone.load_state_dict(load_weights(checkpoint)["backbone"])
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ConfigError(f"{checkpoint} is of another model than the configuration: {reason}") from None
         identity = {"checkpoint_step": step, "weights_sha256": sha256_of(checkpoint / "weights.pt")}
         yield Encoder(name=name, module=backbone, identity=identity, step=step)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastssl.errors import ConfigError
+from fastssl.machine.files import lock_file
 from pipelines.beton import BetonReader
 from pipelines.printable import printable
 
@@ -90,8 +91,7 @@ def _write(path: Path, num_images: int, dtype: str, blocks: Iterable[np.ndarray]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            with suppress(OSError):  # the file system does not support locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends
+            lock_file(file)
             _remove_abandoned(path.parent, ours=temporary)
             num_written = 0
             for block in blocks:

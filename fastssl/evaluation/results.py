@@ -1,6 +1,5 @@
 """Results of evaluations: one JSON line each, and a table."""
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import ConfigError
+from fastssl.machine.files import lock_file
 from pipelines.printable import printable
 
 Line = dict[str, Any]
@@ -26,7 +26,7 @@ def append_line(path: Path, line: Line) -> None:
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # no line of another evaluation comes in between
+            lock_file(file)  # no line of another evaluation comes in between
             os.write(file, _end_last_line(path) + (json.dumps(line) + "\n").encode())
         finally:
             os.close(file)

@@ -1,6 +1,8 @@
 """Writing files so that a crash leaves either the old or the new content."""
 
+import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +19,15 @@ def replace_bytes(path: Path, data: bytes) -> None:
         file.write(data)
         sync_file(file)
     os.replace(temporary, path)
+
+
+def lock_file(file: IO[Any] | int) -> None:
+    """Wait for an exclusive lock, held until the file is closed or the process ends.
+
+    Does nothing where the file system does not support locks.
+    """
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def sync_file(file: IO[Any]) -> None:

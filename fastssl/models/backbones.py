@@ -13,6 +13,7 @@ from torch import nn
 
 from fastssl.errors import did_you_mean
 from fastssl.models.config import ModelConfig
+from pipelines.errors import one_line
 from pipelines.torchvision_operators import declare_torchvision_operators
 
 declare_torchvision_operators()  # timm imports torchvision too
@@ -103,7 +104,7 @@ def _call_builder(builder: Any, name: str, cfg: ModelConfig, **fixed: Any) -> nn
     try:
         return builder(name, **fixed, **cfg.backbone_kwargs)
     except OSError as error:  # pretrained weights that cannot be fetched or read
-        message = " ".join(str(error).split())[:300] or type(error).__name__
+        message = one_line(error)[:300]
         local = (
             "a local file: model.backbone_kwargs={pretrained: true, pretrained_cfg_overlay: {file: X.safetensors}}"
             if cfg.backbone.startswith(TIMM_PREFIX)
@@ -113,7 +114,7 @@ def _call_builder(builder: Any, name: str, cfg: ModelConfig, **fixed: Any) -> nn
             f"model.backbone_kwargs: the weights of {cfg.backbone} cannot be loaded ({message}); {local}"
         ) from error
     except Exception as error:  # another package's, on arguments of the user's
-        message = " ".join(str(error).split())
+        message = one_line(error)
         raise ValueError(f"model.backbone_kwargs {cfg.backbone_kwargs} do not fit {cfg.backbone}: {message}") from error
 
 
@@ -186,7 +187,7 @@ def count_features(model: nn.Module, name: str, image_px: int) -> int:
         device = next((parameter.device for parameter in model.parameters()), None)
         h = model(torch.zeros(1, 3, image_px, image_px, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         raise ValueError(f"model.backbone: {name} does not accept images of {image_px} px: {message}") from error
     model.train()
     if not isinstance(h, torch.Tensor) or h.ndim != 2:

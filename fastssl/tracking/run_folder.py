@@ -14,7 +14,8 @@ from fastssl.config import Config, differing_keys, free_keys, load_config, read_
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-from fastssl.yaml_text import dump_yaml
+from fastssl.machine.yaml_text import dump_yaml
+from pipelines.files import read_file
 
 _STATE_SECTIONS = ("model", "loss", "optim", "custom")  # which tensors there are, and what they mean
 _LOCKS: dict[Path, IO[str]] = {}  # lock files held by trainings in this process
@@ -147,7 +148,7 @@ class RunFolder:
         if not self.id_file.is_file() or not self.config.is_file():
             return None
         try:
-            run_id = json.loads(self.id_file.read_bytes())["id"]
+            run_id = json.loads(read_file(self.id_file, 1000))["id"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             run_id = None
         if not isinstance(run_id, str):

@@ -168,7 +168,7 @@ def read_rows(path: Path, *keys: str) -> list[dict[str, Any]]:
             bad.append(number)
     if bad:
         shown = ", ".join(map(str, bad[:_MAX_SHOWN])) + (f" and {len(bad) - _MAX_SHOWN} more" * (len(bad) > _MAX_SHOWN))
-        _warn_once(f"{path}: no rows, skipped: line{'s' * (len(bad) > 1)} {shown}")
+        _warn_once(f"{path}: skipped what is not a row: line{'s' * (len(bad) > 1)} {shown}")
     return rows
 
 
@@ -182,7 +182,7 @@ def best_held_out(path: Path) -> tuple[int, float] | None:
 def drop_rows_after(path: Path, step: int) -> None:
     """Keep only the rows up to a checkpoint's step; a resumed run writes the later ones again.
 
-    Lines that are no rows stay as they are: somebody has edited the file.
+    Lines that are not rows stay as they are: somebody has edited the file.
     """
     read_rows(path, "step")  # for its warning
     kept = []

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from pipelines.bench.streams import Job, Stream
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
 
 # Opens a stream; raises DataError, ImportError or ValueError if it cannot run the job. Must be picklable.
 Open = Callable[[Job], Stream]
@@ -149,7 +149,7 @@ def _serve(open_stream: Open, job: Job, connection: Connection) -> None:
 
 def _explain(error: Exception) -> str:
     """Describe an error in one line; our own errors need no type name."""
-    message = " ".join(str(error).split())
+    message = one_line(error)
     return message if isinstance(error, DataError) else f"{type(error).__name__}: {message}"
 
 

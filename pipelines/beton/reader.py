@@ -36,7 +36,7 @@ BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 class BetonReader:
     """Random access to a .beton file through a memory map; never imports ffcv.
 
-    The file is opened once: a file that is removed, or replaced by another of its name, goes on being read.
+    The file is opened once: a file that is removed, or replaced by another of its name, is read to the end.
 
     Attributes:
         path: The file.

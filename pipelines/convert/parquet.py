@@ -14,7 +14,7 @@ from pipelines.files import open_regular
 ROWS_AT_ONCE = 64  # rows decoded from a row group at a time
 ROWS_BYTES = 64 << 20  # fewer rows at a time, if all of them could be the same long entry of a dictionary
 MAX_FOOTER_BYTES = 64 << 20  # of a file's metadata, which take several times that in memory
-# A column of a row group is refused if it has more bytes than this, and more than so many times its compressed bytes.
+# A column of a row group is refused if it has more bytes than this, and than MAX_INFLATION times its compressed bytes.
 MAX_INFLATED_BYTES = 256 << 20
 MAX_INFLATION = 100
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import EpsImagePlugin, Image
 
 from pipelines.convert.source import Item, Source, checked_label, fingerprint, path_source
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
 from pipelines.torchvision_operators import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -84,7 +84,7 @@ def _open(kind: Any, name: str, root: str, split: str | None, *, download: bool)
     try:
         return kind(**given)
     except Exception as error:  # each data set raises its own types of exceptions
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise DataError(f"torchvision {name} in {root}: {reason}") from error
 
 

@@ -172,7 +172,7 @@ class DaliEngine:
         self._forget_pipeline()
         if of_feed is not None:
             return of_feed
-        if not under_way or "memory" in str(error):
+        if not under_way:
             return error
         for plan in under_way:
             for i, boxes in zip(plan.sample_ids.tolist(), plan.params["crop_box"], strict=True):
@@ -189,20 +189,30 @@ class DaliEngine:
         )
 
     def _first_undecodable(self, ids: np.ndarray) -> int | None:
-        """The first JPEG that DALI itself refuses: its parser is stricter about markers than that of the check."""
+        """The first JPEG that DALI itself refuses: its parser is stricter about markers than that of the check.
+
+        None where DALI does not decode any: then the reason is not the image.
+        """
+        ids = ids[self._reader.modes[ids] == JPG]
+        position = self._first_failure(ids)
+        if position == 0 and (len(ids) == 1 or self._first_failure(ids[1:2]) is not None):
+            return None
+        return None if position is None else int(ids[position])
+
+    def _first_failure(self, ids: np.ndarray) -> int | None:
+        """Position of the first JPEG that a new pipeline fails to decode."""
         reader, on_gpu = self._reader, self._device.type == "cuda"
-        ids = ids[reader.modes[ids] == JPG]
         jpegs = ([reader.image_bytes(i)] for i in ids.tolist())
         pipeline = pipeline_def(lambda: _decode(fn.external_source(jpegs), "mixed" if on_gpu else "cpu"))(
             batch_size=1, num_threads=1, device_id=(self._device.index or 0) if on_gpu else None,
             exec_async=False, exec_pipelined=False,
         )  # fmt: skip
         pipeline.build()
-        for i in ids.tolist():
+        for position in range(len(ids)):
             try:
                 pipeline.run()
             except RuntimeError:
-                return i
+                return position
         return None
 
 

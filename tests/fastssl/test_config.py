@@ -10,7 +10,7 @@ import yaml
 from fastssl.config import Config, build_config, differing_keys, free_keys, load_config, to_dict
 from fastssl.errors import ConfigError
 from fastssl.losses import LOSSES, MioConfig
-from fastssl.yaml_text import dump_yaml
+from fastssl.machine.yaml_text import dump_yaml
 from pipelines.view_spec import EvalViewSpec
 from pipelines.views import ViewSpec, build_view_specs
 

@@ -10,7 +10,7 @@ import numpy as np
 from fastssl.config import Config, load_config, to_dict
 from fastssl.errors import ConfigError
 from fastssl.losses import LOSSES
-from fastssl.yaml_text import dump_yaml
+from fastssl.machine.yaml_text import dump_yaml
 from pipelines.view_spec import ViewSpec
 from tests.helpers.fuzz import cases, mutate_bytes
 from tests.helpers.processes import ROOT

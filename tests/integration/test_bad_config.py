@@ -77,7 +77,7 @@ def test_what_is_no_file(tmp_path, in_process):
         file.truncate(2**30)
     with limits(seconds=20, memory_mb=1000):
         for path in (tmp_path, tmp_path / "fifo", "/dev/zero"):
-            assert_one_line(in_process("train", "--cfg", path), f"cannot read the config {path}: not a file")
+            assert_one_line(in_process("train", "--cfg", path), f"cannot read the config {path}: not a regular file")
         assert_one_line(in_process("train", "--cfg", large), "large.yaml is larger than 1,048,576 bytes")
 
 

@@ -34,7 +34,7 @@ def test_a_killed_run_goes_on_with_its_loss_scale(device, zero_stage, tiny_confi
     train(*arguments, "run.resume=auto", device=device)
 
     scale = loss_scale(whole)
-    assert scale["cur_iter"] == NUM_STEPS  # not what a scaler has that begins anew
+    assert scale["cur_iter"] == NUM_STEPS  # not what a scaler has that begins again
     assert loss_scale(run) == scale
     rows, resumed_rows = losses(whole), losses(run)
     assert [(row["step"], row.get("loss_scale")) for row in resumed_rows] == [

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import pipelines.convert
 from fastssl.checkpoint.checksums import sha256_of
 from pipelines.beton import BetonWriter
+from tests.helpers.image_folders import write_image_folder
 from tests.helpers.processes import forkserver, run_in_this_process, start_training
 
 NUM_IMAGES = 100
@@ -70,14 +70,7 @@ class Command:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("killed") / "images", np.random.default_rng(0)
-    for i in range(NUM_IMAGES):
-        path = folder / "ab"[i % 2] / f"{i:03d}.{'png' if i % 3 else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 17 + i % 5, 3), np.uint8)).save(path)
-        if i % 50 == 7:
-            path.write_bytes(b"")
-    return folder
+    return write_image_folder(tmp_path_factory.mktemp("killed") / "images", NUM_IMAGES)
 
 
 @pytest.mark.parametrize(

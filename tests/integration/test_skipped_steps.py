@@ -74,7 +74,7 @@ def test_a_signal_while_steps_are_skipped_ends_the_run_after_the_next_one(tiny_c
     assert [row["step"] for row in read_rows(run_of(tiny_config) / "nonfinite.jsonl")] == [3, 4, 5]
 
 
-def test_a_run_that_begins_anew_notes_its_skipped_steps_once(tiny_config, tmp_path):
+def test_a_run_that_begins_again_notes_its_skipped_steps_once(tiny_config, tmp_path):
     arguments = arguments_of(tiny_config, "run.checkpoint_every_epochs=100", "run.resume=auto")
     train_with_bad_steps(arguments, [2, 3], {5: signal.SIGKILL}, tmp_path / "log.txt", exit_code=-signal.SIGKILL)
     assert last_checkpoint(run_of(tiny_config) / "checkpoints") is None

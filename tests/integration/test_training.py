@@ -236,7 +236,7 @@ def test_killed_in_mid_epoch_and_with_a_damaged_checkpoint_it_ends_bit_for_bit_t
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"resumed at step {step_of(before)} ->" in resumed.stdout
     assert f"{last}/state.pt is damaged" in resumed.stderr
-    assert f"going on from {before.name} instead" in resumed.stderr
+    assert f"resuming from {before.name} instead" in resumed.stderr
     assert_same_end(whole, run_of(tiny_config))
     assert [name for name in final_state(whole) if "/target." in name]
     assert [name for name in final_state(whole) if "loss.moment." in name]

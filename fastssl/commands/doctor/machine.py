@@ -87,7 +87,7 @@ def check_locked_memory(node: Node) -> Finding:
         return Finding(
             "warn", f"{detail}, and there is InfiniBand", "ulimit -l unlimited; docker run --ulimit memlock=-1"
         )
-    return Finding("ok", f"{detail}; only InfiniBand needs more, and there is none")
+    return Finding("ok", f"{detail}; enough without InfiniBand, of which this machine has no device")
 
 
 def _limit(value: int, unit: str = "") -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastssl.commands.doctor.finding import Finding, Node
 from fastssl.machine.environment import package_version
+from pipelines.errors import one_line
 
 _REQUIRED = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "timm")
 _OPTIONAL = ("triton", "nvidia-dali-cuda130")
@@ -49,7 +50,7 @@ def check_ffcv(_: Node) -> Finding:
     try:
         importlib.import_module("ffcv.libffcv")
     except (ImportError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         return Finding(
             "fail", f"FFCV cannot be imported ({reason})", f"{_INSTALL}; scripts/install_ffcv.sh compiles it"
         )
@@ -62,7 +63,7 @@ def check_dali(node: Node) -> Finding:
     try:
         importlib.import_module("nvidia.dali")
     except (ImportError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         if wanted:
             return Finding(
                 "fail", f"DALI cannot be imported ({reason})", "data.engine is dali: install the DALI of requirements/"

@@ -109,5 +109,5 @@ def test_a_manifest_of_something_else_is_damage(change, folder):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "9" * 5000, "null", "", "\0\xff", "[]"])
 def test_what_is_no_manifest_is_damage(text, folder):
     (folder / MANIFEST).write_text(text)
-    with pytest.raises(DamagedError, match=r"manifest.json is damaged: it is no manifest"):
+    with pytest.raises(DamagedError, match=r"manifest.json is damaged: it is not a manifest"):
         check_folder(folder)

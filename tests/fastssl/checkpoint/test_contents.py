@@ -56,8 +56,8 @@ def test_its_own_state_fits(saved, engine):
         (("own", "buffers", "0.other"), torch.ones(4), "it has other buffers"),
         ((*SHARED, "optimizer", "9.weight"), {}, "the optimizer's state of other parameters"),
         ((*SHARED, "optimizer", "0.weight", "momentum_buffer"), torch.zeros(3, 4), r"0.weight has shape \[3, 4\]"),
-        ((*SHARED, "counters", "global_steps"), -1, "its counters are none"),
-        ((*SHARED, "counters", "module"), 1, "its counters are none"),
+        ((*SHARED, "counters", "global_steps"), -1, "its counters are not counts"),
+        ((*SHARED, "counters", "module"), 1, "its counters are not counts"),
     ],
 )
 def test_what_does_not_fit_is_named(path, value, message, saved, engine):

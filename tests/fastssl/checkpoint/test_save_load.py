@@ -55,7 +55,7 @@ def test_a_users_copy_is_left_alone(tmp_path):
 
 
 def test_a_full_disk_is_one_line():
-    with pytest.raises(ConfigError, match=r"^/dev/full cannot be written \(No space left on device\): make room"):
+    with pytest.raises(ConfigError, match=r"^/dev/full cannot be written \(No space left on device\): free space"):
         save_file({"x": torch.zeros(1 << 16)}, Path("/dev/full"))
 
 
@@ -90,11 +90,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, c
     assert len(lines) == 2
     assert "step_00000030/rank_0.pt is damaged" in lines[0]
     assert "step_00000020/manifest.json is missing" in lines[1]
-    assert all("going on from step_00000010 instead" in line for line in lines)
+    assert all("resuming from step_00000010 instead" in line for line in lines)
     assert names(tmp_path) == ["damaged_step_00000020", "damaged_step_00000030", "step_00000010"]
 
 
-def test_where_none_is_whole_nothing_is_moved_and_nothing_starts_anew(tmp_path):
+def test_where_none_is_whole_nothing_is_moved_and_nothing_starts_again(tmp_path):
     for step in (10, 20):
         cut(make_whole(tmp_path, step) / "state.pt")
     with pytest.raises(ConfigError, match=r"step_00000020/state.pt is damaged.*no older checkpoint is whole"):

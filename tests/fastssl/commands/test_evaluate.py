@@ -135,7 +135,7 @@ def test_protocols_leave_the_encoder_as_it_was(run_folder, monkeypatch):
     assert all(torch.equal(value, saved[name]) for name, value in encoder.state_dict().items())
 
 
-def test_a_truncated_cache_is_made_anew_with_the_same_result(run_folder, capsys):
+def test_a_truncated_cache_is_made_again_with_the_same_result(run_folder, capsys):
     evaluate_run(run_folder, what=["knn"])
     first = _lines(run_folder, 1)
     for path in (run_folder / "features").iterdir():

@@ -41,7 +41,7 @@ def test_features_are_computed_once_and_read_from_a_map(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"step": 4}, {"data": {"file_bytes": 10, "checksum": "b"}}, {"dtype": "float16"}, {"view": 32}]
 )
-def test_another_key_is_computed_anew(change, tmp_path):
+def test_another_key_is_computed_again(change, tmp_path):
     cached_features(tmp_path, "train", KEY, 7, _Encode())
     encode = _Encode(ROWS + 1)
     found = cached_features(tmp_path, "train", KEY | change, 7, encode)
@@ -51,7 +51,7 @@ def test_another_key_is_computed_anew(change, tmp_path):
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 60, -1, -50])
-def test_a_truncated_file_is_found_and_made_anew(num_bytes, tmp_path, capsys):
+def test_a_truncated_file_is_found_and_made_again(num_bytes, tmp_path, capsys):
     cached_features(tmp_path, "train", KEY, 7, _Encode())
     [path] = tmp_path.iterdir()
     whole = path.read_bytes()

@@ -29,7 +29,7 @@ def test_lines_that_are_no_rows_are_skipped_named_and_kept(tmp_path, capfd):
     path.write_bytes(b"\n".join(lines) + b"\n")
     assert [row["step"] for row in read_rows(path, "step")] == [1, 2, 3, 4, 5, 6, 7]
     assert [row["step"] for row in read_rows(path, "step")] == [1, 2, 3, 4, 5, 6, 7]
-    warning = f"fastssl: warning: {path}: no rows, skipped: lines 2, 4, 6, 8, 10 and 1 more\n"
+    warning = f"fastssl: warning: {path}: skipped what is not a row: lines 2, 4, 6, 8, 10 and 1 more\n"
     assert capfd.readouterr().err == warning  # once
     drop_rows_after(path, 3)
     assert path.read_bytes() == b"".join(line + b"\n" for line in lines[:6] + bad[3:])

@@ -201,7 +201,7 @@ def test_damaged_jpegs_are_refused_as_the_run_time_refuses_them(tmp_path):
         if data not in refused:
             assert store_file(data, max_px=None, quality=95).data == data
     for data in refused:
-        for max_px in (None, 50):  # nor are they encoded anew
+        for max_px in (None, 50):  # nor are they encoded again
             with pytest.raises(CorruptImageError, match=r"^damaged JPEG \("):
                 store_file(data, max_px=max_px, quality=95)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.convert import convert, convert_shards
 from pipelines.errors import DataError
+from tests.helpers.image_folders import write_image_folder
 from tests.helpers.processes import ROOT
 
 # Checkpoints every 50 ms, and images slow enough to be killed between two.
@@ -35,15 +35,7 @@ c.convert("folder", sys.argv[1], sys.argv[2], on_error="skip", resume=sys.argv[3
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("resume") / "images"
-    rng = np.random.default_rng(0)
-    for i in range(600):
-        path = folder / "ab"[i % 2] / f"{i:03d}.{'png' if i % 3 else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 17 + i % 5, 3), np.uint8)).save(path)
-        if i % 50 == 7:
-            path.write_bytes(b"")
-    return folder
+    return write_image_folder(tmp_path_factory.mktemp("resume") / "images", 600)
 
 
 def start(images: Path, out: Path, how: str) -> subprocess.Popen:

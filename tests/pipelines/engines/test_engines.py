@@ -396,7 +396,7 @@ def test_a_jpeg_that_dali_refuses_is_named(tmp_path):
     engine.close()
 
 
-def test_dali_that_is_left_early_starts_anew(jpegs):
+def test_dali_that_is_left_early_starts_again(jpegs):
     engine = build_engine("dali", jpegs, num_workers=2, prefetch_batches=3)
     whole = [views for views, _ in iterate(engine, np.arange(30), local_batch_size=4)]
     for num_taken in (1, 3):

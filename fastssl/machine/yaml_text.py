@@ -7,13 +7,13 @@ deep nesting or on integers of thousands of digits.
 
 import math
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastssl.errors import ConfigError
+from pipelines.files import read_file
 
 MAX_BYTES, MAX_TEXT, MAX_DIGITS = 2**20, 4096, 100  # of a file, of a text, of a number
 MAX_DEPTH, MAX_NODES = 32, 10_000  # nodes after aliases are expanded
@@ -30,16 +30,9 @@ def read_yaml(path: Path) -> Any:
         ConfigError: The file cannot be read, or holds something else; the message names the file and the line.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"cannot read the config {path}: not a file")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"cannot read the config {path}: {getattr(error, 'strerror', error)}") from None
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES:,} bytes: this is not a configuration")
+        content = read_file(path, MAX_BYTES)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
