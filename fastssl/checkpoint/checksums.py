@@ -35,9 +35,7 @@ def save_file(value: Any, path: Path) -> dict[str, Any]:
             sync_file(file)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails inside it
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None) or str(error)
-        raise ConfigError(
-            f"{path} cannot be written ({reason}): free space, then run.resume=auto"
-        ) from None
+        raise ConfigError(f"{path} cannot be written ({reason}): free space, then run.resume=auto") from None
     return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
 
 

@@ -78,7 +78,9 @@ def test_what_is_no_file(tmp_path, in_process):
     with limits(seconds=20, memory_mb=1000):
         for path in (tmp_path, tmp_path / "fifo", "/dev/zero"):
             assert_one_line(in_process("train", "--cfg", path), f"cannot read the config {path}: not a regular file")
-        assert_one_line(in_process("train", "--cfg", large), "large.yaml is larger than 1,048,576 bytes")
+        assert_one_line(
+            in_process("train", "--cfg", large), "large.yaml: 1,073,741,824 bytes; at most 1,048,576 are read"
+        )
 
 
 def test_words_that_are_no_utf_8(tiny_config):
