@@ -85,16 +85,18 @@ def pair_loss(
     check_inv_temperature(inv_temperature, of_exp=kind == "exp")
     check_inv_temperature(positive_inv_temperature, of_exp=False, name="positive_inv_temperature")
     check_bias(bias)
-    t, t_p = scalar(inv_temperature, z), scalar(positive_inv_temperature, z, name="positive_inv_temperature")
-    b = scalar(bias, z, name="bias")
+    t, b = scalar(inv_temperature, z), scalar(bias, z, name="bias")
+    t_p = positive_inv_temperature
+    if isinstance(t_p, Tensor):
+        t_p = scalar(t_p, z, name="positive_inv_temperature")
     wide_range = not (is_narrow(inv_temperature) and not isinstance(bias, Tensor) and bias == 0)
     # Minus the bias: the terms are e^{t s + 40 - t} for any b, and d/db still equals that of e^l.
-    shift = exp_shift(t) - b.detach() if kind == "exp" and wide_range else torch.zeros_like(t)
+    shift = exp_shift(t) - b.detach() if kind == "exp" and wide_range else None
     terms = pair_terms(
         z,
         kind=kind,
         inv_temperature=t,
-        bias=b + shift,
+        bias=b if shift is None else b + shift,
         wide_range=wide_range,
         topology=topology,
         groups=groups,
@@ -102,23 +104,25 @@ def pair_loss(
         impl=impl,
     )
     num_negatives = count_negatives(z, topology, groups, exchange)
-    return _positive_term(terms.positives, positives, t_p, b) + _negative_term(
-        terms.total / num_negatives, shift, negatives, exchange
-    ) * (1 if balanced else num_negatives / _num_rows(z, topology))
+    negative_term = _negative_term(terms.total / num_negatives, shift, negatives, exchange)
+    if not balanced:
+        negative_term = negative_term * (num_negatives / _num_rows(z, topology))
+    return _positive_term(terms.positives, positives, t_p, b) + negative_term
 
 
-def _positive_term(similarities: Tensor, positives: Positives, t_p: Tensor, b: Tensor) -> Tensor:
+def _positive_term(similarities: Tensor, positives: Positives, t_p: float | Tensor, b: Tensor) -> Tensor:
     if positives == "linear":
-        return -t_p * similarities.mean()
+        return similarities.mean() * -t_p
     return softplus(-(t_p * similarities + b)).mean()
 
 
-def _negative_term(mean: Tensor, shift: Tensor, negatives: Negatives, exchange: Exchange) -> Tensor:
+def _negative_term(mean: Tensor, shift: Tensor | None, negatives: Negatives, exchange: Exchange) -> Tensor:
     """Compute the negative term from the mean of f; for `exp` and `jensen` the mean is multiplied by e^shift."""
     if negatives == "exp":
-        return torch.exp(-shift) * mean
+        return mean if shift is None else torch.exp(-shift) * mean
     if negatives == "jensen":
-        return softplus(log_of_sum(exchange.mean(mean)) - shift)
+        log_mean = log_of_sum(exchange.mean(mean))
+        return softplus(log_mean if shift is None else log_mean - shift)
     return mean
 
 

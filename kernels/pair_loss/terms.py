@@ -69,7 +69,9 @@ def pair_terms(
     impl = choose_impl(impl, z)
     uses_autograd = impl == "reference" and exchange.size == 1  # the operators have only a first derivative
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (z, inv_temperature, bias))
-    inputs = (z, inv_temperature, bias, groups, kind, topology, impl, wide_range, needs_grad and not uses_autograd)
+    with_grad = needs_grad and not uses_autograd
+    with_scale_grad = with_grad and (inv_temperature.requires_grad or bias.requires_grad)
+    inputs = (z, inv_temperature, bias, groups, kind, topology, impl, wide_range, with_grad, with_scale_grad)
     if exchange.size > 1:
         positives, total, *_ = _AcrossRanks.apply(*inputs, exchange)  # pyright: ignore
     else:
@@ -175,16 +177,17 @@ def _forward(
     impl: str,
     wide_range: bool,
     with_grad: bool,
+    with_scale_grad: bool,
     exchange: Exchange = ALONE,
 ) -> tuple[Tensor, ...]:
-    """Return positives, total, inv_norm [V, B], pulls [V, B, D] (empty without gradient), d total / d b."""
+    """Return positives, total, inv_norm [V, B], pulls [V, B, D] and d total / d b, each empty if it is not needed."""
     term = Term(kind=kind, inv_temperature=inv_temperature, bias=bias, wide_range=wide_range)
     unit, rows, _ = sum_over_pairs(z, groups, term, topology, impl, exchange, with_grad)
     assert rows.sums is not None
     total = total_of(rows.sums, topology)
-    if rows.pulls is None or rows.slopes is None:
-        return unit.positives, total, unit.inv_norm, total.new_empty(0), torch.zeros_like(total)
-    return unit.positives, total, unit.inv_norm, rows.pulls, total_of(rows.slopes, topology)
+    pulls = total.new_empty(0) if rows.pulls is None else rows.pulls
+    slope = total_of(rows.slopes, topology) if with_scale_grad and rows.slopes is not None else total.new_empty(0)
+    return unit.positives, total, unit.inv_norm, pulls, slope
 
 
 _pair_terms = torch.library.custom_op(
@@ -192,13 +195,14 @@ _pair_terms = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor z, Tensor inv_temperature, Tensor bias, Tensor? groups, str kind, str topology, str impl, "
-    "bool wide_range, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool wide_range, bool with_grad, bool with_scale_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_pair_terms.register_fake
 def _(z, *settings):
-    return *fake_terms(z, with_grad=settings[-1]), z.new_empty((), dtype=wide_dtype(z))
+    *_, with_grad, with_scale_grad = settings
+    return *fake_terms(z, with_grad=with_grad), z.new_empty(() if with_scale_grad else 0, dtype=wide_dtype(z))
 
 
 def fake_terms(z: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,30 +224,36 @@ def _pair_terms_backward(
     total_grad: Tensor,
     topology: str,
     impl: str,
+    with_scale_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz, dt, db."""
+    """Return dz, dt, db; the last two are empty if they are not needed."""
     # `self`: a pair of rows on two ranks is in both ranks' totals, and the local rows receive the gradient of both.
     pull_scale = total_grad * inv_temperature * (2 if topology == "self" else 1)
     dz, dots = load_impl(impl).finish(z, inv_norm, pulls, pull_scale, positive_grads)
+    if not with_scale_grad:
+        return dz, total_grad.new_empty(0), total_grad.new_empty(0)
     return dz, total_grad * total_of(dots, topology), total_grad * slope
 
 
 @_pair_terms_backward.register_fake
-def _(z, inv_temperature, inv_norm, pulls, slope, *_):
-    return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(slope), torch.empty_like(slope)
+def _(z, inv_temperature, inv_norm, *settings):
+    scale_grads = (inv_norm.new_empty(() if settings[-1] else 0) for _ in range(2))
+    return torch.empty_like(z, memory_format=torch.contiguous_format), *scale_grads
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, inv_temperature, _, _, _, topology, impl, *_ = inputs
+    z, inv_temperature, _, _, _, topology, impl, _, _, with_scale_grad, *_ = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # avoids zeros of the size of the pulls, which are not used
     ctx.save_for_backward(z, inv_temperature, *output[2:])
-    ctx.choices = (topology, impl)
+    ctx.choices = (topology, impl, with_scale_grad)
 
 
 def _backward(ctx: Any, positive_grads: Tensor | None, total_grad: Tensor | None, *_: Any) -> tuple:
     given = given_grads(positive_grads, total_grad, ctx.saved_tensors[2])
-    return *_pair_terms_backward(*ctx.saved_tensors, *given, *ctx.choices), *[None] * (len(ctx.needs_input_grad) - 3)
+    dz, dt, db = _pair_terms_backward(*ctx.saved_tensors, *given, *ctx.choices)
+    with_scale_grad = ctx.choices[-1]
+    return dz, *((dt, db) if with_scale_grad else (None, None)), *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def given_grads(positive_grads: Tensor | None, total_grad: Tensor | None, inv_norm: Tensor) -> tuple[Tensor, Tensor]:

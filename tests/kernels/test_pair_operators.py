@@ -66,9 +66,20 @@ def operators() -> dict[str, tuple]:
     u, one = z.detach(), torch.rand((), dtype=torch.float64)
     pair, partition, gram = kernels.pair_loss.terms, kernels.partition_loss.terms, kernels.gram_loss.terms
     return {
-        "pair": (pair._pair_terms, (z, t, b, GROUPS, "exp", "self", "chunked", True, True)),
-        "pair without gradient": (pair._pair_terms, (u, one, one, None, "softplus", "cross", "chunked", True, False)),
-        "pair backward": (pair._pair_terms_backward, (u, one, rows, u, one, pairs, one, "self", "chunked")),
+        "pair": (pair._pair_terms, (z, t, b, GROUPS, "exp", "self", "chunked", True, True, True)),
+        "pair of constants": (
+            pair._pair_terms,
+            (z, t.detach(), b.detach(), None, "exp", "self", "chunked", False, True, False),
+        ),
+        "pair without gradient": (
+            pair._pair_terms,
+            (u, one, one, None, "softplus", "cross", "chunked", True, False, False),
+        ),
+        "pair backward": (pair._pair_terms_backward, (u, one, rows, u, one, pairs, one, "self", "chunked", True)),
+        "pair of constants backward": (
+            pair._pair_terms_backward,
+            (u, one, rows, u, one, pairs, one, "self", "chunked", False),
+        ),
         "partition": (partition._partition_terms, (z, t, one, GROUPS, "self", "chunked")),
         "partition backward": (
             partition._partition_terms_backward,
@@ -391,3 +402,34 @@ def test_rows_that_are_not_contiguous(name: str) -> None:
     dense = expanded.detach().clone().requires_grad_()
     for ours, wanted in zip(*(value_and_grads(LOSSES[name], [x, t, b]) for x in (expanded, dense)), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-13, atol=1e-14)
+
+
+# -- launches
+
+
+VIEWS_ONLY = {
+    "view", "expand", "unsqueeze", "detach", "select", "slice", "t", "transpose", "alias", "as_strided", "permute",
+    "squeeze", "empty", "new_empty", "split", "unbind", "_unsafe_view",
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch a kernel on a GPU; one of this package counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func.overloadpacket.__name__ not in VIEWS_ONLY
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_loss_of_constants_launches_little_around_its_operators() -> None:
+    """At 1,024 rows a loss in eager mode is bound by its launches."""
+    (z, *_) = inputs(torch.float32)
+    with Launches() as forward:
+        value = pair_loss(z, negatives="exp", inv_temperature=5.0)
+    with Launches() as backward:
+        value.backward()
+    assert (forward.num, backward.num) == (7, 5)
