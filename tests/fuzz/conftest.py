@@ -8,8 +8,10 @@ from tests.helpers.fuzz import RAN
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not RAN:
         return
-    for name, number in sorted(RAN.items()):
-        terminalreporter.write_line(f"fuzz: {name}: {number:,} cases")
+    for file in sorted({file for file, _ in RAN}):
+        numbers = {name: number for (where, name), number in sorted(RAN.items()) if where == file}
+        parts = ", ".join(f"{name} {number:,}" for name, number in numbers.items())
+        terminalreporter.write_line(f"fuzz: {file}: {sum(numbers.values()):,} cases ({parts})")
     num_failed = len(terminalreporter.stats.get("failed", ())) + len(terminalreporter.stats.get("error", ()))
     found = f"{num_failed} tests failed" if num_failed else "0 tracebacks, 0 hangs, 0 signals"
     terminalreporter.write_line(f"fuzz: {sum(RAN.values()):,} cases, {found}")

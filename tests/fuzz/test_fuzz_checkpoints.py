@@ -224,7 +224,7 @@ def assert_read_or_refused(
 
 def test_rows_of_metrics_are_kept(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "epoch": step // 3, "loss": 1 / step}).encode() for step in range(1, 9)]
-    for case in cases("metrics.jsonl", fraction=0.16):
+    for case in cases("metrics.jsonl", fraction=0.2):
         path = tmp_path / f"{case.seed}.jsonl"
         path.write_bytes(b"".join(line + b"\n" for line in lines))
         if case.rng.integers(2):

@@ -19,7 +19,7 @@ def test_sidecars(tmp_path):
     convert("npz", source, out)
     sidecar = tmp_path / "x.beton.json"
     whole, images = sidecar.read_bytes(), out.read_bytes()
-    for case in cases("sidecar", fraction=0.5):
+    for case in cases("sidecar", fraction=1):
         sidecar.write_bytes((mutate_json if case.rng.integers(2) else mutate_bytes)(whole, case.rng))
         with case.guarded():
             try:

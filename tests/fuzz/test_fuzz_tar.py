@@ -42,7 +42,7 @@ def samples() -> list[bytes]:
 
 def test_bytes(tmp_path):
     plain = b"".join(samples()) + bytes(1024)
-    for case in cases("tar bytes", fraction=0.3):
+    for case in cases("tar bytes", fraction=0.4):
         compress = COMPRESS[int(case.rng.integers(4))]
         data = compress(plain)
         data = mutate_bytes(data, case.rng) if case.rng.integers(2) else compress(mutate_bytes(plain, case.rng))
@@ -52,7 +52,7 @@ def test_bytes(tmp_path):
 
 def test_headers(tmp_path):
     """Headers of odd types, sizes and records, with the right checksums."""
-    for case in cases("tar headers", fraction=0.3):
+    for case in cases("tar headers", fraction=0.4):
         rng, parts = case.rng, samples()
         for _ in range(int(rng.integers(1, 4))):
             at = int(rng.integers(len(parts) + 1))

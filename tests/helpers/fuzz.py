@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 QUICK_CASES = 100
-RAN: Counter[str] = Counter()  # cases of each test that ended as they may, for the summary of `make fuzz`
+RAN: Counter[tuple[str, str]] = Counter()  # cases by file and name that ended as they may, for the last lines
 ODD_VALUES = (
     *(None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1.5, float("nan"), float("inf")),
     *("", "x" * 300, "\0", "../x", [], {}, [[]]),
@@ -53,7 +53,7 @@ class Case:
         except BaseException:
             print(f"failed: {self.name}: FUZZ_SEED={self.seed} runs this case alone")
             raise
-        RAN[self.name] += 1
+        RAN[os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0], self.name] += 1
 
 
 @contextmanager
