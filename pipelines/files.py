@@ -5,7 +5,13 @@ import os
 import stat
 from io import BufferedReader
 
+from pipelines.errors import DataError
+
 MAX_FILE_BYTES = 256 << 20  # of one image: 3 bytes for each of the pixels that Pillow allows at most
+# Compressed data that become more bytes than this, and more than MAX_INFLATION times their own, are refused: images are
+# compressed already, and what shrinks further is mostly made to fill a memory or to take hours.
+MAX_INFLATED_BYTES = 256 << 20
+MAX_INFLATION = 100
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
@@ -22,6 +28,23 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return open(descriptor, "rb")
+
+
+def check_inflation(path: str | os.PathLike[str], in_file: int, num_bytes: int) -> None:
+    """Refuse compressed data that become far more bytes than images do.
+
+    Args:
+        path: The file, for the message.
+        in_file: Number of compressed bytes.
+        num_bytes: Number of bytes that they become, or have become so far.
+    Raises:
+        DataError: more than `MAX_INFLATED_BYTES`, and than `MAX_INFLATION` times the compressed bytes.
+    """
+    if num_bytes > max(MAX_INFLATED_BYTES, MAX_INFLATION * in_file):
+        raise DataError(
+            f"{path}: {in_file:,} bytes of it become {num_bytes:,} or more, and at most {MAX_INFLATION} times as many "
+            "are read; write the images without compressing them again"
+        )
 
 
 def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> bytes:

@@ -29,6 +29,7 @@ from pipelines.beton.format import (
 from pipelines.beton.identity import Identity, identity_of
 from pipelines.beton.sidecar import read_sidecar
 from pipelines.errors import DataChangedError, DataError, one_line
+from pipelines.jpeg_scans import MAX_SCANS, has_too_many_scans
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 
@@ -273,4 +274,6 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _decode_jpeg(stored: np.ndarray) -> np.ndarray:
+    if has_too_many_scans(stored.tobytes()):
+        raise ValueError(f"more than {MAX_SCANS} scans")
     return np.asarray(Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)).convert("RGB"))

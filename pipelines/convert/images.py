@@ -16,6 +16,7 @@ from pipelines.convert.source import Item
 from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, check_jpeg, decode_jpeg
 from pipelines.errors import DataError, one_line
 from pipelines.files import MAX_FILE_BYTES, read_file
+from pipelines.jpeg_scans import MAX_SCANS, has_too_many_scans
 from pipelines.printable import printable
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 SMALL_AREA_PX = 64 * 64  # lossless sources up to this area are stored as raw pixels and stay lossless
 MAX_JPEG_SIDE_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 MAX_KEPT_BYTES = 64 << 20  # a thread's decoding buffer is freed if it is larger
+JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with more images appended
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: decoded by every libjpeg-turbo
 
 UPRIGHT = {
@@ -131,8 +133,8 @@ def _read_upright(file: str | bytes) -> np.ndarray:
     data = _bytes_of(file)
     frame = _read_frame(data)
     if frame is None:
-        return _upright_rgb(_open(data))
-    _check_area(frame.width_px, frame.height_px)
+        return _upright_rgb(_open_to_read(data))
+    _check_frame(frame, data)
     pixels = decode_as_engines_do(data, frame.height_px, frame.width_px)
     turn = UPRIGHT.get(_orientation(_open(data))) if frame.may_be_turned else None
     return pixels.copy() if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
@@ -198,12 +200,12 @@ def store_pixels(pixels: np.ndarray, *, max_px: int | None) -> StoredImage:
 def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
     frame = _read_frame(data)
     if frame is None:
-        image = _open(data)
+        image = _open_to_read(data)
         image.load()  # this also applies and drops the orientation of a TIFF
-        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a JPEG with more images appended
+        is_jpeg = image.format in JPEG_FORMATS
         return _encode(_to_rgb(image), UPRIGHT.get(_orientation(image)), max_px, quality, is_jpeg=is_jpeg)
     turn = UPRIGHT.get(_orientation(_open(data))) if frame.may_be_turned else None
-    _check_area(frame.width_px, frame.height_px)
+    _check_frame(frame, data)
     if turn is None and (max_px is None or max(frame.width_px, frame.height_px) <= max_px):
         check_as_engines_do(data, frame.height_px, frame.width_px)
         return StoredImage(how="passed", data=data, height_px=frame.height_px, width_px=frame.width_px)
@@ -226,6 +228,18 @@ def _open(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_area(image.width, image.height)
     return image
+
+
+def _open_to_read(data: bytes) -> Image.Image:
+    image = _open(data)
+    if image.format in JPEG_FORMATS:
+        _check_scans(data)
+    return image
+
+
+def _check_scans(data: bytes) -> None:
+    if has_too_many_scans(data):
+        raise CorruptImageError(f"a JPEG of more than {MAX_SCANS} scans")
 
 
 def _check_area(width_px: int, height_px: int) -> None:
@@ -298,11 +312,19 @@ class _Frame(NamedTuple):
         height_px: Height.
         width_px: Width.
         may_be_turned: Whether there is a segment that may contain an orientation, such as EXIF or XMP.
+        is_progressive: Whether it has several scans.
     """
 
     height_px: int
     width_px: int
     may_be_turned: bool
+    is_progressive: bool
+
+
+def _check_frame(frame: _Frame, data: bytes) -> None:
+    _check_area(frame.width_px, frame.height_px)
+    if frame.is_progressive:
+        _check_scans(data)
 
 
 def _read_frame(data: bytes) -> _Frame | None:
@@ -318,7 +340,8 @@ def _read_frame(data: bytes) -> _Frame | None:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
             height_px, width_px = (int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
             passes = marker in JPEG_FRAMES and data[at + 4] == 8 and data[at + 9] in (1, 3)
-            return _Frame(height_px, width_px, may_be_turned) if passes and height_px and width_px else None
+            frame = _Frame(height_px, width_px, may_be_turned, is_progressive=marker == 0xC2)
+            return frame if passes and height_px and width_px else None
         may_be_turned = may_be_turned or marker == 0xE1
         # 0xFF bytes may pad before a marker; every other segment here contains its length.
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.convert.source import MAX_ITEMS, MAX_LABEL, Item, Source, array_source, fingerprint
 from pipelines.errors import DataError, one_line
-from pipelines.files import MAX_FILE_BYTES, open_regular
+from pipelines.files import MAX_FILE_BYTES, check_inflation, open_regular
 
 MAX_HEADER_BYTES = 1000  # of an array; numpy writes about 120 for a plain one
 MAX_DEFLATE_RATIO = 1032  # the largest that zlib reaches (zlib.net/zlib_tech.html)
@@ -35,7 +35,7 @@ def npz_source(path: Path, split: str | None = None) -> Source:
         keys = [member.removesuffix(".npy") for member in archive.namelist()]
         if x_key not in keys:
             raise DataError(f"{path}: no array {x_key} in it; it has: {', '.join(keys) or 'nothing'}")
-        x = _read_header(archive, x_key)
+        x = _read_header(archive, path, x_key)
         if x.dtype != np.uint8 or len(x.shape) not in (3, 4) or x.shape[3:] not in ((), (3,)) or not x.num_bytes:
             kinds = "uint8 [N, H, W] or [N, H, W, 3]"
             raise DataError(f"{path}: {x_key} must be {kinds}, not {x.dtype} {list(x.shape)}")
@@ -77,7 +77,7 @@ class _Header(NamedTuple):
     header_bytes: int
 
 
-def _read_header(archive: zipfile.ZipFile, key: str) -> _Header:
+def _read_header(archive: zipfile.ZipFile, path: Path, key: str) -> _Header:
     """Read an array's header and compare it with the sizes in the archive, so that nothing invented is allocated."""
     member = archive.getinfo(f"{key}.npy")
     ratio = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: MAX_DEFLATE_RATIO}.get(member.compress_type, 0)
@@ -92,11 +92,12 @@ def _read_header(archive: zipfile.ZipFile, key: str) -> _Header:
         raise ValueError("array of objects")
     if header_bytes + num_bytes != member.file_size or member.file_size > ratio * member.compress_size:
         raise ValueError(f"array of {num_bytes:,} bytes that are not in the file")
+    check_inflation(path, member.compress_size, member.file_size)
     return _Header(shape, dtype, is_column_major, num_bytes, header_bytes)
 
 
 def _read_labels(archive: zipfile.ZipFile, path: Path, key: str, num: int) -> np.ndarray:
-    y = _read_header(archive, key)
+    y = _read_header(archive, path, key)
     if y.dtype.kind not in "iu" or y.shape != (num,):
         raise DataError(f"{path}: {key} must be integers [{num}], not {y.dtype} {list(y.shape)}")
     labels = np.frombuffer(archive.read(f"{key}.npy"), y.dtype, offset=y.header_bytes)

@@ -5,18 +5,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import IO, Any
 
+from pipelines.convert.parquet_sizes import count_structures, pages_of
 from pipelines.convert.source import MAX_LABEL, Item, Source, checked_label, fingerprint
 from pipelines.errors import DataError, one_line
-from pipelines.files import open_regular
+from pipelines.files import check_inflation, open_regular
 
 ROWS_AT_ONCE = 64  # rows decoded from a row group at a time
 ROWS_BYTES = 64 << 20  # fewer rows at a time, if all of them could be the same long entry of a dictionary
-MAX_FOOTER_BYTES = 64 << 20  # of a file's metadata, which take several times that in memory
-# A column of a row group is refused if it has more bytes than this, and than MAX_INFLATION times its compressed bytes.
-MAX_INFLATED_BYTES = 256 << 20
-MAX_INFLATION = 100
+READ_BYTES = 1 << 20  # of a column at a time; without this, pyarrow reads a row group's column as a whole
+# Of a file's metadata. Each structure in them takes up to 1.3 kB in memory; small ones cannot hold many.
+MAX_FOOTER_BYTES = 64 << 20
+MAX_STRUCTURES = 500_000
+SMALL_FOOTER_BYTES = 1 << 20
 
 
 def parquet_source(files: list[str], image_column: str | None, label_column: str | None) -> Source:
@@ -62,14 +64,14 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
 def _read_file(path: str, image_column: str, label_column: str | None, start: int) -> Iterator[Item]:
     """Yield the rows from `start` on; row groups before it are not read."""
     row = 0
-    with _open(path) as file:
+    with _open(path) as file, open_regular(path) as own:
         leaves = _leaves(file.schema_arrow, image_column, label_column)
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if row + num_rows <= start:
                 row += num_rows
                 continue
-            at_once = _rows_at_once(file.metadata.row_group(group), leaves, path)
+            at_once = _rows_at_once(path, own, file.metadata.row_group(group), leaves)
             for batch in file.iter_batches(at_once, row_groups=[group], columns=leaves, use_threads=False):
                 first = row
                 for values in batch.slice(max(start - row, 0)).to_pylist():
@@ -88,17 +90,25 @@ def _leaves(schema: Any, image_column: str, label_column: str | None) -> list[st
     return [f"{image_column}.bytes" if is_struct else image_column] + ([label_column] if label_column else [])
 
 
-def _rows_at_once(group: Any, leaves: list[str], path: str) -> int:
-    """Number of rows of a row group to decode at a time, so that a small file cannot fill the memory."""
-    at_once = ROWS_AT_ONCE
+def _rows_at_once(path: str, file: IO[bytes], group: Any, leaves: list[str]) -> int:
+    """Number of rows of a row group to decode at a time, so that a small file cannot fill the memory.
+
+    A row has at most the bytes of one page: all rows could be the longest entry of a dictionary, or, in the encoding
+    DELTA_BYTE_ARRAY, begin like the longest row.
+
+    Raises:
+        DataError: see `check_inflation`.
+    """
+    longest_bytes, file_bytes = 1, os.fstat(file.fileno()).st_size
     for column in map(group.column, range(group.num_columns)):
         if column.path_in_schema in leaves:
-            num_bytes, in_file = column.total_uncompressed_size, column.total_compressed_size
-            if num_bytes > MAX_INFLATED_BYTES and num_bytes > MAX_INFLATION * in_file:
-                raise DataError(f"{path}: {in_file:,} bytes of it become {num_bytes:,}; at most {MAX_INFLATION} times")
-            if column.has_dictionary_page:
-                at_once = min(at_once, max(ROWS_BYTES // max(num_bytes, 1), 1))
-    return at_once
+            num_bytes = in_file = 0
+            for page in pages_of(file, file_bytes, column):
+                num_bytes, in_file = num_bytes + page.num_bytes, in_file + page.in_file
+                check_inflation(path, page.in_file, page.num_bytes)
+                longest_bytes = max(longest_bytes, page.num_bytes)
+            check_inflation(path, in_file, num_bytes)
+    return min(ROWS_AT_ONCE, max(ROWS_BYTES // longest_bytes, 1))
 
 
 def _image_bytes(value: Any) -> bytes:
@@ -117,7 +127,10 @@ def _open(path: str) -> Iterator[Any]:
     try:
         _check_footer(path)
         # Bytes, because pyarrow refuses names that are not UTF-8.
-        with pa.OSFile(os.fsencode(path)) as file, pq.ParquetFile(file, pre_buffer=False) as opened:
+        with (
+            pa.OSFile(os.fsencode(path)) as file,
+            pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as opened,
+        ):
             yield opened
     except DataError:
         raise
@@ -128,10 +141,16 @@ def _open(path: str) -> Iterator[Any]:
 
 def _check_footer(path: str) -> None:
     with open_regular(path) as file:
-        file.seek(max(os.fstat(file.fileno()).st_size - 8, 0))
+        end = max(os.fstat(file.fileno()).st_size - 8, 0)
+        file.seek(end)
         num_bytes = int.from_bytes(file.read(4), "little")
-        if file.read(4) == b"PAR1" and num_bytes > MAX_FOOTER_BYTES:
+        if file.read(4) != b"PAR1":  # pyarrow will say so
+            return
+        if num_bytes > MAX_FOOTER_BYTES:
             raise ValueError(f"{num_bytes:,} bytes of metadata; at most {MAX_FOOTER_BYTES:,} are read")
+        if SMALL_FOOTER_BYTES < num_bytes <= end:
+            file.seek(end - num_bytes)
+            count_structures(file.read(num_bytes), MAX_STRUCTURES)
 
 
 def _count(path: str, columns: list[str], schema: Any) -> int:

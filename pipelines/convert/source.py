@@ -106,7 +106,11 @@ def path_source(
         class_names: See `Source`.
         num_ignored: See `Source`.
         notes: See `Source`.
+    Raises:
+        DataError: too many classes.
     """
+    if class_names is not None and len(class_names) > MAX_LABEL + 1:
+        raise DataError(f"{name}: {len(class_names):,} classes; a file holds at most {MAX_LABEL + 1:,}")
 
     def read(start: int, stop: int) -> Iterator[Item]:
         for i in range(start, stop):

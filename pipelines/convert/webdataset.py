@@ -16,13 +16,14 @@ from typing import IO, Self
 
 from pipelines.convert.source import EXTENSIONS, Item, Source, checked_label, fingerprint
 from pipelines.errors import DataError, one_line
-from pipelines.files import MAX_FILE_BYTES, open_regular
+from pipelines.files import MAX_FILE_BYTES, check_inflation, open_regular
 
 LABEL_PARTS = ("cls", "json")
 MAX_LABEL_BYTES = 1 << 20
 # Of a name or of other additional headers of a member. tarfile holds these in memory; before Python 3.11.10 it searches
 # them in time that grows with the square of their size.
 MAX_NAME_BYTES = 1 << 14
+MAX_GLOBAL_HEADERS = 1000  # tarfile keeps them all, and gives each member a copy
 MAX_BYTES_AFTER_END = 64 << 20  # padding after the end of an archive: GNU tar's default is 10 kB
 HEADER_TYPES = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -111,7 +112,11 @@ def _one_line(archive: str) -> Iterator[None]:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raises an error at a damaged header, which tarfile treats as the end of the archive, silently losing images."""
+    """Raises an error at a damaged header, which tarfile treats as the end of the archive, silently losing images.
+
+    Members with holes (`tar --sparse`) are refused as well: tarfile holds the lists of their pieces in memory, however
+    long they are.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -127,6 +132,12 @@ class _StrictTarInfo(tarfile.TarInfo):
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # pyright: ignore
             raise tarfile.ReadError(str(error)) from error
 
+    def _refuse_sparse(self, *_: object) -> "tarfile.TarInfo":
+        raise tarfile.ReadError("a sparse member; pack the images without --sparse")
+
+    # What tarfile calls for GNU's own type, and for the three generations of pax headers.
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+
 
 def _members(archive: str) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
     """Yield (key, part, member, archive) of the regular files; a member must be read before the next is requested."""
@@ -136,24 +147,33 @@ def _members(archive: str) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.
             tar.members = []  # else every header stays in memory  # pyright: ignore
             if member.offset_data <= last_bytes:
                 raise tarfile.ReadError("a member of negative size")
+            if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
+                raise tarfile.ReadError(f"more than {MAX_GLOBAL_HEADERS:,} global headers")
             last_bytes = member.offset_data
             folder, name = os.path.split(member.name)
             stem, dot, part = name.partition(".")
-            if member.isreg() and not member.issparse() and stem and dot:
+            if member.isreg() and stem and dot:
                 yield os.path.join(folder, stem), part.lower(), member, tar
 
 
 class _Stream(io.BufferedIOBase):
-    """A decompressed archive. Past its end, tarfile goes on reading for every block of a size that a header claims."""
+    """A decompressed archive, which may not inflate too far.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._is_at_end = file, False
+    Past its end, tarfile goes on reading for every block of a size that a header claims.
+    """
+
+    def __init__(self, stream: IO[bytes], file: IO[bytes], archive: str) -> None:
+        """Read `stream`, which decompresses `file`."""
+        self._stream, self._file, self._archive = stream, file, archive
+        self._num_bytes, self._is_at_end = 0, False
 
     def read(self, size: int | None = -1) -> bytes:
-        data = self._file.read(-1 if size is None else size)
+        data = self._stream.read(-1 if size is None else size)
         if not data and self._is_at_end:
             raise EOFError("it ends within a member")
         self._is_at_end = not data
+        self._num_bytes += len(data)
+        check_inflation(self._archive, self._file.tell(), self._num_bytes)
         return data
 
 
@@ -172,7 +192,7 @@ def _open(archive: str) -> Iterator[tarfile.TarFile]:
                 yield tar
             return
         with reader(file) as stream:
-            with tarfile.open(fileobj=_Stream(stream), mode="r|", tarinfo=_StrictTarInfo) as tar:
+            with tarfile.open(fileobj=_Stream(stream, file, archive), mode="r|", tarinfo=_StrictTarInfo) as tar:
                 yield tar
             _read_padding(stream)
 

@@ -22,7 +22,8 @@ OK, UNREADABLE, WRONG_SIZE = 0, 1, 2
 
 _PIXEL_FORMAT_RGB = 0  # TJPF_RGB
 # TJFLAG_ACCURATEDCT: Pillow's DCT. FFCV's own decoder uses the fast one, which deviates by several levels.
-_FLAGS = 4096
+# TJFLAG_LIMITSCANS: at most 500 scans. `pipelines.jpeg_scans` says why.
+_FLAGS = 4096 | 32768
 # libjpeg's warnings (jerror.h) that do not affect any pixel: extra bytes after the last one, and irregularities of the
 # header. Only the first of several warnings is kept: extra bytes elsewhere may hide a more serious one.
 _HARMLESS_WARNINGS = (

@@ -28,7 +28,7 @@ def encoded(rng: np.random.Generator) -> bytes:
         file = io.BytesIO()
         try:
             image = pixels.convert(MODES[int(rng.integers(len(MODES)))])
-            image.save(file, FORMATS[int(rng.integers(len(FORMATS)))])
+            image.save(file, FORMATS[int(rng.integers(len(FORMATS)))], progressive=bool(rng.integers(2)))  # if a JPEG
         except (OSError, ValueError):  # a mode that the format does not have
             continue
         return file.getvalue()

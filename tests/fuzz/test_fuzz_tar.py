@@ -42,7 +42,7 @@ def samples() -> list[bytes]:
 
 def test_bytes(tmp_path):
     plain = b"".join(samples()) + bytes(1024)
-    for case in cases("tar bytes", fraction=0.4):
+    for case in cases("tar bytes", fraction=0.35):
         compress = COMPRESS[int(case.rng.integers(4))]
         data = compress(plain)
         data = mutate_bytes(data, case.rng) if case.rng.integers(2) else compress(mutate_bytes(plain, case.rng))
@@ -64,6 +64,21 @@ def test_headers(tmp_path):
             parts.insert(at, member("x\n\x1b[2J.png", data, kind, size) * int(rng.choice([1, 1, 3, 1200])))
         data = COMPRESS[int(rng.integers(2))](b"".join(parts))
         (tmp_path / "x.tar").write_bytes(data)
+        convert_or_refuse(case, "webdataset", tmp_path / "x.tar")
+
+
+def test_bombs(tmp_path, monkeypatch):
+    """Streams that follow one another, some of which become a thousand times their size."""
+    monkeypatch.setattr("pipelines.files.MAX_INFLATED_BYTES", 1 << 20)
+    zeros = [[compress(bytes(size)) for size in (1024, 3 << 20)] for compress in COMPRESS]
+    for case in cases("tar bombs", fraction=0.05):
+        rng, kind = case.rng, int(case.rng.integers(1, 4))
+        parts = [COMPRESS[kind](part) for part in samples()]
+        for _ in range(int(rng.integers(1, 3))):
+            size = SIZES[int(rng.integers(len(SIZES)))]
+            header = COMPRESS[kind](member("b.txt", b"", size=size)) if rng.integers(2) else b""
+            parts.insert(int(rng.integers(len(parts) + 1)), header + zeros[kind][int(rng.integers(2))])
+        (tmp_path / "x.tar").write_bytes(b"".join(parts))
         convert_or_refuse(case, "webdataset", tmp_path / "x.tar")
 
 

@@ -120,18 +120,62 @@ def test_a_small_file_does_not_fill_the_memory(tmp_path):
     rows = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), zeros)
     options = {"compression": "zstd", "store_schema": False}
     path = save_table(tmp_path / "a.parquet", ["image"], [rows], **options)
+    assert_read_in_little_memory(path, 40 << 20)
+    lie_about_size(path)
+    assert_read_in_little_memory(path, 40 << 20)
+
+
+def assert_read_in_little_memory(path: str, image_bytes: int) -> None:
     before_bytes = pa.total_allocated_bytes()
     for item in parquet_source([path], None, None).read(0, 5):
-        assert len(item.image) == 40 << 20
+        assert isinstance(item.image, bytes)
+        assert len(item.image) == image_bytes
         assert pa.total_allocated_bytes() - before_bytes < 200 << 20
 
 
+def test_rows_that_begin_alike_do_not_fill_the_memory(tmp_path):
+    """64 rows of 8 MB, of which the second to last take a few bytes each in the encoding DELTA_BYTE_ARRAY."""
+    options = {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}
+    path = save_table(tmp_path / "a.parquet", ["image"], [pa.array([bytes(8 << 20)] * 64)], **options)
+    assert_read_in_little_memory(path, 8 << 20)
+
+
+def test_a_large_row_group_is_not_read_at_once(tmp_path):
+    rng = np.random.default_rng(0)
+    images = pa.array([rng.bytes(2 << 20) for _ in range(120)])
+    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 4}
+    path = save_table(tmp_path / "a.parquet", ["image"], [images], **options)
+    del images
+    assert_read_in_little_memory(path, 2 << 20)
+
+
 def test_a_column_of_zeros_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.convert.parquet.MAX_INFLATED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipelines.files.MAX_INFLATED_BYTES", 1 << 20)
     zeros = pa.array([bytes(1 << 20)] * 3)
     path = save_table(tmp_path / "a.parquet", ["image"], [zeros], compression="zstd", use_dictionary=False)
-    with pytest.raises(DataError, match=r"a\.parquet: .* bytes of it become 3,145,.*; at most 100 times"):
+    with pytest.raises(DataError, match=r"a\.parquet: .* bytes of it become 3,145,.* at most 100 times"):
         convert("parquet", path, tmp_path / "x.beton")
+    lie_about_size(path)
+    with pytest.raises(DataError, match=r"a\.parquet: .* bytes of it become 3,145,.* at most 100 times"):
+        convert("parquet", path, tmp_path / "x.beton")
+
+
+def lie_about_size(path: str, says: int = 1000) -> None:
+    """Let the footer say that a file's first column has few bytes once decompressed."""
+    column = pq.read_metadata(path).row_group(0).column(0)
+    truth = varint(2 * column.total_uncompressed_size)
+    with open(path, "r+b") as file:
+        content = file.read()
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        file.seek(start)
+        file.write(content[start:].replace(truth, varint(2 * says, len(truth))))
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == says
+
+
+def varint(value: int, length: int = 0) -> bytes:
+    """Thrift's varint, filled up to a length."""
+    digits = [value >> shift & 127 for shift in range(0, max(value.bit_length(), 7 * length), 7)]
+    return bytes(digit | 128 for digit in digits[:-1]) + bytes(digits[-1:])
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
@@ -147,3 +191,13 @@ def test_metadata_that_are_too_large(tmp_path):
         file.write((900 << 20).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(DataError, match=r"a\.parquet: .*943,718,400 bytes of metadata"):
         convert("parquet", str(tmp_path / "a.parquet"), tmp_path / "x.beton")
+
+
+@pytest.mark.parametrize("item", [b"\0", b"\x1c\0\0"], ids=["flat", "nested"])
+def test_metadata_of_too_many_structures(tmp_path, item):
+    num = 1_200_000
+    footer = b"\x59\xfc" + varint(num) + item * num + b"\0"  # of a field, a list of structures
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet: .*more than 500,000 structures"):
+        convert("parquet", str(path), tmp_path / "x.beton")

@@ -112,3 +112,10 @@ def test_find_files(tmp_path):
     ):
         with pytest.raises(DataError, match=reason):
             find_files(pattern, (".tar",))
+
+
+def test_too_many_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.convert.source.MAX_LABEL", 1)
+    (tmp_path / "x.csv").write_text("path,label\na.png,ant\nb.png,bee\nc.png,cat\n")
+    with pytest.raises(DataError, match=r"x\.csv: 3 classes; a file holds at most 2"):
+        convert("csv", str(tmp_path / "x.csv"), tmp_path / "x.beton")

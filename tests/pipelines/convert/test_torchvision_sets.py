@@ -1,7 +1,11 @@
 """torchvision's data sets by name, on tiny ones in their formats on disk."""
 
+import contextlib
 import pickle
+import socket
+import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -88,3 +92,32 @@ def test_bad_names_splits_and_folders(cifar10):
     refused("download: torchvision cannot download ImageFolder", "ImageFolder", root=root, download=True)
     refused("torchvision CIFAR100 in .*not found", "CIFAR100", DataError, root=root)
     refused("torchvision STL10 in .*(split|Unknown)", "STL10", DataError, root=root, split="nope")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\nsome"])
+def test_a_server_that_falls_silent_is_one_line(tmp_path, monkeypatch, answer):
+    """Whether it says nothing at all, or stops within the file."""
+    monkeypatch.setattr("pipelines.convert.torchvision_sets.MAX_SILENCE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=answer_and_wait, args=(server, answer), daemon=True).start()
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/x.tar.gz")
+        start_s = time.monotonic()
+        with pytest.raises(
+            DataError, match=r"torchvision CIFAR10 in .*: no answer for 0\.3 s; check the net"
+        ) as caught:
+            convert("torchvision", "CIFAR10", tmp_path / "x.beton", root=str(tmp_path), download=True)
+        assert time.monotonic() - start_s < 10
+        server.shutdown(socket.SHUT_RDWR)  # ends the thread
+    assert "\n" not in str(caught.value)
+    assert socket.getdefaulttimeout() is None
+    assert not list(tmp_path.glob("x.beton*"))
+
+
+def answer_and_wait(server: socket.socket, answer: bytes) -> None:
+    connections = []
+    with contextlib.suppress(OSError):  # the server is shut down
+        while True:
+            connections.append(server.accept()[0])
+            connections[-1].sendall(answer)
+    for connection in connections:
+        connection.close()

@@ -1,9 +1,12 @@
 """WebDataset archives: samples, labels, streams, and archives that are damaged or hostile."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -200,3 +203,47 @@ def test_keys_that_steer_a_terminal(tmp_path):
     convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton", on_error="skip")
     (line,) = (tmp_path / "x.beton.errors.txt").read_text().splitlines()
     assert line.startswith(f"{tmp_path}/x.tar/a\\n\\x1b[2J\\u202e\tnot an image")
+
+
+def sparse_members() -> dict[str, bytes]:
+    """An image with a hole in each of tar's formats: GNU's own, and pax 0.0, 0.1 and 1.0."""
+    image = member("a.jpg", data=jpeg(0))
+    records = ("GNU.sparse.size=5000", "GNU.sparse.map=0,1", "GNU.sparse.major=1\n22 GNU.sparse.minor=0")
+    pax = {record: member("x", tarfile.XHDTYPE, data=pax_record(record)) + image for record in records}
+    return pax | {"type S": member("a.jpg", tarfile.GNUTYPE_SPARSE, data=jpeg(0))}
+
+
+def pax_record(text: str) -> bytes:
+    return b"%d %s\n" % (len(str(len(text) + 4)) + len(text.partition("\n")[0]) + 2, text.encode())
+
+
+@pytest.mark.parametrize("kind", sparse_members())
+def test_members_with_holes_are_refused_not_left_out(tmp_path, kind):
+    content = member("b.jpg", data=jpeg(1)) + sparse_members()[kind]
+    refused(tmp_path / "x.tar", content, "a sparse member; pack the images without --sparse")
+    refused(tmp_path / "x.tar.gz", gzip.compress(content), "a sparse member; pack the images without --sparse")
+
+
+def test_what_tar_writes_with_holes(tmp_path):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.write(jpeg(0))
+        file.truncate(1 << 20)
+    for format_ in ("gnu", "posix"):
+        command = ["tar", "--sparse", f"--format={format_}", "-C", tmp_path, "-cf", tmp_path / "x.tar", "a.jpg"]
+        subprocess.run(command, check=True)
+        refused(tmp_path / "x.tar", (tmp_path / "x.tar").read_bytes(), "a sparse member")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress], ids=["gz", "bz2", "xz"])
+def test_a_bomb_is_refused_before_it_is_whole(tmp_path, compress, monkeypatch):
+    monkeypatch.setattr("pipelines.files.MAX_INFLATED_BYTES", 4 << 20)
+    zeros = member("b.txt", data=bytes(16 << 20))
+    (tmp_path / "x.tar").write_bytes(compress(member("a.jpg", data=jpeg(0)) + zeros + bytes(1024)))
+    with pytest.raises(DataError, match=r"x\.tar: .* bytes of it become [45],.* or more, and at most 100 times"):
+        convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton")
+    assert not list(tmp_path.glob("x.beton*"))
+
+
+def test_global_headers_without_end(tmp_path):
+    headers = [member("x", tarfile.XGLTYPE, data=pax_record(f"key{k:08}=1")) + member("a.txt") for k in range(1200)]
+    refused(tmp_path / "x.tar", b"".join(headers) + member("a.jpg", data=jpeg(0)), "more than 1,000 global headers")
