@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
     except DivergedError as error:
         return _fail(str(error), 3)
     except Preempted as notice:
-        print(f"fastssl: {notice}", flush=True)
+        print(printable(f"fastssl: {notice}"), flush=True)
         return 0
     except PeerLostError as error:
         from fastssl.processes.watchdog import exit_now

@@ -352,7 +352,7 @@ class Trainer:
             saved = {next(iter(found)): saved}
         warning = check_same_data(self.cfg, found, saved)
         if warning and collectives.rank() == 0:
-            print(f"fastssl: warning: {warning}", file=sys.stderr, flush=True)
+            print(printable(f"fastssl: warning: {warning}"), file=sys.stderr, flush=True)
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.epoch_stats.restore(state["sums"], state["collapsed_since"], state["world_size"])

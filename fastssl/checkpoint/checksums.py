@@ -12,7 +12,7 @@ from fastssl.checkpoint.tensor_file import DamagedError
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import package_version
 from fastssl.machine.files import sync_file
-from pipelines.files import read_file
+from pipelines.files import open_regular, read_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2  # 1 was DeepSpeed's files, without a manifest
@@ -139,7 +139,7 @@ def check_file(path: Path) -> bool:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

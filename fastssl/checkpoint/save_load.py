@@ -43,6 +43,7 @@ from fastssl.errors import ConfigError, UserError
 from fastssl.tracking.run_folder import RunFolder
 from pipelines.errors import one_line
 from pipelines.path_names import why_no_path
+from pipelines.printable import printable
 
 _PREFIX = "step_"
 _NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
@@ -335,11 +336,8 @@ def set_aside(damage: Mapping[Path, DamagedError], taken: Path) -> None:
     """Report damaged checkpoints on stderr and move them aside, as the run resumes from `taken`."""
     for path, error in damage.items():
         aside = _move_aside(path)
-        print(
-            f"fastssl: warning: {error}: resuming from {taken.name} instead ({path.name} is now {aside.name})",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"fastssl: warning: {error}: resuming from {taken.name} instead ({path.name} is now {aside.name})"
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _move_aside(path: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 
 from fastssl.errors import ConfigError, UserError
+from pipelines.files import open_regular
 
 
 class DamagedError(ConfigError):
@@ -54,7 +55,7 @@ def is_state(value: Any) -> TypeGuard[dict[str, torch.Tensor]]:
 
 def _check_parts(path: Path, *, is_checked: bool) -> None:
     """`torch.save` does not compress: a part that claims to be larger than the file would fill the memory."""
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
         is_plain = all(p.compress_type == zipfile.ZIP_STORED and p.file_size == p.compress_size for p in parts)
         if not is_plain or sum(part.file_size for part in parts) > path.stat().st_size:

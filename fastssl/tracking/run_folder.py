@@ -104,7 +104,7 @@ class RunFolder:
     def read_lock(self) -> str | None:
         """The identifier written by the training that holds the lock; None: no lock file is visible."""
         try:
-            return self.lock_file.read_text()
+            return self.lock_file.read_text(errors="replace")
         except OSError:
             return None
 

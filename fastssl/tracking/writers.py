@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastssl.machine.files import replace_bytes, sync_file
 from fastssl.tracking.run_folder import RunFolder
+from pipelines.printable import printable
 
 T = TypeVar("T")
 
@@ -215,7 +216,7 @@ def _parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
 
 @cache
 def _warn_once(message: str) -> None:
-    print(f"fastssl: warning: {message}", file=sys.stderr, flush=True)
+    print(printable(f"fastssl: warning: {message}"), file=sys.stderr, flush=True)
 
 
 def _shown(loss: Any) -> str:

@@ -9,6 +9,8 @@ from pipelines.files import read_file
 
 MAX_SIDECAR_BYTES = 32 << 20  # room for the names of several hundred thousand classes
 MAX_CLASSES = 1_000_000
+MAX_OTHER_BYTES = 1 << 17  # of what it holds next to the classes; a conversion writes about 1 kB
+MAX_DEPTH = 16
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -20,13 +22,26 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(read_file(path, MAX_SIDECAR_BYTES))
+        is_sidecar = isinstance(found, dict) and type(found.get("num_images")) is int and _is_small(found)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
         raise DataError(f"{path}: not a sidecar of `fastssl convert`{reason}; delete it or convert again") from error
-    names = found.get("class_names") if isinstance(found, dict) else None
+    names = found.get("class_names") if is_sidecar else None
     is_list = isinstance(names, list) and len(names) <= MAX_CLASSES and all(isinstance(name, str) for name in names)
-    if not isinstance(found, dict) or type(found.get("num_images")) is not int or not (names is None or is_list):
+    if not is_sidecar or not (names is None or is_list):
         raise DataError(f"{path}: not a sidecar of `fastssl convert`; delete it or convert again")
     return found
+
+
+def _is_small(found: dict[str, Any]) -> bool:
+    """Whether what is not about classes can be shown at once: neither much nor deep."""
+    rest = {key: value for key, value in found.items() if key not in ("class_names", "class_counts")}
+    return len(json.dumps(rest)) <= MAX_OTHER_BYTES and all(_depth(value) < MAX_DEPTH for value in rest.values())
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and dictionaries are nested."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if parts is None else 1 + max(map(_depth, parts), default=0)

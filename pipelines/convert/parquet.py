@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import IO, Any
 
-from pipelines.convert.parquet_sizes import count_structures, pages_of
+from pipelines.convert.parquet_sizes import Column, check_footer, columns_of, pages_of
 from pipelines.convert.source import MAX_LABEL, Item, Source, checked_label, fingerprint
 from pipelines.errors import DataError, one_line
 from pipelines.files import check_inflation, open_regular
@@ -66,12 +66,12 @@ def _read_file(path: str, image_column: str, label_column: str | None, start: in
     row = 0
     with _open(path) as file, open_regular(path) as own:
         leaves = _leaves(file.schema_arrow, image_column, label_column)
-        for group in range(file.num_row_groups):
+        for group, columns in enumerate(columns_of(_footer(own))):
             num_rows = file.metadata.row_group(group).num_rows
             if row + num_rows <= start:
                 row += num_rows
                 continue
-            at_once = _rows_at_once(path, own, file.metadata.row_group(group), leaves)
+            at_once = _rows_at_once(path, own, [column for column in columns if column.path in leaves])
             for batch in file.iter_batches(at_once, row_groups=[group], columns=leaves, use_threads=False):
                 first = row
                 for values in batch.slice(max(start - row, 0)).to_pylist():
@@ -90,7 +90,7 @@ def _leaves(schema: Any, image_column: str, label_column: str | None) -> list[st
     return [f"{image_column}.bytes" if is_struct else image_column] + ([label_column] if label_column else [])
 
 
-def _rows_at_once(path: str, file: IO[bytes], group: Any, leaves: list[str]) -> int:
+def _rows_at_once(path: str, file: IO[bytes], columns: list[Column]) -> int:
     """Number of rows of a row group to decode at a time, so that a small file cannot fill the memory.
 
     A row has at most the bytes of one page: all rows could be the longest entry of a dictionary, or, in the encoding
@@ -99,15 +99,14 @@ def _rows_at_once(path: str, file: IO[bytes], group: Any, leaves: list[str]) -> 
     Raises:
         DataError: see `check_inflation`.
     """
-    longest_bytes, file_bytes = 1, os.fstat(file.fileno()).st_size
-    for column in map(group.column, range(group.num_columns)):
-        if column.path_in_schema in leaves:
-            num_bytes = in_file = 0
-            for page in pages_of(file, file_bytes, column):
-                num_bytes, in_file = num_bytes + page.num_bytes, in_file + page.in_file
-                check_inflation(path, page.in_file, page.num_bytes)
-                longest_bytes = max(longest_bytes, page.num_bytes)
-            check_inflation(path, in_file, num_bytes)
+    longest_bytes = 1
+    for column in columns:
+        num_bytes = in_file = 0
+        for page in pages_of(file, column):
+            num_bytes, in_file = num_bytes + page.num_bytes, in_file + page.in_file
+            check_inflation(path, page.in_file, page.num_bytes)
+            longest_bytes = max(longest_bytes, page.num_bytes)
+        check_inflation(path, in_file, num_bytes)
     return min(ROWS_AT_ONCE, max(ROWS_BYTES // longest_bytes, 1))
 
 
@@ -141,16 +140,22 @@ def _open(path: str) -> Iterator[Any]:
 
 def _check_footer(path: str) -> None:
     with open_regular(path) as file:
-        end = max(os.fstat(file.fileno()).st_size - 8, 0)
-        file.seek(end)
-        num_bytes = int.from_bytes(file.read(4), "little")
-        if file.read(4) != b"PAR1":  # pyarrow will say so
-            return
-        if num_bytes > MAX_FOOTER_BYTES:
-            raise ValueError(f"{num_bytes:,} bytes of metadata; at most {MAX_FOOTER_BYTES:,} are read")
-        if SMALL_FOOTER_BYTES < num_bytes <= end:
-            file.seek(end - num_bytes)
-            count_structures(file.read(num_bytes), MAX_STRUCTURES)
+        footer = _footer(file)
+    if len(footer) > SMALL_FOOTER_BYTES:
+        check_footer(footer, MAX_STRUCTURES)
+
+
+def _footer(file: IO[bytes]) -> bytes:
+    """A file's metadata; empty if there are none, which pyarrow will name."""
+    end = max(os.fstat(file.fileno()).st_size - 8, 0)
+    file.seek(end)
+    num_bytes = int.from_bytes(file.read(4), "little")
+    if file.read(4) != b"PAR1" or num_bytes > end:
+        return b""
+    if num_bytes > MAX_FOOTER_BYTES:
+        raise ValueError(f"{num_bytes:,} bytes of metadata; at most {MAX_FOOTER_BYTES:,} are read")
+    file.seek(end - num_bytes)
+    return file.read(num_bytes)
 
 
 def _count(path: str, columns: list[str], schema: Any) -> int:

@@ -201,3 +201,13 @@ def test_metadata_of_too_many_structures(tmp_path, item):
     path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(DataError, match=r"a\.parquet: .*more than 500,000 structures"):
         convert("parquet", str(path), tmp_path / "x.beton")
+
+
+def test_metadata_that_contradict_themselves(tmp_path):
+    """Histograms of definition levels with one number instead of three, at which a ColumnChunkMetaData aborts."""
+    path = write(tmp_path / "a.parquet", 0, 3)
+    content = path.read_bytes()
+    assert content.count(b"\x19\x06\x19\x36")
+    path.write_bytes(content.replace(b"\x19\x06\x19\x36", b"\x09\x06\x19\x36"))
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable parquet file .*histogram"):
+        convert("parquet", str(path), tmp_path / "x.beton")
