@@ -13,8 +13,10 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from fastssl.errors import ConfigError
 from fastssl.machine.files import replace_bytes, sync_file
 from fastssl.tracking.run_folder import RunFolder
+from pipelines.files import open_regular
 from pipelines.printable import printable
 
 T = TypeVar("T")
@@ -159,6 +161,8 @@ def read_rows(path: Path, *keys: str) -> list[dict[str, Any]]:
     Args:
         path: The file; a missing one has no rows.
         keys: Keys that a row must have. "step" must be a number of steps wherever it is.
+    Raises:
+        ConfigError: it cannot be read, or is not a regular file.
     """
     rows, bad = [], []
     for number, line in enumerate(_lines_of(path), start=1):
@@ -196,7 +200,13 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 def _lines_of(path: Path) -> list[bytes]:
     """The lines of a file, without a row at the end that a kill has cut off."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    try:
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): move it away") from None
     last = lines.pop()
     if last and (_parse_row(last, ()) is not None or not last.startswith(b"{")):
         lines.append(last)

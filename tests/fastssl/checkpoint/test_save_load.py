@@ -1,3 +1,5 @@
+import json
+import os
 import resource
 import shutil
 import struct
@@ -224,3 +226,17 @@ def test_parts_of_weights_that_are_none_are_named(wrong, tmp_path):
     torch.save(parts | wrong, tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match=r"weights.pt is not a file of fastssl"):
         load_weights(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    folder = make_whole(tmp_path / "checkpoints", 10)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    (folder / "state.pt").unlink()
+    os.mkfifo(folder / "state.pt")
+    write_manifest(folder, files | {"state.pt": files["state.pt"] | {"bytes": 0}}, world_size=1)
+    with pytest.raises(ConfigError, match=r"state\.pt cannot be read .not a regular file"):
+        load_objective_state(folder)
+    (folder / "weights.pt").unlink()
+    os.mkfifo(folder / "weights.pt")
+    with pytest.raises(ConfigError, match="no weights at"):
+        load_weights(folder)

@@ -1,8 +1,10 @@
 import json
+import os
 import time
 
 import pytest
 
+from fastssl.errors import ConfigError
 from fastssl.tracking.writers import StepTimer, drop_rows_after, read_rows
 
 
@@ -56,3 +58,10 @@ def test_timer_tells_waiting_from_working():
     assert step["img_per_s"] == pytest.approx(40 / 0.16, rel=0.4)
     assert epoch["data_wait_fraction"] == pytest.approx(step["data_wait_fraction"], abs=0.05)
     assert timer.read("step")["img_per_s"] == 0  # nothing since
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_one_line(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be read .not a regular file"):
+        read_rows(tmp_path / "metrics.jsonl", "step")
