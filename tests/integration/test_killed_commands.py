@@ -26,6 +26,7 @@ from tests.helpers.image_folders import write_image_folder
 from tests.helpers.processes import forkserver, run_in_this_process, start_training
 
 NUM_IMAGES = 100
+HOW = ("--resume", "--overwrite")
 OPERATIONS = ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir")
 
 
@@ -77,7 +78,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("how", "num_kills"),
     [
         *(("--resume", 4), ("--overwrite", 2)),
-        *(pytest.param(how, 60, marks=pytest.mark.slow) for how in ("--resume", "--overwrite")),
+        *(pytest.param(how, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for how in HOW),
     ],
 )
 def test_convert(how: str, num_kills: int, images: Path, tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def results_of(path: Path) -> dict[tuple[str, str], dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_compare(tiny_config: Path, tmp_path: Path) -> None:
     """Killed with all it has started: at random, at the first features, and between two protocols."""
     comparisons = {name: Comparison(tiny_config, tmp_path / name, tmp_path / "log.txt") for name in ("whole", "killed")}
