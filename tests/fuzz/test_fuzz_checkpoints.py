@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         states = {}
         trainer.epoch_stats.timer.start()
         for step in range(1, max(STEPS) + 1):
-            trainer.take_step(trainer.loader._finish(batches[step % 3], 0))
+            trainer.take_step(trainer.loader._finish(batches[step % 3], 0))  # pyright: ignore
             if step in STEPS:
                 trainer.save()
                 states[step] = weights_of(trainer)
