@@ -330,7 +330,7 @@ def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpo
     Returns:
         Seconds of the evaluation; 0 if the checkpoint was evaluated before.
     """
-    from fastssl.commands.evaluate import evaluate_run
+    from fastssl.commands.eval.evaluate_run import evaluate_run
 
     started = time.perf_counter()
     if missing := [name for name in protocols if name not in _judged(job, step, scored_on)]:

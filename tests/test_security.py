@@ -19,7 +19,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from fastssl.checkpoint.save_load import load_weights
-from fastssl.commands.compare import Variant, draw
+from fastssl.commands.compare.compare_runs import Variant, draw
 from fastssl.config import load_config
 from fastssl.errors import ConfigError
 from fastssl.tracking.plots import draw_curves

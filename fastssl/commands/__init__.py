@@ -1,1 +1,4 @@
-"""Sub-commands of the command line other than training: one module for each that is more than a single call."""
+"""The sub-commands: NAME.py, or NAME/__init__.py where the work is more than a call, is `fastssl NAME`.
+
+Each has `add_parser`, with its options, and the function that they call. Slow imports wait until that function runs.
+"""

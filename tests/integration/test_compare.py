@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastssl.commands.compare import compare, summarise
+from fastssl.commands.compare.compare_runs import compare, summarise
 from fastssl.errors import UserError
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows

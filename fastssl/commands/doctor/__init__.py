@@ -1,73 +1,28 @@
-"""Checks whether this node is ready for training. Each check gives one finding, with advice on how to fix it."""
+"""`fastssl doctor`: check whether this machine is ready for training, with advice."""
 
-import contextlib
-import io
-import json
-from collections.abc import Callable, Iterator
+import argparse
 from pathlib import Path
 
-from fastssl.commands.doctor import gpu, machine, network, software, storage
-from fastssl.commands.doctor.finding import Finding, Node
-from fastssl.config import Config
-
-Check = Callable[[Node], Finding]
-
-CHECKS: dict[str, Check] = {
-    "python": software.check_python,
-    "packages": software.check_packages,
-    "ffcv": software.check_ffcv,
-    "dali": software.check_dali,
-    "apex": software.check_apex,
-    "gpu": gpu.check_gpu,
-    "triton": gpu.check_triton,
-    "cores": machine.check_cores,
-    "memory": machine.check_memory,
-    "shm": machine.check_shared_memory,
-    "nofile": machine.check_open_files,
-    "memlock": machine.check_locked_memory,
-    "data": storage.check_data,
-    "run_dir": storage.check_run_dir,
-    "interfaces": network.check_interfaces,
-    "gloo": network.check_gloo,
-    "nccl": network.check_nccl,
-}
+from fastssl.commands.options import Commands, add_command, add_set
 
 
-def examine(cfg: Config | None = None, data: Path | None = None) -> Iterator[Finding]:
-    """Run the checks one after the other.
-
-    A check that raises gives a failed finding; the libraries' output on stdout is dropped.
-
-    Args:
-        cfg: The planned run: its device, files and folder are also checked.
-        data: A folder or .beton file whose disk is measured (default: data.train of cfg).
-    """
-    node = Node(cfg=cfg, data=data or (Path(cfg.data.train) if cfg and cfg.data.train else None))
-    for name, check in CHECKS.items():
-        with contextlib.redirect_stdout(io.StringIO()):
-            found = _examined(name, check, node)
-        yield found
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    doctor = add_command(commands, "doctor", "check whether this machine is ready for training, with advice")
+    doctor.add_argument(
+        "--cfg", nargs="+", type=Path, metavar="X.yaml", help="also check what the run of this configuration needs"
+    )
+    add_set(doctor)
+    doctor.add_argument(
+        "--data", type=Path, metavar="PATH", help="folder or .beton file whose disk to measure (default: data.train)"
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(call=_doctor)
 
 
-def doctor(cfg: Config | None, data: Path | None, *, as_json: bool) -> int:
-    """Print the findings, one line each as they come, or all of them as JSON.
+def _doctor(args: argparse.Namespace) -> int:
+    from fastssl.commands.doctor.examine import doctor
+    from fastssl.config import load_config
 
-    Returns:
-        Exit code: 1 if a check failed, else 0.
-    """
-    findings = []
-    for found in examine(cfg, data):
-        findings.append(found)
-        if not as_json:
-            print(found.line(), flush=True)
-    if as_json:
-        print(json.dumps([found.as_dict() for found in findings], indent=2))
-    return int(any(found.status == "fail" for found in findings))
-
-
-def _examined(name: str, check: Check, node: Node) -> Finding:
-    try:
-        return check(node)._replace(check=name)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return Finding("fail", f"the check itself failed ({reason})", "fix the cause that it names", check=name)
+    cfg = load_config(args.cfg, args.set) if args.cfg else None
+    return doctor(cfg, args.data, as_json=args.json)

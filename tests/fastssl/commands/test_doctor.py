@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl.commands.doctor import CHECKS, _examined, doctor, examine
+from fastssl.commands.doctor.examine import CHECKS, _examined, doctor, examine
 from fastssl.commands.doctor.finding import Finding, Node
 from fastssl.commands.doctor.gpu import check_gpu, check_triton
 from fastssl.commands.doctor.machine import check_memory, cpu_quota
@@ -58,13 +58,13 @@ def test_exit_code_and_lines(monkeypatch, capsys):
         raise ZeroDivisionError("of\nall things")
 
     monkeypatch.setattr(
-        "fastssl.commands.doctor.CHECKS", {"first": lambda _: Finding("warn", "slow", "wait"), "second": broken}
+        "fastssl.commands.doctor.examine.CHECKS", {"first": lambda _: Finding("warn", "slow", "wait"), "second": broken}
     )
     assert doctor(None, None, as_json=False) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first == "warn      first       slow -> wait"
     assert second.startswith("fail      second      the check itself failed (ZeroDivisionError: of all things)")
-    monkeypatch.setattr("fastssl.commands.doctor.CHECKS", {"first": lambda _: Finding("warn", "slow", "wait")})
+    monkeypatch.setattr("fastssl.commands.doctor.examine.CHECKS", {"first": lambda _: Finding("warn", "slow", "wait")})
     assert doctor(None, None, as_json=True) == 0
     assert json.loads(capsys.readouterr().out) == [
         {"check": "first", "status": "warn", "detail": "slow", "advice": "wait"}
@@ -76,7 +76,7 @@ def test_what_a_library_prints_is_not_in_the_answer(monkeypatch, capsys):
         print("setting the accelerator")
         return Finding("ok", "fine")
 
-    monkeypatch.setattr("fastssl.commands.doctor.CHECKS", {"chatty": chatty})
+    monkeypatch.setattr("fastssl.commands.doctor.examine.CHECKS", {"chatty": chatty})
     assert [found.check for found in examine()] == ["chatty"]
     assert capsys.readouterr().out == ""
 

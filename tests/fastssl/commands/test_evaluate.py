@@ -9,8 +9,8 @@ import torch
 
 from fastssl.checkpoint.save_load import plain_weights
 from fastssl.cli import main
-from fastssl.commands import evaluate as evaluate_module
-from fastssl.commands.evaluate import evaluate_run
+from fastssl.commands.eval import evaluate_run as evaluate_module
+from fastssl.commands.eval.evaluate_run import evaluate_run
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.images import Images, Part

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from fastssl.commands.bench import _choose_device
+from fastssl.commands.bench.loader import _choose_device
 from fastssl.commands.doctor.finding import Node
 from fastssl.commands.doctor.gpu import check_gpu
 from fastssl.config import build_config

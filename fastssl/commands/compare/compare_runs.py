@@ -32,7 +32,7 @@ from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from pipelines.printable import printable
 
-_TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+_TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 _ENCODER = "pre-trained encoder"
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numpy", "timm", "scikit-learn")
 TUNING_SEED = 1000  # no seed of the table, so that a choice is not made on the run that is then reported

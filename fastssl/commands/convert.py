@@ -1,0 +1,92 @@
+"""`fastssl convert`: convert images to a .beton file."""
+
+import argparse
+from pathlib import Path
+
+from fastssl.commands.options import Commands, add_command
+from pipelines.printable import printable
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    convert = add_command(commands, "convert", "convert images to a .beton file")
+    kinds = ["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
+    convert.add_argument(
+        "--from", dest="kind", required=True, choices=kinds, metavar="KIND", help=f"kind of source: {', '.join(kinds)}"
+    )
+    convert.add_argument(
+        "src",
+        nargs="?",
+        metavar="SRC",
+        help="folder: a folder of images. csv: a table with the columns path and, if labelled, label. webdataset, "
+        "parquet: a folder, a file, or a pattern such as x-{000..012}.tar. torchvision: name of the data set, such "
+        "as CIFAR10. npz: the file. digits: leave SRC out",
+    )
+    convert.add_argument("out", type=Path, metavar="OUT.beton", help="the file to write")
+    convert.add_argument("--classes", metavar="FILE", help="folder: read only the sub-folders named in this file")
+    convert.add_argument(
+        "--split",
+        help="digits: train or test (default: both). npz: read the arrays x_SPLIT and y_SPLIT. torchvision: the data "
+        "set's own name of the split",
+    )
+    convert.add_argument("--root", metavar="FOLDER", help="torchvision: folder of its data sets")
+    convert.add_argument("--download", action="store_true", help="torchvision: download files missing in --root")
+    convert.add_argument(
+        "--image-column", metavar="NAME", help="parquet: column with the images (default: the only one, or image)"
+    )
+    convert.add_argument(
+        "--label-column", metavar="NAME", help="parquet: column with integer labels (default: label, if present)"
+    )
+    convert.add_argument("--max-px", type=int, metavar="N", help="shrink images whose longer side exceeds N pixels")
+    convert.add_argument(
+        "--quality", type=int, default=95, metavar="N", help="JPEG quality of re-encoded images, 1 to 100 (default: 95)"
+    )
+    convert.add_argument(
+        "--on-error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="stop at a corrupt image, or leave it out (default: fail)",
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    convert.add_argument(
+        "--resume",
+        action="store_true",
+        help="resume an interrupted conversion: repeat its command with this option added",
+    )
+    convert.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="write N files OUT-00000-of-0000N.beton, each with an equal, contiguous part of the images: to share "
+        "the work among machines, or for parts of a data set (a training reads one file)",
+    )
+    convert.add_argument("--shard", type=int, metavar="I", help="with --shards: write only file I, counted from 0")
+    convert.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="worker processes (default: 0, one thread per core instead)"
+    )
+    convert.set_defaults(call=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from fastssl.errors import UserError
+    from pipelines.convert import convert, convert_shards
+
+    names = ("max_px", "quality", "on_error", "overwrite", "resume", "classes", "split", "root", "download")
+    options = {name: getattr(args, name) for name in (*names, "image_column", "label_column")} | {
+        "num_workers": args.workers
+    }
+    try:
+        if args.shards is not None:
+            reports = convert_shards(args.kind, args.src, args.out, num_shards=args.shards, shard=args.shard, **options)
+        elif args.shard is not None:
+            raise ValueError("--shard needs --shards, the total number of files")
+        else:
+            reports = [convert(args.kind, args.src, args.out, **options)]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for done in reports:
+        print(
+            f"{printable(done.out)}: {done.num_images:,} images in {done.wall_s:.1f} s "
+            f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
+            f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
+        )

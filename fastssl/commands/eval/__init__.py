@@ -1,0 +1,42 @@
+"""`fastssl eval`: evaluate the encoder of a run."""
+
+import argparse
+from pathlib import Path
+
+from fastssl.commands.options import Commands, add_command, add_set
+from pipelines.printable import printable_lines
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    evaluate = add_command(commands, "eval", "evaluate the encoder of a run")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    evaluate.add_argument(
+        "--what",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PROTOCOL",
+        help="knn, linear, logistic, few_label, linear_augmented, finetune (default: the run's eval.what)",
+    )
+    evaluate.add_argument(
+        "--on", type=Path, metavar="X.beton", help="evaluate on another data set (default: the run's own)"
+    )
+    evaluate.add_argument(
+        "--test",
+        type=Path,
+        metavar="TEST.beton",
+        help="test set (default: the run's data.test; with --on, images held out of that file)",
+    )
+    evaluate.add_argument(
+        "--step", type=int, metavar="N", help="step of the checkpoint (default: the last and the best)"
+    )
+    add_set(evaluate)
+    evaluate.set_defaults(call=_eval)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from fastssl.commands.eval.evaluate_run import evaluate_run
+
+    table = evaluate_run(args.run, args.set, what=args.what, on=args.on, test=args.test, step=args.step)
+    print(printable_lines(table))
