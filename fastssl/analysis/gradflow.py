@@ -39,14 +39,23 @@ from fastssl.losses import (
 from fastssl.losses.mio import Negative
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-from fastssl.tracking.result_rows import format_table
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import rounded
 
 GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart
-SHOWN = ("gradient", "max_relative_difference", "mean_relative_difference")
-SERIES = (
-    "step", "attraction", "repulsion", "positive_similarity", "negative_similarity", "projections_max_difference",
-    "parameters_difference",
-)  # fmt: skip
+SHOWN = {
+    "gradient": "gradient",
+    "max_relative_difference": "max relative difference",
+    "mean_relative_difference": "mean",
+}
+SERIES = {
+    name: name.replace("_", " ")
+    for name in (
+        "step", "attraction", "repulsion", "positive_similarity", "negative_similarity", "projections_max_difference",
+        "parameters_difference",
+    )
+}  # fmt: skip
+DETAILS = ("projections_max_difference", "parameters_difference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ def gradflow(
     steps: Sequence[int | None] = (None,),
     settings: BatchSettings,
     out: Path | None = None,
-) -> str:
+) -> Report:
     """Compare closed form and autograd at checkpoints, and write all objectives' coefficients over similarity.
 
     Args:
@@ -100,7 +109,9 @@ def gradflow(
         source = load_source(folder, cfg, step=step_of(checkpoints[0]), settings=settings)
         found, _ = _analyse(source, out)
         head = f"{_label(cfg.loss)} at step {source.step}: closed form against autograd"
-        return f"{head}\n{format_table(_summary(found), SHOWN)}\n{out}"
+        summary = _summary(found)
+        values = {"loss": _label(cfg.loss), "step": source.step, "rows": summary, "folder": out}
+        return Report(values=values, rows=[rounded(row, 3) for row in summary], columns=SHOWN, head=head, foot=str(out))
     out = make_folder(out or folder.gradflow / "compared")
     targets = [make_folder(folder.gradflow / checkpoint.name) for checkpoint in checkpoints]
     rows: list[dict[str, float]] = []
@@ -111,8 +122,14 @@ def gradflow(
         rows.append({"step": source.step} | flow | differences)
     write_table(out / "flow.csv", rows)
     draw_flow(rows, out / "flow.png")
-    shown = [row | {name: float(f"{row[name]:.4g}") for name in SERIES[1:]} for row in rows]
-    return f"{_label(cfg.loss)}: means over the pairs of the first batch\n{format_table(shown, SERIES)}\n{out}"
+    return Report(
+        values={"loss": _label(cfg.loss), "rows": rows, "folder": out},
+        rows=[rounded(row, 4) for row in rows],
+        columns=SERIES,
+        details=DETAILS,
+        head=f"{_label(cfg.loss)}: means over the pairs of the first batch",
+        foot=str(out),
+    )
 
 
 def _analyse(source: Source, out: Path) -> tuple[Differences, dict[str, float]]:
@@ -200,17 +217,17 @@ def _summary(found: Differences) -> list[dict[str, Any]]:
     return [
         {
             "gradient": "projections, a row, fp64",
-            "max_relative_difference": float(f"{found.rows.max():.3g}"),
-            "mean_relative_difference": float(f"{found.rows.mean():.3g}"),
+            "max_relative_difference": float(found.rows.max()),
+            "mean_relative_difference": float(found.rows.mean()),
         },
         {
             "gradient": "parameters, a tensor of all, fp32",
-            "max_relative_difference": float(f"{found.parameters.max():.3g}"),
-            "mean_relative_difference": float(f"{found.parameters.mean():.3g}"),
+            "max_relative_difference": float(found.parameters.max()),
+            "mean_relative_difference": float(found.parameters.mean()),
         },
         {
             "gradient": "parameters, all together, fp32",
-            "max_relative_difference": float(f"{found.whole:.3g}"),
+            "max_relative_difference": found.whole,
             "mean_relative_difference": None,
         },
     ]

@@ -34,12 +34,19 @@ from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-from fastssl.tracking.result_rows import Value, format_table
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import Value, rounded
 
 TOLERANCE = 1e-3  # converged if residual norm / |largest eigenvalue| is below this
-SHOWN = (
-    "run", "loss", "step", "value", "largest", "smallest", "negative_share", "trace", "trace_error",
-    "largest_over_trace", "smallest_over_largest", "num_converged", "held_fixed",
+SHOWN = {
+    name: name.replace("_", " ")
+    for name in (
+        "run", "loss", "step", "value", "largest", "smallest", "negative_share", "trace", "trace_error",
+        "largest_over_trace", "smallest_over_largest", "num_converged", "held_fixed",
+    )
+}  # fmt: skip
+DETAILS = (
+    "negative_share", "trace_error", "num_converged", "held_fixed", "largest_over_trace", "smallest_over_largest",
 )  # fmt: skip
 
 
@@ -181,7 +188,7 @@ def hessian_of_runs(
     settings: HessianSettings,
     out: Path | None = None,
     say: Callable[[str], None] = print,
-) -> str:
+) -> Report:
     """Compute the Hessian's spectrum at checkpoints of every run, and write tables and a plot.
 
     Args:
@@ -225,7 +232,9 @@ def hessian_of_runs(
     if compared:
         write_table(compared / "spectra.csv", rows)
         draw_densities(curves, compared / "density.png")
-    return f"{format_table([_rounded(row) for row in rows], SHOWN)}\n{compared or targets[0][0]}"
+    folder = compared or targets[0][0]
+    shown = [rounded(row, 4) for row in rows]
+    return Report(values={"rows": rows, "folder": folder}, rows=shown, columns=SHOWN, details=DETAILS, foot=str(folder))
 
 
 def _analyse(
@@ -312,10 +321,6 @@ def _write_spectrum(out: Path, spectrum: Spectrum, density: Density) -> None:
             for rank, (value, residual, converged) in enumerate(found, 1)
         ],
     )
-
-
-def _rounded(row: dict[str, Value]) -> dict[str, Value]:
-    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def draw_densities(curves: Sequence[Curve], path: Path) -> None:

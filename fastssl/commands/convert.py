@@ -1,10 +1,16 @@
 """`fastssl convert`: convert images to a .beton file."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastssl.commands.options import Commands, add_command
+from fastssl.commands.output import add_json, print_json
 from pipelines.printable import printable
+
+if TYPE_CHECKING:
+    from pipelines.convert import ConvertReport
 
 
 def add_parser(commands: Commands) -> None:
@@ -64,10 +70,23 @@ def add_parser(commands: Commands) -> None:
     convert.add_argument(
         "--workers", type=int, default=0, metavar="N", help="worker processes (default: 0, one thread per core instead)"
     )
+    add_json(convert)
     convert.set_defaults(call=_convert)
 
 
 def _convert(args: argparse.Namespace) -> None:
+    if args.json:
+        print_json(lambda: {"files": [asdict(done) for done in _converted(args)]})
+        return
+    for done in _converted(args):
+        print(
+            f"{printable(done.out)}: {done.num_images:,} images in {done.wall_s:.1f} s "
+            f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
+            f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
+        )
+
+
+def _converted(args: argparse.Namespace) -> "list[ConvertReport]":
     from fastssl.errors import UserError
     from pipelines.convert import convert, convert_shards
 
@@ -77,16 +96,9 @@ def _convert(args: argparse.Namespace) -> None:
     }
     try:
         if args.shards is not None:
-            reports = convert_shards(args.kind, args.src, args.out, num_shards=args.shards, shard=args.shard, **options)
-        elif args.shard is not None:
+            return convert_shards(args.kind, args.src, args.out, num_shards=args.shards, shard=args.shard, **options)
+        if args.shard is not None:
             raise ValueError("--shard needs --shards, the total number of files")
-        else:
-            reports = [convert(args.kind, args.src, args.out, **options)]
+        return [convert(args.kind, args.src, args.out, **options)]
     except ValueError as error:
         raise UserError(str(error)) from None
-    for done in reports:
-        print(
-            f"{printable(done.out)}: {done.num_images:,} images in {done.wall_s:.1f} s "
-            f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
-            f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
-        )

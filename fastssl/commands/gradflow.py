@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastssl.commands.options import Commands, add_batches, add_command, batch_settings, steps_of
-from pipelines.printable import printable_lines
+from fastssl.commands.output import add_output, print_report
 
 
 def add_parser(commands: Commands) -> None:
@@ -12,11 +12,12 @@ def add_parser(commands: Commands) -> None:
     gradflow = add_command(commands, "gradflow", "compare a loss's closed-form gradient with autograd, pair by pair")
     gradflow.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     add_batches(gradflow)
+    add_output(gradflow)
     gradflow.set_defaults(call=_gradflow)
 
 
 def _gradflow(args: argparse.Namespace) -> None:
     from fastssl.analysis.gradflow import gradflow
 
-    table = gradflow(args.run, args.set, steps=steps_of(args), settings=batch_settings(args), out=args.out)
-    print(printable_lines(table))
+    what = {"steps": steps_of(args), "settings": batch_settings(args), "out": args.out}
+    print_report(args, lambda: gradflow(args.run, args.set, **what))

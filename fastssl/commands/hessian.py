@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastssl.commands.options import Commands, add_batches, add_command, batch_settings, steps_of
-from pipelines.printable import printable_lines
+from fastssl.commands.output import add_output, print_report
 
 
 def add_parser(commands: Commands) -> None:
@@ -24,6 +24,7 @@ def add_parser(commands: Commands) -> None:
     )
     hessian.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the start vectors (default: 0)")
     add_batches(hessian)
+    add_output(hessian)
     hessian.set_defaults(call=_hessian)
 
 
@@ -32,5 +33,5 @@ def _hessian(args: argparse.Namespace) -> None:
 
     names = ("num_probes", "num_iterations", "top_k", "seed")
     settings = HessianSettings(**{name: getattr(args, name) for name in names}, batches=batch_settings(args))
-    table = hessian_of_runs(args.runs, args.set, steps=steps_of(args), settings=settings, out=args.out)
-    print(printable_lines(table))
+    what = {"steps": steps_of(args), "settings": settings, "out": args.out}
+    print_report(args, lambda: hessian_of_runs(args.runs, args.set, **what))

@@ -59,13 +59,18 @@ def t_interval(values: Sequence[float]) -> Interval | None:
     return mean(values) - half, mean(values) + half
 
 
-def over_seeds(percents: Sequence[float]) -> dict[str, Any]:
+def over_seeds(percents: Sequence[float], *, is_exact: bool = False) -> dict[str, Any]:
     """Columns of a table: mean, standard deviation and Student's interval of runs that differ only in their seed.
 
     Args:
-        percents: One value per seed; for a single value, the last two columns are None.
+        percents: One value per seed; for a single value, deviation and interval are None.
+        is_exact: Do not round to two decimals, and give the interval as its two ends instead of as text.
     """
     interval = t_interval(percents)
+    if is_exact:
+        deviation = stdev(percents) if len(percents) > 1 else None
+        found = {"mean_percent": mean(percents), "sd_over_seeds": deviation, "interval95_over_seeds": interval}
+        return found | {"num_seeds": len(percents)}
     return {
         "mean_percent": round(mean(percents), 2),
         "sd_over_seeds": round(stdev(percents), 2) if len(percents) > 1 else None,

@@ -1,4 +1,4 @@
-"""Results of evaluations: one JSON line each, and a table."""
+"""Results of evaluations: one JSON line each, and the rows of a table."""
 
 import json
 import os
@@ -8,11 +8,20 @@ from typing import Any
 
 from fastssl.errors import ConfigError
 from fastssl.machine.files import lock_file
-from pipelines.printable import printable
 
 Line = dict[str, Any]
+SHOWN = {
+    "encoder": "encoder",
+    "protocol": "protocol",
+    "top1": "top-1 in %",
+    "top5": "top-5",
+    "test_images": "95%: test images",
+    "repetitions": "95%: repetitions",
+    "settings": "settings",
+}
+DETAILS = ("test_images", "top5", "repetitions", "settings")
 LEGEND = (
-    "test images: Wilson's 95% interval, what their number leaves open. repetitions: Student's 95% interval over the\n"
+    "test images: Wilson's 95% interval, what their number leaves open. repetitions: Student's 95% interval over the "
     "classifier's seeds, or over draws of the labelled images. Neither covers the seed of the pre-training."
 )
 
@@ -46,30 +55,22 @@ def _end_last_line(path: Path) -> bytes:
     return b"\n" if last else b""
 
 
-def format_table(lines: Sequence[Line]) -> str:
-    """Accuracies in percent as a text table, one row per result, with an explanation of the intervals."""
-    header = ["encoder", "protocol", "top-1 in %", "top-5", "95%: test images", "95%: repetitions", "settings"]
-    rows = [header, *([printable(cell) for cell in _cells(line)] for line in lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], LEGEND])
-
-
-def _cells(line: Line) -> list[str]:
+def table_row(line: Line) -> dict[str, str]:
+    """A result as texts for a table with the columns of `SHOWN`, accuracies in percent."""
     spread = "" if line["top1_sd"] is None else f" ± {_percent(line['top1_sd'])}"
     repetitions = line["interval95_repetitions"]
     repeated = (
         "-" if repetitions is None else f"{_interval(repetitions)} ({len(line['top1_each'])} {line['repeated_over']})"
     )
-    return [
-        line["encoder"],
-        line["name"],
-        f"{_percent(line['top1'])}{spread}",
-        "-" if line["top5"] is None else _percent(line["top5"]),
-        _interval(line["interval95_test_images"]),
-        repeated,
-        " ".join(f"{name}={_plain(value)}" for name, value in line["chosen"].items()),
-    ]
+    return {
+        "encoder": line["encoder"],
+        "protocol": line["name"],
+        "top1": f"{_percent(line['top1'])}{spread}",
+        "top5": "-" if line["top5"] is None else _percent(line["top5"]),
+        "test_images": _interval(line["interval95_test_images"]),
+        "repetitions": repeated,
+        "settings": " ".join(f"{name}={_plain(value)}" for name, value in line["chosen"].items()),
+    }
 
 
 def _plain(value: Any) -> str:

@@ -36,7 +36,7 @@ class LoaderReport:
     """Result of `bench_loader`.
 
     Attributes:
-        rows: One for each engine, the ceiling, bare decoding, and each stage; all with the same keys.
+        rows: One for each engine, the ceiling, bare decoding, and each stage; all with the same keys, not rounded.
         sentences: At most three sentences: the bottleneck of this machine and what to change.
         warning: Why the figures may be unreliable; None if nothing was found.
     """
@@ -149,15 +149,15 @@ def _row(
     busy: float | None = None,
     note: str = "",
 ) -> Row:
-    middle, least, largest = (None if value is None else round(value, 1) for value in img_per_s)
+    middle, least, largest = img_per_s
     return {
         "measured": name,
         "img_per_s_p50": middle,
         "img_per_s_min": least,
         "img_per_s_max": largest,
-        "us_per_image": None if us_per_image is None else round(us_per_image, 1),
-        "mb_per_s": None if mb_per_s is None else round(mb_per_s, 1),
-        "busy_elsewhere_fraction": None if busy is None else round(busy, 3),
+        "us_per_image": us_per_image,
+        "mb_per_s": mb_per_s,
+        "busy_elsewhere_fraction": busy,
         "note": note,
     }
 

@@ -26,7 +26,7 @@ def test_runs_become_spectra_in_one_table(tiny_config, tmp_path, command):
         done = command(sys.executable, "fastssl/train.py", "--cfg", tiny_config, "--set", *settings)
         assert done.returncode == 0, done.stderr
     mio, byol = (tmp_path / name for name in runs)
-    done = command("fastssl", "hessian", mio, byol, *FEW, "--out", tmp_path / "spectra")
+    done = command("fastssl", "hessian", mio, byol, *FEW, "--wide", "--out", tmp_path / "spectra")
     assert done.returncode == 0, done.stderr
     assert "the target network" in done.stdout
     found = rows_of(tmp_path / "spectra/spectra.csv")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastssl.commands.options import Commands, add_command, add_recipe
+from fastssl.commands.output import add_output, print_report
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,6 +33,7 @@ def add_parser(commands: Commands) -> None:
         "--device", default="auto", help="auto, cpu or cuda (default: auto, which takes a GPU if there is one)"
     )
     loader.add_argument("--out", type=Path, metavar="X.csv", help="append the results to this file")
+    add_output(loader)
     loader.set_defaults(call=_bench_loader)
 
 
@@ -39,4 +41,5 @@ def _bench_loader(args: argparse.Namespace) -> None:
     from fastssl.commands.bench.loader import bench_loader_on
 
     names = ("recipe", "size_px", "engines", "batch_size", "num_threads", "seconds", "device", "out")
-    bench_loader_on(args.beton, **{name: getattr(args, name) for name in names})
+    settings = {name: getattr(args, name) for name in names}
+    print_report(args, lambda: bench_loader_on(args.beton, **settings))

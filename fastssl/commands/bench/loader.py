@@ -7,11 +7,23 @@ from pathlib import Path
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.processes.launch import choose_device
-from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
-from pipelines.bench.loader import bench_loader
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import append_rows, environment_columns
+from pipelines.bench.loader import Row, bench_loader
 from pipelines.bench.streams import Job
 from pipelines.loader import cores_per_process
 
+SHOWN = {
+    "measured": "measured",
+    "img_per_s_p50": "img/s",
+    "img_per_s_min": "min",
+    "img_per_s_max": "max",
+    "us_per_image": "us per image",
+    "mb_per_s": "MB/s",
+    "busy_elsewhere_fraction": "busy elsewhere",
+    "note": "note",
+}
+DETAILS = ("us_per_image", "mb_per_s", "img_per_s_min", "img_per_s_max", "busy_elsewhere_fraction")
 _PACKAGES = ("torch", "ffcv", "nvidia-dali-cuda130", "numba", "numpy", "pillow")
 
 
@@ -26,8 +38,8 @@ def bench_loader_on(
     seconds: float,
     device: str,
     out: Path | None,
-) -> None:
-    """Measure the engines on a .beton file, print a table and the machine's bottleneck; append rows to `out` if given.
+) -> Report:
+    """Measure the engines on a .beton file, and find the machine's bottleneck; append rows to `out` if given.
 
     Args:
         beton: The .beton file.
@@ -39,6 +51,8 @@ def bench_loader_on(
         seconds: Length of a timing window.
         device: "auto", "cpu" or "cuda".
         out: CSV file.
+    Returns:
+        A table of the measurements, and the bottleneck in words.
     Raises:
         ConfigError: a bad recipe or device, or `out` cannot be written.
         DataError: a bad file, engine, batch or number of threads.
@@ -55,17 +69,31 @@ def bench_loader_on(
     )
     environment = environment_columns(_PACKAGES) if out else {}  # before the run, so that it has the measured commit
     report = bench_loader(job, engines, window_s=seconds, say=_say)
-    print(format_table(report.rows, list(report.rows[0])))
-    print(f"\n{' '.join(report.sentences)}")
+    rows = [_rounded(row) for row in report.rows]
     if report.warning:
         _say(f"warning: {report.warning}")
+    own = {"beton": beton.name, "recipe": cfg.views.recipe, "size_px": size_px, "batch_size": batch_size}
+    own |= {"num_threads": job.num_threads, "device": job.device, "window_s": seconds, "seed": job.seed}
     if out:
-        own = {"beton": beton.name, "recipe": cfg.views.recipe, "size_px": size_px, "batch_size": batch_size}
-        own |= {"num_threads": job.num_threads, "device": job.device, "window_s": seconds, "seed": job.seed}
         try:
-            append_rows(out, [row | own | environment for row in report.rows])
+            append_rows(out, [row | own | environment for row in rows])
         except (OSError, ValueError) as error:
             raise ConfigError(f"--out: {out} cannot be written ({error})") from None
+    return Report(
+        values={"rows": report.rows, "advice": " ".join(report.sentences), "warning": report.warning, "settings": own},
+        rows=rows,
+        columns=SHOWN,
+        details=DETAILS,
+        foot=f"\n{' '.join(report.sentences)}",
+    )
+
+
+def _rounded(row: Row) -> Row:
+    num_decimals = {"busy_elsewhere_fraction": 3}
+    return {
+        name: round(value, num_decimals.get(name, 1)) if isinstance(value, float) else value
+        for name, value in row.items()
+    }
 
 
 def _choose_device(wanted: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastssl.commands.options import Commands, add_command, add_set
-from pipelines.printable import printable_lines
+from fastssl.commands.output import add_output, print_report
 
 
 def add_parser(commands: Commands) -> None:
@@ -40,6 +40,7 @@ def add_parser(commands: Commands) -> None:
         metavar="COMMAND",
         help="command that starts a training, such as 'deepspeed --num_gpus 8' (default: one process)",
     )
+    add_output(compare)
     compare.set_defaults(call=_compare)
 
 
@@ -52,4 +53,4 @@ def _compare(args: argparse.Namespace) -> None:
 
     names = ("base", "sweep", "tune", "tune_on", "on_test", "launcher")
     settings = {name: getattr(args, name) for name in names} | {"overrides": args.set, "num_jobs": args.jobs}
-    print(printable_lines(compare(args.configs, args.out, num_seeds=args.seeds, **settings)))
+    print_report(args, lambda: compare(args.configs, args.out, num_seeds=args.seeds, **settings))

@@ -27,7 +27,8 @@ from fastssl.errors import ConfigError, UserError
 from fastssl.evaluation.accuracy import over_seeds
 from fastssl.evaluation.protocols import outcome_names
 from fastssl.machine.yaml_text import parse_yaml
-from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import append_rows, environment_columns
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from pipelines.printable import printable
@@ -36,16 +37,17 @@ _TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 _ENCODER = "pre-trained encoder"
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numpy", "timm", "scikit-learn")
 TUNING_SEED = 1000  # no seed of the table, so that a choice is not made on the run that is then reported
-SHOWN = (
-    "config",
-    "metric",
-    "mean_percent",
-    "sd_over_seeds",
-    "interval95_over_seeds",
-    "difference_to_best",
-    "difference_se",
-    "num_seeds",
-)
+SHOWN = {
+    "config": "config",
+    "metric": "metric",
+    "mean_percent": "mean",
+    "sd_over_seeds": "sd",
+    "interval95_over_seeds": "95% interval",
+    "difference_to_best": "to best",
+    "difference_se": "± se",
+    "num_seeds": "seeds",
+}
+DETAILS = ("tuned", "interval95_over_seeds", "num_seeds")
 
 Row = dict[str, Any]
 Setting = tuple[str, str]  # a dotted key and its value as text
@@ -95,7 +97,7 @@ def compare(
     launcher: str = "",
     num_jobs: int = 1,
     say: Callable[[str], None] = print,
-) -> str:
+) -> Report:
     """Train every configuration with the seeds 0, 1, ... and evaluate the encoders; complete runs are not repeated.
 
     Args:
@@ -115,7 +117,7 @@ def compare(
         say: Called with progress messages.
 
     Returns:
-        The table: mean, standard deviation and Student's 95% interval over the seeds of each protocol's top-1, and the
+        A table: mean, standard deviation and Student's 95% interval over the seeds of each protocol's top-1, and the
         mean difference to the best configuration over the same seeds with its standard error.
 
     Raises:
@@ -145,12 +147,19 @@ def compare(
     summary = summarise(rows)
     draw(summary, variants, out / "compare.png")
     scored_on = "the test file" if on_test else "held-out images of the training file"
-    shown = (*SHOWN, "tuned") if tune else SHOWN
-    return f"top-1 in % on {scored_on}\n{format_table(summary, shown)}\n{table}, {table.with_suffix('.png')}"
+    files = {"csv": table, "plot": table.with_suffix(".png")} | ({"tune_csv": out / "tune.csv"} if tune else {})
+    return Report(
+        values={"scored_on": scored_on, "rows": summarise(rows, is_exact=True), "runs": rows, **files},
+        rows=summary,
+        columns=SHOWN | ({"tuned": "tuned"} if tune else {}),
+        details=[name for name in DETAILS if name != "tuned" or tune],
+        head=f"top-1 in % on {scored_on}",
+        foot=", ".join(map(str, files.values())),
+    )
 
 
-def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One row per configuration and metric, grouped by metric, best mean first."""
+def summarise(rows: Sequence[Row], *, is_exact: bool = False) -> list[Row]:
+    """One row per configuration and metric, grouped by metric, best mean first; rounded unless `is_exact`."""
     groups: dict[str, dict[str, dict[int, float]]] = {}
     tuned = {row["config"]: row["tuned"] for row in rows if "tuned" in row}
     for row in rows:
@@ -160,19 +169,23 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
         ranked = sorted(configs.items(), key=lambda item: -mean(item[1].values()))
         best = ranked[0][1]
         for config, percents in ranked:
-            row = {"config": config, "metric": metric} | over_seeds(list(percents.values()))
-            row |= _difference([percents[seed] - best[seed] for seed in percents] if config != ranked[0][0] else [])
+            row = {"config": config, "metric": metric} | over_seeds(list(percents.values()), is_exact=is_exact)
+            differences = [percents[seed] - best[seed] for seed in percents] if config != ranked[0][0] else []
+            row |= _difference(differences, None if is_exact else 2)
             found.append(row | ({"tuned": tuned[config]} if tuned else {}))
     return found
 
 
-def _difference(differences: Sequence[float]) -> Row:
+def _difference(differences: Sequence[float], num_decimals: int | None) -> Row:
     """The mean of paired differences, in percentage points, and its standard error; None where there are too few."""
     num = len(differences)
-    return {
-        "difference_to_best": round(mean(differences), 2) if num else None,
-        "difference_se": round(stdev(differences) / num**0.5, 2) if num > 1 else None,
+    found = {
+        "difference_to_best": mean(differences) if num else None,
+        "difference_se": stdev(differences) / num**0.5 if num > 1 else None,
     }
+    if num_decimals is None:
+        return found
+    return {name: None if value is None else round(value, num_decimals) for name, value in found.items()}
 
 
 def _combinations(option: str, asked: Sequence[str]) -> list[tuple[Setting, ...]]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastssl.commands.options import Commands, add_command, add_set
-from pipelines.printable import printable_lines
+from fastssl.commands.output import add_output, print_report
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,11 +32,12 @@ def add_parser(commands: Commands) -> None:
         "--step", type=int, metavar="N", help="step of the checkpoint (default: the last and the best)"
     )
     add_set(evaluate)
+    add_output(evaluate)
     evaluate.set_defaults(call=_eval)
 
 
 def _eval(args: argparse.Namespace) -> None:
     from fastssl.commands.eval.evaluate_run import evaluate_run
 
-    table = evaluate_run(args.run, args.set, what=args.what, on=args.on, test=args.test, step=args.step)
-    print(printable_lines(table))
+    settings = {name: getattr(args, name) for name in ("what", "on", "test", "step")}
+    print_report(args, lambda: evaluate_run(args.run, args.set, **settings))

@@ -21,12 +21,13 @@ from fastssl.evaluation.features import encode_batches
 from fastssl.evaluation.images import Images, Part, build_plain_loader
 from fastssl.evaluation.parts import choose_parts
 from fastssl.evaluation.protocols import PROTOCOLS, evaluate
-from fastssl.evaluation.results import Line, append_line, format_table
+from fastssl.evaluation.results import DETAILS, LEGEND, SHOWN, Line, append_line, table_row
 from fastssl.evaluation.task import Task
 from fastssl.machine.environment import describe_environment
 from fastssl.models.backbones import build_backbone
 from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking import plots
+from fastssl.tracking.report import Report
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import best_held_out
 from pipelines.beton import BetonReader
@@ -60,7 +61,7 @@ def evaluate_run(
     on: Path | None = None,
     test: Path | None = None,
     step: int | None = None,
-) -> str:
+) -> Report:
     """Evaluate the last checkpoint of a run and the best one by held-out images, or the one of a step.
 
     Results are appended to eval.jsonl and returned as a table.
@@ -113,8 +114,15 @@ def evaluate_run(
             lines.append(line | {"checkpoint_step": encoder.step} | about)
             append_line(folder.evaluations, lines[-1])
     plots.draw_curves(folder)
-    steps = ", ".join(f"{name}: step {step_of(path)}" for name, path in checkpoints.items())
-    return f"accuracy on {scored_on}; {steps}\n{format_table(lines)}"
+    steps = {name: step_of(path) for name, path in checkpoints.items()}
+    return Report(
+        values={"scored_on": scored_on, "checkpoint_steps": steps, "rows": lines},
+        rows=[table_row(line) for line in lines],
+        columns=SHOWN,
+        details=DETAILS,
+        head=f"accuracy on {scored_on}; {', '.join(f'{name}: step {step}' for name, step in steps.items())}",
+        foot=LEGEND,
+    )
 
 
 def _check_settings(cfg: Config, train: Part) -> None:

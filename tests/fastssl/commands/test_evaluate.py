@@ -89,7 +89,7 @@ def test_every_protocol_twice_gives_the_same_lines_and_encodes_once(run_folder, 
     encoded = []
     real = evaluate_module.encode_batches
     monkeypatch.setattr(evaluate_module, "encode_batches", lambda *a: encoded.append(1) or real(*a))
-    table = evaluate_run(run_folder, what=ALL)
+    table = str(evaluate_run(run_folder, what=ALL))
     assert len(encoded) == 2  # train and test
     first = _lines(run_folder, 7)
     assert [line["protocol"] for line in first] == ["knn", "linear", "logistic", *["few_label"] * 2, *ALL[4:]]
@@ -173,7 +173,7 @@ def test_another_data_set_without_a_test_file_is_held_out_of(run_folder, tmp_pat
     images, labels = digit_arrays[0]
     labels = np.where(np.arange(len(labels)) < 20, -1, labels % 3)  # other classes, some images without a label
     other = _write(tmp_path / "other.beton", images, labels)
-    table = evaluate_run(run_folder, ["data.holdout_fraction=0.25"], what=["knn", "finetune"], on=other)
+    table = str(evaluate_run(run_folder, ["data.holdout_fraction=0.25"], what=["knn", "finetune"], on=other))
     assert "0.25 of" in table
     assert "held out (--test is not given)" in table
     for line in _lines(run_folder, 2):
@@ -192,7 +192,7 @@ def test_another_data_set_with_its_test_file(run_folder, tmp_path, digit_arrays)
         _write(tmp_path / f"{name}.beton", images, labels // 5)
         for name, (images, labels) in zip(("a", "b"), digit_arrays, strict=True)
     )
-    assert f"accuracy on {other_test}" in evaluate_run(run_folder, what=["logistic"], on=other, test=other_test)
+    assert f"accuracy on {other_test}" in str(evaluate_run(run_folder, what=["logistic"], on=other, test=other_test))
     [line] = _lines(run_folder, 1)
     assert (line["train"]["num_labelled"], line["test"]["num_labelled"]) == (240, 120)
     assert line["top1"] > 0.55
