@@ -8,7 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastssl import __version__
-from fastssl.commands import bench, compare, convert, doctor, eval, gradflow, hessian, inspect, train, verify, views
+from fastssl.commands import (
+    bench,
+    compare,
+    convert,
+    doctor,
+    eval,
+    gradflow,
+    hessian,
+    inspect,
+    runs,
+    train,
+    verify,
+    views,
+)
 from fastssl.commands.argument_parser import ArgumentParser
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
@@ -24,6 +37,7 @@ COMMANDS = (
     compare,
     hessian,
     gradflow,
+    runs,
     doctor,
     bench,
 )

@@ -3,9 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,15 +12,13 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from fastssl.errors import ConfigError
-from fastssl.machine.files import replace_bytes, sync_file
+from fastssl.machine.files import sync_file
+from fastssl.tracking.json_lines import drop_rows_after, read_rows
 from fastssl.tracking.run_folder import RunFolder
 from pipelines.files import open_regular
 from pipelines.printable import printable
 
 T = TypeVar("T")
-
-_MAX_SHOWN = 5  # bad lines of a file, by number
 
 
 class StepTimer:
@@ -155,78 +152,11 @@ class MetricsWriter:
         )
 
 
-def read_rows(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, such as metrics.jsonl; one warning names the lines that are skipped.
-
-    Args:
-        path: The file; a missing one has no rows.
-        keys: Keys that a row must have. "step" must be a number of steps wherever it is.
-    Raises:
-        ConfigError: it cannot be read, or is not a regular file.
-    """
-    rows, bad = [], []
-    for number, line in enumerate(_lines_of(path), start=1):
-        row = _parse_row(line, keys)
-        if row is not None:
-            rows.append(row)
-        elif line.strip():
-            bad.append(number)
-    if bad:
-        shown = ", ".join(map(str, bad[:_MAX_SHOWN])) + (f" and {len(bad) - _MAX_SHOWN} more" * (len(bad) > _MAX_SHOWN))
-        _warn_once(f"{path}: skipped what is not a row: line{'s' * (len(bad) > 1)} {shown}")
-    return rows
-
-
 def best_held_out(path: Path) -> tuple[int, float] | None:
     """Step and accuracy of the best epoch by held-out images, the first of equals; None: the file has no such row."""
     rows = [row for row in read_rows(path, "step") if row.get("kind") == "held_out"]
     found = [(row["step"], row["knn_top1"]) for row in rows if isinstance(row.get("knn_top1"), float)]
     return max(found, key=lambda pair: pair[1], default=None)
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Keep only the rows up to a checkpoint's step; a resumed run writes the later ones again.
-
-    Lines that are not rows stay as they are: somebody has edited the file.
-    """
-    read_rows(path, "step")  # for its warning
-    kept = []
-    for line in _lines_of(path):
-        row = _parse_row(line, ("step",))
-        if row is None or row["step"] <= step:
-            kept.append(line + b"\n")
-    replace_bytes(path, b"".join(kept))
-
-
-def _lines_of(path: Path) -> list[bytes]:
-    """The lines of a file, without a row at the end that a kill has cut off."""
-    try:
-        with open_regular(path) as file:
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): move it away") from None
-    last = lines.pop()
-    if last and (_parse_row(last, ()) is not None or not last.startswith(b"{")):
-        lines.append(last)
-    return lines
-
-
-def _parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or any(key not in row for key in keys):
-        return None
-    step = row.get("step", 0)
-    return row if type(step) is int and 0 <= step < 2**63 else None
-
-
-@cache
-def _warn_once(message: str) -> None:
-    print(printable(f"fastssl: warning: {message}"), file=sys.stderr, flush=True)
 
 
 def _shown(loss: Any) -> str:
