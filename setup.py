@@ -33,6 +33,7 @@ setup(
         "scikit-learn>=1.9,<2",
         "tensorboard>=2.21,<3",
         "matplotlib>=3.11,<4",
+        "shtab>=1.13,<2",
     ],
     extras_require={
         "gpu": ["nvidia-dali-cuda130>=2.4,<3", "triton>=3.6,<4"],

@@ -11,6 +11,7 @@ from fastssl import __version__
 from fastssl.commands import (
     bench,
     compare,
+    completion,
     convert,
     doctor,
     eval,
@@ -40,6 +41,7 @@ COMMANDS = (
     runs,
     doctor,
     bench,
+    completion,
 )
 
 
@@ -108,6 +110,7 @@ def _fail(message: str, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="fastssl", description="Pre-train image encoders without labels.")
     parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
+    parser.set_defaults(root=parser)  # for the completion of all commands
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
