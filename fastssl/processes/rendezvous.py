@@ -1,9 +1,11 @@
 """How the processes of a run find one another, on one host or on several."""
 
+import errno
 import os
 import socket
 import time
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch.distributed as torch_dist
@@ -25,15 +27,12 @@ def join(backend: str, cfg: RunConfig) -> None:
         cfg: Its timeouts.
 
     Raises:
-        ConfigError: a launcher has set only some of its variables.
+        ConfigError: a launcher has set only some of its variables, or its port is in use by something else.
         PeerLostError: the other processes do not come in time, or cannot be reached.
     """
-    if "RANK" not in os.environ:  # alone: no launcher, so no address and no port that could be taken
+    if "RANK" not in os.environ:
         os.environ.update(ALONE)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens all the same: for this machine only
-        store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        set_world_group(None)
+        _join_alone(backend)
         return
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -41,6 +40,10 @@ def join(backend: str, cfg: RunConfig) -> None:
             f"the environment variable RANK is set, but not {', '.join(missing)}: start the training with deepspeed or "
             "torchrun, or set all of them"
         )
+    if os.environ["WORLD_SIZE"] == "1":
+        _join_alone(backend)
+        return
+    _check_port()
     try:
         _make_groups(backend, cfg)
     except (RuntimeError, OSError) as error:
@@ -55,9 +58,67 @@ def join(backend: str, cfg: RunConfig) -> None:
         ) from None
 
 
+def _join_alone(backend: str) -> None:
+    """A group of this process: no other needs an address, so that two trainings on a machine never want one port."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens all the same: for this machine only
+    store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    set_world_group(None)
+
+
+def _check_port() -> None:
+    """Rank 0: refuse a port on which something listens already; torchrun listens itself.
+
+    Raises:
+        ConfigError: names the option that sets another.
+    """
+    if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        _listen(port).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise ConfigError(f"port {port} of this machine is in use, {_another_port()}") from None
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _another_port() -> str:
+    with _listen(0) as free:
+        port = free.getsockname()[1]
+    return (
+        f"perhaps by another training: start this one on a free port, such as with deepspeed --master_port {port}, "
+        f"torchrun --master_port {port} or, without a launcher, MASTER_PORT={port}"
+    )
+
+
+def _check_run(store: Any, cfg: RunConfig) -> None:
+    """Before anything else is exchanged: whether rank 0 trains in the same folder, or this is another run's store.
+
+    The ranks of a second training on this machine find the first one's store at the port that their rank 0 cannot take.
+
+    Raises:
+        ConfigError: rank 0 trains in another folder.
+    """
+    if os.environ["RANK"] == "0":
+        store.set("fastssl/run.dir", cfg.dir)
+    elif (other := store.get("fastssl/run.dir").decode()) != cfg.dir:
+        raise ConfigError(
+            f"run.dir is {cfg.dir}, but rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} trains in "
+            f"{other}: give all processes one run.dir; or the port is in use, {_another_port()}"
+        )
+
+
 def _make_groups(backend: str, cfg: RunConfig) -> None:
     _wait_for_master(time.monotonic() + cfg.rendezvous_timeout_s)
     store, rank, world_size = join_store(timedelta(seconds=cfg.rendezvous_timeout_s))
+    _check_run(store, cfg)
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
     timeout = timedelta(seconds=cfg.collective_timeout_s)
