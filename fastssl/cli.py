@@ -18,6 +18,7 @@ from fastssl.commands import (
     gradflow,
     hessian,
     inspect,
+    launch,
     runs,
     train,
     verify,
@@ -30,6 +31,7 @@ from pipelines.path_names import why_no_path
 # In the order of --help.
 COMMANDS = (
     train,
+    launch,
     convert,
     verify,
     inspect,

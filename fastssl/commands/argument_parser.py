@@ -14,7 +14,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, but an unknown option is reported before a missing one, and by the parser that knows it."""
-        for word in () if args is None or self._subparsers else itertools.takewhile(lambda word: word != "--", args):
+        takes_all = self._subparsers or any(action.nargs == argparse.REMAINDER for action in self._actions)
+        for word in () if args is None or takes_all else itertools.takewhile(lambda word: word != "--", args):
             option = word.partition("=")[0]
             if re.fullmatch(r"--\S+", option) and not any(known.startswith(option) for known in self._options()):
                 self._refuse(option)
