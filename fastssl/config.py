@@ -7,6 +7,7 @@ known ones; every message carries the dotted key.
 import dataclasses
 import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from fastssl.errors import ConfigError, did_you_mean
+from fastssl.errors import ConfigError
 from fastssl.evaluation.config import EvalConfig
 from fastssl.losses import AnyLossConfig, MioConfig
 from fastssl.losses.moments import check_moment_width
@@ -24,6 +25,7 @@ from fastssl.machine.yaml_text import MAX_DEPTH, parse_yaml, read_yaml
 from fastssl.models.config import ModelConfig
 from fastssl.optim.config import OptimConfig
 from pipelines.config_field import Section, setting, shown
+from pipelines.errors import did_you_mean
 from pipelines.loader import DataConfig
 from pipelines.path_names import why_no_path
 from pipelines.views import ViewsConfig, build_view_specs
@@ -388,7 +390,8 @@ def _explain(error: ValidationError) -> str:
     if _is_branch(path[-1] if path else ""):  # a union: what each of its members wants
         wanted += [each["msg"] for each in others if each["loc"][:-1] == first["loc"][:-1]]
     rule = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in wanted))
-    return f"{key} must be {rule}, not {shown(first['input'])}"
+    choices = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))  # of a Literal, as pydantic lists them
+    return f"{key} must be {rule}, not {shown(first['input'])}{did_you_mean(str(first['input']), choices)}"
 
 
 def _is_branch(part: str) -> bool:

@@ -1,9 +1,7 @@
 """The errors that end a command with a one-line message."""
 
-import difflib
 import os
 import sys
-from collections.abc import Iterable
 
 from pipelines.printable import printable
 
@@ -35,9 +33,3 @@ def print_error(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
     print(f"fastssl: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest known names as the end of a message; empty if there are none."""
-    near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
-    return f": did you mean {' or '.join(near)}?" if near else ""

@@ -1,4 +1,7 @@
-"""The error for bad files and bad data."""
+"""The error for bad files and bad data, and parts of messages."""
+
+import difflib
+from collections.abc import Iterable
 
 from pipelines.printable import printable
 
@@ -18,3 +21,9 @@ class DataChangedError(DataError):
 def one_line(error: BaseException) -> str:
     """Message of a library's exception in one line; the name of its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known names as the end of a message; empty if there are none."""
+    near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(near)}?" if near else ""

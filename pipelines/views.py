@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.config_field import Section, setting
 from pipelines.draw import draw, eval_params
+from pipelines.errors import did_you_mean
 from pipelines.view_spec import EvalViewSpec, ViewSpec
 
 __all__ = [
@@ -88,7 +89,8 @@ class ViewsConfig(Section):
                 known = ", ".join(item.name for item in fields(ViewSpec))
                 raise ValueError(f"{name} has unknown fields {unknown}; known: {known}")
         if not self.specs and self.recipe not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, or a .yaml file, got {self.recipe!r}")
+            hint = did_you_mean(self.recipe, RECIPES)
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, or a .yaml file, got {self.recipe!r}{hint}")
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError(f"mean and std need three numbers; got {self.mean} and {self.std}")
         build_view_specs(self)

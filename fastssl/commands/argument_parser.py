@@ -6,7 +6,8 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from fastssl.errors import did_you_mean, print_error
+from fastssl.errors import print_error
+from pipelines.errors import did_you_mean
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -14,8 +15,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, but an unknown option is reported before a missing one, and by the parser that knows it."""
-        takes_all = self._subparsers or any(action.nargs == argparse.REMAINDER for action in self._actions)
-        for word in () if args is None or takes_all else itertools.takewhile(lambda word: word != "--", args):
+        words = sys.argv[1:] if args is None else args
+        if any(action.nargs == argparse.REMAINDER for action in self._actions):
+            words = ()
+        elif self._subparsers:
+            words = words[:1]
+        for word in itertools.takewhile(lambda word: word != "--", words):
             option = word.partition("=")[0]
             if re.fullmatch(r"--\S+", option) and not any(known.startswith(option) for known in self._options()):
                 self._refuse(option)
@@ -37,6 +42,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            name = "/".join(action.option_strings) or action.metavar
             hint = did_you_mean(str(value), action.choices)
+            if isinstance(action, argparse._SubParsersAction) and hint:
+                self.error(f"unknown command {str(value)[:100]}{hint}")
+            name = "/".join(action.option_strings) or action.metavar
             self.error(f"{name} must be one of {', '.join(action.choices)}, not {str(value)[:100]}{hint}")

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl.errors import did_you_mean
 from fastssl.models.config import ModelConfig
-from pipelines.errors import one_line
+from pipelines.errors import did_you_mean, one_line
 from pipelines.torchvision_operators import declare_torchvision_operators
 
 declare_torchvision_operators()  # timm imports torchvision too

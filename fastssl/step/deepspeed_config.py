@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastssl.config import Config
-from fastssl.errors import ConfigError, did_you_mean
+from fastssl.errors import ConfigError
 from pipelines.config_field import shown
+from pipelines.errors import did_you_mean
 
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 # Sections of DeepSpeed's configuration that `ds` may set, and their types; DeepSpeed itself silently accepts unknown or

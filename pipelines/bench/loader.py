@@ -19,7 +19,7 @@ from pipelines.bench.verdict import Figures, advice
 from pipelines.bench.windows import Measured, Open, measure_in_turns
 from pipelines.beton import BetonReader
 from pipelines.engines import EngineName
-from pipelines.errors import DataError
+from pipelines.errors import DataError, did_you_mean
 from pipelines.read_ahead import available_memory_bytes
 from pipelines.views import build_view_specs
 
@@ -54,7 +54,8 @@ def check_job(job: Job, engines: Sequence[str], window_s: float) -> None:
     """
     unknown = sorted(set(engines) - set(ENGINES))
     if unknown or not engines:
-        raise DataError(f"--engines must be of {', '.join(ENGINES)}, got {', '.join(unknown) or 'none'}")
+        hint = did_you_mean(unknown[0], ENGINES) if unknown else ""
+        raise DataError(f"--engines must be of {', '.join(ENGINES)}, got {', '.join(unknown) or 'none'}{hint}")
     num_cores = len(os.sched_getaffinity(0))
     if not 1 <= job.num_threads <= num_cores:
         raise DataError(f"--threads must be in 1..{num_cores}, the cores of this process, got {job.num_threads}")

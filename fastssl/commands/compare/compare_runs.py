@@ -31,6 +31,7 @@ from fastssl.tracking.report import Report
 from fastssl.tracking.result_rows import append_rows, environment_columns
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
+from pipelines.errors import did_you_mean
 from pipelines.printable import printable
 
 _TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -131,7 +132,8 @@ def compare(
     protocols = _check(variants, candidates, base, overrides, on_test=on_test)
     tune_on = tune_on or next(iter(protocols), "few_label")
     if tune and tune_on not in protocols:
-        raise UserError(f"--tune-on must be one of {', '.join(protocols)} (eval.what), not {tune_on}")
+        hint = did_you_mean(tune_on, protocols)
+        raise UserError(f"--tune-on must be one of {', '.join(protocols)} (eval.what), not {tune_on}{hint}")
     environment = environment_columns(_PACKAGES)
     runs = _Runs(out, base, overrides, launcher=launcher, num_jobs=num_jobs, say=say)
     if tune:
