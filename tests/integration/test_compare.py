@@ -1,6 +1,7 @@
 """`fastssl compare` on tiny runs: two losses, two seeds."""
 
 import csv
+import json
 import sys
 
 import pytest
@@ -52,9 +53,14 @@ def test_configurations_under_seeds_become_a_table(tiny_config, tmp_path, comman
     assert (out / "compare.png").exists()
 
     first = (out / "mio/seed_0/metrics.jsonl").read_text()
-    again = command(*compare)  # everything is complete: nothing is trained or judged again
+    again = command(*compare, "--json")  # everything is complete: nothing is trained or judged again
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is complete") == 4
+    assert again.stderr.count("is complete") == 4
+    exact = json.loads(again.stdout)["rows"]
+    assert {row["config"]: round(row["mean_percent"], 6) for row in exact} == {
+        name: round(sum(float(row["percent"]) for row in rows if row["config"] == name) / 2, 6)
+        for name in ("mio", "minc")
+    }
     assert (out / "mio/seed_0/metrics.jsonl").read_text() == first
     assert len(read_rows(out / "mio/seed_0/eval.jsonl")) == 1
 

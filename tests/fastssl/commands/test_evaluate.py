@@ -187,6 +187,14 @@ def test_another_data_set_without_a_test_file_is_held_out_of(run_folder, tmp_pat
     assert sorted({*train.ids, *test.ids}) == list(range(20, 240))
 
 
+def test_json_has_the_lines_of_the_results_and_nothing_else_is_on_stdout(run_folder, capfd):
+    assert main(["eval", str(run_folder), "--what", "knn", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    [line] = read_rows(run_folder / "eval.jsonl")[-1:]
+    assert found["rows"][-1] == line
+    assert found["checkpoint_steps"] == {"pre-trained encoder": 20}
+
+
 def test_another_data_set_with_its_test_file(run_folder, tmp_path, digit_arrays):
     other, other_test = (
         _write(tmp_path / f"{name}.beton", images, labels // 5)

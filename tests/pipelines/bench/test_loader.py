@@ -32,7 +32,7 @@ def test_a_short_run_prints_a_table_and_what_bounds_the_machine(photographs, tmp
     out = tmp_path / "rows.csv"
     done = command(
         "fastssl", "bench", "loader", photographs, "--size-px", "64", "--engines", "ffcv", "dali", "resident",
-        "--batch-size", "4", "--threads", "1", "--seconds", "0.2", "--device", "cpu", "--out", out,
+        "--batch-size", "4", "--threads", "1", "--seconds", "0.2", "--device", "cpu", "--out", out, "--wide",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with out.open(newline="") as file:

@@ -1,0 +1,84 @@
+"""--json: JSON alone on stdout, whatever else is printed on the way; --wide: all columns."""
+
+import argparse
+import json
+import os
+import subprocess
+
+import pytest
+
+from fastssl.cli import main
+from fastssl.commands.output import print_json, print_report
+from fastssl.tracking.report import Report
+from pipelines.convert import convert
+
+
+@pytest.fixture
+def beton(tmp_path):
+    path = tmp_path / "digits.beton"
+    convert("digits", None, path, split="test")
+    return path
+
+
+def test_json_is_alone_on_stdout(capfd):
+    def find():
+        print("from Python")
+        os.write(1, b"from C\n")
+        subprocess.run(["echo", "from a program"], check=True)
+        return {"a": 1}
+
+    print_json(find)
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"a": 1}
+    assert {"from Python", "from C", "from a program"} <= set(err.splitlines())
+    print("and then stdout is as before")
+    assert capfd.readouterr().out == "and then stdout is as before\n"
+
+
+def test_stdout_is_as_before_after_an_error(capfd):
+    with pytest.raises(KeyError):
+        print_json(lambda: {}["a"])
+    print("x")
+    assert capfd.readouterr() == ("x\n", "")
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_wide", "shown"), [("20", False, False), ("20", True, True), ("99", False, True)]
+)
+def test_the_table_has_the_width_of_the_terminal(columns, is_wide, shown, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", columns)
+    report = Report(values={}, rows=[{"a": 1, "b": "x" * 30}], columns={"a": "a", "b": "b"}, details=("b",))
+    print_report(argparse.Namespace(json=False, wide=is_wide), lambda: report)
+    out = capfd.readouterr().out
+    assert ("x" * 30 in out) == shown
+    assert ("not shown: b" in out) != shown
+
+
+def test_inspect_shows_what_a_person_asks_for(beton, tmp_path, capfd):
+    assert main(["inspect", str(beton), "--out", str(tmp_path / "sheet.png")]) == 0
+    lines = dict(line.split("  ", 1) for line in capfd.readouterr().out.splitlines())
+    shown = {name: value.strip() for name, value in lines.items()}
+    assert shown["images"] == "500 (0 JPEG, 500 raw)"
+    assert shown["labels"] == "yes"
+    assert shown["classes"].startswith("10, 48 to 51 images each")
+    assert shown["width"] == "8 px, median 8"
+    assert shown["from"] == "scikit-learn digits, test"
+    assert "sha256 recorded" in shown["checksum"]
+    (beton.parent / f"{beton.name}.json").unlink()
+    assert main(["inspect", str(beton), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["num_images"], found["num_labelled"], found["checksum"]) == (500, 500, "none")
+
+
+def test_verify_and_convert_as_json(beton, tmp_path, capfd):
+    assert main(["verify", str(beton), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["num_images"], found["num_raw"], len(found["sha256"])) == (500, 500, 64)
+    again = ["convert", "--from", "digits", "--split", "test", str(tmp_path / "b.beton"), "--json"]
+    assert main(again) == 0
+    [file] = json.loads(capfd.readouterr().out)["files"]
+    assert (file["out"], file["num_images"], file["errors_path"]) == (str(tmp_path / "b.beton"), 500, None)
+    assert main(again) == 2  # it exists
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("fastssl: error: ")
