@@ -1,6 +1,7 @@
 """`fastssl launch`: start a training by deepspeed or torchrun, without the launcher's own lines unless it fails."""
 
 import argparse
+import os
 import re
 import signal
 import subprocess
@@ -73,8 +74,11 @@ def _pass_on(pipe: IO[bytes], to: IO[str], held: deque[str], errors: list[str]) 
         elif _ERROR.match(line):
             errors.append(line)
         else:
-            to.write(line)
-            to.flush()
+            try:
+                to.write(line)
+                to.flush()
+            except BrokenPipeError:  # the reader of our output, such as `head`, has gone; the training goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
 
 
 def _last_words(errors: Sequence[str]) -> list[str]:

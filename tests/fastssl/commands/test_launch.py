@@ -76,6 +76,15 @@ time.sleep(60)
         assert process.wait(timeout=20) == 7
 
 
+def test_a_training_goes_on_when_nobody_reads_its_lines(tmp_path):
+    done = tmp_path / "done"
+    program = f"import pathlib\nfor i in range(20000): print('epoch', i)\npathlib.Path({str(done)!r}).touch()"
+    command = f'{sys.executable} -m fastssl.cli launch {sys.executable} -c "$0" | head -1'
+    shown = subprocess.run(["bash", "-c", command, program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.exists()
+    assert (shown.stdout, shown.stderr) == ("epoch 0\n", "")
+
+
 @pytest.mark.slow
 def test_deepspeed_itself(tiny_config, tmp_path, command):
     launcher = ["fastssl", "launch", "deepspeed", "--num_gpus", "2", "--master_port", free_port(), "fastssl/train.py"]
