@@ -28,22 +28,29 @@ def test_two_trainings_of_one_process_want_no_common_port(tiny_config, tmp_path)
 def test_two_trainings_of_two_processes_at_one_port(tiny_config, tmp_path):
     """The first is not disturbed; the second ends with a line that says how to choose another port."""
     launcher = ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", free_port(), "fastssl/train.py"]
-    first = _start([*launcher, "--cfg", str(tiny_config)], tmp_path / "a")
-    while not (tmp_path / "a" / "lock").exists():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.1)
-    second = _start([*launcher, "--cfg", str(tiny_config)], tmp_path / "b")
-    _, said = second.communicate(timeout=250)
-    assert second.returncode == 2, said
-    assert "in use" in said
-    assert "deepspeed --master_port" in said
-    assert "Traceback" not in said
-    assert first.communicate(timeout=250) is not None
-    assert first.returncode == 0
-    assert not (tmp_path / "b").exists()
+    command, metrics = [*launcher, "--cfg", str(tiny_config)], tmp_path / "a" / "metrics.jsonl"
+    first = _start(command, tmp_path / "a", "train.num_epochs=100000")
+    try:
+        while not metrics.exists():
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.1)
+        second = _start(command, tmp_path / "b")
+        _, said = second.communicate(timeout=200)
+        assert second.returncode == 2, said
+        assert "in use" in said
+        assert "deepspeed --master_port" in said
+        assert "Traceback" not in said
+        assert not (tmp_path / "b").exists()
+        num_bytes = metrics.stat().st_size
+        while metrics.stat().st_size == num_bytes:  # it goes on
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.1)
+    finally:
+        first.terminate()
+        first.communicate(timeout=60)
 
 
-def _start(command: list[str], run: Path) -> subprocess.Popen[str]:
-    settings = ["--set", f"run.dir={run}"]
+def _start(command: list[str], run: Path, *others: str) -> subprocess.Popen[str]:
+    settings = ["--set", f"run.dir={run}", *others]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, *settings], cwd=ROOT, env=environment(), **pipes)
