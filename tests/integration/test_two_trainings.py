@@ -1,5 +1,7 @@
 """Two real trainings on one machine at the same time, started with the same port."""
 
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -46,11 +48,11 @@ def test_two_trainings_of_two_processes_at_one_port(tiny_config, tmp_path):
             assert first.poll() is None, first.communicate()
             time.sleep(0.1)
     finally:
-        first.terminate()
+        os.killpg(first.pid, signal.SIGKILL)  # the launchers and both ranks
         first.communicate(timeout=60)
 
 
 def _start(command: list[str], run: Path, *others: str) -> subprocess.Popen[str]:
     settings = ["--set", f"run.dir={run}", *others]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *settings], cwd=ROOT, env=environment(), **pipes)
+    return subprocess.Popen([*command, *settings], cwd=ROOT, env=environment(), start_new_session=True, **pipes)
