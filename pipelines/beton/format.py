@@ -45,6 +45,11 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+def hashes_path(path: Path) -> Path:
+    """`x.beton` -> `x.beton.hashes`: uint64 [N, 2], little-endian; see `pipelines.convert.hashes.Hashes`."""
+    return path.with_name(f"{path.name}.hashes")
+
+
 def partial_path(path: Path) -> Path:
     """`x.beton` -> `x.beton.partial`, the file while it is written."""
     return path.with_name(f"{path.name}.partial")

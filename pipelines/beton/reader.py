@@ -4,6 +4,7 @@ import io
 import mmap
 import os
 import weakref
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +24,14 @@ from pipelines.beton.format import (
     MAX_FIELDS,
     MAX_LABEL,
     RAW,
+    hashes_path,
     sidecar_path,
     summarise,
 )
 from pipelines.beton.identity import Identity, identity_of
 from pipelines.beton.sidecar import read_sidecar
 from pipelines.errors import DataChangedError, DataError, one_line
-from pipelines.jpeg_scans import MAX_SCANS, has_too_many_scans
+from pipelines.files import open_regular
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 
@@ -87,6 +89,18 @@ class BetonReader:
     def identity(self) -> Identity:
         """See `identity_of`; computed once."""
         return identity_of(self)
+
+    @cached_property
+    def hashes(self) -> np.ndarray | None:
+        """uint64 [N, 2] from `<path>.hashes`, see `pipelines.convert.hashes.Hashes`; None: there is no file of them."""
+        try:
+            with open_regular(hashes_path(self.path)) as file:
+                stored = file.read(self.num_samples * 16 + 1)
+        except FileNotFoundError:
+            return None
+        if len(stored) != self.num_samples * 16 or zlib.crc32(stored) != self.sidecar.get("hashes_crc32"):
+            return None  # of another file of the same name
+        return np.frombuffer(stored, "<u8").reshape(-1, 2)
 
     def check_unchanged(self) -> None:
         """Compare size and modification time with those at opening; takes about a microsecond.

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from pipelines.beton.format import (
     RAW,
     SIDECAR_VERSION,
     checkpoint_path,
+    hashes_path,
     partial_path,
     sidecar_path,
     summarise,
@@ -47,7 +49,7 @@ class BetonWriter:
     the header's number of samples). At least PAGE_BYTES are reserved: enough for 349,437 samples without a hint.
     A sample never crosses a page boundary. The page size doubles until a page holds the largest sample. Pages of one
     power of two nest in those of the next, so samples written earlier stay valid.
-    The writer keeps 32 bytes per sample in memory and no images. The file appears under its final name only when it
+    The writer keeps 48 bytes per sample in memory and no images. The file appears under its final name only when it
     is complete, after its sidecar. A killed process leaves `<name>.partial` and, after a checkpoint,
     `<name>.partial.npz`. Another writer can resume from these and writes the same file as an uninterrupted writer.
 
@@ -96,6 +98,7 @@ class BetonWriter:
         self._page_bytes = PAGE_BYTES
         self._metadata = np.zeros(capacity, METADATA)
         self._data_bytes = np.zeros(capacity, np.uint64)
+        self._hashes = np.zeros((capacity, 2), "<u8")
 
     def __enter__(self) -> Self:
         """Open the temporary file.
@@ -143,15 +146,19 @@ class BetonWriter:
         self._sync(self._file)
         place = {"num_samples": self.num_samples, "position": self._position, "page_bytes": self._page_bytes}
         about = json.dumps(place | {"data_start": self._data_start, "note": note}).encode()
-        with self._new_checkpoint.open("wb") as file:
-            np.savez(
-                file,
-                about=np.frombuffer(about, np.uint8),
-                metadata=self._metadata[: self.num_samples].view(np.uint8),  # plain bytes
-                data_bytes=self._data_bytes[: self.num_samples],
-            )
-            self._sync(file)
-        self._new_checkpoint.replace(self._checkpoint)
+        try:
+            with self._new_checkpoint.open("wb") as file:
+                np.savez(
+                    file,
+                    about=np.frombuffer(about, np.uint8),
+                    metadata=self._metadata[: self.num_samples].view(np.uint8),  # plain bytes
+                    data_bytes=self._data_bytes[: self.num_samples],
+                    hashes=self._hashes[: self.num_samples],
+                )
+                self._sync(file)
+            self._new_checkpoint.replace(self._checkpoint)
+        finally:
+            self._new_checkpoint.unlink(missing_ok=True)  # there if the disk is full
 
     def _load_checkpoint(self) -> None:
         try:
@@ -161,6 +168,8 @@ class BetonWriter:
                 if about["data_start"] != self._data_start or not len(metadata) == num <= len(self._metadata):
                     raise ValueError("another number of samples")
                 self._metadata[:num], self._data_bytes[:num] = metadata, found["data_bytes"]
+                if "hashes" in found:  # not in checkpoints of older versions
+                    self._hashes[:num] = found["hashes"]
             self._position, self._page_bytes = about["position"], about["page_bytes"]
             self.num_samples, self.note = num, about["note"]
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -169,15 +178,23 @@ class BetonWriter:
             raise DataError(f"{self._partial}: shorter than at its checkpoint; pass --overwrite to start again")
         self._file.truncate(self._position)
 
-    def write_jpeg(self, data: bytes, *, height_px: int, width_px: int, label: int = -1) -> None:
+    def write_jpeg(
+        self, data: bytes, *, height_px: int, width_px: int, label: int = -1, hashes: tuple[int, int] = (0, 0)
+    ) -> None:
         """Append one image as the bytes of a JPEG file (8-bit, grey or three components).
 
+        Args:
+            data: The bytes.
+            height_px: Height.
+            width_px: Width.
+            label: -1 = none.
+            hashes: See `pipelines.convert.hashes.Hashes`; 0 = unknown.
         Raises:
             ValueError: no bytes, a side outside 1..65535 px, or no room left.
         """
-        self._write(data, JPG, height_px, width_px, label)
+        self._write(data, JPG, height_px, width_px, label, hashes)
 
-    def write_raw(self, pixels: np.ndarray, *, label: int = -1) -> None:
+    def write_raw(self, pixels: np.ndarray, *, label: int = -1, hashes: tuple[int, int] = (0, 0)) -> None:
         """Append one image as its pixels, uint8 RGB [H, W, 3].
 
         Raises:
@@ -185,7 +202,7 @@ class BetonWriter:
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"pixels must be uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
-        self._write(pixels.tobytes(), RAW, pixels.shape[0], pixels.shape[1], label)
+        self._write(pixels.tobytes(), RAW, pixels.shape[0], pixels.shape[1], label, hashes)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Finish the file and rename it; after an exception, keep the partial file if there is a checkpoint.
@@ -203,7 +220,9 @@ class BetonWriter:
             if not self._checkpoint.exists():
                 self._partial.unlink(missing_ok=True)
 
-    def _write(self, data: bytes, mode: int, height_px: int, width_px: int, label: int) -> None:
+    def _write(
+        self, data: bytes, mode: int, height_px: int, width_px: int, label: int, hashes: tuple[int, int]
+    ) -> None:
         if not 1 <= min(height_px, width_px) <= max(height_px, width_px) <= MAX_SIDE_PX:
             raise ValueError(f"sides must be 1..{MAX_SIDE_PX} px, not {height_px}x{width_px}")
         if not 1 <= len(data) <= MAX_PAGE_BYTES:
@@ -220,6 +239,7 @@ class BetonWriter:
         self._file.write(data)
         self._metadata[self.num_samples] = (mode, width_px, height_px, self._position), label
         self._data_bytes[self.num_samples] = len(data)
+        self._hashes[self.num_samples] = hashes
         self._position += len(data)
         self.num_samples += 1
 
@@ -250,8 +270,20 @@ class BetonWriter:
             on_disk = writing.submit(os.fsync, self._file.fileno())
             about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             on_disk.result()
-        sidecar = sidecar_path(self._partial)
+        hashes = self._hashes[: self.num_samples]
+        if hashes.any():
+            from pipelines.beton.duplicates import count_duplicates  # imports numba, which a reader does not need
+
+            about |= {"duplicates": count_duplicates(hashes), "hashes_crc32": zlib.crc32(hashes.tobytes())}
+        sidecar, new_hashes = sidecar_path(self._partial), hashes_path(self._partial)
         try:
+            if hashes.any():
+                with new_hashes.open("wb") as file:
+                    file.write(hashes.tobytes())
+                    self._sync(file)
+                new_hashes.replace(hashes_path(self.path))
+            else:
+                hashes_path(self.path).unlink(missing_ok=True)
             with sidecar.open("wb") as file:
                 text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
                 file.write(text.encode(errors="backslashreplace"))  # lone surrogates, as JSON writes them
@@ -259,6 +291,7 @@ class BetonWriter:
             sidecar.replace(sidecar_path(self.path))
         finally:
             sidecar.unlink(missing_ok=True)
+            new_hashes.unlink(missing_ok=True)
         self._partial.replace(self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)  # makes the renames survive a power failure as well
         os.fsync(folder)

@@ -1,10 +1,12 @@
 """Converts images to a .beton file."""
 
+import errno
 import json
 import os
+import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from pipelines.beton import BetonWriter
 from pipelines.beton.format import checkpoint_path, partial_path, sidecar_path
 from pipelines.beton.sidecar import read_sidecar
+from pipelines.convert.image_files import left_out_lines
 from pipelines.convert.images import (
     MAX_JPEG_SIDE_PX,
     CorruptImageError,
@@ -23,21 +26,25 @@ from pipelines.convert.images import (
     silence_pillow,
     store_items,
 )
+from pipelines.convert.infer_kind import infer_kind
 from pipelines.convert.source import MAX_ITEMS, Item, Source
-from pipelines.convert.sources import SourceKind, SourceOptions, build_source
+from pipelines.convert.sources import SourceKind, SourceOptions, build_source, join_sources
 from pipelines.errors import DataError
 from pipelines.printable import printable
 from pipelines.progress import Progress
 
-__all__ = ["ConvertReport", "SourceKind", "convert", "convert_shards"]
+__all__ = ["ConvertReport", "SourceKind", "convert", "convert_shards", "infer_kind"]
 
 NUM_ITEMS_PER_TASK = 8
 MAX_TASK_BYTES = 8 << 20  # of images that were read already; a task ends with the image that exceeds this
 NUM_TASKS_AHEAD = 2  # per thread or process; finished images waiting for the writer; bounds the memory
 MAX_SHARDS = 99_999
 MAX_WORKERS = 1024
-MAX_NAME_CHARS = 8192  # in the list of skipped images; a path has at most 4096 bytes
+MAX_NAME_CHARS = 8192  # in a list of files; a path has at most 4096 bytes
+DEFAULT_MAX_BAD = 0.1
+NUM_NAMES_SHOWN, NUM_REASONS_SHOWN = 3, 8
 CHECKPOINT_EVERY_S = 10.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,8 +61,12 @@ class ConvertReport:
         num_encoded: Images re-encoded as JPEG.
         num_raw: Images stored as pixels.
         num_skipped: Corrupt images that were skipped.
-        num_ignored: Files of the source without the extension of an image.
+        num_ignored: Files and folders of the source that were left out.
+        left_out: Their number by kind, such as ".txt", "empty", "hidden".
+        num_copies: Images whose stored bytes are those of an earlier one.
+        num_similar: Further images that look almost like an earlier one; None: too many images to count.
         errors_path: List of the skipped images, one `path<TAB>reason` per line; None if there are none.
+        left_out_path: List of what was left out, one `path<TAB>kind` per line; None if there is nothing.
         wall_s: Duration of this process in seconds.
     """
 
@@ -66,7 +77,11 @@ class ConvertReport:
     num_raw: int
     num_skipped: int
     num_ignored: int
+    left_out: dict[str, int]
+    num_copies: int
+    num_similar: int | None
     errors_path: Path | None
+    left_out_path: Path | None
     wall_s: float
 
 
@@ -75,17 +90,29 @@ class _Options:
     """Options shared by all files of one call; see `convert`."""
 
     max_px: int | None = None
-    on_error: Literal["fail", "skip"] = "fail"
+    on_error: Literal["fail", "skip"] | None = None
+    max_bad: float | None = None
     quality: int = 95
     overwrite: bool = False
     resume: bool = False
     num_workers: int = 0
 
+    @property
+    def max_bad_fraction(self) -> float:
+        """Largest fraction of bad images."""
+        if self.on_error is not None:
+            return 0.0 if self.on_error == "fail" else 1.0
+        return DEFAULT_MAX_BAD if self.max_bad is None else self.max_bad
+
     def __post_init__(self) -> None:
         if self.max_px is not None and not 1 <= self.max_px <= MAX_JPEG_SIDE_PX:
             raise ValueError(f"max_px must be 1..{MAX_JPEG_SIDE_PX}, not {self.max_px}")
-        if self.on_error not in ("fail", "skip"):
+        if self.on_error not in (None, "fail", "skip"):
             raise ValueError(f"on_error must be fail or skip, not {self.on_error!r}")
+        if self.max_bad is not None and not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad must be a fraction in 0..1, not {self.max_bad}")
+        if self.max_bad is not None and self.on_error is not None:
+            raise ValueError("max_bad and on_error exclude each other: fail is max_bad 0, skip is max_bad 1")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be 1..100, not {self.quality}")
         if not 0 <= self.num_workers <= MAX_WORKERS:
@@ -103,12 +130,13 @@ class _Done:
 
 
 def convert(
-    source_kind: SourceKind,
-    src: str | None,
+    source_kind: SourceKind | None,
+    src: str | Sequence[str] | None,
     out: str | Path,
     *,
     max_px: int | None = None,
-    on_error: Literal["fail", "skip"] = "fail",
+    on_error: Literal["fail", "skip"] | None = None,
+    max_bad: float | None = None,
     quality: int = 95,
     overwrite: bool = False,
     resume: bool = False,
@@ -117,13 +145,18 @@ def convert(
 ) -> ConvertReport:
     """Write a .beton file and its sidecar. Every image is decoded once, so that corrupt images are found.
 
+    Corrupt images are left out and listed in `<out>.errors.txt`, other files of a folder in `<out>.left_out.txt`; lines
+    are printed that sum up both.
+
     Args:
-        source_kind: See `sources.build_source`.
-        src: The folder, file, file pattern or name; None for "digits".
+        source_kind: See `sources.build_source`; None: see `infer_kind`.
+        src: The folder, file, file pattern or name; None for "digits". Several sources are written one after the other,
+            and classes of one name are one class; see `sources.join_sources`.
         out: The .beton file; its folder is created.
         max_px: Downscale images whose longer side exceeds this.
-        on_error: What to do with a corrupt image: "fail" stops; "skip" leaves it out and lists it in
-            `<out>.errors.txt`.
+        on_error: "fail" is max_bad=0, and "skip" max_bad=1.
+        max_bad: The conversion fails when more than this fraction of the images is corrupt (default: 0.1). Resumed with
+            a larger fraction, it continues.
         quality: JPEG quality of re-encoded images, 1..100.
         overwrite: Replace an existing file, and the partial files of an unfinished conversion.
         resume: Resume a killed conversion of the same source and options. The result is the same file as that of an
@@ -132,8 +165,8 @@ def convert(
         source_options: Fields of `sources.SourceOptions`, e.g. split.
     Raises:
         ValueError: an option is out of range, or the source does not support it.
-        DataError: bad source, a corrupt image with on_error="fail", only corrupt images, `out` exists, or the partial
-            files belong to another source or other options.
+        DataError: bad source, too many corrupt images, only corrupt images, `out` exists, or the partial files belong
+            to another source or other options.
     """
     source, options, about = _prepare(
         source_kind,
@@ -141,6 +174,7 @@ def convert(
         {
             "max_px": max_px,
             "on_error": on_error,
+            "max_bad": max_bad,
             "quality": quality,
             "overwrite": overwrite,
             "resume": resume,
@@ -152,8 +186,8 @@ def convert(
 
 
 def convert_shards(
-    source_kind: SourceKind,
-    src: str | None,
+    source_kind: SourceKind | None,
+    src: str | Sequence[str] | None,
     out: str | Path,
     *,
     num_shards: int,
@@ -197,18 +231,22 @@ def shard_path(out: str | Path, shard: int, num_shards: int) -> Path:
 
 
 def _prepare(
-    source_kind: SourceKind, src: str | None, options: dict[str, Any]
+    source_kind: SourceKind | None, src: str | Sequence[str] | None, options: dict[str, Any]
 ) -> tuple[Source, _Options, dict[str, Any]]:
     """Return the source, the conversion options, and the sidecar's entries about the source."""
     names = {item.name for item in fields(_Options)}
     checked = _Options(**{name: value for name, value in options.items() if name in names})
     source_options = SourceOptions(**{name: value for name, value in options.items() if name not in names})
-    source = build_source(source_kind, src, source_options)
+    each = [src] if src is None or isinstance(src, str) else list(src)
+    kinds: list[SourceKind] = [source_kind or infer_kind(one) for one in each]
+    met: set[tuple[int, int]] = set()
+    source = join_sources([build_source(k, one, source_options, met) for k, one in zip(kinds, each, strict=True)])
     for note in source.notes:
         print(printable(note))
-    about = {"source_kind": source_kind, **asdict(source_options)}
-    if source_options.classes is None:  # files from before there was this option keep their identity
-        del about["classes"]
+    about = {"source_kind": ", ".join(kinds), **asdict(source_options)}
+    for name, default in (("classes", None), ("labels", "auto")):
+        if about[name] == default:  # files from before there was this option keep their identity
+            del about[name]
     return source, checked, about
 
 
@@ -217,7 +255,7 @@ def _convert_range(
 ) -> ConvertReport:
     """Write items start..stop-1 of a source."""
     start_s = time.monotonic()
-    about = about | {"max_px": options.max_px, "quality": options.quality}  # not on_error: a resumed run may change it
+    about = about | {"max_px": options.max_px, "quality": options.quality}  # not max_bad: a resumed run may change it
     identity = f"{source.fingerprint} {start} {stop} {json.dumps(about, sort_keys=True)}"
     if options.resume and out.exists() and not options.overwrite:
         done = _Done(fingerprint=identity)
@@ -226,7 +264,7 @@ def _convert_range(
         if not partial_path(out).exists():  # killed after the file had its name
             checkpoint_path(out).unlink(missing_ok=True)
         print(f"{printable(out)}: finished already")
-        return _report(out, done, source, None, start_s)
+        return _report(out, done, source, start_s)
     if stop - start > MAX_ITEMS:
         raise DataError(f"{source.name}: {stop - start:,} images; a file holds at most {MAX_ITEMS:,}: pass --shards")
     try:
@@ -236,7 +274,7 @@ def _convert_range(
             stop - start,
             class_names=source.class_names,
             source=printable(source.name),
-            options=about | {"on_error": options.on_error, "identity": identity},
+            options=about | {"max_bad": options.max_bad_fraction, "identity": identity},
             overwrite=options.overwrite,
             resume=options.resume,
         )
@@ -247,20 +285,52 @@ def _convert_range(
                     f"{partial_path(out)}: of another source or other options; pass --overwrite to start again"
                 )
             _write_all(writer, source, start, stop, options, done)
-            errors_path = _write_errors(out, done.errors)
+            errors_path = _write_list(_errors_path(out), done.errors)
             if not writer.num_samples:
                 raise DataError(f"{source.name}: all {len(done.errors)} images are corrupt; see {errors_path}")
+            _write_list(_left_out_path(out), source.left_out if not start else ())  # with the first shard
     except BrokenExecutor as error:
         raise DataError(f"{out}: a worker process died, perhaps for lack of memory; try fewer workers") from error
     except MemoryError as error:
         raise DataError(f"{source.name}: its images need more memory than there is; try fewer workers") from error
     except OSError as error:
-        raise DataError(f"{error.filename or out}: cannot be written ({error.strerror})") from error
+        free = "; free space, then repeat the command with --resume" if error.errno in DISK_FULL else ""
+        raise DataError(f"{error.filename or out}: cannot be written ({error.strerror}){free}") from error
+    report = _report(out, done, source, start_s)
+    for line in _summary(report, done, source, stop - start):
+        print(printable(line))
+    return report
+
+
+def _summary(report: ConvertReport, done: _Done, source: Source, num_items: int) -> Iterator[str]:
+    """Lines about what is not in the file, and what is in it twice."""
+    for line in left_out_lines(source.name, source.num_left_out):
+        yield line + (f"; see {report.left_out_path}" if report.left_out_path else "")
     if done.errors:
-        print(
-            f"{len(done.errors)} of {stop - start} images are corrupt and were left out; see {printable(errors_path)}"
+        reasons = _by_reason(done.errors)
+        yield (
+            f"{len(done.errors):,} of {num_items:,} images are corrupt and were left out: {reasons}; "
+            f"see {report.errors_path}"
         )
-    return _report(out, done, source, errors_path, start_s)
+    if report.num_copies or report.num_similar:
+        similar = "" if report.num_similar is None else f", {report.num_similar:,} more look almost like another"
+        yield f"{report.out}: {report.num_copies:,} images are copies of others{similar}"
+
+
+def _by_reason(errors: Sequence[tuple[str, str]]) -> str:
+    """`2 empty file (a.jpg, b.jpg), 1 truncated JPEG (c.jpg)`: reasons that differ in numbers alone are one."""
+    groups: dict[str, list[int]] = {}
+    for i, (_, reason) in enumerate(errors):
+        groups.setdefault(re.sub(r"\d[\d,]*", "", reason), []).append(i)
+    largest = sorted(groups.values(), key=len, reverse=True)
+    parts = []
+    for group in largest[:NUM_REASONS_SHOWN]:
+        names = [os.path.basename(errors[i][0]) for i in group[:NUM_NAMES_SHOWN]] + ["..."] * (
+            len(group) > NUM_NAMES_SHOWN
+        )
+        parts.append(f"{len(group):,} {errors[group[0]][1]} ({', '.join(names)})")
+    num_more = sum(map(len, largest[NUM_REASONS_SHOWN:]))
+    return ", ".join(parts + [f"{num_more:,} for other reasons"] * bool(num_more))
 
 
 def _finished_identity(out: Path) -> object:
@@ -270,7 +340,9 @@ def _finished_identity(out: Path) -> object:
         return None
 
 
-def _report(out: Path, done: _Done, source: Source, errors_path: Path | None, start_s: float) -> ConvertReport:
+def _report(out: Path, done: _Done, source: Source, start_s: float) -> ConvertReport:
+    errors, left_out = _errors_path(out), _left_out_path(out)
+    duplicates = read_sidecar(sidecar_path(out)).get("duplicates") or {}
     return ConvertReport(
         out=out,
         num_images=sum(done.how.values()),
@@ -278,14 +350,18 @@ def _report(out: Path, done: _Done, source: Source, errors_path: Path | None, st
         num_encoded=done.how.get("encoded", 0),
         num_raw=done.how.get("raw", 0),
         num_skipped=len(done.errors),
-        num_ignored=source.num_ignored,
-        errors_path=errors_path,
+        num_ignored=source.num_left_out.total(),
+        left_out=dict(source.num_left_out),
+        num_copies=duplicates.get("copies", 0),
+        num_similar=duplicates.get("similar"),
+        errors_path=errors if errors.exists() else None,
+        left_out_path=left_out if left_out.exists() else None,
         wall_s=time.monotonic() - start_s,
     )
 
 
 def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, options: _Options, done: _Done) -> None:
-    """Write every valid image; corrupt ones are added to `done.errors`, or raise DataError with on_error="fail"."""
+    """Write every valid image; corrupt ones are added to `done.errors`, and raise DataError if they are too many."""
     how = Counter(done.how)
     noted_s = time.monotonic()
     items = source.read(start + done.num_read, stop)
@@ -295,11 +371,16 @@ def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, optio
             if isinstance(result, StoredImage):
                 _write(writer, result, item.label)
                 how[result.how] += 1
-            elif options.on_error == "fail":
-                raise DataError(f"{item.name}: {result}; repair or remove it, or pass --on-error skip")
+            elif not options.max_bad_fraction:
+                raise DataError(f"{item.name}: {result}; repair or remove it, or pass --max-bad or --on-error skip")
             else:
                 done.errors.append((item.name, str(result)))
             done.num_read += 1
+            if len(done.errors) > options.max_bad_fraction * (stop - start):
+                done.how = dict(how)
+                if checkpoint_path(writer.path).exists():  # else it takes seconds to convert again
+                    writer.checkpoint(asdict(done))
+                raise DataError(_too_many(writer.path, done, stop - start, options.max_bad_fraction))
             progress.advance()
             if time.monotonic() - noted_s >= CHECKPOINT_EVERY_S:
                 done.how = dict(how)
@@ -362,18 +443,42 @@ def _build_pool(num_processes: int, num_threads: int) -> Executor:
 
 def _write(writer: BetonWriter, image: StoredImage, label: int) -> None:
     if isinstance(image.data, bytes):
-        writer.write_jpeg(image.data, height_px=image.height_px, width_px=image.width_px, label=label)
+        sides = {"height_px": image.height_px, "width_px": image.width_px}
+        writer.write_jpeg(image.data, **sides, label=label, hashes=image.hashes)
     else:
-        writer.write_raw(image.data, label=label)
+        writer.write_raw(image.data, label=label, hashes=image.hashes)
 
 
-def _write_errors(out: Path, errors: list[tuple[str, str]]) -> Path | None:
-    path = out.with_name(f"{out.name}.errors.txt")
-    if not errors:
+def _too_many(out: Path, done: _Done, num_items: int, max_bad: float) -> str:
+    """The line about too many corrupt images, whose list it writes."""
+    path = _write_list(_errors_path(out), done.errors)
+    return (
+        f"{len(done.errors):,} of the first {done.num_read:,} images are corrupt, more than --max-bad {max_bad:g} of "
+        f"all {num_items:,}: {_by_reason(done.errors)}; see {path}, and continue with --resume --max-bad FRACTION"
+    )
+
+
+def _errors_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.errors.txt")
+
+
+def _left_out_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.left_out.txt")
+
+
+def _write_list(path: Path, names: Iterable[tuple[str, str]]) -> Path | None:
+    """Write a line `name<TAB>why` for each; no file if there are none."""
+    if not names:
         path.unlink(missing_ok=True)
         return None
-    lines = (f"{printable(image, MAX_NAME_CHARS)}\t{printable(reason)}\n" for image, reason in errors)
-    path.write_text("".join(lines), encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for name, why in names:
+                file.write(f"{printable(name, MAX_NAME_CHARS)}\t{printable(why)}\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -2,28 +2,39 @@
 
 import os
 import stat
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 
-from pipelines.convert.source import is_image_name
+from pipelines.convert.content import HINTS, is_image_name, why_no_image
 from pipelines.errors import DataError
+from pipelines.printable import printable
+
+# Kinds of what is left out that have a line of their own.
+AGAIN, SPECIAL = "further name", "socket, pipe or device"
+MAX_KINDS = 12  # in one line
+MAX_KIND_CHARS = 60
 
 
 class ImageFiles:
     """Lists the image files below folders; links are followed, and each folder and file is met once.
 
     Of several names of a file, one without a link on its way comes first, then the first in sorted order. The result
-    therefore does not depend on the order in which a directory lists its entries.
+    therefore does not depend on the order in which a directory lists its entries. The content decides which files are
+    images: see `content.why_no_image`.
 
     Attributes:
-        num_ignored: Number of files that are hidden or have no image extension.
-        num_again: Number of further names of folders and image files.
-        num_special: Number of sockets, pipes and devices.
+        left_out: (path, kind) of each file or folder that was left out: `AGAIN` for further names of folders and image
+            files, `SPECIAL` for sockets, pipes and devices, and the kinds of `content.why_no_image`.
     """
 
-    def __init__(self) -> None:
-        self.num_ignored = self.num_again = self.num_special = 0
-        self._met: set[tuple[int, int]] = set()  # (device, inode)
+    def __init__(self, met: set[tuple[int, int]] | None = None) -> None:
+        """Begin.
+
+        Args:
+            met: (device, inode) of the folders and files met so far, to be shared by several lists.
+        """
+        self.left_out: list[tuple[str, str]] = []
+        self._met = met if met is not None else set()
 
     def folders_in(self, folder: str) -> list[str]:
         """Sub-folders that are not hidden, sorted; a link to a folder that was met already is left out.
@@ -32,11 +43,13 @@ class ImageFiles:
             DataError: the folder cannot be read.
         """
         self._is_new(os.stat(folder))
-        entries = [entry for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith(".")]
+        entries = [entry for entry in _entries(folder) if _is_folder(entry)]
+        self.left_out += [(entry.path, "hidden folder") for entry in entries if entry.name.startswith(".")]
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
         entries.sort(key=lambda entry: entry.is_symlink())
-        new = sorted(entry.path for entry in entries if self._is_new(entry.stat()))
-        self.num_again += len(entries) - len(new)
-        return new
+        is_new = [(entry.path, self._is_new(entry.stat())) for entry in entries]
+        self.left_out += [(path, AGAIN) for path, new in is_new if not new]
+        return sorted(path for path, new in is_new if new)
 
     def find(self, folders: Sequence[str], *, recursive: bool = True) -> list[list[str]]:
         """For each folder, the paths of the image files below it, sorted.
@@ -66,31 +79,31 @@ class ImageFiles:
                     waiting.append((k, path))
         return [sorted(paths) for paths in found]
 
-    def notes(self, name: str) -> tuple[str, ...]:
-        """Lines that say what was left out of the folder `name`."""
-        again = f"{name}: {self.num_again:,} further names (links) of files or folders were left out: each counts once"
-        special = f"{name}: {self.num_special:,} sockets, pipes or devices were left out"
-        return (again,) * bool(self.num_again) + (special,) * bool(self.num_special)
-
     def _takes(self, path: str, images: list[str]) -> bool:
-        """Add a new image file to `images`, or count what else it is; True for a new folder."""
+        """Add a new image file to `images`, or note what else it is; True for a new folder."""
         try:
             status = os.stat(path)
         except OSError:  # a link that leads nowhere: reading the image will say so
-            status = None
-        if status is None or stat.S_ISREG(status.st_mode):
-            if not is_image_name(path):
-                self.num_ignored += 1
-            elif status is None or self._is_new(status):
+            if is_image_name(path):
                 images.append(path)
             else:
-                self.num_again += 1
-        elif not stat.S_ISDIR(status.st_mode):
-            self.num_special += 1
+                self.left_out.append((path, "link that leads nowhere"))
+            return False
+        if stat.S_ISDIR(status.st_mode):
+            if os.path.basename(path).startswith("."):
+                self.left_out.append((path, "hidden folder"))
+            elif self._is_new(status):
+                return True
+            else:
+                self.left_out.append((path, AGAIN))
+        elif not stat.S_ISREG(status.st_mode):
+            self.left_out.append((path, SPECIAL))
+        elif (kind := why_no_image(path, status.st_size)) is not None:
+            self.left_out.append((path, kind))
         elif self._is_new(status):
-            return True
+            images.append(path)
         else:
-            self.num_again += 1
+            self.left_out.append((path, AGAIN))
         return False
 
     def _is_new(self, status: os.stat_result) -> bool:
@@ -98,6 +111,27 @@ class ImageFiles:
         is_new = key not in self._met
         self._met.add(key)
         return is_new
+
+
+def left_out_lines(name: str, counts: Counter[str]) -> Iterable[str]:
+    """Lines that say what was left out of the source `name`, all kinds of it."""
+    others = Counter({kind: num for kind, num in counts.items() if kind not in (AGAIN, SPECIAL)})
+    if others:
+        yield f"{name}: {others.total():,} files were left out: {describe_kinds(others)}"
+    if counts[AGAIN]:
+        yield f"{name}: {counts[AGAIN]:,} further names (links) of files or folders were left out: each counts once"
+    if counts[SPECIAL]:
+        yield f"{name}: {counts[SPECIAL]:,} sockets, pipes or devices were left out"
+
+
+def describe_kinds(counts: Counter[str]) -> str:
+    """`21 .heic (pip install pillow-heif), 3 .txt, 2 empty`; the most frequent first."""
+    parts = [
+        f"{num:,} {printable(kind, MAX_KIND_CHARS)}" + (f" ({HINTS[kind]})" if kind in HINTS else "")
+        for kind, num in counts.most_common(MAX_KINDS)
+    ]
+    num_more = counts.total() - sum(num for _, num in counts.most_common(MAX_KINDS))
+    return ", ".join(parts + [f"{num_more:,} of other kinds"] * bool(num_more))
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,6 @@ from PIL import Image
 from pipelines.beton.format import MAX_LABEL
 from pipelines.errors import DataError
 
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_ITEMS = 100_000_000  # of one file; the writer keeps 32 bytes for each in memory
 
 
@@ -44,8 +43,9 @@ class Source:
         read: (start, stop) -> items start..stop-1, read one after the other.
         fingerprint: Changes if the source changes: its names, labels, sizes or dates.
         class_names: Names by label; None: unlabelled, or the names are unknown.
-        num_ignored: Number of ignored files (hidden, or without the extension of an image).
-        notes: Lines to print, about what else was left out.
+        notes: Lines to print, about how the source is read.
+        left_out: (name, kind) of each file or folder that was left out.
+        num_left_out: Number of what was left out, by kind; also of kinds that `left_out` does not list.
     """
 
     name: str
@@ -53,8 +53,9 @@ class Source:
     read: Callable[[int, int], Iterator[Item]]
     fingerprint: str
     class_names: list[str] | None = None
-    num_ignored: int = 0
     notes: tuple[str, ...] = ()
+    left_out: Sequence[tuple[str, str]] = ()
+    num_left_out: Counter[str] = field(default_factory=Counter)
 
 
 def fingerprint(paths: Iterable[str], more: bytes = b"") -> str:
@@ -68,11 +69,6 @@ def fingerprint(paths: Iterable[str], more: bytes = b"") -> str:
             facts = f"{path}\n"
         digest.update(facts.encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def is_image_name(path: str) -> bool:
-    """Whether a file name is that of an image: it has an image extension and is not hidden."""
-    return Path(path).suffix.lower() in EXTENSIONS and not os.path.basename(path).startswith(".")
 
 
 def checked_label(label: object, where: str) -> int:
@@ -94,8 +90,8 @@ def path_source(
     labels: np.ndarray,
     class_names: list[str] | None = None,
     *,
-    num_ignored: int = 0,
     notes: tuple[str, ...] = (),
+    left_out: Sequence[tuple[str, str]] = (),
 ) -> Source:
     """A source of image files, in the given order.
 
@@ -104,10 +100,8 @@ def path_source(
         paths: N files.
         labels: int64 [N]; -1 = none.
         class_names: See `Source`.
-        num_ignored: See `Source`.
         notes: See `Source`.
-    Raises:
-        DataError: too many classes.
+        left_out: See `Source`.
     """
     if class_names is not None and len(class_names) > MAX_LABEL + 1:
         raise DataError(f"{name}: {len(class_names):,} classes; a file holds at most {MAX_LABEL + 1:,}")
@@ -122,8 +116,9 @@ def path_source(
         read=read,
         fingerprint=fingerprint(paths, labels.astype(np.int64).tobytes()),
         class_names=class_names,
-        num_ignored=num_ignored,
         notes=notes,
+        left_out=left_out,
+        num_left_out=Counter(kind for _, kind in left_out),
     )
 
 

@@ -4,7 +4,9 @@ import csv
 import io
 import os
 import re
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
@@ -12,22 +14,22 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from pipelines.convert.image_files import ImageFiles
-from pipelines.convert.source import (
-    EXTENSIONS,
-    Source,
-    array_source,
-    checked_label,
-    fingerprint,
-    path_source,
-)
+from pipelines.convert.content import EXTENSIONS
+from pipelines.convert.image_files import AGAIN, ImageFiles, describe_kinds
+from pipelines.convert.source import Item, Source, array_source, checked_label, fingerprint, path_source
 from pipelines.errors import DataError
 from pipelines.files import open_regular, read_file
 
+Labels = Literal["auto", "folders", "none"]
 SourceKind = Literal["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
 NUM_DIGITS_TEST = 500
 MAX_BRACE_NUMBERS = 1_000_000
 MAX_CLASS_LIST_BYTES = 16 << 20
+MAX_NAMES = 5  # of folders or classes in one line
+BRACE_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+PARQUET_SUFFIXES = (".parquet",)
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class SourceOptions:
 
     Attributes:
         classes: folder: a file with the names of the sub-folders to read, one a line; None: all.
+        labels: folder: "auto": see `folder_source`; "folders": each sub-folder is a class; "none": no labels.
         split: digits: train, test or None (all). npz: a suffix, arrays `x_<split>`, `y_<split>`. torchvision: the
             data set's own split.
         root: torchvision: the folder of its data sets.
@@ -45,6 +48,7 @@ class SourceOptions:
     """
 
     classes: str | None = None
+    labels: Labels = "auto"
     split: str | None = None
     root: str | None = None
     download: bool = False
@@ -54,6 +58,7 @@ class SourceOptions:
 
 OPTION_KINDS = {
     "classes": ("folder",),
+    "labels": ("folder",),
     "split": ("digits", "npz", "torchvision"),
     "root": ("torchvision",),
     "download": ("torchvision",),
@@ -62,13 +67,17 @@ OPTION_KINDS = {
 }
 
 
-def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> Source:
+def build_source(
+    kind: SourceKind, src: str | None, options: SourceOptions, met: set[tuple[int, int]] | None = None
+) -> Source:
     """List or count the images of a source.
 
     Args:
         kind: One of `SourceKind`.
         src: The folder, file, file pattern (webdataset, parquet) or name (torchvision); unused by "digits".
         options: Options that the kind does not support must not be given.
+        met: Files and folders that other sources hold already, and to which those of this one are added; see
+            `ImageFiles`.
     Raises:
         ValueError: unknown kind, missing `src`, or an option that the kind does not support.
         DataError: the source does not exist, is of another kind, or contains no images.
@@ -80,6 +89,8 @@ def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> S
             raise ValueError(
                 f"{field.name}: only for sources of kind {', '.join(OPTION_KINDS[field.name])}, not {kind}"
             )
+    if options.labels not in get_args(Labels):
+        raise ValueError(f"labels must be one of {', '.join(get_args(Labels))}, not {options.labels!r}")
     if kind == "digits":
         return digits_source(options.split)
     if src is None:
@@ -91,18 +102,77 @@ def build_source(kind: SourceKind, src: str | None, options: SourceOptions) -> S
     if kind == "webdataset":
         from pipelines.convert.webdataset import webdataset_source
 
-        return webdataset_source(find_files(src, (".tar", ".tar.gz", ".tgz")))
+        files = find_files(src, TAR_SUFFIXES)
+        return _with_others(webdataset_source(files), src, files)
     if kind == "parquet":
         from pipelines.convert.parquet import parquet_source
 
-        return parquet_source(find_files(src, (".parquet",)), options.image_column, options.label_column)
+        files = find_files(src, PARQUET_SUFFIXES)
+        return _with_others(parquet_source(files, options.image_column, options.label_column), src, files)
     if kind == "torchvision":
         from pipelines.convert.torchvision_sets import torchvision_source
 
         return torchvision_source(src, options.root, options.split, download=options.download)
     if kind == "folder":
-        return folder_source(Path(src), read_class_list(Path(options.classes)) if options.classes else None)
+        only = read_class_list(Path(options.classes)) if options.classes else None
+        return folder_source(Path(src), only, options.labels, met)
     return csv_source(Path(src))
+
+
+def join_sources(sources: Sequence[Source]) -> Source:
+    """One source after the other as one; classes of one name become one class, and all names are sorted.
+
+    Raises:
+        DataError: a source has labels without names, and another one has names; when such a label is read.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    names = sorted({name for source in sources for name in source.class_names or ()})
+    number = {name: k for k, name in enumerate(names)}
+
+    def labels_of(source: Source) -> dict[int, int] | None:
+        """From a source's labels to those of all sources; None: they are the same."""
+        if not names:
+            return None
+        return {-1: -1} | {k: number[name] for k, name in enumerate(source.class_names or ())}
+
+    def read(start: int, stop: int) -> Iterator[Item]:
+        first = 0
+        for source in sources:
+            new_labels, num = labels_of(source), source.num_items
+            if first < stop and start < first + num:
+                for item in source.read(max(start - first, 0), min(stop - first, num)):
+                    label = item.label if new_labels is None else new_labels.get(item.label)
+                    if label is None:
+                        raise DataError(
+                            f"{item.name}: label {item.label} has no name, but the labels of other sources have; "
+                            "convert the sources one by one"
+                        )
+                    yield item._replace(label=label)
+            first += num
+
+    num_unlabelled = [source.name for source in sources if not source.class_names]
+    note = f"without names of classes: {', '.join(num_unlabelled[:MAX_NAMES])}; the other sources have classes"
+    return Source(
+        name=" and ".join(source.name for source in sources),
+        num_items=sum(source.num_items for source in sources),
+        read=read,
+        fingerprint=fingerprint([], " ".join(source.fingerprint for source in sources).encode()),
+        class_names=names or None,
+        notes=tuple(line for source in sources for line in source.notes) + (note,) * bool(names and num_unlabelled),
+        left_out=[found for source in sources for found in source.left_out],
+        num_left_out=sum((source.num_left_out for source in sources), Counter()),
+    )
+
+
+def _with_others(source: Source, src: str, files: list[str]) -> Source:
+    """Add what else the folder of a source's files holds."""
+    if not os.path.isdir(src):
+        return source
+    others = sorted(set(os.listdir(src)) - {os.path.basename(path) for path in files})
+    kinds = [os.path.splitext(name)[1].lower() or "without extension" for name in others]
+    left_out = [(os.path.join(src, name), kind) for name, kind in zip(others, kinds, strict=True)]
+    return replace(source, left_out=left_out, num_left_out=source.num_left_out + Counter(kinds))
 
 
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -114,7 +184,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     Raises:
         DataError: no files found, or a file of a brace range is missing.
     """
-    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    brace = BRACE_RANGE.search(pattern)
     if brace:
         first, last = int(brace[1]), int(brace[2])
         if not 0 <= last - first < MAX_BRACE_NUMBERS:
@@ -154,40 +224,83 @@ def read_class_list(path: Path) -> list[str]:
     return names
 
 
-def folder_source(folder: Path, only: list[str] | None = None) -> Source:
-    """Images in class subfolders (the sorted names are the classes), or directly in the folder (unlabelled).
+def folder_source(
+    folder: Path, only: list[str] | None = None, labels: Labels = "auto", met: set[tuple[int, int]] | None = None
+) -> Source:
+    """Images in a folder; those in its sub-folders have the sub-folder as their class.
+
+    The classes are the sorted names of the sub-folders with images. With labels="auto", sub-folders are no classes
+    where they tell nothing apart: one holds all images, each holds one image, or all have names of splits (train, val).
+    A note says so.
 
     Args:
         folder: The folder.
-        only: Sorted names of the sub-folders to read; None: all.
+        only: Sorted names of the sub-folders to read, each of which is a class; None: all.
+        labels: "auto"; "folders": each sub-folder is a class, also without images; "none": no labels.
+        met: See `build_source`.
     """
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder")
-    files = ImageFiles()
-    classes = files.folders_in(str(folder))
+    is_first = not met
+    files = ImageFiles(met)
+    folders = files.folders_in(str(folder))
     if only is not None:
-        by_name = {os.path.basename(path): path for path in classes}
+        by_name = {os.path.basename(path): path for path in folders}
         if missing := [name for name in only if name not in by_name]:
-            raise DataError(
-                f"{folder}: no sub-folder for {len(missing)} of {len(only)} classes: {', '.join(missing[:5])}"
-            )
-        classes = [by_name[name] for name in only]
-    found = files.find(classes)
+            raise DataError(f"{folder}: no sub-folder for {len(missing)} of {len(only)} classes: {_some(missing)}")
+        folders = [by_name[name] for name in only]
+    found = dict(zip(folders, files.find(folders), strict=True))
     flat = files.find([str(folder)], recursive=False)[0]
-    images = [path for paths in found for path in paths]
-    if images and flat:
-        raise DataError(f"{folder}: has images and class sub-folders with images; move one or the other away")
-    if not images and not flat:
-        raise DataError(f"{folder}: no images in it (looked for {' '.join(sorted(EXTENSIONS))})")
-    labels = np.full(len(flat), -1) if flat else np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
-    return path_source(
-        str(folder.resolve()),
-        flat or images,
-        labels,
-        None if flat else [os.path.basename(path) for path in classes],
-        num_ignored=files.num_ignored,
-        notes=files.notes(str(folder)),
+    if not flat and not any(found.values()):
+        raise DataError(_without_images(folder, files, is_first=is_first))
+    notes = []
+    empty = [os.path.basename(path) for path, images in found.items() if not images]
+    if empty and only is None and labels != "folders":
+        notes.append(f"{folder}: {len(empty):,} sub-folders without images make no class: {_some(empty)}")
+        found = {path: images for path, images in found.items() if images}
+    nested = [image for images in found.values() for image in images]
+    why_none = labels == "none" or (
+        labels == "auto" and only is None and nested and _why_no_labels(folder, found, bool(flat))
     )
+    if not nested or why_none:
+        classes, numbers = None, np.full(len(nested) + len(flat), -1)
+    else:
+        classes = [os.path.basename(path) for path in found]
+        numbers = np.repeat([*range(len(classes)), -1], [*map(len, found.values()), len(flat)])
+    if isinstance(why_none, str):
+        notes.append(why_none)
+    elif classes and flat:
+        notes.append(f"{folder}: {len(flat):,} images lie in no sub-folder and get no label")
+    return path_source(
+        str(folder.resolve()), nested + flat, numbers, classes, notes=tuple(notes), left_out=files.left_out
+    )
+
+
+def _why_no_labels(folder: Path, found: dict[str, list[str]], has_flat: bool) -> str | None:
+    """Why the sub-folders with images are no classes, as a line; None: they are."""
+    names = [os.path.basename(path) for path in found]
+    advice = "so none is written; --labels folders makes them classes"
+    if len(names) == 1:
+        where = "the one sub-folder with images" if has_flat else "all images are in one sub-folder"
+        return f"{folder}: {where}, {names[0]}, is no label, {advice}; if it holds classes, convert {next(iter(found))}"
+    if all(len(images) == 1 for images in found.values()):
+        return f"{folder}: each of {len(names):,} sub-folders holds one image, which is no label, {advice}"
+    if all(name.lower() in SPLIT_NAMES for name in names):
+        return f"{folder}: sub-folders named {_some(names)} are splits, not labels, {advice}; or convert each by itself"
+    return None
+
+
+def _without_images(folder: Path, files: ImageFiles, *, is_first: bool) -> str:
+    kinds = Counter(kind for _, kind in files.left_out)
+    if kinds[AGAIN] and not is_first:
+        return f"{folder}: all its images are in the sources before it; leave it out"
+    instead = f"; there are instead: {describe_kinds(kinds)}" if kinds else ""
+    wanted = " ".join(sorted(EXTENSIONS))
+    return f"{folder}: no images in it (looked for {wanted}, and at the content of other files){instead}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
 
 
 def csv_source(path: Path) -> Source:

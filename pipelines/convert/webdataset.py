@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from itertools import groupby
 from multiprocessing import get_context
 from typing import IO, Self
 
-from pipelines.convert.source import EXTENSIONS, Item, Source, checked_label, fingerprint
+from pipelines.convert.content import has_image_extension
+from pipelines.convert.source import Item, Source, checked_label, fingerprint
 from pipelines.errors import DataError, one_line
 from pipelines.files import MAX_FILE_BYTES, check_inflation, open_regular
 
@@ -61,7 +63,7 @@ def webdataset_source(archives: list[str]) -> Source:
         num_items=num_images,
         read=read,
         fingerprint=fingerprint(archives),
-        num_ignored=num_ignored,
+        num_left_out=+Counter({"samples without an image": num_ignored}),
     )
 
 
@@ -215,7 +217,7 @@ def _read_padding(stream: IO[bytes]) -> None:
 
 
 def _is_image(part: str) -> bool:
-    return f".{part}" in EXTENSIONS
+    return "." not in part and has_image_extension(f"x.{part}")
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, max_bytes: int, where: str) -> bytes:

@@ -125,17 +125,28 @@ def decode_jpeg(handle: np.ndarray, data: np.ndarray, height_px: int, width_px: 
 
 @njit(nogil=True, cache=True)
 def check_jpeg(handle: np.ndarray, data: np.ndarray, height_px: int, width_px: int, pixels: np.ndarray) -> int:
-    """Return what `decode_jpeg` would return, at a lower cost.
+    """Return what `decode_jpeg` would return, at a lower cost: `decode_small_jpeg` at 1/8 of the size."""
+    return decode_small_jpeg(handle, data, height_px, width_px, 8, pixels)
 
-    Every coefficient is read, which is where a JPEG can be damaged, but the image is decoded at 1/8 of its size.
+
+@njit(nogil=True, cache=True)
+def decode_small_jpeg(
+    handle: np.ndarray, data: np.ndarray, height_px: int, width_px: int, divisor: int, pixels: np.ndarray
+) -> int:
+    """Decode a JPEG at a part of its size, which costs little more than reading its coefficients.
+
+    Every coefficient is read, which is where a JPEG can be damaged.
 
     Args:
         handle: See `decode_jpeg`.
         data: See `decode_jpeg`.
         height_px, width_px: See `decode_jpeg`.
-        pixels: Scratch, uint8, at least ceil(height / 8) * ceil(width / 8) * 3 long.
+        divisor: 1, 2, 4 or 8.
+        pixels: Output, uint8, at least ceil(height / divisor) * ceil(width / divisor) * 3 long.
+    Returns:
+        See `decode_jpeg`.
     """
-    return _decode(handle, data, height_px, width_px, -(-height_px // 8), -(-width_px // 8), pixels)
+    return _decode(handle, data, height_px, width_px, -(-height_px // divisor), -(-width_px // divisor), pixels)
 
 
 @njit(nogil=True, cache=True)

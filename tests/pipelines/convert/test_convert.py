@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def test_float_pixels_and_endless_sides_are_refused(tmp_path):
         store_file(str(path), max_px=None, quality=95)
 
 
-def test_folder_with_classes(tmp_path):
+def test_folder_with_classes(tmp_path, capsys):
     root = make_folder(tmp_path / "data")
     (root / "cat" / "notes.txt").write_text("no image")
     (root / "cat" / "._0.jpg").write_bytes(b"macOS")
@@ -249,14 +250,18 @@ def test_folder_with_classes(tmp_path):
     (root / "empty").mkdir()
     report = convert("folder", str(root), tmp_path / "new" / "x.beton")
     assert (report.num_images, report.num_passed, report.num_raw, report.num_ignored) == (7, 6, 1, 2)
+    assert report.left_out == {".txt": 1, "hidden": 1}
     assert report.errors_path is None
+    assert "1 sub-folders without images make no class: empty" in capsys.readouterr().out
     reader = BetonReader(report.out)
-    assert reader.class_names == ["cat", "dog", "empty"]
+    assert reader.class_names == ["cat", "dog"]
     assert reader.labels.tolist() == [0] * 3 + [1] * 4
     assert reader.modes.tolist() == [JPG] * 6 + [RAW]
     assert reader.image_bytes(0).tobytes() == (root / "cat" / "0.jpg").read_bytes()
-    assert reader.sidecar["options"]["on_error"] == "fail"
-    assert reader.sidecar["class_counts"] == {"cat": 3, "dog": 4, "empty": 0}
+    assert reader.sidecar["options"]["max_bad"] == 0.1
+    assert reader.sidecar["class_counts"] == {"cat": 3, "dog": 4}
+    convert("folder", str(root), tmp_path / "y.beton", labels="folders")
+    assert BetonReader(tmp_path / "y.beton").sidecar["class_counts"] == {"cat": 3, "dog": 4, "empty": 0}
 
 
 def test_flat_folder_is_unlabelled(tmp_path):
@@ -274,10 +279,6 @@ def test_bad_folders(tmp_path):
     (tmp_path / "empty" / "a").mkdir(parents=True)
     with pytest.raises(DataError, match="no images"):
         convert("folder", str(tmp_path / "empty"), tmp_path / "x.beton")
-    root = make_folder(tmp_path / "mixed")
-    save(picture(), root / "x.jpg")
-    with pytest.raises(DataError, match="images and class sub-folders"):
-        convert("folder", str(root), tmp_path / "x.beton")
 
 
 def test_corrupt_image_fails_or_is_skipped(tmp_path, capsys):
@@ -286,7 +287,7 @@ def test_corrupt_image_fails_or_is_skipped(tmp_path, capsys):
     bad.write_bytes(bad.read_bytes()[:500])
     (root / "dog" / "2.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"^.*cat/1\.jpg: .*[Tt]runcated.*--on-error skip$"):
-        convert("folder", str(root), tmp_path / "x.beton")
+        convert("folder", str(root), tmp_path / "x.beton", on_error="fail")
     assert not list(tmp_path.glob("x.beton*"))
     report = convert("folder", str(root), tmp_path / "x.beton", on_error="skip")
     assert (report.num_images, report.num_skipped) == (4, 2)
@@ -309,7 +310,14 @@ def test_nothing_but_corrupt_images(tmp_path):
 
 
 def test_options_are_checked(tmp_path):
-    for options in ({"max_px": 0}, {"max_px": 70_000}, {"on_error": "x"}, {"quality": 0}, {"split": "val"}):
+    for options in (
+        {"max_px": 0},
+        {"max_px": 70_000},
+        {"on_error": "x"},
+        {"max_bad": 2},
+        {"quality": 0},
+        {"split": "val"},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             convert("digits", None, tmp_path / "x.beton", **options)
     with pytest.raises(ValueError, match="source kind must be"):
@@ -396,8 +404,11 @@ def test_killed_conversion_leaves_no_final_file(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8))
     first = save(noise, tmp_path / "data" / "a" / "0.png")
     for i in range(1, 1500):  # several seconds of encoding
-        os.link(first, first.with_name(f"{i}.png"))
-    code = f"from pipelines.convert import convert; convert('folder', {str(tmp_path / 'data')!r}, 'x.beton')"
+        shutil.copy(first, first.with_name(f"{i}.png"))
+    code = (
+        "from pipelines.convert import convert; "
+        f"convert('folder', {str(tmp_path / 'data')!r}, 'x.beton', labels='folders')"
+    )
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 60
@@ -439,7 +450,7 @@ def test_photographs(tmp_path):
     sources = sorted((tmp_path / "data" / "imagenet-sample").iterdir())
     for i, path in enumerate(sources):
         assert reader.image_bytes(i).tobytes() == path.read_bytes()
-    report = convert("folder", str(tmp_path / "data"), tmp_path / "small.beton", max_px=128)
+    report = convert("folder", str(tmp_path / "data"), tmp_path / "small.beton", max_px=128, labels="folders")
     reader = BetonReader(report.out)
     assert reader.sizes.max() == 128
     assert reader.class_names == ["imagenet-sample"]

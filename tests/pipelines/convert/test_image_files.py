@@ -23,7 +23,7 @@ def save(path, level=0):
 
 
 def converted(folder, out, capsys, **options):
-    report = convert("folder", str(folder), out, **options)
+    report = convert("folder", str(folder), out, labels="folders", **options)
     reader = BetonReader(report.out)
     levels = [int(reader.decode(i)[0, 0, 0]) for i in range(reader.num_samples)]
     return levels, reader, capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_pipes_and_devices_elsewhere(tmp_path, kind):
         for row, reason in (("pipe.png", "not a regular file"), ("/dev/zero", "not a regular file")):
             (tmp_path / "list.csv").write_text(f"path\n{row}\n")
             with pytest.raises(DataError, match=reason):
-                convert("csv", str(tmp_path / "list.csv"), tmp_path / "x.beton")
+                convert("csv", str(tmp_path / "list.csv"), tmp_path / "x.beton", on_error="fail")
     elif kind == "npz":
         with pytest.raises(DataError, match=r"pipe\.png: .*not a regular file"):
             convert("npz", str(tmp_path / "pipe.png"), tmp_path / "x.beton")
@@ -128,7 +128,7 @@ def test_a_file_is_read_up_to_a_limit(tmp_path):
     with pytest.raises(OSError, match=r"10,995,116,277,760 bytes; at most 268,435,456 are read"):
         read_file(tmp_path / "huge.png")
     with pytest.raises(DataError, match=r"huge\.png: 10,995,116,277,760 bytes"):
-        convert("folder", str(tmp_path), tmp_path / "x.beton")
+        convert("folder", str(tmp_path), tmp_path / "x.beton", on_error="fail")
 
 
 def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
 def test_paths_that_cannot_be(tmp_path, row):
     (tmp_path / "list.csv").write_text(f"path\n{row}\n")
     with pytest.raises(DataError, match=r"name|No such file") as caught:
-        convert("csv", str(tmp_path / "list.csv"), tmp_path / "x.beton")
+        convert("csv", str(tmp_path / "list.csv"), tmp_path / "x.beton", on_error="fail")
     assert str(caught.value).isprintable()
     assert not (tmp_path / "x.beton.partial").exists()
 

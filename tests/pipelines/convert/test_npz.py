@@ -114,6 +114,6 @@ def test_too_many_images(tmp_path):
 def test_wide_images(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros((1, 1, 70_000), np.uint8))
     with pytest.raises(DataError, match="a side of 70,000 px"):
-        convert("npz", str(tmp_path / "x.npz"), tmp_path / "x.beton")
+        convert("npz", str(tmp_path / "x.npz"), tmp_path / "x.beton", on_error="fail")
     report = convert("npz", str(tmp_path / "x.npz"), tmp_path / "x.beton", max_px=100)
     assert BetonReader(report.out).sizes.tolist() == [[1, 100]]

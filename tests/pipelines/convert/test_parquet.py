@@ -93,7 +93,7 @@ def test_rows_that_only_name_a_file_do_not_open_it(tmp_path):
     images = pa.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], IMAGE)
     pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match="row 0: empty file"):
-        convert("parquet", str(tmp_path / "x.parquet"), tmp_path / "x.beton")
+        convert("parquet", str(tmp_path / "x.parquet"), tmp_path / "x.beton", on_error="fail")
 
 
 def save_table(path, columns, values, **options):

@@ -59,7 +59,7 @@ def test_bad_tables(tmp_path):
     ):
         table.write_bytes(content)
         with pytest.raises(DataError, match=reason) as caught:
-            convert("csv", str(table), tmp_path / "x.beton")
+            convert("csv", str(table), tmp_path / "x.beton", on_error="fail")
         assert "\n" not in str(caught.value)
 
 

@@ -97,7 +97,10 @@ def test_members_never_touch_the_file_system(tmp_path):
     before = set(tmp_path.rglob("*"))
     report = convert("webdataset", str(path), tmp_path / "in" / "x.beton")
     assert report.num_images == 2
-    assert set(tmp_path.rglob("*")) - before == {report.out, report.out.with_name("x.beton.json")}
+    assert set(tmp_path.rglob("*")) - before == {
+        report.out,
+        *map(report.out.with_name, ("x.beton.json", "x.beton.hashes")),
+    }
 
 
 def test_damaged_archives(tmp_path):
@@ -197,9 +200,10 @@ def test_a_plain_archive_that_looks_compressed(tmp_path):
 
 def test_keys_that_steer_a_terminal(tmp_path):
     write_tar(tmp_path / "x.tar", [("a\n\x1b[2J\u202e.jpg", b"bad"), ("b.jpg", jpeg(0))])
-    with pytest.raises(DataError, match="not an image") as caught:
-        convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton")
-    assert str(caught.value).isprintable()
+    for options in ({}, {"on_error": "fail"}):
+        with pytest.raises(DataError, match="not an image") as caught:
+            convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton", **options)
+        assert str(caught.value).isprintable()
     convert("webdataset", str(tmp_path / "x.tar"), tmp_path / "x.beton", on_error="skip")
     (line,) = (tmp_path / "x.beton.errors.txt").read_text().splitlines()
     assert line.startswith(f"{tmp_path}/x.tar/a\\n\\x1b[2J\\u202e\tnot an image")
