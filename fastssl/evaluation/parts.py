@@ -8,6 +8,7 @@ from fastssl.errors import ConfigError
 from fastssl.evaluation.images import Part
 from fastssl.evaluation.labels import check_same_classes, num_labelled_classes
 from pipelines.beton import BetonReader
+from pipelines.beton.duplicates import find_across
 from pipelines.loader import DataConfig
 from pipelines.sampler import split_holdout
 
@@ -35,8 +36,29 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
     if test_path:
         test_key, reader = "--test" if test else "data.test", BetonReader(test_path)
         check_same_classes(train, reader, test_key)
-        return _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0), str(test_path)
-    return hold_out(train, data.holdout_fraction, "--test is not given" if on else "data.test is not set")
+        parts = _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0)
+        return *parts, str(test_path) + duplicates_across(*parts)
+    fit, held_out, where = hold_out(
+        train, data.holdout_fraction, "--test is not given" if on else "data.test is not set"
+    )
+    return fit, held_out, where + duplicates_across(fit, held_out)
+
+
+def duplicates_across(train: Part, test: Part) -> str:
+    """How many test images are among the training images, as the end of a sentence; "" if none is, or unknown.
+
+    Files without hashes, such as those of other programs, are not compared.
+    """
+    train_hashes, test_hashes = train.reader.hashes, test.reader.hashes
+    if train_hashes is None or test_hashes is None:
+        return ""
+    is_copy, is_similar = find_across(test_hashes[test.ids], train_hashes[train.ids])
+    if not is_copy.any() and not is_similar.any():
+        return ""
+    return (
+        f"; of these {len(test.ids):,} images, {is_copy.sum():,} are copies of training images and "
+        f"{is_similar.sum():,} more look almost like one"
+    )
 
 
 def hold_out(reader: BetonReader, fraction: float, why: str) -> tuple[Part, Part, str]:

@@ -2,6 +2,7 @@
 
 # N images of one file, Q images to look for
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from numba import njit
 # Of the 64 bits of a look. Of CIFAR-10's 10,000 test images, 185 have a training image within this distance, 98 % of
 # them one of their class. The number of different bits is even, since half of each look's bits are set.
 MAX_DISTANCE = 6
-NUM_BANDS, BAND_BITS = 4, 16
+NUM_KEYS = 1 << 16  # of two bytes
+MAX_ALL_PAIRS = 4096  # of so few looks, all are compared
 MAX_SIMILAR_IMAGES = (
     3_000_000  # of more, only copies are counted: comparing looks takes time that grows with the square
 )
@@ -56,53 +58,58 @@ def find_across(held_out: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _have_similar(wanted: np.ndarray, before: np.ndarray, looks: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """For each wanted look, whether one of the looks with a smaller id than its `before` is within MAX_DISTANCE."""
+    """For each wanted look, whether one of the looks with a smaller id than its `before` is within MAX_DISTANCE.
+
+    Looks that differ in at most 6 bits share at least 2 of their 8 bytes: of many looks, only those that share a pair
+    are compared.
+    """
     wanted, looks = np.ascontiguousarray(wanted, np.uint64), np.ascontiguousarray(looks, np.uint64)
-    found = np.zeros(len(wanted), bool)
-    for shift in np.arange(NUM_BANDS, dtype=np.uint64) * np.uint64(BAND_BITS):
-        band = (looks >> shift).astype(np.uint16)
-        order = np.argsort(band, kind="stable")
-        starts = np.searchsorted(band[order], np.arange((1 << BAND_BITS) + 1))
-        _search_band(wanted, before, looks[order], ids[order], starts, shift, found)
-    return found
+    found = wanted == 0  # those have no look
+    pairs = list(combinations(range(0, 64, 8), 2)) if len(looks) > MAX_ALL_PAIRS else [None]
+    for pair in pairs:
+        key, wanted_key = _key_of(looks, pair), _key_of(wanted, pair)
+        order, wanted_order = (np.argsort(each, kind="stable") for each in (key, wanted_key))
+        starts = np.concatenate([[0], np.bincount(key, minlength=NUM_KEYS if pair else 1).cumsum()])
+        _compare(wanted, wanted_key, wanted_order, before, looks[order], ids[order], starts, found)
+    return found & (wanted != 0)
+
+
+def _key_of(looks: np.ndarray, pair: tuple[int, int] | None) -> np.ndarray:
+    """The two bytes at these bits, uint16; all the same without."""
+    if pair is None:
+        return np.zeros(len(looks), np.uint16)
+    first, second = ((looks >> np.uint64(bit)).astype(np.uint8).astype(np.uint16) for bit in pair)
+    return first << np.uint16(8) | second
 
 
 @njit(nogil=True, cache=True)
-def _search_band(
+def _compare(
     wanted: np.ndarray,
+    wanted_key: np.ndarray,
+    wanted_order: np.ndarray,
     before: np.ndarray,
     looks: np.ndarray,
     ids: np.ndarray,
     starts: np.ndarray,
-    shift: int,
     found: np.ndarray,
 ) -> None:
-    """Compare with the looks whose band differs in at most one bit.
-
-    Looks that differ in at most 6 bits differ in at most one bit of one of the 4 bands.
-    """
-    for i in range(len(wanted)):
-        if found[i] or wanted[i] == 0:
+    """Compare each wanted look with the looks of its key, until one is near."""
+    for i in wanted_order:
+        if found[i]:
             continue
-        own = np.int64((wanted[i] >> shift) & np.uint64(0xFFFF))
-        for flip in range(-1, BAND_BITS):
-            band = own if flip < 0 else own ^ (1 << flip)
-            for k in range(starts[band], starts[band + 1]):
-                if ids[k] >= before[i]:
-                    break  # in ascending order within a band
-                if looks[k] != 0 and _distance(wanted[i], looks[k]) <= MAX_DISTANCE:
-                    found[i] = True
-                    break
-            if found[i]:
+        for k in range(starts[wanted_key[i]], starts[wanted_key[i] + 1]):
+            if ids[k] >= before[i]:
+                break  # they ascend within a key
+            if looks[k] != 0 and _distance(wanted[i], looks[k]) <= MAX_DISTANCE:
+                found[i] = True
                 break
 
 
 @njit(nogil=True, cache=True)
-def _distance(a: int, b: int) -> int:
-    """Number of different bits of two uint64."""
+def _distance(a: np.uint64, b: np.uint64) -> np.uint64:
+    """Number of different bits, added up in parallel in 2, 4 and 8 bits (Warren, Hacker's Delight, 5-1)."""
     bits = a ^ b
-    num = 0
-    while bits and num <= MAX_DISTANCE:
-        bits &= bits - np.uint64(1)
-        num += 1
-    return num
+    bits -= (bits >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    bits = (bits & np.uint64(0x3333333333333333)) + ((bits >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (bits * np.uint64(0x0101010101010101)) >> np.uint64(56)

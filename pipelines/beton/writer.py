@@ -266,21 +266,18 @@ class BetonWriter:
         sizes = np.stack([image["height"], image["width"]], axis=1)
         about = self._about | summarise(sizes, image["mode"], metadata["f1"], self._about["class_names"])
         about |= {"versions": _VERSIONS} | {"options": self._options, "file_bytes": self._partial.stat().st_size}
-        with ThreadPoolExecutor(1) as writing, self._partial.open("rb") as file:
-            on_disk = writing.submit(os.fsync, self._file.fileno())
+        hashes = self._hashes[: self.num_samples]
+        with ThreadPoolExecutor(2) as others, self._partial.open("rb") as file:
+            on_disk = others.submit(os.fsync, self._file.fileno())
+            duplicates = others.submit(_count_duplicates, hashes)
             about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             on_disk.result()
-        hashes = self._hashes[: self.num_samples]
-        if hashes.any():
-            from pipelines.beton.duplicates import count_duplicates  # imports numba, which a reader does not need
-
-            about |= {"duplicates": count_duplicates(hashes), "hashes_crc32": zlib.crc32(hashes.tobytes())}
+            about |= duplicates.result()
         sidecar, new_hashes = sidecar_path(self._partial), hashes_path(self._partial)
         try:
             if hashes.any():
                 with new_hashes.open("wb") as file:
-                    file.write(hashes.tobytes())
-                    self._sync(file)
+                    file.write(hashes.tobytes())  # not synced: the sidecar has its checksum
                 new_hashes.replace(hashes_path(self.path))
             else:
                 hashes_path(self.path).unlink(missing_ok=True)
@@ -301,3 +298,12 @@ class BetonWriter:
     def _sync(file: BinaryIO) -> None:
         file.flush()
         os.fsync(file.fileno())
+
+
+def _count_duplicates(hashes: np.ndarray) -> dict[str, Any]:
+    """The sidecar's entries about hashes; none if no image has any."""
+    if not hashes.any():
+        return {}
+    from pipelines.beton.duplicates import count_duplicates  # imports numba, which a reader does not need
+
+    return {"duplicates": count_duplicates(hashes), "hashes_crc32": zlib.crc32(hashes.tobytes())}

@@ -33,7 +33,7 @@ class Hashes(NamedTuple):
         content: Of the stored bytes, 64 bits. Of a JPEG of more than 16 KiB, of its length and 8 KiB of it: files of
             one length that agree in these are taken for copies.
         look: Of the image at 16 x 16 px in grey, 64 bits, of which few differ between similar images; 0 also for an
-            image without contrast, which is similar to nothing.
+            image without contrast or of fewer than 16 px per side, which is similar to nothing.
     """
 
     content: int
@@ -96,6 +96,8 @@ def _mix(state: np.uint64, word: np.uint64) -> np.uint64:
 
 @njit(nogil=True, cache=True)
 def _look(pixels: np.ndarray, dct: np.ndarray) -> np.uint64:
+    if min(pixels.shape[0], pixels.shape[1]) < GRID:
+        return np.uint64(0)
     cells = _cells(pixels)
     if cells.std() < MIN_CONTRAST:
         return np.uint64(0)
@@ -141,9 +143,9 @@ def _cells(pixels: np.ndarray) -> np.ndarray:
 
 @njit(nogil=True, cache=True)
 def _edges(num_px: int) -> np.ndarray:
-    """First and last pixel + 1 of each cell, int64 [GRID, 2]; cells of an image with fewer pixels share some."""
+    """First and last pixel + 1 of each cell, int64 [GRID, 2]."""
     edges = np.empty((GRID, 2), np.int64)
     for i in range(GRID):
         edges[i, 0] = i * num_px // GRID
-        edges[i, 1] = max(edges[i, 0] + 1, (i + 1) * num_px // GRID)
+        edges[i, 1] = (i + 1) * num_px // GRID
     return edges

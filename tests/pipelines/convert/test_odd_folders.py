@@ -131,7 +131,7 @@ def test_heic_is_read_upright(tmp_path):
     exif[0x112] = 6
     (tmp_path / "images").mkdir()
     for name in ("a.heic", "b.jpg"):
-        picture(1).save(tmp_path / "images" / name, "HEIF", quality=95, exif=exif)
+        picture(1).save(tmp_path / "images" / name, "HEIF", quality=95, exif=exif.tobytes())
     reader = BetonReader(convert("folder", str(tmp_path / "images"), tmp_path / "x.beton").out)
     assert reader.sizes.tolist() == [[80, 60]] * 2
     difference = np.abs(reader.decode(0).astype(int) - np.asarray(picture(1).rotate(-90, expand=True)).astype(int))
