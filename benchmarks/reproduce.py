@@ -192,7 +192,7 @@ def prepare(job: Job, split: Split) -> None:
         if not (job.data / "stl10_binary").is_dir():
             raise DataError(f"--data {job.data} holds no STL-10: torchvision's folder stl10_binary")
         name = "train+unlabeled" if split == "train" else "test"
-        convert("torchvision", "STL10", out, root=str(job.data), split=name, resume=True)
+        convert("torchvision", "STL10", out, root=str(job.data), split=name, on_error="fail", resume=True)
     elif job.images == "tiny_imagenet":
         _convert_tiny_imagenet(job.data, split, out)
     else:
@@ -214,7 +214,7 @@ def _convert_tiny_imagenet(data: Path, split: Split, out: Path) -> None:
     if folder is None:
         raise DataError(f"--data {data} holds no Tiny-ImageNet: tiny-imagenet-200 with train/ and val/")
     if split == "train":
-        convert("folder", str(folder / "train"), out, resume=True)
+        convert("folder", str(folder / "train"), out, labels="folders", on_error="fail", resume=True)
         return
     annotations = folder / "val" / "val_annotations.txt"
     try:
@@ -228,7 +228,7 @@ def _convert_tiny_imagenet(data: Path, split: Split, out: Path) -> None:
     table.unlink(missing_ok=True)
     append_rows(table, [{"path": str(images / line[0]), "label": line[1]} for line in lines])
     try:
-        convert("csv", str(table), out, overwrite=True)
+        convert("csv", str(table), out, on_error="fail", overwrite=True)
     finally:
         table.unlink()
 
@@ -241,7 +241,8 @@ def _convert_imagenet(job: Job, split: Split, out: Path) -> None:
     if job.images == "imagenet100" and not job.classes and num_classes > NUM_CLASSES_IMAGENET100:
         raise DataError(f"{folder} has {num_classes} classes: name the {NUM_CLASSES_IMAGENET100} with --classes FILE")
     classes = job.classes and str(job.classes)
-    convert("folder", str(folder), out, max_px=IMAGENET_MAX_PX, classes=classes, resume=True)
+    options = {"max_px": IMAGENET_MAX_PX, "classes": classes, "labels": "folders", "on_error": "fail"}
+    convert("folder", str(folder), out, **options, resume=True)
 
 
 def load_cifar(data: Path, split: Split, limit: int = 0, images: str = "cifar10") -> tuple[np.ndarray, np.ndarray]:

@@ -100,7 +100,7 @@ def _compare(
         for k in range(starts[wanted_key[i]], starts[wanted_key[i] + 1]):
             if ids[k] >= before[i]:
                 break  # they ascend within a key
-            if looks[k] != 0 and _distance(wanted[i], looks[k]) <= MAX_DISTANCE:
+            if looks[k] != 0 and _distance(wanted[i], looks[k]) <= MAX_DISTANCE:  # pyright: ignore
                 found[i] = True
                 break
 

@@ -131,7 +131,7 @@ class _Done:
 
 def convert(
     source_kind: SourceKind | None,
-    src: str | Sequence[str] | None,
+    src: Path | str | Sequence[Path | str] | None,
     out: str | Path,
     *,
     max_px: int | None = None,
@@ -187,7 +187,7 @@ def convert(
 
 def convert_shards(
     source_kind: SourceKind | None,
-    src: str | Sequence[str] | None,
+    src: Path | str | Sequence[Path | str] | None,
     out: str | Path,
     *,
     num_shards: int,
@@ -231,13 +231,13 @@ def shard_path(out: str | Path, shard: int, num_shards: int) -> Path:
 
 
 def _prepare(
-    source_kind: SourceKind | None, src: str | Sequence[str] | None, options: dict[str, Any]
+    source_kind: SourceKind | None, src: Path | str | Sequence[Path | str] | None, options: dict[str, Any]
 ) -> tuple[Source, _Options, dict[str, Any]]:
     """Return the source, the conversion options, and the sidecar's entries about the source."""
     names = {item.name for item in fields(_Options)}
     checked = _Options(**{name: value for name, value in options.items() if name in names})
     source_options = SourceOptions(**{name: value for name, value in options.items() if name not in names})
-    each = [src] if src is None or isinstance(src, str) else list(src)
+    each: list[Any] = [src] if src is None or isinstance(src, str | os.PathLike) else list(src)
     kinds: list[SourceKind] = [source_kind or infer_kind(one) for one in each]
     met: set[tuple[int, int]] = set()
     source = join_sources([build_source(k, one, source_options, met) for k, one in zip(kinds, each, strict=True)])

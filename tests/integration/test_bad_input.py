@@ -129,7 +129,13 @@ def test_convert(tmp_path, in_process):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 80, 3), dtype=np.uint8)).save(images / "good.jpg")
     bad = images / "bad.jpg"
     bad.write_bytes((images / "good.jpg").read_bytes()[:300])
-    assert_one_line(in_process(*convert, tmp_path / "images", tmp_path / "x.beton"), str(bad))
+    failed = in_process(*convert, tmp_path / "images", tmp_path / "x.beton", "--on-error", "fail")
+    assert_one_line(failed, str(bad))
+    assert not list(tmp_path.glob("x.beton*"))
+    failed = in_process("convert", tmp_path / "images", tmp_path / "x.beton", "--max-bad", "0.4")
+    assert_one_line(
+        failed, "1 of the first 1 images are corrupt, more than --max-bad 0.4 of all 2: 1 truncated", "(bad.jpg)"
+    )
     assert not (tmp_path / "x.beton").exists()
 
     skipped = in_process(*convert, tmp_path / "images", tmp_path / "x.beton", "--on-error", "skip")
@@ -147,8 +153,16 @@ def test_convert_options(tmp_path, digits, in_process):
         (["digits", out, "--shards", "2", "--shard", "2"], "shard must be 0..1"),
         (["webdataset", tmp_path / "no.tar", out], "no.tar: no such files"),
         (["torchvision", "CIFAR10", out], "root: torchvision needs"),
+        (["digits", out, "--max-bad", "1.5"], "max_bad must be a fraction in 0..1"),
+        (["digits", out, "--max-bad", "1", "--on-error", "skip"], "max_bad and on_error exclude each other"),
     ):
         assert_one_line(in_process(*convert, *arguments), part)
+    for arguments, part in (
+        ([out], "--from is missing"),
+        (["CIFAR10", out], "CIFAR10: no such file or folder"),
+        ([digits / "train.beton", out], "is a .beton file already"),
+    ):
+        assert_one_line(in_process("convert", *arguments), part)
     assert not list(tmp_path.iterdir())
 
 
@@ -176,7 +190,7 @@ def test_files_that_do_not_belong_together(tiny_config, digits, tmp_path, comman
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.fromarray(pixels[0]).save(tmp_path / "photos" / name / "1.png")
     other = tmp_path / "other.beton"
-    assert command("fastssl", "convert", "--from", "folder", tmp_path / "photos", other).returncode == 0
+    assert command("fastssl", "convert", tmp_path / "photos", other, "--labels", "folders").returncode == 0
     assert_one_line(command(*train, f"data.test={other}"), "data.test", "classes")
 
     # Without labels a run trains, and only its evaluation has nothing to say.

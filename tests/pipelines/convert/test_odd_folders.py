@@ -363,3 +363,15 @@ def test_an_older_checkpoint_and_file_without_hashes(tmp_path):
         assert BetonReader(report.out).hashes is None
     hashes.unlink()
     assert BetonReader(report.out).hashes is None
+
+
+def test_several_sources_on_the_command_line(tmp_path, in_process):
+    for k in range(4):
+        save(tmp_path / "a" / "xy"[k % 2] / f"{k}.jpg", k)
+        save(tmp_path / "b" / "yz"[k % 2] / f"{k}.jpg", 10 + k)
+    out = tmp_path / "x.beton"
+    done = in_process("convert", tmp_path / "a", tmp_path / "b", out, "--max-px", "64")
+    assert done.returncode == 0, done.stderr
+    assert "8 images in" in done.stdout
+    assert BetonReader(out).class_names == ["x", "y", "z"]
+    assert BetonReader(out).labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
