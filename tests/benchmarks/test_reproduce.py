@@ -130,6 +130,7 @@ def test_images_are_found_in_every_form_and_are_the_same(data, tmp_path):
             assert found[1].dtype == np.int64
     assert sorted(path.name for path in (tmp_path / "out" / "data").iterdir()) == [
         "cifar10_train.beton",
+        "cifar10_train.beton.hashes",
         "cifar10_train.beton.json",
     ]
 
