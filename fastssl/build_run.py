@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastssl import collectives
 from fastssl.checkpoint.save_load import last_checkpoint, load_weights
+from fastssl.checkpoint.weights import put_weights
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.held_out import HeldOutKnn
@@ -32,7 +33,6 @@ from fastssl.processes.launch import num_threads_of
 from fastssl.tracking.run_folder import RunFolder
 from pipelines.batch import BatchSource
 from pipelines.beton import BetonReader, Identity
-from pipelines.errors import one_line
 from pipelines.iterable_loader import Batches, IterableLoader
 from pipelines.loader import Loader, build_loader, open_train_reader
 from pipelines.printable import printable
@@ -139,13 +139,7 @@ def load_initial_weights(model: TwoViewModel, path: str) -> None:
     Raises:
         ConfigError: they do not fit the model.
     """
-    weights = load_weights(path)
-    try:
-        model.backbone.load_state_dict(weights["backbone"])
-        model.projector.load_state_dict(weights["projector"])
-    except RuntimeError as error:
-        reason = one_line(error)[:200]
-        raise ConfigError(f"run.init_from: {path} is of another model, {weights['model']}: {reason}") from None
+    put_weights(load_weights(path), f"run.init_from: {path}", backbone=model.backbone, projector=model.projector)
 
 
 def as_batch_source(cfg: Config, loader: BatchSource | Batches, loss: nn.Module, device: torch.device) -> BatchSource:

@@ -3,7 +3,7 @@
 # N images, B of a batch, F features, S side of a view in pixels
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.checkpoint.save_load import load_weights
-from fastssl.config import Config, load_config
+from fastssl.checkpoint.weights import other_model, put_weights
+from fastssl.config import Config, build_config, load_config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.features import eval_mode
-from fastssl.models.backbones import build_backbone, count_features
+from fastssl.models.backbones import build_backbone, count_features, without_pretraining
 from fastssl.models.config import ModelConfig
 from pipelines.beton import BetonReader
 from pipelines.convert.image_files import ImageFiles
-from pipelines.errors import DataError
+from pipelines.errors import DataError, one_line
 from pipelines.loader import build_eval_loader, cores_per_process
+from pipelines.preprocessing import views_from
 from pipelines.transform import EvalTransform, read_image
 from pipelines.views import ViewsConfig
 
@@ -36,7 +38,7 @@ class Encoder(nn.Module):
         backbone: The torchvision or timm model without its classifier, or the module that was trained.
         num_features: F.
         transform: One image to what the encoder takes: a PIL image or uint8 [H, W, 3] to float32 [3, S, S].
-        views: The views section that the transform is made of.
+        views: A views section with the transform's settings; its augmentations may be others than those of the run.
     """
 
     def __init__(self, backbone: nn.Module, num_features: int, views: ViewsConfig) -> None:
@@ -55,28 +57,32 @@ def load_encoder(path: str | Path, *, backbone: nn.Module | None = None) -> Enco
         encoder = fastssl.load_encoder("runs/a")
         features = encoder(encoder.transform(image)[None])
 
+    A weights.pt holds its model section and its pre-processing, so a copy of the file alone is enough. Older files hold
+    no pre-processing; they load inside of their run, whose config.yaml has it.
+
     Args:
-        path: A run's folder (its last whole checkpoint), a checkpoint's folder in it, or the weights.pt there.
+        path: A run's folder (its last whole checkpoint), a checkpoint's folder, or a weights.pt anywhere.
         backbone: The module that the weights belong to, for a run of a model of its own; it gets the weights.
 
     Raises:
-        ConfigError: No run, no checkpoint, or weights of another model.
+        ConfigError: No run, no checkpoint, a file that is damaged or of another program, or weights of another model.
     """
     weights = load_weights(path)
-    cfg = _config_above(Path(path))
-    if backbone is None and "model" in cfg.custom:
-        raise ConfigError(f"{path} was trained with {cfg.custom['model']}: pass such a module as backbone=")
+    model, views, backbone_class = _described_by(weights, Path(path))
+    if backbone is None and backbone_class:
+        raise ConfigError(f"{path} was trained with {backbone_class:.200}: pass such a module as backbone=")
     num_features: int | None = None
     try:
         if backbone is None:
-            _check_model(weights["model"], cfg.model)
-            backbone, num_features = build_backbone(cfg.model, weights["image_px"])
-        backbone.load_state_dict(weights["backbone"])
+            backbone, num_features = build_backbone(without_pretraining(model), weights["image_px"])
+        put_weights(weights, path, backbone=backbone)
         if num_features is None:
             num_features = count_features(backbone.cpu(), type(backbone).__name__, weights["image_px"])
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{path} holds weights of another model: {' '.join(str(error).split())[:200]}") from None
-    return Encoder(backbone, num_features, cfg.views).eval()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise other_model(weights, path, one_line(error)) from None
+    return Encoder(backbone, num_features, views).eval()
 
 
 def embed(
@@ -109,24 +115,62 @@ def embed(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if device is not None:
         encoder.to(device)
-    parameter = next(encoder.parameters(), torch.empty(0))
-    place, dtype = parameter.device, parameter.dtype
+    place = next(encoder.parameters(), torch.empty(0)).device
     features: list[Tensor] = []
-    with eval_mode(encoder), torch.inference_mode():
+    with eval_mode(encoder):
         for views in _views_of(encoder, images, batch_size, place):
-            features.append(encoder(views.to(place, dtype, memory_format=torch.channels_last)).float().cpu())
+            features.append(encode_views(encoder, views))
     if not sum(map(len, features)):
         raise DataError(f"there is no image in {images if isinstance(images, (str, Path)) else 'what was given'}")
     return torch.cat(features)
 
 
-def _check_model(saved: dict[str, Any], model: ModelConfig) -> None:
-    """Raise ValueError where weights are of another backbone than the run's: some differ in no name and no shape."""
+@torch.inference_mode()
+def encode_views(encoder: Encoder, views: Tensor) -> Tensor:
+    """Features float32 [B, F], on the CPU, of views [B, 3, S, S]; the encoder is in eval mode."""
+    parameter = next(encoder.parameters(), torch.empty(0))
+    on_device = views.to(parameter.device, parameter.dtype, memory_format=torch.channels_last)
+    return encoder(on_device).float().cpu()
+
+
+def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The image files below a folder, in the order of their paths, and lines about what was left out.
+
+    Raises:
+        DataError: It is no folder, or cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is neither a folder nor a .beton file")
+    files = ImageFiles()
+    found = files.find([str(folder)])[0]
+    return sorted(map(Path, found)), files.notes(str(folder))
+
+
+def _described_by(weights: Mapping[str, Any], path: Path) -> tuple[ModelConfig, ViewsConfig, str | None]:
+    """Model section, views section and class of a user's own backbone: from the file, or from the run around it."""
+    if weights["preprocessing"] is None:
+        cfg = _config_above(path)
+        own = cfg.custom.get("model")
+        if own is None:
+            _check_model(weights, cfg.model, path)
+        return cfg.model, cfg.views, own
+    own = weights["backbone_class"]
+    try:
+        if not (own is None or isinstance(own, str)):
+            raise ValueError(f"its backbone_class is {own!r:.80}")
+        return build_config({"model": weights["model"]}).model, views_from(weights["preprocessing"]), own
+    except ValueError as error:
+        raise ConfigError(f"{path} is of another version of fastssl, or damaged: {error}") from None
+
+
+def _check_model(weights: Mapping[str, Any], model: ModelConfig, path: Path) -> None:
+    """Raise ConfigError where weights are of another backbone than the run's: some differ in no name and no shape."""
+    saved = weights["model"]
     for key in ("backbone", "stem", "stem_channels", "backbone_kwargs", "pool_px"):
         values = (saved.get(key), getattr(model, key))
         there, here = (json.dumps(value, sort_keys=True, default=str) for value in values)  # a tuple is a list in YAML
         if key in saved and there != here:
-            raise ValueError(f"model.{key} is {there:.80} there and {here:.80} in the run")
+            raise other_model(weights, path, f"model.{key} is {there:.80} there and {here:.80} in the run")
 
 
 def _views_of(encoder: Encoder, images: Any, batch_size: int, device: torch.device) -> Iterator[Tensor]:
@@ -139,7 +183,7 @@ def _views_of(encoder: Encoder, images: Any, batch_size: int, device: torch.devi
         yield from _views_of_file(encoder, Path(images), batch_size, device)
     elif isinstance(images, (str, Path)):
         yield from _transformed(
-            _image_files(Path(images)), lambda path: encoder.transform(read_image(path)), batch_size
+            list_images(Path(images))[0], lambda path: encoder.transform(read_image(path)), batch_size
         )
     elif isinstance(images, (np.ndarray, Tensor, Sequence)):
         yield from _transformed(images, encoder.transform, batch_size)
@@ -165,14 +209,8 @@ def _transformed(images: Any, transform: Callable[[Any], Tensor], batch_size: in
             yield torch.stack(list(pool.map(transform, some)))
 
 
-def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is neither a folder nor a .beton file")
-    return sorted(map(Path, ImageFiles().find([str(folder)])[0]))
-
-
 def _config_above(path: Path) -> Config:
-    """The configuration of the run that contains a path.
+    """The configuration of the run that contains a path, for weights that do not hold their pre-processing.
 
     Raises:
         ConfigError: No configuration was found.
@@ -180,4 +218,7 @@ def _config_above(path: Path) -> Config:
     for folder in [path, *path.absolute().parents][:_ABOVE_WEIGHTS]:
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml")
-    raise ConfigError(f"there is no config.yaml above {path}: give a run's folder, or a path in it")
+    raise ConfigError(
+        f"there is no config.yaml above {path}, an older file that does not hold its pre-processing: put it back into "
+        "its run's folder"
+    )

@@ -58,6 +58,7 @@ from pipelines.beton import Identity
 from pipelines.errors import DataChangedError
 from pipelines.iterable_loader import Batches
 from pipelines.loader import Loader
+from pipelines.preprocessing import describe_preprocessing
 from pipelines.printable import printable
 
 
@@ -312,7 +313,13 @@ class Trainer:
         """Save a checkpoint of this step (all ranks)."""
         self.read_reports(keep=0)
         self.epoch_stats.sync()
-        weights = plain_weights(self.model, asdict(self.cfg.model), self.image_px)
+        weights = plain_weights(
+            self.model,
+            asdict(self.cfg.model),
+            self.image_px,
+            preprocessing=describe_preprocessing(self.cfg.views),
+            backbone_class=self.cfg.custom.get("model"),
+        )
         state: dict[str, Any] = {
             "data_identity": self._data_identity(),
             "collapsed_since": self.epoch_stats.collapsed_since,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastssl.build_run import build_model
 from fastssl.checkpoint.save_load import checkpoint_of, load_objective_state, load_weights, step_of
+from fastssl.checkpoint.weights import put_weights
 from fastssl.config import Config, check_built
 from fastssl.errors import ConfigError
 from fastssl.losses import build_loss
@@ -121,15 +122,14 @@ def load_objective(cfg: Config, checkpoint: Path) -> Objective:
     """
     weights = load_weights(checkpoint)
     model = build_model(cfg, weights["image_px"])
+    put_weights(weights, checkpoint, backbone=model.backbone, projector=model.projector)
+    objective = Objective(model, build_loss(cfg.loss, cfg.model.projector_dim))
     try:
-        model.backbone.load_state_dict(weights["backbone"])
-        model.projector.load_state_dict(weights["projector"])
-        objective = Objective(model, build_loss(cfg.loss, cfg.model.projector_dim))
         if objective.target is not None or objective.loss.state_dict():
             objective.load_state_dict(load_objective_state(checkpoint))
     except RuntimeError as error:
         reason = one_line(error)[:200]
-        raise ConfigError(f"{checkpoint} does not fit the model or loss of the configuration: {reason}") from None
+        raise ConfigError(f"{checkpoint} does not fit the loss of the configuration: {reason}") from None
     return objective
 
 

@@ -243,10 +243,24 @@ def drop_incomplete(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: int) -> dict[str, Any]:
+def plain_weights(
+    model: nn.Module,
+    model_config: Mapping[str, Any],
+    image_px: int,
+    *,
+    preprocessing: Mapping[str, Any] | None = None,
+    backbone_class: str | None = None,
+) -> dict[str, Any]:
     """The content of weights.pt (all ranks call it): "backbone" loads directly into the torchvision or timm model.
 
     Each rank's batch norm saw different images, so running statistics are averaged over the ranks.
+
+    Args:
+        model: With a backbone and a projector.
+        model_config: The model section, as plain values.
+        image_px: Side of the training images in pixels.
+        preprocessing: From `pipelines.preprocessing.describe_preprocessing`; with it, the file needs no run around it.
+        backbone_class: Name of the backbone's class, if it was given from Python; None: it is the section's.
     """
     contiguous = torch.contiguous_format
     state = {name: value.detach().clone(memory_format=contiguous) for name, value in model.state_dict().items()}
@@ -254,30 +268,43 @@ def plain_weights(model: nn.Module, model_config: Mapping[str, Any], image_px: i
         if name in state and state[name].is_floating_point():
             collectives.all_mean_(state[name])
     parts = {part: _strip(state, f"{part}.") for part in ("backbone", "projector")}
-    return {**parts, "model": dict(model_config), "image_px": image_px}
+    about = {"model": dict(model_config), "image_px": image_px}
+    if preprocessing is not None:
+        about |= {"preprocessing": dict(preprocessing), "backbone_class": backbone_class}
+    return parts | about
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:
     """Read weights.pt onto the CPU from a run's folder, a checkpoint's folder, or the file itself.
 
+    Returns:
+        "backbone" and "projector", state dicts; "model", the model section; "image_px"; "preprocessing" and
+        "backbone_class", None in files from before there were these (see `plain_weights`; they are not checked here).
     Raises:
         ConfigError: the file is missing, not a fastssl weights file, or damaged.
     """
-    file = _find_weights(Path(path))
+    file = find_weights(path)
     if (file.parent / MANIFEST).exists():
         check_origin(file.parent, read_manifest(file.parent))
     weights = read_tensors(file, is_checked=check_file(file))
     is_known = isinstance(weights, dict) and all(is_state(weights.get(part)) for part in ("backbone", "projector"))
     if not is_known or not isinstance(weights.get("model"), dict) or not _is_image_px(weights.get("image_px")):
         raise ConfigError(f"{file} is not a file of fastssl, or it is damaged")
-    return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")}
+    about = {key: weights.get(key) for key in ("preprocessing", "backbone_class")}
+    return {key: weights[key] for key in ("backbone", "projector", "model", "image_px")} | about
 
 
 def _is_image_px(value: Any) -> bool:
     return type(value) is int and 0 < value <= _MAX_IMAGE_PX
 
 
-def _find_weights(path: Path) -> Path:
+def find_weights(path: str | Path) -> Path:
+    """The weights.pt of a run's folder (of its last checkpoint), of a checkpoint's folder, or the file itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(path)
     if reason := why_no_path(path):
         raise ConfigError(f"no weights at {str(path)!r:.300}: {reason}")
     if path.is_dir():

@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pipelines.torchvision_operators import declare_torchvision_operators
 declare_torchvision_operators()  # timm imports torchvision too
 
 TIMM_PREFIX = "timm/"
+_TRANSFORMS_INPUT = ("googlenet", "inception_v3")  # torchvision sets their transform_input with pre-trained weights
 
 
 def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
@@ -53,6 +55,14 @@ def build_backbone(cfg: ModelConfig, image_px: int) -> tuple[nn.Module, int]:
     if cfg.pool_px > 1:
         _put_pool(model, cfg.pool_px)
     return model, count_features(model, cfg.backbone, image_px)
+
+
+def without_pretraining(cfg: ModelConfig) -> ModelConfig:
+    """The same architecture at random weights: for a model whose weights are loaded anyway, without a download."""
+    kwargs = {name: value for name, value in cfg.backbone_kwargs.items() if name not in ("pretrained", "weights")}
+    if kwargs != cfg.backbone_kwargs and cfg.backbone in _TRANSFORMS_INPUT:
+        kwargs.setdefault("transform_input", True)
+    return replace(cfg, backbone_kwargs=kwargs)
 
 
 def _build_torchvision(cfg: ModelConfig) -> tuple[nn.Module, bool]:

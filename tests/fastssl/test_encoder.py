@@ -1,8 +1,7 @@
 """An encoder of a run in use: it gives the features that evaluation sees, from every kind of input."""
 
-import os
-import subprocess
-import sys
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +17,10 @@ from pipelines.convert import convert
 from pipelines.errors import DataError
 from pipelines.loader import build_eval_loader
 from pipelines.transform import read_image
-from tests.helpers.processes import ROOT
+from tests.helpers.runs import train_tiny_run
 
 NUM_IMAGES, SIZE_PX = 24, 40
+WEIGHTS = "checkpoints/step_00000003/weights.pt"
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +40,7 @@ def beton(images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(beton, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "a"
-    config = folder.parent / "tiny.yaml"
-    config.write_text(
-        f"""
-data: {{train: {beton}, engine: resident, global_batch_size: 8}}
-views: {{recipe: simsiam_small, size_px: 24}}
-model: {{backbone: timm/resnet18, backbone_kwargs: {{channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}}}}
-optim: {{warmup_epochs: 0}}
-train: {{num_epochs: 1}}
-"""
-    )
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    code = f"import fastssl; run = fastssl.train({str(config)!r}, {{'run.dir': {str(folder)!r}}}); print(run.path)"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(folder)
+    train_tiny_run(beton, folder)
     return folder
 
 
@@ -152,8 +137,94 @@ def test_a_broken_image_file_is_named(run, tmp_path) -> None:
 def test_a_path_without_a_run_is_named(run, tmp_path) -> None:
     with pytest.raises(ConfigError, match="no weights at"):
         fastssl.load_encoder(tmp_path)
-    (tmp_path / "weights.pt").write_bytes((run / "checkpoints/step_00000003/weights.pt").read_bytes())
-    with pytest.raises(ConfigError, match=r"there is no config\.yaml above"):
-        fastssl.load_encoder(tmp_path / "weights.pt")
-    with pytest.raises(ConfigError, match="holds weights of another model"):
+    with pytest.raises(ConfigError, match=r"another model .timm/resnet18. than this one: .*Conv2d"):
         fastssl.load_encoder(run, backbone=nn.Conv2d(3, 4, 1))
+
+
+# -- a file on its own
+
+
+def change(run: Path, file: Path, **parts) -> Path:
+    """A copy of the run's weights.pt with other parts; None: without the part."""
+    weights = torch.load(run / WEIGHTS, weights_only=True) | parts
+    torch.save({name: value for name, value in weights.items() if value is not None}, file)
+    return file
+
+
+def test_a_copied_file_is_the_encoder_of_the_run(run, beton, tmp_path) -> None:
+    copied = tmp_path / "encoder.pt"
+    copied.write_bytes((run / WEIGHTS).read_bytes())
+    encoder, expected = fastssl.load_encoder(copied), fastssl.load_encoder(run)
+    assert repr(encoder.transform) == repr(expected.transform)
+    assert encoder.transform.size_px == 24
+    assert torch.equal(fastssl.embed(encoder, beton), fastssl.embed(expected, beton))
+
+
+def test_the_pre_processing_is_the_file_s_own(run, images, tmp_path) -> None:
+    saved = torch.load(run / WEIGHTS, weights_only=True)["preprocessing"]
+    other = saved | {"size_px": 16, "crop_fraction": 0.5, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    transform = fastssl.load_encoder(change(run, tmp_path / "weights.pt", preprocessing=other)).transform
+    crop = images[0][10:30, 14:34]  # the central 20 px of 40 x 48
+    whole = fastssl.load_encoder(change(run, tmp_path / "weights.pt", preprocessing=other | {"crop_fraction": 1.0}))
+    assert transform(images[0]).shape == (3, 16, 16)
+    assert torch.equal(transform(images[0]), whole.transform(crop))
+    assert 0 <= float(transform(images[0]).min()) < float(transform(images[0]).max()) <= 1
+
+
+def test_an_older_file_loads_next_to_its_run(run, beton, tmp_path) -> None:
+    folder = tmp_path / "b"
+    (folder / "checkpoints/step_00000003").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", folder)
+    older = change(run, folder / WEIGHTS, preprocessing=None, backbone_class=None)
+    expected = fastssl.embed(fastssl.load_encoder(run), beton)
+    for path in (folder, older.parent, older):
+        assert torch.equal(fastssl.embed(fastssl.load_encoder(path), beton), expected)
+    change(run, older, preprocessing=None, backbone_class=None, model={"backbone": "resnet50"})
+    with pytest.raises(ConfigError, match=r"another model .resnet50. than this one: model.backbone is .* in the run"):
+        fastssl.load_encoder(folder)
+    (folder / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"there is no config\.yaml above .* does not hold its pre-processing"):
+        fastssl.load_encoder(older)
+
+
+def test_pre_trained_weights_are_not_fetched_again(run, tmp_path) -> None:
+    """A run that began from a pre-trained model: its weights.pt has the weights, and the network may be gone."""
+    model = torch.load(run / WEIGHTS, weights_only=True)["model"]
+    overlay = {"file": str(tmp_path / "none.safetensors")}
+    kwargs = model["backbone_kwargs"] | {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    file = change(run, tmp_path / "weights.pt", model=model | {"backbone_kwargs": kwargs})
+    assert fastssl.load_encoder(file).num_features == 8
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"preprocessing": {"size_px": 24}}, "its pre-processing must have size_px"),
+        ({"preprocessing": 3}, "its pre-processing must have size_px"),
+        ({"model": {"backbone": "resnet18", "depth": 3}}, "unknown key model.depth"),
+        ({"model": {"backbone": 3}}, "model.backbone must be"),
+        ({"model": {"backbone": "resnet18"}}, "holds weights of another model .resnet18. than this one"),
+        ({"model": {"backbone": "resnet0"}}, "no model named resnet0"),
+        ({"backbone_class": "mine.Net"}, "was trained with mine.Net: pass such a module as backbone="),
+        ({"backbone_class": 3}, "its backbone_class is 3"),
+        ({"image_px": 1 << 20}, "is not a file of fastssl"),
+        ({"backbone": None}, "is not a file of fastssl"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_line(run, tmp_path, parts, message) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        fastssl.load_encoder(change(run, tmp_path / "weights.pt", **parts))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_other_programs_are_one_line(run, tmp_path) -> None:
+    whole = (run / WEIGHTS).read_bytes()
+    state = torch.load(run / WEIGHTS, weights_only=True)["backbone"]
+    torch.save(state, tmp_path / "state.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    for name, content in {"short.pt": whole[: len(whole) // 2], "text.pt": b"no weights", "empty.pt": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    for file in sorted(tmp_path.iterdir()):
+        with pytest.raises(ConfigError, match="not a file of fastssl") as caught:
+            fastssl.load_encoder(file)
+        assert "\n" not in str(caught.value)

@@ -1,16 +1,49 @@
-"""The results of a run, for tests that compare two runs."""
+"""Small runs and weights, and the results of a run, for tests that compare two runs."""
 
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastssl.checkpoint.save_load import last_checkpoint
+from fastssl.checkpoint.save_load import last_checkpoint, plain_weights
+from fastssl.config import build_config
+from fastssl.models.two_view import TwoViewModel
 from fastssl.tracking.writers import read_rows
+from pipelines.preprocessing import describe_preprocessing
+from tests.helpers.processes import ROOT
+
+TINY_VIEWS = {"recipe": "simsiam_small", "size_px": 24}
+TINY_MODEL = {"backbone": "timm/resnet18", "backbone_kwargs": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}}
 
 TIMING = (
     "img_per_s", "data_wait_fraction", "memory_bytes", "model_tflops_per_device", "communication_ms_per_step",
 )  # fmt: skip
+
+
+def train_tiny_run(beton: Path, folder: Path) -> None:
+    """Train an encoder of 8 features at 24 px for one epoch at batch 8, by `fastssl.train` in another process."""
+    sections = {"views": TINY_VIEWS, "model": TINY_MODEL, "optim": {"warmup_epochs": 0}, "train": {"num_epochs": 1}}
+    tree = {"data": {"train": str(beton), "engine": "resident", "global_batch_size": 8}, "run": {"dir": str(folder)}}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    code = f"import fastssl; from fastssl.config import build_config; fastssl.train(build_config({tree | sections!r}))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def write_tiny_weights(file: Path, seed: int = 0, **views: Any) -> Path:
+    """A weights.pt as of `train_tiny_run`, at random weights and with batch-norm statistics of noise."""
+    cfg = build_config({"views": TINY_VIEWS | views, "model": TINY_MODEL})
+    torch.manual_seed(seed)
+    model = TwoViewModel(cfg.model, cfg.views.size_px or 24)
+    model.train()(list(torch.randn(2, 8, 3, 24, 24)))
+    about = describe_preprocessing(cfg.views)
+    torch.save(plain_weights(model, asdict(cfg.model), cfg.views.size_px or 24, preprocessing=about), file)
+    return file
 
 
 def losses(run: Path) -> list[dict]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastssl.checkpoint.checksums import sha256_of
 from fastssl.checkpoint.save_load import checkpoint_of, load_weights, step_of
+from fastssl.checkpoint.weights import put_weights
 from fastssl.config import Config, check_built
 from fastssl.errors import ConfigError
 from fastssl.evaluation.feature_cache import cached_features, data_identity
@@ -31,7 +32,6 @@ from fastssl.tracking.report import Report
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import best_held_out
 from pipelines.beton import BetonReader
-from pipelines.errors import one_line
 from pipelines.printable import printable
 from pipelines.views import build_eval_spec
 
@@ -147,11 +147,7 @@ def _encoders(cfg: Config, checkpoints: dict[str, Path]) -> Iterator[Encoder]:
     for name, checkpoint in checkpoints.items():
         step = step_of(checkpoint)
         backbone, _ = build_backbone(cfg.model, image_px)
-        try:
-            backbone.load_state_dict(load_weights(checkpoint)["backbone"])
-        except RuntimeError as error:
-            reason = one_line(error)[:200]
-            raise ConfigError(f"{checkpoint} is of another model than the configuration: {reason}") from None
+        put_weights(load_weights(checkpoint), checkpoint, backbone=backbone)
         identity = {"checkpoint_step": step, "weights_sha256": sha256_of(checkpoint / "weights.pt")}
         yield Encoder(name=name, module=backbone, identity=identity, step=step)
 
