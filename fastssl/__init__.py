@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastssl import errors, functional, losses
     from fastssl.config import Config, load_config
+    from fastssl.embedding.neighbours import neighbours
+    from fastssl.embedding.write import embed_to_file
     from fastssl.encoder import Encoder, embed, load_encoder
     from fastssl.trainer import Trainer, train
 
@@ -27,11 +29,13 @@ __all__ = [
     "Encoder",
     "Trainer",
     "embed",
+    "embed_to_file",
     "errors",
     "functional",
     "load_config",
     "load_encoder",
     "losses",
+    "neighbours",
     "train",
 ]
 
@@ -41,11 +45,13 @@ _PUBLIC = {
     "Encoder": "fastssl.encoder",
     "Trainer": "fastssl.trainer",
     "embed": "fastssl.encoder",
+    "embed_to_file": "fastssl.embedding.write",
     "errors": None,
     "functional": None,
     "load_config": "fastssl.config",
     "load_encoder": "fastssl.encoder",
     "losses": None,
+    "neighbours": "fastssl.embedding.neighbours",
     "train": "fastssl.trainer",
 }
 _ROOT = Path(__file__).resolve().parent.parent

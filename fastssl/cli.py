@@ -8,22 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastssl import __version__
-from fastssl.commands import (
-    bench,
-    compare,
-    completion,
-    convert,
-    doctor,
-    eval,
-    gradflow,
-    hessian,
-    inspect,
-    launch,
-    runs,
-    train,
-    verify,
-    views,
-)
+from fastssl.commands import embed
 from fastssl.commands.argument_parser import ArgumentParser
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
@@ -246,8 +231,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastssl {__version__}")
     parser.set_defaults(root=parser)  # for the completion of all commands
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
+    _add_train(_command(commands, "train", "train one run in this process"))
+    _add_convert(_command(commands, "convert", "convert images to a .beton file"))
+
+    verify = _command(commands, "verify", "check a .beton file: its checksum, and that every image decodes")
+    verify.add_argument("beton", type=Path, metavar="X.beton", help="the file to check")
+    verify.set_defaults(call=_verify)
+
+    inspect = _command(commands, "inspect", "print what a .beton file contains and draw a contact sheet")
+    inspect.add_argument("beton", type=Path, metavar="X.beton", help="the file to inspect")
+    inspect.add_argument("--out", type=Path, metavar="X.png", help="contact sheet to write (default: next to the file)")
+    inspect.set_defaults(call=_inspect)
+
+    _add_views(_command(commands, "views", "draw the augmented views of some images of a .beton file"))
+    _add_eval(_command(commands, "eval", "evaluate the encoder of a run"))
+    embed.add_embed(_command(commands, "embed", "write the features of images to a table, by a run's encoder"))
+    embed.add_neighbours(_command(commands, "neighbours", "find the images of a table that are most similar to one"))
+    _add_compare(_command(commands, "compare", "train and evaluate several configurations with several seeds"))
+    _add_hessian(
+        _command(commands, "hessian", "compute eigenvalues of the loss's Hessian at the weights of trained runs")
+    )
+    _add_gradflow(_command(commands, "gradflow", "compare a loss's closed-form gradient with autograd, pair by pair"))
+    _add_doctor(_command(commands, "doctor", "check whether this machine is ready for training, with advice"))
+    bench = _command(commands, "bench", "measure how fast this machine loads a .beton file")
+    parts = bench.add_subparsers(title="what to measure", required=True, metavar="PART")
+    _add_bench_loader(_command(parts, "loader", "measure each engine, the disk and decoding, and name the bottleneck"))
     return parser
 
 

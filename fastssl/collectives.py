@@ -6,7 +6,7 @@ docs/adr/0003-pair-sums-and-gradients-across-ranks.md. Every rank must call thes
 """
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -81,6 +81,15 @@ def all_gather_object(value: T) -> list[T]:
     values = [value] * world_size()
     if world_size() > 1:
         torch_dist.all_gather_object(values, value)
+    return values
+
+
+def gather_on_first(value: T) -> list[T] | None:
+    """The values of all ranks (plain or picklable), in the ranks' order, on the first rank; None on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    torch_dist.gather_object(value, values, dst=0)
     return values
 
 

@@ -1,6 +1,7 @@
-"""A grid of sample images, to inspect the contents of a .beton file."""
+"""Pictures of many images, each with a line under it: to inspect a .beton file, or the result of a search."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,30 +35,46 @@ def contact_sheet(
         raise ValueError(f"num_images and cell_px must be >= 1, not {num_images} and {cell_px}")
     num = min(num_images, reader.num_samples)
     ids = np.sort(np.random.default_rng(seed).choice(reader.num_samples, num, replace=False))
-    num_columns = math.ceil(math.sqrt(num))
+    cells = [(fit(Image.fromarray(reader.decode(i)), cell_px), _caption(reader, i)) for i in ids]
+    picture_grid(cells, cell_px).save(out_png, "PNG")
+
+
+def picture_grid(cells: Sequence[tuple[Image.Image, str]], cell_px: int) -> Image.Image:
+    """Pictures in rows and columns of about equal number, each with its caption under it, cut to the cell's width.
+
+    Args:
+        cells: Pictures of at most `cell_px` in height and width, and captions; at least one.
+        cell_px: Side of a cell in pixels.
+    """
+    num_columns = math.ceil(math.sqrt(len(cells)))
     step_x, step_y = cell_px + GAP_PX, cell_px + TEXT_PX + GAP_PX
-    sheet = Image.new("RGB", (num_columns * step_x, math.ceil(num / num_columns) * step_y), "white")
+    sheet = Image.new("RGB", (num_columns * step_x, math.ceil(len(cells) / num_columns) * step_y), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(FONT_PX)
-    for k, i in enumerate(ids):
+    for k, (picture, caption) in enumerate(cells):
         left, top = k % num_columns * step_x, k // num_columns * step_y
-        picture = _fit(Image.fromarray(reader.decode(i)), cell_px)
         sheet.paste(picture, (left + (cell_px - picture.width) // 2, top + (cell_px - picture.height) // 2))
-        draw.text((left, top + cell_px), _caption(reader, i, font, cell_px), "black", font)
-    sheet.save(out_png, "PNG")
+        draw.text((left, top + cell_px), cut_text(caption, font, cell_px), "black", font)
+    return sheet
 
 
-def _fit(image: Image.Image, cell_px: int) -> Image.Image:
+def fit(image: Image.Image, cell_px: int) -> Image.Image:
+    """Scale a picture to a cell; a small one is enlarged without smoothing."""
     smooth = max(image.size) > cell_px
     scale = cell_px / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
 
 
-def _caption(reader: BetonReader, i: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
+def _caption(reader: BetonReader, i: int) -> str:
     label = int(reader.labels[i])
     names = reader.class_names or []
-    text = printable(names[label] if 0 <= label < len(names) else "" if label < 0 else label, MAX_CAPTION_CHARS)
+    return str(names[label] if 0 <= label < len(names) else "" if label < 0 else label)
+
+
+def cut_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
+    """The beginning of a text that fits a width, in printable characters."""
+    text = printable(text, MAX_CAPTION_CHARS)
     while font.getlength(text) > width_px:
         text = text[:-1]
     return text

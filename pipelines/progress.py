@@ -4,7 +4,7 @@ import sys
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TextIO
 
 from pipelines.printable import printable
 
@@ -14,7 +14,14 @@ LINE_EVERY_S = 10.0
 class Progress:
     """Counts images or bytes; a context manager. Rates and the remaining time are based on this process's own work."""
 
-    def __init__(self, what: str, num_total: int, num_before: int = 0, unit: Literal["img", "B"] = "img") -> None:
+    def __init__(
+        self,
+        what: str,
+        num_total: int,
+        num_before: int = 0,
+        unit: Literal["img", "B"] = "img",
+        stream: TextIO | None = None,
+    ) -> None:
         """Set the size of the job.
 
         Args:
@@ -22,7 +29,9 @@ class Progress:
             num_total: Number of images, or bytes, of the whole job.
             num_before: Number already done by an earlier process.
             unit: The unit that is counted.
+            stream: Where the occasional lines go; None: stdout.
         """
+        self._stream = stream
         self._what, self._unit = printable(what), unit
         self._num_total = num_total
         self._num_before = self._num_done = num_before
@@ -52,7 +61,7 @@ class Progress:
         now_s = time.monotonic()
         if self._bar.disable and now_s - self._printed_s >= LINE_EVERY_S:
             self._printed_s = now_s
-            print(self._line(now_s - self._started_s), flush=True)
+            print(self._line(now_s - self._started_s), file=self._stream, flush=True)
 
     def _line(self, elapsed_s: float) -> str:
         per_s = (self._num_done - self._num_before) / max(elapsed_s, 1e-9)

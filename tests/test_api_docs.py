@@ -54,7 +54,7 @@ def test_the_examples_run(tmp_path: Path, tiny_config: Path) -> None:
     """All of them but ddp.py, in order and in one namespace."""
     prepare(tmp_path, tiny_config)
     blocks = [block for block in python_blocks() if not block.startswith(DDP)]
-    assert len(blocks) == len(python_blocks()) - 1 == 7
+    assert len(blocks) == len(python_blocks()) - 1 == 9
     checks = """
 assert features.shape == (3, encoder.num_features) and similarity.shape == (3, 3)
 assert torch.isfinite(features).all() and torch.isfinite(loss) and torch.isfinite(nt_xent)

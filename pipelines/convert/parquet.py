@@ -34,7 +34,7 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
     Raises:
         DataError: unreadable file, different schemas, no such columns, or columns to choose from.
     """
-    with _open(files[0]) as first:
+    with open_parquet(files[0]) as first:
         schema = first.schema_arrow
     image_column = _image_column(schema, image_column, files[0])
     label_column = _label_column(schema, label_column, files[0])
@@ -64,7 +64,7 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
 def _read_file(path: str, image_column: str, label_column: str | None, start: int) -> Iterator[Item]:
     """Yield the rows from `start` on; row groups before it are not read."""
     row = 0
-    with _open(path) as file, open_regular(path) as own:
+    with open_parquet(path) as file:
         leaves = _leaves(file.schema_arrow, image_column, label_column)
         for group, columns in enumerate(columns_of(_footer(own))):
             num_rows = file.metadata.row_group(group).num_rows
@@ -117,7 +117,12 @@ def _image_bytes(value: Any) -> bytes:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[Any]:
+def open_parquet(path: str) -> Iterator[Any]:
+    """An open `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        DataError: the file cannot be read, also in the `with` block.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -159,7 +164,7 @@ def _footer(file: IO[bytes]) -> bytes:
 
 
 def _count(path: str, columns: list[str], schema: Any) -> int:
-    with _open(path) as file:
+    with open_parquet(path) as file:
         for column in columns:
             if file.schema_arrow.names.count(column) > 1:
                 raise DataError(f"{path}: column {column} is there more than once; rename one of them")

@@ -27,13 +27,18 @@ def free_port() -> str:
 
 
 def start_training(arguments: Sequence[str], *, num_ranks: int, log: Path) -> list[BaseProcess]:
-    """Start `fastssl train ARGUMENTS` on `num_ranks` gloo ranks, each forked from a process that has done the imports.
+    """`start_command` for `fastssl train ARGUMENTS`."""
+    return start_command(["train", *arguments], num_ranks=num_ranks, log=log)
+
+
+def start_command(arguments: Sequence[str], *, num_ranks: int, log: Path) -> list[BaseProcess]:
+    """Start `fastssl ARGUMENTS` on `num_ranks` gloo ranks, each forked from a process that has done the imports.
 
     A start takes one or two seconds; the launchers need five to eight. The ranks are real processes.
     """
     port = free_port()
     ranks = [
-        forkserver().Process(target=train_as_rank, args=(list(arguments), rank, num_ranks, port, log))
+        forkserver().Process(target=run_as_rank, args=(list(arguments), rank, num_ranks, port, log))
         for rank in range(num_ranks)
     ]
     for rank in ranks:
@@ -50,11 +55,16 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 def train_as_rank(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path) -> None:
-    """Run `train_in_this_process` as one of the ranks, with the rendezvous at a port of this machine."""
+    """`run_as_rank` for `fastssl train ARGUMENTS`."""
+    run_as_rank(["train", *arguments], rank, num_ranks, port, log)
+
+
+def run_as_rank(arguments: list[str], rank: int, num_ranks: int, port: str, log: Path) -> None:
+    """Run `run_in_this_process` as one of the ranks, with the rendezvous at a port of this machine."""
     if num_ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
-    train_in_this_process(arguments, log)
+    run_in_this_process(arguments, log)
 
 
 def train_in_this_process(arguments: list[str], log: Path) -> None:

@@ -4,12 +4,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastssl.commands.device_option import choose_device_option
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
-from fastssl.processes.launch import choose_device
-from fastssl.tracking.report import Report
-from fastssl.tracking.result_rows import append_rows, environment_columns
-from pipelines.bench.loader import Row, bench_loader
+from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
+from pipelines.bench.loader import bench_loader
 from pipelines.bench.streams import Job
 from pipelines.loader import cores_per_process
 
@@ -65,7 +64,7 @@ def bench_loader_on(
         batch_size=batch_size,
         num_threads=cores_per_process() if num_threads is None else num_threads,
         seed=cfg.run.seed,
-        device=_choose_device(cfg.run.device),
+        device=str(choose_device_option(cfg.run.device)),
     )
     environment = environment_columns(_PACKAGES) if out else {}  # before the run, so that it has the measured commit
     report = bench_loader(job, engines, window_s=seconds, say=_say)
@@ -94,14 +93,6 @@ def _rounded(row: Row) -> Row:
         name: round(value, num_decimals.get(name, 1)) if isinstance(value, float) else value
         for name, value in row.items()
     }
-
-
-def _choose_device(wanted: str) -> str:
-    try:
-        return str(choose_device(wanted))
-    except ConfigError as error:
-        message = str(error).replace("--set run.device=", "--device ")
-        raise ConfigError(message.replace("run.device", "--device")) from None
 
 
 def _say(message: str) -> None:

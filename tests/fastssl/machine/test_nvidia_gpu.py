@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from fastssl.commands.bench.loader import _choose_device
+from fastssl.commands.device_option import choose_device_option
 from fastssl.commands.doctor.finding import Node
 from fastssl.commands.doctor.gpu import check_gpu
 from fastssl.config import build_config
@@ -129,10 +129,10 @@ def test_the_loader_benchmark_names_its_own_option(gpus, no_gpu):
     with pytest.raises(
         ConfigError, match=r"^--device is cuda, but torch finds no GPU.*; or use the CPU with --device cpu$"
     ):
-        _choose_device("cuda")
+        choose_device_option("cuda")
     gpus((7, 0))
     with pytest.raises(ConfigError, match=r"capability 7\.0; .* or newer: use --device cpu$"):
-        _choose_device("auto")
+        choose_device_option("auto")
 
 
 def test_the_doctor_says_the_same(no_gpu, gpus, monkeypatch):

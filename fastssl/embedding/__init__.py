@@ -1,0 +1,1 @@
+"""Tables of features: `fastssl embed` writes them, `fastssl neighbours` searches them."""

@@ -1,0 +1,191 @@
+"""The images to embed: every source that `fastssl convert` reads, and .beton files, without a conversion."""
+
+# N images, H and W the sides of an image in pixels
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from PIL import Image
+
+from fastssl.encoder import list_images
+from fastssl.errors import UserError
+from pipelines.beton import RAW, BetonReader
+from pipelines.beton.bus_error import report_bus_errors
+from pipelines.convert.images import decode_as_engines_do, read_upright, upright_rgb
+from pipelines.convert.source import Item, Source, path_source
+from pipelines.convert.sources import SourceKind, SourceOptions, build_source
+from pipelines.errors import DataError
+
+KINDS = ("beton", *get_args(SourceKind))
+_SUFFIXES = {
+    "beton": (".beton",),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "parquet": (".parquet",),
+    "npz": (".npz",),
+    "csv": (".csv",),
+}
+_OF_FOLDERS = ("webdataset", "parquet")  # kinds of which a folder holds several files
+
+
+class Entry(NamedTuple):
+    """One image that is not read yet.
+
+    Attributes:
+        path: The file, or a name such as "x.tar/0001" or "x.beton, image 3".
+        label: -1 = none.
+        read: Gives its pixels, uint8 RGB [H, W, 3], upright; raises CorruptImageError with the reason.
+    """
+
+    path: str
+    label: int
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Images in a fixed order.
+
+    Attributes:
+        name: For messages.
+        num_images: N, with those that cannot be read.
+        entries: (start, stop) -> entries start..stop-1, one after the other.
+        fingerprint: Changes with the images.
+        class_names: Names by label; None: unknown.
+        notes: Lines about what was left out.
+        origin: Arguments of `open_images` that open them again, JSON values.
+    """
+
+    name: str
+    num_images: int
+    entries: Callable[[int, int], Iterator[Entry]]
+    fingerprint: str
+    class_names: list[str] | None = None
+    notes: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_images(src: str, kind: str | None = None, options: Mapping[str, Any] | None = None) -> Images:
+    """List or count the images of a source; paths in it are absolute.
+
+    Args:
+        src: A folder, a .beton, .parquet, .tar, .npz or .csv file, a folder or a pattern of parquet or tar files, or
+            what `pipelines.convert.sources.build_source` takes for the kind.
+        kind: One of KINDS; None: by the name, and of a folder by the files in it.
+        options: Fields of `pipelines.convert.sources.SourceOptions`.
+
+    Raises:
+        UserError: Unknown kind, or an option that the kind does not have.
+        DataError: The source does not exist, is of another kind, or holds no images.
+    """
+    kind = kind or infer_kind(src)
+    if kind not in KINDS:
+        raise UserError(f"--from must be one of {', '.join(KINDS)}, not {kind!r:.100}")
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    src = src if kind in ("torchvision", "digits") else os.path.abspath(src)
+    origin = {"src": src, "kind": kind, "options": given}
+    if kind in ("beton", "folder") and given:
+        raise UserError(f"{', '.join(given)}: not an option of a source of kind {kind}")
+    if kind == "beton":
+        return _of_beton(BetonReader(src), origin)
+    try:
+        source = _folder(Path(src)) if kind == "folder" else build_source(kind, src, SourceOptions(**given))  # pyright: ignore[reportArgumentType] it is one of KINDS
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise UserError(str(error)) from None
+    return _of_source(source, origin)
+
+
+def infer_kind(src: str) -> str:
+    """The kind of a source by its name; of a folder, "parquet" or "webdataset" if it holds such files, else "folder".
+
+    Raises:
+        DataError: There is nothing of that name, or a file of another kind.
+    """
+    name = os.path.basename(src).lower()
+    if os.path.isdir(src):
+        names = [entry.name.lower() for entry in os.scandir(src) if not entry.name.startswith(".")]
+        found = [kind for kind in _OF_FOLDERS if any(each.endswith(_SUFFIXES[kind]) for each in names)]
+        return found[0] if found else "folder"
+    for kind, suffixes in _SUFFIXES.items():
+        if name.endswith(suffixes):
+            return kind
+    if not os.path.exists(src):
+        raise DataError(f"{src}: no such file or folder")
+    known = " ".join(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+    raise DataError(f"{src}: neither a folder nor one of {known}; name its kind with --from")
+
+
+def _folder(folder: Path) -> Source:
+    """The image files below a folder, as `fastssl.embed` orders them; labels are those of sub-folders.
+
+    Where no image lies directly in the folder, each sub-folder with images is a class, as in `fastssl convert`.
+    """
+    paths, notes = list_images(folder)
+    if not paths:
+        raise DataError(f"{folder}: no images in it")
+    tops = [path.relative_to(folder).parts for path in paths]
+    if min(map(len, tops)) == 1:
+        labels, class_names = np.full(len(paths), -1), None
+    else:
+        class_names = sorted({parts[0] for parts in tops})
+        number = {name: label for label, name in enumerate(class_names)}
+        labels = np.array([number[parts[0]] for parts in tops])
+    return path_source(str(folder), list(map(str, paths)), labels, class_names, notes=notes)
+
+
+def _of_source(source: Source, origin: Mapping[str, Any]) -> Images:
+    def entries(start: int, stop: int) -> Iterator[Entry]:
+        for item in source.read(start, stop):
+            yield Entry(item.name, item.label, partial(_read_item, item))
+
+    return Images(
+        name=source.name,
+        num_images=source.num_items,
+        entries=entries,
+        fingerprint=source.fingerprint,
+        class_names=source.class_names,
+        notes=source.notes,
+        origin=origin,
+    )
+
+
+def _read_item(item: Item) -> np.ndarray:
+    if isinstance(item.image, np.ndarray):
+        return item.image if item.image.ndim == 3 else np.repeat(item.image[:, :, None], 3, axis=2)
+    return upright_rgb(item.image) if isinstance(item.image, Image.Image) else read_upright(item.image)
+
+
+def _of_beton(reader: BetonReader, origin: Mapping[str, Any]) -> Images:
+    report_bus_errors(reader)
+
+    def entries(start: int, stop: int) -> Iterator[Entry]:
+        for i in range(start, stop):
+            if i % 1024 == 0:
+                reader.check_unchanged()
+            yield Entry(f"{reader.path}, image {i}", int(reader.labels[i]), partial(_read_stored, reader, i))
+        reader.check_unchanged()
+
+    return Images(
+        name=str(reader.path),
+        num_images=reader.num_samples,
+        entries=entries,
+        fingerprint=json.dumps(reader.identity),
+        class_names=reader.class_names,
+        origin=origin,
+    )
+
+
+def _read_stored(reader: BetonReader, i: int) -> np.ndarray:
+    """Pixels of a stored image, decoded as the engines do."""
+    height_px, width_px = map(int, reader.sizes[i])
+    stored = reader.image_bytes(i)
+    if reader.modes[i] == RAW:
+        return stored.reshape(height_px, width_px, 3)
+    return decode_as_engines_do(stored, height_px, width_px)
