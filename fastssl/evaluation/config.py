@@ -8,6 +8,7 @@ from pipelines.config_field import Section, setting
 from pipelines.view_spec import ViewSpec
 
 ProtocolName = Literal["knn", "linear", "logistic", "few_label", "linear_augmented", "finetune"]
+SearchName = Literal["auto", "full", "halving"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +19,20 @@ class EvalConfig(Section):
 
     Attributes:
         what: The protocols.
-        knn_k: Number of neighbours of the weighted kNN, or several numbers to choose from.
+        knn_k: Number of neighbours of the weighted kNN, or several numbers to choose from, each bounded by the number
+            of labelled training images; None: 200, and at most the mean number of images per class.
         knn_temperature: Temperature in the weights exp(similarity / temperature), or several to choose from.
         few_labels: Numbers of labels per class for the few-label evaluation, such as (5, 20); empty: none.
         num_draws: Number of random draws of the labelled images; results are averaged over them.
         num_seeds: Number of repetitions of linear, linear_augmented and finetune with different seeds; settings are
             chosen once.
-        baselines: Also evaluate raw pixels and the untrained encoder.
+        baselines: Also evaluate raw pixels and the untrained encoder; None: by the protocols that fit into
+            time_fraction.
+        time_fraction: The evaluation on a CPU is kept within this fraction of the training's time, as estimated from
+            sizes: protocols that do not fit are left out, and named. At least 20 s are allowed; 0: no limit.
+        search: "full": `linear` and `logistic` try every setting of their grids to the end. "halving": most settings
+            are dropped early, and the grid is widened where the best one is at its edge. "auto": as "full" where that
+            takes a few seconds, but widened; as "halving" otherwise.
         local_batch_size: Images per forward pass of the feature extraction.
         feature_dtype: Dtype of the features cached in the run's folder.
         sgd_batch_size: Images per step in linear, linear_augmented and finetune.
@@ -46,12 +54,14 @@ class EvalConfig(Section):
     """
 
     what: tuple[ProtocolName, ...] = ("knn", "linear", "logistic", "few_label")
-    knn_k: int | tuple[int, ...] = setting(200, "[1, 1e7]")
+    knn_k: int | tuple[int, ...] | None = setting(None, "[1, 1e7]", free=True)
     knn_temperature: float | tuple[float, ...] = setting(0.1, "[1e-4, 1e4]")
     few_labels: tuple[int, ...] = setting((), "[1, 1e7]")
     num_draws: int = setting(10, "[1, 1e4]")
     num_seeds: int = setting(1, "[1, 1e3]")
-    baselines: bool = False
+    baselines: bool | None = setting(None, free=True)
+    time_fraction: float = setting(0.25, "[0, 1e6]", free=True)
+    search: SearchName = setting("auto", free=True)
     local_batch_size: int = setting(256, "[1, 1e6]")
     feature_dtype: Literal["float32", "float16"] = "float32"
     sgd_batch_size: int = setting(256, "[1, 1e6]")

@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_limits
 from fastssl.evaluation.config import EvalConfig
 from fastssl.evaluation.logistic import class_scores
 from fastssl.evaluation.task import Outcome, Task, rank_classes
+from pipelines.progress import Progress
 from pipelines.sampler import epoch_order
 
 _CHUNK_ROWS = 4096
@@ -46,12 +47,21 @@ def few_label(task: Task) -> dict[str, Outcome]:
     mean = task.train_x.mean(0)
     scale = max(float((task.train_x - mean).std()), 1e-12)
     train_x, test_x = (task.train_x - mean) / scale, (task.test_x - mean) / scale
+    num_fits = len(task.cfg.few_labels) * task.cfg.num_draws * len(_CLASSIFIERS)
+    with task.progress("few_label", num_fits * len(test_x)) as progress:
+        return _outcomes(task, train_x, test_x, progress)
+
+
+def _outcomes(task: Task, train_x: np.ndarray, test_x: np.ndarray, progress: Progress) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     for num_per_class in task.cfg.few_labels:
         draws = [draw_labelled(task.train_y, num_per_class, draw) for draw in range(task.cfg.num_draws)]
         for name, rank in _CLASSIFIERS.items():
-            with threadpool_limits(1, user_api="blas"):  # as in logistic.py
-                ranked = [rank(train_x[ids], task.train_y[ids], test_x, task.num_classes) for ids in draws]
+            ranked = []
+            for ids in draws:
+                with threadpool_limits(1, user_api="blas"):  # as in logistic.py
+                    ranked.append(rank(train_x[ids], task.train_y[ids], test_x, task.num_classes))
+                progress.advance(len(test_x))
             settings = {"labels_per_class": num_per_class, "classifier": name}
             outcomes[_outcome_name(name, num_per_class)] = Outcome(
                 ranked=ranked, chosen=settings, repeated_over="draws of the labelled images"

@@ -17,6 +17,7 @@ from fastssl.evaluation.features import eval_mode
 from fastssl.evaluation.images import Images
 from fastssl.evaluation.linear_heads import MOMENTUM, cosine
 from fastssl.evaluation.task import Outcome, Task, rank_classes, split_validation
+from pipelines.progress import Progress
 
 
 def finetune(task: Task) -> dict[str, Outcome]:
@@ -27,26 +28,34 @@ def finetune(task: Task) -> dict[str, Outcome]:
     """
     images, cfg = task.images, task.cfg
     assert images is not None
-    lr, epoch, validation_top1 = _choose(task, images)
+    with task.progress("finetune", cfg.num_seeds * cfg.finetune_epochs * len(task.train_y)) as progress:
+        return _finetune(task, images, progress)
+
+
+def _finetune(task: Task, images: Images, progress: Progress) -> dict[str, Outcome]:
+    cfg, num_images = task.cfg, len(task.train_y)
+    lr, epoch, validation_top1 = _choose(task, images, progress)
+    progress.extend(-cfg.num_seeds * (cfg.finetune_epochs - epoch - 1) * num_images)
     chosen: dict[str, Any] = {"lr": lr, "epoch": epoch + 1, "num_epochs": cfg.finetune_epochs}
     chosen |= {"layer_decay": cfg.finetune_layer_decay, "weight_decay": cfg.finetune_weight_decay}
     chosen["validation_top1"] = validation_top1
 
     ranked = []
     for seed in range(cfg.num_seeds):
-        learning = _learn(task, images, np.arange(len(task.train_y)), lr, seed)
+        learning = _learn(task, images, np.arange(num_images), lr, seed, progress)
         model = next(itertools.islice(learning, epoch, None))
         ranked.append(rank_classes(_logits(model, images.plain_test())))
     return {"finetune": Outcome(ranked=ranked, chosen=chosen, repeated_over="seeds")}
 
 
-def _choose(task: Task, images: Images) -> tuple[float, int, float]:
+def _choose(task: Task, images: Images, progress: Progress) -> tuple[float, int, float]:
     """The best learning rate on the validation part, its best epoch (0-based), and the accuracy there."""
     lrs = task.cfg.finetune_lrs
     fit, validation = split_validation(task.train_y)
     top1 = np.empty((task.cfg.finetune_epochs, len(lrs)))
+    progress.extend(top1.size * len(fit))
     for index, lr in enumerate(lrs):
-        for epoch, model in enumerate(_learn(task, images, fit, lr, seed=0)):
+        for epoch, model in enumerate(_learn(task, images, fit, lr, 0, progress)):
             logits = _logits(model, images.plain_train(validation))
             hits = (logits.argmax(1) == task.train_y[validation]) & np.isfinite(logits).all(1)  # none if it diverged
             top1[epoch, index] = hits.mean()
@@ -90,7 +99,9 @@ def _layers(encoder: nn.Module) -> list[nn.Module]:
     return [layer for layer in found if any(True for _ in layer.parameters())] or [encoder]
 
 
-def _learn(task: Task, images: Images, positions: np.ndarray, lr: float, seed: int) -> Iterator[nn.Module]:
+def _learn(
+    task: Task, images: Images, positions: np.ndarray, lr: float, seed: int, progress: Progress
+) -> Iterator[nn.Module]:
     """Yield the model after each epoch; the classifier is initialised to zero."""
     cfg = task.cfg
     torch.manual_seed(seed)  # for dropout
@@ -112,6 +123,7 @@ def _learn(task: Task, images: Images, positions: np.ndarray, lr: float, seed: i
             optimizer.zero_grad(set_to_none=True)
             cross_entropy(model(view).float(), labels[torch.from_numpy(rows).to(task.device)]).backward()
             optimizer.step()
+            progress.advance(len(rows))
         yield model
 
 

@@ -2,6 +2,7 @@
 
 # N fit images, M held-out images, W ranks, F features
 
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from fastssl.errors import ConfigError
 from fastssl.evaluation.config import EvalConfig, values_of
 from fastssl.evaluation.features import encode_batches
 from fastssl.evaluation.images import build_plain_loader
-from fastssl.evaluation.knn import check_knn, knn_votes
+from fastssl.evaluation.knn import bounded_k, bounded_k_line, knn_votes
 from fastssl.evaluation.parts import hold_out
 from pipelines.beton import BetonReader
 from pipelines.loader import DataConfig
@@ -37,13 +38,13 @@ class HeldOutKnn:
         """Choose the images.
 
         Args:
-            cfg: The first of its knn_k and knn_temperature are used.
+            cfg: The first of its knn_k, bounded as in `fastssl eval`, and of its knn_temperature are used.
             data: Its holdout_fraction is used, and the settings of its engine.
             views: Their plain view is used.
             reader: The training file.
             device: The encoder's.
         Raises:
-            ConfigError: no labelled image is held out, there are too few for knn_k, or fewer than two classes.
+            ConfigError: no labelled image is held out, there are too few to choose k, or fewer than two classes.
         """
         self._cfg, self._data, self._views = cfg, data, views
         self._reader, self._device = reader, device
@@ -53,14 +54,16 @@ class HeldOutKnn:
         fit, held_out, _ = hold_out(reader, data.holdout_fraction, "eval.every_epochs is set")
         self._fit, self._held_out = _some(fit.ids, MAX_FIT), _some(held_out.ids, MAX_HELD_OUT)
         try:
-            check_knn(cfg, reader.labels[self._fit])
+            self._k = bounded_k(cfg, reader.labels[self._fit])[0]
         except ValueError as error:
             raise ConfigError(f"eval.every_epochs: {error}") from None
+        if collectives.rank() == 0 and (line := bounded_k_line(cfg, reader.labels[self._fit])):
+            print(f"fastssl: {line}", file=sys.stderr, flush=True)
         self._num_classes = int(labels.max()) + 1
 
     def top1(self, backbone: nn.Module) -> float:
         """The fraction of held-out images that are classified correctly, in [0, 1] (all ranks call it)."""
-        pair = (values_of(self._cfg.knn_k)[0], values_of(self._cfg.knn_temperature)[0])
+        pair = (self._k, values_of(self._cfg.knn_temperature)[0])
         num_fit, num_held_out, labels = len(self._fit), len(self._held_out), self._reader.labels
         fit, ids = _share(self._fit), _share(self._held_out)
         with _mean_buffers(backbone):

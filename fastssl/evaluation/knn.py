@@ -3,6 +3,7 @@
 # N training images, M test images, F features, k neighbours, C classes
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,37 +14,68 @@ from torch.nn.functional import normalize
 from fastssl.evaluation.config import EvalConfig, values_of
 from fastssl.evaluation.task import Outcome, Task, rank_classes, split_validation
 
+DEFAULT_K = 200  # Wu et al. 2018
 _CHUNK_ROWS = 1024  # at ImageNet's 1.28 M training images one chunk of similarities takes 5.2 GB
 
 
 def check_knn(cfg: EvalConfig, train_y: np.ndarray) -> None:
-    """Refuse more neighbours than there are training images.
+    """Refuse a choice for which nothing can be held out.
 
     Raises:
-        ValueError: names the key.
+        ValueError: k or temperature is to be chosen, from too few images.
     """
-    num_images = len(split_validation(train_y)[0]) if _is_chosen(cfg) else len(train_y)
-    k = max(values_of(cfg.knn_k))
-    if k > num_images:
-        raise ValueError(f"eval.knn_k is {k}, but there are only {num_images} labelled training images: lower it")
+    if _is_chosen(cfg):
+        split_validation(train_y)
+
+
+def bounded_k(cfg: EvalConfig, train_y: np.ndarray) -> tuple[int, ...]:
+    """The numbers of neighbours that the training part allows, in [1, N], each once, in the configuration's order.
+
+    Without eval.knn_k, k is DEFAULT_K, and at most the mean number of images per class: beyond it, most neighbours are
+    of other classes even if the features are perfect. A configured k is bounded only by the number of images (of those
+    that vote while k is chosen).
+
+    Args:
+        cfg: Its knn_k is used.
+        train_y: Labels of the training part, int64 [N].
+    """
+    most = len(split_validation(train_y)[0]) if _is_chosen(cfg) else len(train_y)
+    if cfg.knn_k is None:
+        most = max(1, most // len(np.unique(train_y)))
+    return tuple(dict.fromkeys(min(k, most) for k in _asked_for(cfg)))
+
+
+def bounded_k_line(cfg: EvalConfig, train_y: np.ndarray) -> str | None:
+    """A line that says by what k was bounded; None: it was not."""
+    largest, asked = max(bounded_k(cfg, train_y)), max(_asked_for(cfg))
+    if largest == asked:
+        return None
+    if cfg.knn_k is None:
+        why = "a class has that many training images on average; eval.knn_k sets another k"
+    else:
+        why = "there are no more labelled training images to vote"
+    return f"kNN: k = {largest:,} instead of {asked:,}: {why}"
 
 
 def knn(task: Task) -> dict[str, Outcome]:
     """kNN with the configured k and temperature; if there are several, with the best pair on the validation part.
 
-    Ties go to the first pair in the configuration's order.
+    Ties go to the first pair in the configuration's order. See `bounded_k` for a small training part.
     """
     cfg, chosen = task.cfg, {}
-    settings: dict[str, Any] = {"num_classes": task.num_classes, "device": task.device}
-    pairs = list(itertools.product(values_of(cfg.knn_k), values_of(cfg.knn_temperature)))
-    if _is_chosen(cfg):
-        fit, validation = split_validation(task.train_y)
-        votes = knn_votes(task.train_x[fit], task.train_y[fit], task.train_x[validation], pairs, **settings)
-        top1 = [float((vote.argmax(1) == task.train_y[validation]).mean()) for vote in votes]
-        chosen["validation_top1"] = max(top1)
-        pairs = [pairs[top1.index(max(top1))]]
-    votes = knn_votes(task.train_x, task.train_y, task.test_x, pairs, **settings)
+    pairs = list(itertools.product(bounded_k(cfg, task.train_y), values_of(cfg.knn_temperature)))
+    fit, validation = split_validation(task.train_y) if _is_chosen(cfg) else (np.arange(0), np.arange(0))
+    with task.progress("knn", len(validation) + len(task.test_x)) as progress:
+        settings: dict[str, Any] = {"num_classes": task.num_classes, "device": task.device, "advance": progress.advance}
+        if _is_chosen(cfg):
+            votes = knn_votes(task.train_x[fit], task.train_y[fit], task.train_x[validation], pairs, **settings)
+            top1 = [float((vote.argmax(1) == task.train_y[validation]).mean()) for vote in votes]
+            chosen["validation_top1"] = max(top1)
+            pairs = [pairs[top1.index(max(top1))]]
+        votes = knn_votes(task.train_x, task.train_y, task.test_x, pairs, **settings)
     chosen = {"k": pairs[0][0], "temperature": pairs[0][1]} | chosen
+    if pairs[0][0] not in _asked_for(cfg):
+        chosen["k_asked_for"] = max(_asked_for(cfg))
     return {"knn": Outcome(ranked=[rank_classes(votes[0])], chosen=chosen)}
 
 
@@ -55,6 +87,7 @@ def knn_votes(
     *,
     num_classes: int,
     device: torch.device | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
     """Votes of the k most similar training images, each with weight exp((cosine - 1) / temperature).
 
@@ -68,6 +101,7 @@ def knn_votes(
         pairs: Pairs (k in [1, N], temperature > 0, dimensionless).
         num_classes: C.
         device: Device on which similarities and votes are computed, in fp32; None: the CPU.
+        advance: Called with the number of test images of each chunk that is done.
 
     Returns:
         The votes for each pair, float32 [M, C].
@@ -88,7 +122,13 @@ def knn_votes(
         for found, (k, temperature) in zip(votes, pairs, strict=True):
             weights = ((similarity[:, :k] - 1) / temperature).exp()
             found.append(weights.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[neighbours[:, :k]], weights))
+        if advance:
+            advance(len(chunk))
     return [torch.cat(found).cpu().numpy() for found in votes]
+
+
+def _asked_for(cfg: EvalConfig) -> Sequence[int]:
+    return (DEFAULT_K,) if cfg.knn_k is None else values_of(cfg.knn_k)
 
 
 def _is_chosen(cfg: EvalConfig) -> bool:

@@ -14,6 +14,8 @@ from fastssl.evaluation.task import Outcome, Task
 def linear_augmented(task: Task) -> dict[str, Outcome]:
     """See `sweep`; each epoch encodes every training image in a new random view.
 
+    All candidates are trained for all epochs, since the encoding is what takes time.
+
     The protocol of Chen et al. 2020 (SimCLR), arXiv:2002.05709, except that all candidates are trained on the same
     encodings, and features are standardised with the statistics of the training part's plain views.
     """
@@ -29,4 +31,4 @@ def linear_augmented(task: Task) -> dict[str, Outcome]:
             return images.encoder(view).float()
 
     with eval_mode(images.encoder):
-        return {"linear_augmented": sweep(task, batches, task.cfg.augmented_epochs)}
+        return {"linear_augmented": sweep(task, batches, task.cfg.augmented_epochs, name="linear_augmented")}

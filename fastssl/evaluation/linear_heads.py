@@ -4,7 +4,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,13 @@ from torch import Tensor
 
 from fastssl.evaluation.task import Outcome, Task, rank_classes, split_validation
 from fastssl.optim.schedules import learning_rate
+from pipelines.progress import Progress
 
 MOMENTUM = 0.9
+ROUNDS = ((0.08, 12), (0.32, 4))  # see `Search`
 _CHUNK_ROWS = 4096
+_LIMITS = {"lr": (1e-12, 1e12), "weight_decay": (1e-12, 100.0)}  # of values beyond the grid
+_MAX_FACTOR = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -91,7 +95,49 @@ class Standardiser:
         return (x.to(self._mean) - self._mean) / self._scale
 
 
-def sweep(task: Task, batches: Batches, num_epochs: int) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A candidate's best epoch on the validation part; the larger is the better one, see `sweep` for equal ones.
+
+    Attributes:
+        top1: Accuracy there.
+        epoch: The epoch, 0-based.
+        candidate: The settings.
+    """
+
+    top1: float
+    epoch: int
+    candidate: Candidate
+
+    def __lt__(self, other: "Found") -> bool:
+        return self._key() < other._key()
+
+    def _key(self) -> tuple[float, int, float, float]:
+        return self.top1, self.epoch, self.candidate.weight_decay, -self.candidate.lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How `sweep` looks for the best candidate.
+
+    Attributes:
+        rounds: Pairs (share of the epochs, number of candidates that stay): before the whole training, candidates train
+            for a part of the epochs, with a cosine of that length, and only the best ones go on (successive halving,
+            Jamieson and Talwalkar 2016, arXiv:1502.07943). A round that drops nobody is left out.
+        max_widenings: How often the grid grows by a value where the best one is its first or last. A value beyond the
+            grid must be better, not equal.
+    """
+
+    rounds: tuple[tuple[float, int], ...] = ()
+    max_widenings: int = 0
+
+
+FULL = Search()
+WIDENED = Search(max_widenings=2)
+HALVING = Search(rounds=ROUNDS, max_widenings=2)
+
+
+def sweep(task: Task, batches: Batches, num_epochs: int, *, name: str, search: Search = FULL) -> Outcome:
     """Choose learning rate, weight decay and epoch on the validation part, then retrain on the whole training part.
 
     Validation and test images are scored with the features of their plain views. Ties go to the later epoch, the
@@ -102,19 +148,26 @@ def sweep(task: Task, batches: Batches, num_epochs: int) -> Outcome:
         task: Features and labels.
         batches: Provides the training features.
         num_epochs: E.
+        name: The protocol's.
+        search: Which candidates are trained for how long.
     """
-    cfg = task.cfg
-    candidates = [Candidate(lr=lr, weight_decay=decay) for lr in cfg.linear_lrs for decay in cfg.linear_weight_decays]
-    best, epoch, validation_top1 = _choose(task, batches, candidates, num_epochs)
-    chosen: dict[str, Any] = {"lr": best.lr, "weight_decay": best.weight_decay, "epoch": epoch + 1}
-    chosen |= {"num_epochs": num_epochs, "validation_top1": validation_top1}
-    chosen["at_edge_of_grid"] = _at_edge(best, candidates)
+    cfg, num_images = task.cfg, len(task.train_y)
+    grid = [Candidate(lr=lr, weight_decay=decay) for lr in cfg.linear_lrs for decay in cfg.linear_weight_decays]
+    with task.progress(name, cfg.num_seeds * num_epochs * num_images) as progress:
+        best, edges = _choose(task, batches, grid, num_epochs, search, progress)
+        chosen: dict[str, Any] = {"lr": best.candidate.lr, "weight_decay": best.candidate.weight_decay}
+        chosen |= {"epoch": best.epoch + 1, "num_epochs": num_epochs, "validation_top1": best.top1}
+        chosen["at_edge_of_grid"] = edges
+        progress.extend(-cfg.num_seeds * (num_epochs - best.epoch - 1) * num_images)
 
-    ranked = []
-    for seed in range(cfg.num_seeds):
-        learning = _learn(task, batches, np.arange(len(task.train_y)), [best], seed=seed, num_epochs=num_epochs)
-        scores_of = next(itertools.islice(learning, epoch, None))
-        ranked.append(np.concatenate([rank_classes(s[:, 0].cpu().numpy()) for s in scores_of(task.test_x)]))
+        ranked = []
+        for seed in range(cfg.num_seeds):
+            everything = np.arange(num_images)
+            learning = _learn(
+                task, batches, everything, [best.candidate], seed=seed, num_epochs=num_epochs, progress=progress
+            )
+            scores_of = next(itertools.islice(learning, best.epoch, None))
+            ranked.append(np.concatenate([rank_classes(s[:, 0].cpu().numpy()) for s in scores_of(task.test_x)]))
     return Outcome(ranked=ranked, chosen=chosen, repeated_over="seeds")
 
 
@@ -122,7 +175,14 @@ Scores = Callable[[np.ndarray], Iterator[Tensor]]  # features [N, F] -> chunks o
 
 
 def _learn(
-    task: Task, batches: Batches, positions: np.ndarray, candidates: Sequence[Candidate], *, seed: int, num_epochs: int
+    task: Task,
+    batches: Batches,
+    positions: np.ndarray,
+    candidates: Sequence[Candidate],
+    *,
+    seed: int,
+    num_epochs: int,
+    progress: Progress,
 ) -> Iterator[Scores]:
     """Yield, after each epoch, a function that scores features."""
     standardise = Standardiser(task.train_x, positions, task.device)
@@ -138,21 +198,79 @@ def _learn(
         for number, (x, rows) in enumerate(found):
             factor = cosine(epoch * num_batches + number, num_epochs * num_batches)
             heads.step(standardise(x), labels[torch.from_numpy(rows).to(task.device)], factor)
+            progress.advance(len(rows) * len(candidates))
         yield scores_of
 
 
 def _choose(
-    task: Task, batches: Batches, candidates: Sequence[Candidate], num_epochs: int
-) -> tuple[Candidate, int, float]:
-    """The best candidate on the validation part, its best epoch (0-based), and its accuracy there."""
+    task: Task, batches: Batches, grid: Sequence[Candidate], num_epochs: int, search: Search, progress: Progress
+) -> tuple[Found, list[str]]:
+    """The best candidate on the validation part, and the settings whose best value is at an edge of the grid."""
     fit, validation = split_validation(task.train_y)
-    top1 = np.empty((num_epochs, len(candidates)))
-    for epoch, scores_of in enumerate(_learn(task, batches, fit, candidates, seed=0, num_epochs=num_epochs)):
-        top1[epoch] = _top1(scores_of, task.train_x[validation], task.train_y[validation])
-    epoch, index = max(
-        np.ndindex(*top1.shape), key=lambda at: (top1[at], at[0], candidates[at[1]].weight_decay, -candidates[at[1]].lr)
-    )
-    return candidates[index], epoch, float(top1[epoch, index])
+
+    def trained(candidates: Sequence[Candidate], epochs: int) -> list[Found]:
+        top1 = np.empty((epochs, len(candidates)))
+        learning = _learn(task, batches, fit, candidates, seed=0, num_epochs=epochs, progress=progress)
+        for epoch, scores_of in enumerate(learning):
+            top1[epoch] = _top1(scores_of, task.train_x[validation], task.train_y[validation])
+        return [
+            max(Found(top1=float(top1[epoch, index]), epoch=epoch, candidate=candidate) for epoch in range(epochs))
+            for index, candidate in enumerate(candidates)
+        ]
+
+    rounds = round_lengths(len(grid), num_epochs, search)
+    progress.extend(len(fit) * sum(epochs * num_candidates for epochs, num_candidates, _ in rounds))
+    candidates, found = list(grid), []
+    for epochs, _, num_kept in rounds:
+        found = sorted(trained(candidates, epochs), reverse=True)
+        candidates = [each.candidate for each in found[:num_kept]]
+    best = max(found)
+    values = {name: sorted({getattr(each, name) for each in grid}) for name in _LIMITS}
+    for _ in range(search.max_widenings):
+        beyond = {name: value for name in _LIMITS if (value := next_beyond(values[name], best.candidate, name))}
+        if not beyond:
+            break
+        more = [replace(best.candidate, **{name: value}) for name, value in beyond.items()]
+        more += [replace(best.candidate, **beyond)] * (len(beyond) > 1)
+        progress.extend(len(fit) * num_epochs * len(more))
+        for name, value in beyond.items():
+            values[name] = sorted([*values[name], value])
+        best = max([best, *(each for each in trained(more, num_epochs) if each.top1 > best.top1)])
+    return best, [name for name in _LIMITS if next_beyond(values[name], best.candidate, name)]
+
+
+def round_lengths(num_candidates: int, num_epochs: int, search: Search) -> list[tuple[int, int, int]]:
+    """The rounds of a search without its widenings: epochs, candidates trained, candidates kept."""
+    lengths = []
+    for share, num_kept in search.rounds:
+        if num_kept < num_candidates:
+            lengths.append((max(1, round(share * num_epochs)), num_candidates, num_kept))
+            num_candidates = num_kept
+    return [*lengths, (num_epochs, num_candidates, 1)]
+
+
+def next_beyond(values: Sequence[float], best: Candidate, name: str) -> float | None:
+    """The value beyond the edge of the grid at which the best candidate lies.
+
+    The step is that between the last two values, and at most a factor of 10.
+
+    Args:
+        values: The grid of one setting, ascending.
+        best: The best candidate.
+        name: The setting.
+
+    Returns:
+        None: the value is inside of the grid, 0, the only one (it was not to be chosen), or the last that is possible.
+    """
+    value = getattr(best, name)
+    if len(values) < 2 or value == 0 or value not in (values[0], values[-1]):
+        return None
+    is_last = value == values[-1]
+    low, high = values[-2:] if is_last else values[:2]
+    factor = min(high / low, _MAX_FACTOR) if low else _MAX_FACTOR
+    beyond = value * factor if is_last else value / factor
+    least, most = _LIMITS[name]
+    return beyond if least <= beyond <= most else None
 
 
 def cosine(step: int, num_steps: int) -> float:
@@ -169,14 +287,3 @@ def _top1(scores_of: Scores, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         hits = hits + ((predicted == labels) & best.isfinite()).sum(0)
         first += len(scores)
     return np.asarray(hits) / len(y)
-
-
-def _at_edge(best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
-    """Settings whose best value is the first or last of the grid: a wider grid might be better."""
-    edges = []
-    for name in ("lr", "weight_decay"):
-        values = sorted({getattr(candidate, name) for candidate in candidates})
-        value = getattr(best, name)
-        if len(values) > 1 and (value == values[-1] or (value == values[0] and value > 0)):
-            edges.append(name)
-    return edges

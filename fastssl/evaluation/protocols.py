@@ -8,6 +8,15 @@ import numpy as np
 
 from fastssl.evaluation.accuracy import judge
 from fastssl.evaluation.config import EvalConfig, ProtocolName
+from fastssl.evaluation.cost import (
+    Sizes,
+    few_label_s,
+    finetune_s,
+    knn_s,
+    linear_augmented_s,
+    linear_s,
+    logistic_s,
+)
 from fastssl.evaluation.few_label import check_few_label, few_label, few_label_names
 from fastssl.evaluation.finetune import finetune
 from fastssl.evaluation.knn import check_knn, knn
@@ -28,22 +37,24 @@ class Protocol:
 
     Attributes:
         run: Task -> outcomes by name.
+        cost_s: (eval section, sizes) -> estimated seconds, without the features'.
         check: (eval section, training labels) -> raises ValueError if the protocol cannot run, to fail early.
         needs_images: Whether it encodes images itself and therefore cannot evaluate raw pixels.
     """
 
     run: Callable[[Task], dict[str, Outcome]]
+    cost_s: Callable[[EvalConfig, Sizes], float]
     check: Callable[[EvalConfig, np.ndarray], None]
     needs_images: bool = False
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {
-    "knn": Protocol(knn, check_knn),
-    "linear": Protocol(linear, check_choice),
-    "logistic": Protocol(logistic, check_choice),
-    "few_label": Protocol(few_label, check_few_label),
-    "linear_augmented": Protocol(linear_augmented, check_choice, needs_images=True),
-    "finetune": Protocol(finetune, check_choice, needs_images=True),
+    "knn": Protocol(knn, knn_s, check_knn),
+    "linear": Protocol(linear, linear_s, check_choice),
+    "logistic": Protocol(logistic, logistic_s, check_choice),
+    "few_label": Protocol(few_label, few_label_s, check_few_label),
+    "linear_augmented": Protocol(linear_augmented, linear_augmented_s, check_choice, needs_images=True),
+    "finetune": Protocol(finetune, finetune_s, check_choice, needs_images=True),
 }
 
 

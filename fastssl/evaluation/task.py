@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from fastssl.evaluation.config import EvalConfig
+from pipelines.progress import Progress
 from pipelines.sampler import split_holdout
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Task:
         num_classes: C.
         images: The images of the features; None if there are only features.
         device: Device on which classifiers are trained by SGD.
+        encoder: Name of the encoder, for lines on the progress.
     """
 
     cfg: EvalConfig
@@ -41,6 +44,16 @@ class Task:
     num_classes: int
     images: Images | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    encoder: str = ""
+
+    def progress(self, what: str, num_images: int) -> Progress:
+        """Progress of a protocol on stderr: the table is on stdout.
+
+        Args:
+            what: What is counted, such as the protocol's name.
+            num_images: Number of images, each counted once for each classifier that learns from it or scores it.
+        """
+        return Progress(f"{self.encoder}: {what}".removeprefix(": "), num_images, file=sys.stderr, leave=False)
 
 
 @dataclass(frozen=True, kw_only=True)

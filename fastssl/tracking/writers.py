@@ -15,8 +15,7 @@ from tqdm import tqdm
 from fastssl.machine.files import sync_file
 from fastssl.tracking.json_lines import drop_rows_after, read_rows
 from fastssl.tracking.run_folder import RunFolder
-from pipelines.files import open_regular
-from pipelines.printable import printable
+from pipelines.progress import Lines
 
 T = TypeVar("T")
 
@@ -80,6 +79,7 @@ class MetricsWriter:
             smoothing=0.05,
         )
         self._started, self._start_step = time.perf_counter(), start_step
+        self._num_done, self._lines = start_step, Lines()
 
     def step_row(self, step: int, values: dict[str, Tensor | float | int | None]) -> None:
         """Write the row of a step (1-based: the number of steps done); loss None: the step was skipped."""
@@ -99,6 +99,7 @@ class MetricsWriter:
         self._write(row, prefix="epoch")
         if self._bar.disable:
             print(self._line(row), flush=True)
+            self._lines.printed()
 
     def held_out_row(self, epoch: int, step: int, knn_top1: float) -> None:
         """Write the accuracy on held-out images at the end of an epoch (0-based) and print it as a line."""
@@ -106,8 +107,13 @@ class MetricsWriter:
         self._bar.write(f"epoch {epoch + 1}/{self._num_epochs}  kNN top-1 {knn_top1:.1%} on held-out images")
 
     def advance(self) -> None:
-        """Move the progress bar by one step."""
+        """Count a step that was launched: move the progress bar, or print a line now and then within a long epoch."""
+        self._num_done += 1
         self._bar.update()
+        if self._bar.disable and self._num_done % self._steps_per_epoch and self._lines.are_due():
+            epoch, step = divmod(self._num_done, self._steps_per_epoch)
+            where = f"epoch {epoch + 1}/{self._num_epochs}  step {step:,}/{self._steps_per_epoch:,}"
+            print(f"{where}  left {self._left(self._num_done)}", flush=True)
 
     def sync(self) -> None:
         """Return when all rows are on disk."""
@@ -142,14 +148,17 @@ class MetricsWriter:
         )
 
     def _line(self, row: dict[str, Any]) -> str:
-        done = row["step"] - self._start_step
-        left_s = (time.perf_counter() - self._started) / max(done, 1) * (self._bar.total - row["step"])
         online = "" if row.get("online_top1") is None else f"  online top-1 {row['online_top1']:.1%}"
         return (
             f"epoch {row['epoch'] + 1}/{self._num_epochs}  loss {_shown(row['loss'])}{online}"
             f"  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
-            f"  left {timedelta(seconds=round(left_s))}"
+            f"  left {self._left(row['step'])}"
         )
+
+    def _left(self, step: int) -> timedelta:
+        """Time to the end of the run, at this process's speed so far."""
+        elapsed_s, num_done = time.perf_counter() - self._started, step - self._start_step
+        return timedelta(seconds=round(elapsed_s / max(num_done, 1) * (self._bar.total - step)))
 
 
 def best_held_out(path: Path) -> tuple[int, float] | None:
@@ -157,6 +166,56 @@ def best_held_out(path: Path) -> tuple[int, float] | None:
     rows = [row for row in read_rows(path, "step") if row.get("kind") == "held_out"]
     found = [(row["step"], row["knn_top1"]) for row in rows if isinstance(row.get("knn_top1"), float)]
     return max(found, key=lambda pair: pair[1], default=None)
+
+
+def training_time(path: Path, global_batch_size: int) -> tuple[float, int] | None:
+    """Seconds that the epochs took, as their rows say, and the images they read; None: the file has no whole epoch."""
+    seconds, num_images, last_step = 0.0, 0, 0
+    for row in read_rows(path, "step"):
+        img_per_s = row.get("img_per_s")
+        if row.get("kind") == "epoch" and isinstance(img_per_s, float) and img_per_s > 0 and row["step"] > last_step:
+            num_new = (row["step"] - last_step) * global_batch_size
+            seconds, num_images, last_step = seconds + num_new / img_per_s, num_images + num_new, row["step"]
+    return (seconds, num_images) if num_images else None
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Keep only the rows up to a checkpoint's step; a resumed run writes the later ones again.
+
+    Lines that are not rows stay as they are: somebody has edited the file.
+    """
+    read_rows(path, "step")  # for its warning
+    kept = []
+    for line in _lines_of(path):
+        row = _parse_row(line, ("step",))
+        if row is None or row["step"] <= step:
+            kept.append(line + b"\n")
+    replace_bytes(path, b"".join(kept))
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    """The lines of a file, without a row at the end that a kill has cut off."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    last = lines.pop()
+    if last and (_parse_row(last, ()) is not None or not last.startswith(b"{")):
+        lines.append(last)
+    return lines
+
+
+def _parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or any(key not in row for key in keys):
+        return None
+    step = row.get("step", 0)
+    return row if type(step) is int and 0 <= step < 2**63 else None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    print(f"fastssl: warning: {message}", file=sys.stderr, flush=True)
 
 
 def _shown(loss: Any) -> str:

@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from torch import nn
 
 from fastssl.checkpoint.checksums import sha256_of
 from fastssl.checkpoint.save_load import checkpoint_of, load_weights, step_of
-from fastssl.checkpoint.weights import put_weights
+from fastssl.commands.evaluation_plan import RAW_PIXELS, UNTRAINED, plan_evaluation
 from fastssl.config import Config, check_built
 from fastssl.errors import ConfigError
+from fastssl.evaluation.config import ProtocolName
 from fastssl.evaluation.feature_cache import cached_features, data_identity
 from fastssl.evaluation.features import encode_batches
 from fastssl.evaluation.images import Images, Part, build_plain_loader
+from fastssl.evaluation.knn import bounded_k_line
 from fastssl.evaluation.parts import choose_parts
 from fastssl.evaluation.protocols import PROTOCOLS, evaluate
 from fastssl.evaluation.results import DETAILS, LEGEND, SHOWN, Line, append_line, table_row
@@ -30,9 +33,10 @@ from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking import plots
 from fastssl.tracking.report import Report
 from fastssl.tracking.run_folder import RunFolder
-from fastssl.tracking.writers import best_held_out
+from fastssl.tracking.writers import best_held_out, training_time
 from pipelines.beton import BetonReader
 from pipelines.printable import printable
+from pipelines.progress import Progress
 from pipelines.views import build_eval_spec
 
 
@@ -97,6 +101,8 @@ def evaluate_run(
     torch.set_num_threads(num_threads_of(cfg.run))
     train, test_part, scored_on = choose_parts(cfg.data, on, test)
     _check_settings(cfg, train)
+    trained = training_time(folder.metrics, cfg.data.global_batch_size)
+    plan = plan_evaluation(cfg, list(checkpoints), train, test_part, device, trained=trained, is_asked_for=bool(what))
 
     about = {
         "scored_on": scored_on,
@@ -106,23 +112,21 @@ def evaluate_run(
         | data_identity(test_part.reader),
         "settings": asdict(cfg.eval),
         "overrides": list(overrides),
+        "plan": plan.record,
         "environment": describe_environment(world_size=1),
     }
+    bounded = bounded_k_line(cfg.eval, train.labels) if "knn" in cfg.eval.what else None
+    for notice in filter(None, (plan.duration, plan.left_out, bounded)):
+        print(printable(f"fastssl: {notice}"), file=sys.stderr, flush=True)
     lines: list[Line] = []
-    for encoder in _encoders(cfg, checkpoints):
-        for line in _judge(cfg, encoder, train, test_part, device, folder.features):
+    for encoder in _encoders(cfg, checkpoints, plan.protocols):
+        for line in _judge(cfg, encoder, plan.protocols[encoder.name], train, test_part, device, folder.features):
             lines.append(line | {"checkpoint_step": encoder.step} | about)
             append_line(folder.evaluations, lines[-1])
     plots.draw_curves(folder)
-    steps = {name: step_of(path) for name, path in checkpoints.items()}
-    return Report(
-        values={"scored_on": scored_on, "checkpoint_steps": steps, "rows": lines},
-        rows=[table_row(line) for line in lines],
-        columns=SHOWN,
-        details=DETAILS,
-        head=f"accuracy on {scored_on}; {', '.join(f'{name}: step {step}' for name, step in steps.items())}",
-        foot=LEGEND,
-    )
+    steps = ", ".join(f"{name}: step {step_of(path)}" for name, path in checkpoints.items())
+    text = f"accuracy on {scored_on}; {steps}\n{format_table(lines)}"
+    return f"{text}\n{plan.left_out}" if plan.left_out else text
 
 
 def _check_settings(cfg: Config, train: Part) -> None:
@@ -133,18 +137,20 @@ def _check_settings(cfg: Config, train: Part) -> None:
             raise ConfigError(f"{name} on {train.reader.path}: {error}") from None
 
 
-def _encoders(cfg: Config, checkpoints: dict[str, Path]) -> Iterator[Encoder]:
-    """The baselines if requested, then the checkpoints' encoders."""
+def _encoders(cfg: Config, checkpoints: dict[str, Path], wanted: Container[str]) -> Iterator[Encoder]:
+    """The wanted ones of the baselines, then of the checkpoints' encoders."""
     last = next(iter(checkpoints.values()))
-    image_px = load_weights(last)["image_px"]
-    if cfg.eval.baselines:
-        step = step_of(last)
-        yield Encoder(name="raw pixels", module=nn.Flatten(), identity=None, step=step)
+    image_px, step = load_weights(last)["image_px"], step_of(last)
+    if RAW_PIXELS in wanted:
+        yield Encoder(name=RAW_PIXELS, module=nn.Flatten(), identity=None, step=step)
+    if UNTRAINED in wanted:
         torch.manual_seed(cfg.run.seed)  # the encoder as initialised by the run's seed (ignores run.init_from)
         untrained, _ = build_backbone(cfg.model, image_px)
         identity = {"untrained": asdict(cfg.model), "image_px": image_px, "seed": cfg.run.seed}
-        yield Encoder(name="untrained encoder", module=untrained, identity=identity, step=step)
+        yield Encoder(name=UNTRAINED, module=untrained, identity=identity, step=step)
     for name, checkpoint in checkpoints.items():
+        if name not in wanted:
+            continue
         step = step_of(checkpoint)
         backbone, _ = build_backbone(cfg.model, image_px)
         put_weights(load_weights(checkpoint), checkpoint, backbone=backbone)
@@ -153,7 +159,13 @@ def _encoders(cfg: Config, checkpoints: dict[str, Path]) -> Iterator[Encoder]:
 
 
 def _judge(
-    cfg: Config, encoder: Encoder, train: Part, test: Part, device: torch.device, folder: Path
+    cfg: Config,
+    encoder: Encoder,
+    protocols: Sequence[ProtocolName],
+    train: Part,
+    test: Part,
+    device: torch.device,
+    folder: Path,
 ) -> Iterator[Line]:
     module = encoder.module.to(device)
     train_x, test_x = (_features(cfg, encoder, part, device, folder) for part in (train, test))
@@ -171,10 +183,11 @@ def _judge(
         num_classes=num_classes,
         images=images,
         device=device,
+        encoder=encoder.name,
     )
     started = time.perf_counter()
     try:
-        for name, result in evaluate(task, test.labels, cfg.eval.what):
+        for name, result in evaluate(task, test.labels, protocols):
             wall_s, started = time.perf_counter() - started, time.perf_counter()
             yield {"encoder": encoder.name, "identity": encoder.identity, "name": name, **result, "wall_s": wall_s}
     finally:
@@ -187,10 +200,11 @@ def _features(cfg: Config, encoder: Encoder, part: Part, device: torch.device, f
 
     def encode() -> Iterator[np.ndarray]:
         loader = build_plain_loader(cfg.eval, cfg.data, cfg.views, part.reader, device)
-        try:
-            yield from encode_batches(encoder.module, loader)
-        finally:
-            loader.close()
+        what = f"{encoder.name}: features of {part.reader.path.name}"
+        with closing(loader), Progress(what, part.reader.num_samples, file=sys.stderr, leave=False) as progress:
+            for features in encode_batches(encoder.module, loader):
+                yield features
+                progress.advance(len(features))
 
     if encoder.identity is None:
         features = np.concatenate(list(encode()))

@@ -1,6 +1,7 @@
 """`fastssl eval` on a whole run folder: what is read, what is chosen, what is kept, what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ CONFIG = {
         "projector_dim": 8,
     },
     "eval": {
+        "baselines": False,
         "knn_k": [1, 10],
         "few_labels": [3],
         "num_draws": 2,
@@ -235,7 +237,6 @@ def test_random_views_are_of_the_asked_for_images_and_plain_ones_in_order(run_fo
     ("settings", "parts"),
     [
         (["--what", "knn", "nope"], ["eval.what", "nope", "linear_augmented"]),
-        (["--set", "eval.knn_k=500"], ["eval.knn_k is 500", "240"]),
         (["--what", "few_label", "--set", "eval.few_labels=[30]"], ["eval.few_labels asks for 30 images per class"]),
         (["--what", "few_label", "--set", "eval.few_labels=[]"], ["eval.few_labels must list numbers"]),
         (["--set", "eval.knn_k=near"], ["eval.knn_k", "near"]),
@@ -285,3 +286,62 @@ def test_a_line_has_what_a_repetition_needs(run_folder):
     assert line["identity"]["weights_sha256"]
     assert line["environment"]["packages"]["torch"]
     assert json.loads(json.dumps(line)) == line
+
+
+# --- in proportion
+
+
+def _trained(folder: Path, seconds: float) -> None:
+    """Rows of a training of 20 steps of 256 images."""
+    rows = [{"kind": "epoch", "step": step, "epoch": 0, "img_per_s": 20 * 256 / seconds} for step in (10, 20)]
+    rows.insert(1, {"kind": "held_out", "step": 10, "epoch": 0, "knn_top1": 0.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_baselines_are_evaluated_where_they_cost_little(run_folder, capsys):
+    _trained(run_folder, 60.0)
+    table = evaluate_run(run_folder, ["eval.baselines=null", "eval.what=[knn, linear]"])
+    found = [(line["encoder"], line["name"]) for line in _lines(run_folder, 6)]
+    encoders = ("raw pixels", "untrained encoder", "pre-trained encoder")
+    assert found == [(encoder, name) for encoder in encoders for name in ("knn", "linear")]
+    assert "left out" not in table
+    [line] = {json.dumps(line["plan"]) for line in _lines(run_folder, 6)}
+    plan = json.loads(line)
+    assert (plan["training_s"], plan["limit_s"], plan["left_out"]) == (60.0, 20.0, [])
+    assert 0 < plan["expected_s"] < 20
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_what_does_not_fit_into_a_quarter_of_the_training_is_left_out_and_named(run_folder, capsys):
+    """A training of 100 s whose images take long: 2 s for each of the 5,120."""
+    _trained(run_folder, 5120 * 2.0)
+    costly = ["eval.what=[finetune, knn, linear]", "eval.baselines=null", "eval.knn_k=5", "eval.num_seeds=1"]
+    table = evaluate_run(run_folder, [*costly, "eval.finetune_lrs=[0.1]", "eval.finetune_epochs=2"])
+    found = [(line["encoder"], line["name"]) for line in _lines(run_folder, 6)]
+    assert ("untrained encoder", "finetune") not in found
+    assert ("pre-trained encoder", "knn") in found
+    notice = capsys.readouterr().err
+    for text in (table, notice):
+        assert "left out, for an evaluation within 43 min" in text
+        assert "untrained encoder by finetune (about " in text
+        assert "--set eval.time_fraction=0 eval.baselines=true" in text
+    assert ["untrained encoder", "finetune"] in _lines(run_folder, 1)[0]["plan"]["left_out"]
+    evaluate_run(run_folder, [*costly, "eval.finetune_epochs=1", "eval.time_fraction=0"])
+    assert ("untrained encoder", "finetune") in [(line["encoder"], line["name"]) for line in _lines(run_folder, 8)]
+
+
+def test_a_bounded_k_is_said_and_recorded(run_folder, capsys):
+    evaluate_run(run_folder, ["eval.knn_k=500"], what=["knn"])
+    assert "fastssl: kNN: k = 240 instead of 500: there are no more" in capsys.readouterr().err
+    assert _lines(run_folder, 1)[0]["chosen"] == {"k": 240, "temperature": 0.1, "k_asked_for": 500}
+    evaluate_run(run_folder, ["eval.knn_k=null"], what=["knn"])
+    assert "k = 24 instead of 200: a class has that many" in capsys.readouterr().err
+
+
+def test_progress_of_every_part_is_on_stderr(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.progress.LINE_EVERY_S", 0.0)
+    evaluate_run(run_folder, ["eval.num_seeds=1", "eval.finetune_epochs=1"], what=ALL)
+    out, err = capsys.readouterr()
+    assert out == ""
+    for what in ("features of train.beton", "knn", "linear", "logistic", "few_label", "linear_augmented", "finetune"):
+        assert re.search(rf"^pre-trained encoder: {what}  [\d,]+/[\d,]+  [\d,]+ img/s  left ", err, re.MULTILINE), what

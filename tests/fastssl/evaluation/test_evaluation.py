@@ -7,6 +7,7 @@ import typing
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from fastssl.evaluation import few_label, logistic
@@ -14,7 +15,7 @@ from fastssl.evaluation.accuracy import judge
 from fastssl.evaluation.config import EvalConfig, ProtocolName
 from fastssl.evaluation.features import encode_batches
 from fastssl.evaluation.few_label import check_few_label, draw_labelled
-from fastssl.evaluation.knn import check_knn, knn, knn_votes
+from fastssl.evaluation.knn import bounded_k, bounded_k_line, check_knn, knn, knn_votes
 from fastssl.evaluation.protocols import PROTOCOLS, evaluate
 from fastssl.evaluation.results import SHOWN, table_row
 from fastssl.evaluation.task import Task, rank_classes, split_validation
@@ -128,18 +129,36 @@ def test_knn_chooses_on_the_validation_part_and_votes_with_all():
     assert np.array_equal(outcome.ranked[0], rank_classes(votes))
 
 
-@pytest.mark.parametrize(("k", "num_images"), [(201, 200), ((5, 181), 180)])
-def test_more_neighbours_than_images_are_refused(k, num_images):
-    task, _ = _task(knn_k=k)
-    with pytest.raises(ValueError, match=rf"eval\.knn_k is {np.max(k)}, but there are only {num_images}"):
-        check_knn(task.cfg, task.train_y)
+@pytest.mark.parametrize(
+    ("asked", "bounded", "line"),
+    [
+        (20, (20,), None),
+        (201, (200,), "k = 200 instead of 201: there are no more labelled training images"),
+        ((5, 181, 500), (5, 180), "k = 180 instead of 500"),  # of those that vote while k is chosen
+        (None, (50,), "k = 50 instead of 200: a class has that many training images on average"),
+    ],
+)
+def test_neighbours_are_bounded_by_the_images_and_a_line_says_so(asked, bounded, line):
+    task, _ = _task(knn_k=asked)
+    assert bounded_k(task.cfg, task.train_y) == bounded
+    found = bounded_k_line(task.cfg, task.train_y)
+    assert found is None if line is None else line in (found or "")
+    chosen = knn(task)["knn"].chosen
+    assert chosen["k"] in bounded
+    assert chosen.get("k_asked_for") == (None if chosen["k"] in np.atleast_1d(asked) else np.max(asked or 200))
+
+
+def test_a_choice_of_neighbours_from_too_few_images_is_refused():
+    with pytest.raises(ValueError, match="at least 10"):
+        check_knn(EvalConfig(knn_k=(1, 5)), np.arange(9) % 2)
+    check_knn(EvalConfig(), np.arange(9) % 2)
 
 
 # --- logistic regression
 
 
 def test_logistic_chooses_c_on_the_held_out_tenth_and_reads_test_once(monkeypatch):
-    task, _ = _task()
+    task, _ = _task(search="full")
     fit_ids, holdout_ids = split_validation(task.train_y)
     fitted, scored = [], []
     real_fit, real_scores = logistic.fit_logistic, logistic.class_scores
@@ -196,6 +215,54 @@ def test_logistic_scores_two_classes_and_leaves_out_what_it_has_not_met():
 def test_logistic_takes_the_strongest_penalty_of_equals():
     task, _ = _task(80, spread=1e-3)
     assert logistic.logistic(task)["logistic"].chosen["c"] == logistic.C_GRID[0]
+
+
+def test_the_path_finds_the_penalty_of_the_whole_grid_with_fewer_iterations(monkeypatch):
+    """Weak penalties overfit these features: the path ends before it comes to the weakest."""
+    rng = np.random.default_rng(0)
+    task, test_y = _task(400, spread=4.0)
+    noise = {name: rng.normal(size=(len(x), 150)) for name, x in (("train_x", task.train_x), ("test_x", task.test_x))}
+    wide = {name: np.hstack([getattr(task, name), found]).astype(np.float32) for name, found in noise.items()}
+    task = dataclasses.replace(task, **wide)
+    fits: list[int] = []
+    real = logistic.LogisticRegression.fit
+
+    def fit(self, x, y):
+        found = real(self, x, y)
+        fits.append(int(self.n_iter_.max()))
+        return found
+
+    monkeypatch.setattr(logistic.LogisticRegression, "fit", fit)
+    found, num_fits = {}, {}
+    for search in ("full", "halving"):
+        fits.clear()
+        changed = dataclasses.replace(task, cfg=dataclasses.replace(task.cfg, search=search))
+        found[search], num_fits[search] = logistic.logistic(changed)["logistic"], len(fits)
+    top1 = {search: judge(outcome.ranked, test_y, 4)["top1"] for search, outcome in found.items()}
+    error = math.sqrt(top1["full"] * (1 - top1["full"]) / len(test_y))
+    assert abs(top1["full"] - top1["halving"]) <= error
+    assert num_fits == {"full": 6, "halving": num_fits["halving"]}
+    assert found["halving"].chosen["at_edge_of_grid"] == []
+
+
+@pytest.mark.parametrize(("grid", "best"), [((1e-5, 1e-4), 1e-3), ((1.0, 10.0), 0.1)])
+def test_the_penalties_are_widened_at_either_edge(grid, best, monkeypatch):
+    if best < grid[0]:  # few images with much noise
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(600, 100)).astype(np.float32)
+        y = (x[:, :4] + 1.5 * rng.normal(size=(600, 4))).argmax(1)
+    else:
+        x, y = load_digits(return_X_y=True)
+    task = Task(cfg=EvalConfig(), train_x=x.astype(np.float32), train_y=y, test_x=x[:100], num_classes=10)
+    monkeypatch.setattr(logistic, "C_GRID", grid)
+    full, widened = (
+        logistic.logistic(dataclasses.replace(task, cfg=EvalConfig(search=search)))["logistic"].chosen
+        for search in ("full", "auto")
+    )
+    assert full["c"] in grid
+    assert full["at_edge_of_grid"] == ["c"]
+    assert widened["c"] == best
+    assert widened["validation_top1"] > full["validation_top1"]
 
 
 def test_logistic_says_when_it_did_not_converge(monkeypatch):
@@ -294,7 +361,8 @@ def test_table_has_a_row_each_and_aligned_columns():
     [f.name for f in dataclasses.fields(EvalConfig) if f.name not in ("baselines", "feature_dtype", "every_epochs")],
 )
 def test_config_names_the_field(field):
-    bad = {"few_labels": (0,), "what": (), "augment": {"flip_q": 1}, "finetune_weight_decay": -1}.get(field, 0)
+    bad = {"few_labels": (0,), "what": (), "augment": {"flip_q": 1}, "finetune_weight_decay": -1, "time_fraction": -1}
+    bad = bad.get(field, 0)
     if field == "linear_weight_decays":
         bad = (0.0, -1.0)
     elif field in ("linear_lrs", "finetune_lrs"):

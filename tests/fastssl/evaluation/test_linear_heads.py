@@ -9,7 +9,19 @@ from torch import nn
 
 from fastssl.evaluation.config import EvalConfig
 from fastssl.evaluation.linear import linear
-from fastssl.evaluation.linear_heads import Candidate, LinearHeads, Standardiser, cosine, sweep
+from fastssl.evaluation.linear_heads import (
+    FULL,
+    HALVING,
+    WIDENED,
+    Candidate,
+    LinearHeads,
+    Search,
+    Standardiser,
+    cosine,
+    next_beyond,
+    round_lengths,
+    sweep,
+)
 from fastssl.evaluation.task import Task, split_validation
 
 CPU = torch.device("cpu")
@@ -71,7 +83,7 @@ def test_settings_are_chosen_without_the_validation_part_and_all_is_learnt_from_
         seen.setdefault(key, []).extend(positions.tolist())
         return 1, [(torch.from_numpy(task.train_x[positions]), positions)]
 
-    outcome = sweep(task, batches, 3)
+    outcome = sweep(task, batches, 3, name="linear")
     assert set(seen) == {(0, len(fit)), (0, 300), (1, 300)}
     assert not set(seen[0, len(fit)]) & set(validation.tolist())
     assert set(seen[1, 300]) == set(range(300))
@@ -86,7 +98,8 @@ def test_the_sweep_finds_what_is_good_and_leaves_what_diverges():
     assert outcome.chosen["at_edge_of_grid"] == []
     test_y = _clusters(80, seed=1)[1]
     assert (outcome.ranked[0][:, 0] == test_y).mean() > 0.6
-    edge = linear(dataclasses.replace(task, cfg=dataclasses.replace(task.cfg, linear_lrs=(1e-7, 0.3))))["linear"]
+    cfg = dataclasses.replace(task.cfg, linear_lrs=(1e-7, 0.3), search="full")
+    edge = linear(dataclasses.replace(task, cfg=cfg))["linear"]
     assert edge.chosen["at_edge_of_grid"] == ["lr"]
 
 
@@ -97,9 +110,10 @@ def _with_common_noise(task: Task) -> Task:
     return dataclasses.replace(task, train_x=train_x, test_x=test_x)
 
 
-def test_of_equal_settings_the_last_epoch_strong_decay_and_small_rate_count():
+@pytest.mark.parametrize("search", [FULL, WIDENED, Search(rounds=((0.5, 2),), max_widenings=3)])
+def test_of_equal_settings_the_last_epoch_strong_decay_and_small_rate_count(search):
     task = _task(linear_lrs=(0.2, 0.1), linear_weight_decays=(0.0, 1e-9))
-    still = sweep(task, lambda positions, seed, epoch: (1, []), 3)  # nobody learns
+    still = sweep(task, lambda positions, seed, epoch: (1, []), 3, name="linear", search=search)  # nobody learns
     assert still.chosen["epoch"] == 3
     assert (still.chosen["lr"], still.chosen["weight_decay"]) == (0.1, 1e-9)
 
@@ -108,7 +122,7 @@ def test_an_epoch_takes_every_image_once_in_batches_of_nearly_one_size(monkeypat
     taken = []
     real = LinearHeads.step
     monkeypatch.setattr(LinearHeads, "step", lambda self, x, y, f: taken.append(len(y)) or real(self, x, y, f))
-    linear(_task(linear_epochs=1, sgd_batch_size=64))
+    linear(_task(linear_epochs=1, sgd_batch_size=64, search="full"))
     assert taken == [54] * 5 + [60] * 5  # 270 to choose, 300 to learn from
 
 
@@ -116,3 +130,62 @@ def test_an_epoch_takes_every_image_once_in_batches_of_nearly_one_size(monkeypat
 def test_too_little_to_choose_on_is_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         split_validation(np.array(labels))
+
+
+# --- the search
+
+
+def test_the_grid_grows_where_the_best_value_is_its_last_and_the_new_one_is_better():
+    task = _with_common_noise(_task(linear_lrs=(1e-4, 1e-2), linear_weight_decays=(0.0,), linear_epochs=30))
+    full, widened = (linear(_with(task, search=name))["linear"].chosen for name in ("full", "auto"))
+    assert (full["lr"], full["at_edge_of_grid"]) == (1e-2, ["lr"])
+    assert widened["lr"] == pytest.approx(0.1)
+    assert widened["validation_top1"] > full["validation_top1"]
+
+
+def _with(task: Task, **settings) -> Task:
+    return dataclasses.replace(task, cfg=dataclasses.replace(task.cfg, **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "value", "beyond"),
+    [
+        ("lr", [0.1, 0.3], 0.3, 0.9),
+        ("lr", [0.1, 0.3], 0.1, 0.1 / 3),
+        ("lr", [1e-7, 0.3], 0.3, 3.0),  # at most a factor of 10
+        ("lr", [0.1, 0.3, 0.5], 0.3, None),
+        ("lr", [0.3], 0.3, None),  # not to be chosen
+        ("weight_decay", [0.0, 0.1], 0.0, None),
+        ("weight_decay", [0.0, 0.1], 0.1, 1.0),
+        ("weight_decay", [1.0, 100.0], 100.0, None),  # the largest possible
+    ],
+)
+def test_beyond_the_edge(name, values, value, beyond):
+    found = next_beyond(values, Candidate(**{"lr": 1.0, "weight_decay": 1.0} | {name: value}), name)
+    assert found == (None if beyond is None else pytest.approx(beyond))
+
+
+def test_rounds_drop_most_candidates_early():
+    assert round_lengths(35, 50, FULL) == [(50, 35, 1)]
+    assert round_lengths(35, 50, HALVING) == [(4, 35, 12), (16, 12, 4), (50, 4, 1)]
+    assert round_lengths(6, 3, HALVING) == [(1, 6, 4), (3, 4, 1)]  # a round that drops nobody is left out
+    assert round_lengths(4, 50, HALVING) == [(50, 4, 1)]
+
+
+def test_what_stays_to_the_end_learns_as_in_the_whole_sweep():
+    """Rounds that keep the winner choose the same epoch with the same accuracy, and answer the same."""
+    task = _task(linear_lrs=(1e-6, 0.1, 3e30), linear_weight_decays=(0.0, 0.01), linear_epochs=10)
+    full, halved = (linear(_with(task, search=name))["linear"] for name in ("full", "halving"))
+    assert halved.chosen == full.chosen
+    assert np.array_equal(halved.ranked[0], full.ranked[0])
+
+
+def test_a_search_takes_a_third_of_the_steps(monkeypatch):
+    columns = []
+    real = LinearHeads.step
+    monkeypatch.setattr(LinearHeads, "step", lambda self, x, y, f: columns.append(self._num) or real(self, x, y, f))
+    task = _task(linear_epochs=50, sgd_batch_size=270)
+    for name, most in (("full", 35 * 50 + 2 * 50), ("halving", (35 * 50 + 2 * 50) / 2)):
+        columns.clear()
+        linear(_with(task, search=name))
+        assert most / 3 < sum(columns) <= most
