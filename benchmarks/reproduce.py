@@ -335,7 +335,7 @@ def judge(job: Job, step: int, scored_on: str, protocols: Sequence[str], checkpo
 
     started = time.perf_counter()
     if missing := [name for name in protocols if name not in _judged(job, step, scored_on)]:
-        overrides = ["eval.baselines=false", f"run.device={job.device}"]
+        overrides = ["eval.baselines=false", "eval.search=full", f"run.device={job.device}"]
         if scored_on == HELD_OUT:
             overrides.append("data.test=null")
         if job.device == "cuda" and SETS[job.images] == "small":

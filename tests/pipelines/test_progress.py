@@ -1,6 +1,7 @@
 """Progress: a line now and then where nobody watches, a bar on a terminal."""
 
 import re
+import sys
 import time
 
 import pytest
@@ -58,3 +59,43 @@ def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     assert out == ""
     assert "x.beton: 100%" in err
     assert "10/10" in err
+
+
+def test_lines_go_where_they_are_asked_to(capsys):
+    with Progress("x", 10, file=sys.stderr) as bar:
+        bar.advance()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("x  1/10  ")
+
+
+def test_a_job_may_grow(capsys):
+    with Progress("x", 10) as bar:
+        bar.extend(10)
+        bar.extend(-5)
+        bar.advance(3)
+    assert capsys.readouterr().out.startswith("x  3/15  ")
+
+
+def test_what_cannot_count_itself_is_counted_by_its_time(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_TICK_S", 0.01)
+    with Progress("x", 1000) as bar:
+        with bar.during(100, expected_s=0.1):
+            time.sleep(0.3)  # three times as long as expected
+        bar.advance()
+    counts = [int(count) for count in re.findall(r"^x  (\d+)/1,000", capsys.readouterr().out, re.MULTILINE)]
+    assert counts == sorted(counts)
+    assert 99 in counts
+    assert counts[-2:] == [100, 101]
+
+
+def test_lines_become_rarer(monkeypatch):
+    now_s = 0.0
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 10.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    lines, due = progress.Lines(), []
+    for now_s in range(3600):
+        if lines.are_due():
+            due.append(now_s)
+    assert due[:4] == [5, 15, 25, 35]
+    assert 30 < len(due) < 60

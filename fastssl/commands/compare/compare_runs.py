@@ -292,9 +292,10 @@ class _Runs:
         if RunFolder(run).preempted.exists():
             raise UserError(f"{run}: a signal ended the training before its last epoch; the same command resumes it")
         lines = _lines(RunFolder(run), on_test=on_test)
-        if not outcome_names(RunFolder(run).load_config().eval) <= {line["metric"] for line in lines}:
-            judge = ["--set", "eval.time_fraction=0"]  # all are judged alike, however long each trained
-            judge += [] if on_test else ["data.test=null", "eval.baselines=false"]
+        cfg = RunFolder(run).load_config().eval
+        if not outcome_names(cfg) <= {line["metric"] for line in lines}:
+            judge = ["--what", *cfg.what]  # all of it, however short the training was
+            judge += [] if on_test else ["--set", "data.test=null", "eval.baselines=false"]
             self._call("evaluation", run, [sys.executable, "-m", "fastssl.cli", "eval", run, *judge], log)
             lines = _lines(RunFolder(run), on_test=on_test)
         return lines

@@ -1,11 +1,12 @@
 import json
-import os
+import re
 import time
 
 import pytest
 
-from fastssl.errors import ConfigError
-from fastssl.tracking.writers import StepTimer, drop_rows_after, read_rows
+from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.writers import MetricsWriter, StepTimer, drop_rows_after, read_rows, training_time
+from pipelines import progress
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_a_cut_off_line_too(tmp_path):
@@ -60,8 +61,29 @@ def test_timer_tells_waiting_from_working():
     assert timer.read("step")["img_per_s"] == 0  # nothing since
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_is_no_file_is_one_line(tmp_path, make):
-    make(tmp_path / "metrics.jsonl")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be read .not a regular file"):
-        read_rows(tmp_path / "metrics.jsonl", "step")
+def test_the_time_of_a_training_is_that_of_its_epochs(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert training_time(path, 64) is None
+    rows = [
+        {"step": 5, "epoch": 0, "img_per_s": 1.0},  # of a step
+        {"kind": "epoch", "step": 10, "epoch": 0, "img_per_s": 320.0},
+        {"kind": "held_out", "step": 10, "epoch": 0, "knn_top1": 0.5},
+        {"kind": "epoch", "step": 20, "epoch": 1, "img_per_s": 640.0},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert training_time(path, 64) == (2.0 + 1.0, 1280)
+
+
+def test_a_long_epoch_says_how_far_it_is_where_nobody_watches(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    writer = MetricsWriter(RunFolder(tmp_path), start_step=3, steps_per_epoch=4, num_epochs=2)
+    for _ in range(5):
+        writer.advance()
+    writer.close()
+    out = capsys.readouterr().out
+    # Step 4, which ends the epoch, has a line of its own with the loss.
+    assert re.findall(r"(epoch \d/2  step \d/4)  left \d:\d\d:\d\d\n", out) == [
+        "epoch 2/2  step 1/4",
+        "epoch 2/2  step 2/4",
+        "epoch 2/2  step 3/4",
+    ]
