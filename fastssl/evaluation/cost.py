@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastssl.evaluation.config import EvalConfig, ProtocolName, values_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastssl.evaluation.task import Task
 
 LEAST_LIMIT_S = 20.0  # an evaluation of this length is never cut
-WHOLE_SEARCH_S = 5.0  # on one core: a search of this length is not shortened
+WHOLE_SEARCH_S = 5.0  # on one core, or on a GPU: a search of this length is not shortened
 _CORE_FLOP_PER_S = 20e9  # fp32 matrix products
 _GPU_FLOP_PER_S = 5e12
 _SORT_S = 3e-9  # per similarity, to find the nearest neighbours
@@ -53,12 +53,13 @@ class Sizes:
 
     @classmethod
     def of_task(cls, task: Task) -> Sizes:
-        """The sizes of a task on one core."""
+        """The sizes of a task on one core of its device, however many there are, or on a GPU."""
         return cls(
             num_train=len(task.train_y),
             num_test=len(task.test_x),
             num_features=task.train_x.shape[1],
             num_classes=task.num_classes,
+            num_cores=int(task.device.type == "cpu"),
         )
 
     def work_s(self, flop: float, elements_s: float) -> float:
@@ -76,7 +77,7 @@ def knn_s(cfg: EvalConfig, sizes: Sizes) -> float:
 
 
 def linear_search(cfg: EvalConfig, sizes: Sizes) -> Search:
-    """How `linear` searches; "auto" depends on the time that all settings would take on one core."""
+    """How `linear` searches; "auto" depends on the time that all settings would take on one core, or on a GPU."""
     if cfg.search == "auto":
         return WIDENED if _heads_s(cfg, sizes, WIDENED, cfg.linear_epochs) <= WHOLE_SEARCH_S else HALVING
     return FULL if cfg.search == "full" else HALVING
@@ -84,7 +85,7 @@ def linear_search(cfg: EvalConfig, sizes: Sizes) -> Search:
 
 def linear_s(cfg: EvalConfig, sizes: Sizes) -> float:
     """Seconds of `linear`."""
-    search = linear_search(cfg, Sizes(**{**vars(sizes), "num_cores": 1}))
+    search = linear_search(cfg, replace(sizes, num_cores=min(1, sizes.num_cores)))
     return _heads_s(cfg, sizes, search, cfg.linear_epochs)
 
 
@@ -123,7 +124,7 @@ def few_label_s(cfg: EvalConfig, sizes: Sizes) -> float:
     total_s = 0.0
     for num_per_class in cfg.few_labels:
         num_labelled = num_per_class * sizes.num_classes
-        drawn = Sizes(**{**vars(sizes), "num_train": num_labelled})
+        drawn = replace(sizes, num_train=num_labelled)
         nearest_s = (2.0 * sizes.num_features / _CORE_FLOP_PER_S + _SORT_S) * num_labelled * sizes.num_test
         total_s += cfg.num_draws * (ITERATIONS * iteration_s(drawn) + nearest_s)
     return total_s

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from fastssl.checkpoint.save_load import plain_weights
 from fastssl.cli import main
-from fastssl.commands.eval import evaluate_run as evaluate_module
-from fastssl.commands.eval.evaluate_run import evaluate_run
+from fastssl.commands import evaluate as evaluate_module
+from fastssl.commands.evaluate import evaluate_run
+from fastssl.commands.evaluation_plan import plan_evaluation
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.images import Images, Part
@@ -312,22 +314,44 @@ def test_baselines_are_evaluated_where_they_cost_little(run_folder, capsys):
     assert "left out" not in capsys.readouterr().err
 
 
-def test_what_does_not_fit_into_a_quarter_of_the_training_is_left_out_and_named(run_folder, capsys):
-    """A training of 100 s whose images take long: 2 s for each of the 5,120."""
+def test_what_does_not_fit_into_a_fraction_of_the_training_is_left_out_and_named(run_folder, capsys):
+    """A training whose images took 2 s each: a tenth of it is enough to fine-tune one encoder, not two."""
     _trained(run_folder, 5120 * 2.0)
-    costly = ["eval.what=[finetune, knn, linear]", "eval.baselines=null", "eval.knn_k=5", "eval.num_seeds=1"]
-    table = evaluate_run(run_folder, [*costly, "eval.finetune_lrs=[0.1]", "eval.finetune_epochs=2"])
-    found = [(line["encoder"], line["name"]) for line in _lines(run_folder, 6)]
-    assert ("untrained encoder", "finetune") not in found
-    assert ("pre-trained encoder", "knn") in found
-    notice = capsys.readouterr().err
-    for text in (table, notice):
-        assert "left out, for an evaluation within 43 min" in text
-        assert "untrained encoder by finetune (about " in text
+    changes = ["eval.what=[knn, finetune]", "eval.baselines=null", "eval.knn_k=5", "eval.num_seeds=1"]
+    changes += ["eval.finetune_lrs=[0.1]", "eval.finetune_epochs=1"]
+    table = evaluate_run(run_folder, [*changes, "eval.time_fraction=0.1"])
+    found = [(line["encoder"], line["name"]) for line in _lines(run_folder, 4)]
+    trained = [("pre-trained encoder", "knn"), ("pre-trained encoder", "finetune")]
+    assert found == [("raw pixels", "knn"), ("untrained encoder", "knn"), *trained]
+    err = capsys.readouterr().err
+    assert "fastssl: the evaluation takes about 15 min" in err
+    for text in (table, err):
+        assert "left out, for an evaluation within 17 min" in text
+        assert "untrained encoder by finetune (about 11 min)" in text
         assert "--set eval.time_fraction=0 eval.baselines=true" in text
-    assert ["untrained encoder", "finetune"] in _lines(run_folder, 1)[0]["plan"]["left_out"]
-    evaluate_run(run_folder, [*costly, "eval.finetune_epochs=1", "eval.time_fraction=0"])
-    assert ("untrained encoder", "finetune") in [(line["encoder"], line["name"]) for line in _lines(run_folder, 8)]
+    assert _lines(run_folder, 1)[0]["plan"]["left_out"] == [["untrained encoder", "finetune"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "encoders", "is_all"),
+    [
+        ({"time_fraction": 0.0}, False, 3, True),
+        ({"baselines": True}, True, 3, True),
+        ({"baselines": False}, True, 1, True),
+        ({"baselines": None}, True, 1, True),  # what is named runs, and nothing else fits
+        ({"baselines": None}, False, 1, False),
+    ],
+)
+def test_what_is_asked_for_is_planned_whatever_it_takes(changes, what, encoders, is_all, run_folder):
+    """A training of a second per image, of 60 images: there is time for nothing."""
+    cfg = RunFolder(run_folder).load_config(["eval.what=[knn, linear]", "eval.baselines=null"])
+    cfg = replace(cfg, eval=replace(cfg.eval, **changes))
+    train, test, _ = choose_parts(cfg.data)
+    cpu, trained = torch.device("cpu"), (60.0, 60)
+    plan = plan_evaluation(cfg, ["pre-trained encoder"], train, test, cpu, trained=trained, is_asked_for=what)
+    assert len(plan.protocols) == encoders
+    assert plan.protocols["pre-trained encoder"] == (["knn", "linear"] if is_all else ["knn"])
+    assert (plan.left_out is None) == (not plan.record["left_out"])
 
 
 def test_a_bounded_k_is_said_and_recorded(run_folder, capsys):

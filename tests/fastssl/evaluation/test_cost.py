@@ -41,6 +41,7 @@ def test_short_searches_cost_less_and_are_used_where_the_whole_ones_are_slow():
         assert cost_s(CFG, CIFAR100_PIXELS) == cost_s(short, CIFAR100_PIXELS) > 300
     assert linear_search(CFG, CIFAR100_PIXELS) is HALVING
     assert linear_search(CFG, DIGITS) is WIDENED
+    assert linear_search(CFG, dataclasses.replace(CIFAR100_PIXELS, num_features=64, num_cores=0)) is WIDENED
     assert linear_search(whole, CIFAR100_PIXELS) is FULL
     assert linear_search(short, DIGITS) is HALVING
     assert is_path(CFG, CIFAR100_PIXELS)
