@@ -16,7 +16,7 @@ from fastssl.optim.schedules import learning_rate
 from pipelines.progress import Progress
 
 MOMENTUM = 0.9
-ROUNDS = ((0.08, 12), (0.32, 4))  # see `Search`
+ROUNDS = ((0.08, 16), (0.32, 6))  # see `Search`
 _CHUNK_ROWS = 4096
 _LIMITS = {"lr": (1e-12, 1e12), "weight_decay": (1e-12, 100.0)}  # of values beyond the grid
 _MAX_FACTOR = 10.0
@@ -41,15 +41,18 @@ class LinearHeads:
     t the gradients are x^T (p - t) / B and the column means of p - t. The K weight matrices are columns of one matrix
     [F, K C], so each batch takes two matrix products, independently of K. Weights start at zero; biases have no weight
     decay.
+
+    Attributes:
+        num: K.
     """
 
     def __init__(
         self, num_features: int, num_classes: int, candidates: Sequence[Candidate], device: torch.device
     ) -> None:
-        self._num = len(candidates)
+        self.num = len(candidates)
         self._num_classes = num_classes
-        self.weight = torch.zeros(num_features, self._num * num_classes, device=device)
-        self.bias = torch.zeros(self._num * num_classes, device=device)
+        self.weight = torch.zeros(num_features, self.num * num_classes, device=device)
+        self.bias = torch.zeros(self.num * num_classes, device=device)
         self._weight_velocity, self._bias_velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self._lr = self._columns([candidate.lr for candidate in candidates])
         self._weight_decay = self._columns([candidate.weight_decay for candidate in candidates])
@@ -63,7 +66,7 @@ class LinearHeads:
             lr_factor: Factor on the peak learning rates.
         """
         error = self.scores(x).softmax(2)
-        error.scatter_add_(2, y[:, None, None].expand(-1, self._num, 1), error.new_full((len(y), self._num, 1), -1.0))
+        error.scatter_add_(2, y[:, None, None].expand(-1, self.num, 1), error.new_full((len(y), self.num, 1), -1.0))
         error = error.reshape(len(y), -1) / len(y)
         self._weight_velocity.mul_(MOMENTUM).addmm_(x.T, error).addcmul_(self.weight, self._weight_decay)
         self._bias_velocity.mul_(MOMENTUM).add_(error.sum(0))
@@ -72,7 +75,16 @@ class LinearHeads:
 
     def scores(self, x: Tensor) -> Tensor:
         """Logits [B, K, C]."""
-        return torch.addmm(self.bias, x, self.weight).view(len(x), self._num, self._num_classes)
+        return torch.addmm(self.bias, x, self.weight).view(len(x), self.num, self._num_classes)
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Go on with these of the K classifiers only, in this order."""
+        each = torch.tensor(which, device=self.bias.device)[:, None] * self._num_classes
+        columns = (each + torch.arange(self._num_classes, device=self.bias.device)).flatten()
+        self.weight, self._weight_velocity = self.weight[:, columns], self._weight_velocity[:, columns]
+        self.bias, self._bias_velocity = self.bias[columns], self._bias_velocity[columns]
+        self._lr, self._weight_decay = self._lr[columns], self._weight_decay[columns]
+        self.num = len(which)
 
     def _columns(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=self.weight.device).repeat_interleave(self._num_classes)
@@ -121,9 +133,9 @@ class Search:
     """How `sweep` looks for the best candidate.
 
     Attributes:
-        rounds: Pairs (share of the epochs, number of candidates that stay): before the whole training, candidates train
-            for a part of the epochs, with a cosine of that length, and only the best ones go on (successive halving,
-            Jamieson and Talwalkar 2016, arXiv:1502.07943). A round that drops nobody is left out.
+        rounds: Pairs (share of the epochs, number of candidates that stay): after this part of the training only the
+            candidates that have been the best until then go on (successive halving, Jamieson and Talwalkar 2016,
+            arXiv:1502.07943). A round that drops nobody is left out.
         max_widenings: How often the grid grows by a value where the best one is its first or last. A value beyond the
             grid must be better, not equal.
     """
@@ -166,12 +178,13 @@ def sweep(task: Task, batches: Batches, num_epochs: int, *, name: str, search: S
             learning = _learn(
                 task, batches, everything, [best.candidate], seed=seed, num_epochs=num_epochs, progress=progress
             )
-            scores_of = next(itertools.islice(learning, best.epoch, None))
+            scores_of, _ = next(itertools.islice(learning, best.epoch, None))
             ranked.append(np.concatenate([rank_classes(s[:, 0].cpu().numpy()) for s in scores_of(task.test_x)]))
     return Outcome(ranked=ranked, chosen=chosen, repeated_over="seeds")
 
 
 Scores = Callable[[np.ndarray], Iterator[Tensor]]  # features [N, F] -> chunks of the logits [B, K, C]
+Keep = Callable[[Sequence[int]], None]  # as `LinearHeads.keep`
 
 
 def _learn(
@@ -183,8 +196,8 @@ def _learn(
     seed: int,
     num_epochs: int,
     progress: Progress,
-) -> Iterator[Scores]:
-    """Yield, after each epoch, a function that scores features."""
+) -> Iterator[tuple[Scores, Keep]]:
+    """Yield, after each epoch, a function that scores features, and one that drops classifiers."""
     standardise = Standardiser(task.train_x, positions, task.device)
     heads = LinearHeads(task.train_x.shape[1], task.num_classes, candidates, task.device)
     labels = torch.from_numpy(task.train_y).to(task.device)
@@ -198,8 +211,8 @@ def _learn(
         for number, (x, rows) in enumerate(found):
             factor = cosine(epoch * num_batches + number, num_epochs * num_batches)
             heads.step(standardise(x), labels[torch.from_numpy(rows).to(task.device)], factor)
-            progress.advance(len(rows) * len(candidates))
-        yield scores_of
+            progress.advance(len(rows) * heads.num)
+        yield scores_of, heads.keep
 
 
 def _choose(
@@ -208,23 +221,27 @@ def _choose(
     """The best candidate on the validation part, and the settings whose best value is at an edge of the grid."""
     fit, validation = split_validation(task.train_y)
 
-    def trained(candidates: Sequence[Candidate], epochs: int) -> list[Found]:
-        top1 = np.empty((epochs, len(candidates)))
-        learning = _learn(task, batches, fit, candidates, seed=0, num_epochs=epochs, progress=progress)
-        for epoch, scores_of in enumerate(learning):
-            top1[epoch] = _top1(scores_of, task.train_x[validation], task.train_y[validation])
-        return [
-            max(Found(top1=float(top1[epoch, index]), epoch=epoch, candidate=candidate) for epoch in range(epochs))
-            for index, candidate in enumerate(candidates)
-        ]
+    def trained(candidates: Sequence[Candidate], rounds: Sequence[tuple[int, int, int]]) -> Found:
+        """The best of the candidates, of which fewer and fewer are trained."""
+        best_of: dict[Candidate, Found] = {}
+        ends = itertools.accumulate(epochs for epochs, _, _ in rounds)
+        num_kept_after = {end: num_kept for end, (_, _, num_kept) in zip(ends, rounds, strict=True) if end < num_epochs}
+        progress.extend(len(fit) * sum(epochs * num for epochs, num, _ in rounds))
+        kept = list(candidates)
+        learning = _learn(task, batches, fit, candidates, seed=0, num_epochs=num_epochs, progress=progress)
+        for epoch, (scores_of, keep) in enumerate(learning):
+            top1 = _top1(scores_of, task.train_x[validation], task.train_y[validation])
+            for candidate, value in zip(kept, top1, strict=True):
+                found = Found(top1=float(value), epoch=epoch, candidate=candidate)
+                best_of[candidate] = max(best_of.get(candidate, found), found)
+            if num_kept := num_kept_after.get(epoch + 1):
+                best_first = sorted(((best_of[each], at) for at, each in enumerate(kept)), reverse=True)
+                order = [at for _, at in best_first[:num_kept]]
+                keep(order)
+                kept = [kept[at] for at in order]
+        return max(best_of.values())
 
-    rounds = round_lengths(len(grid), num_epochs, search)
-    progress.extend(len(fit) * sum(epochs * num_candidates for epochs, num_candidates, _ in rounds))
-    candidates, found = list(grid), []
-    for epochs, _, num_kept in rounds:
-        found = sorted(trained(candidates, epochs), reverse=True)
-        candidates = [each.candidate for each in found[:num_kept]]
-    best = max(found)
+    best = trained(grid, round_lengths(len(grid), num_epochs, search))
     values = {name: sorted({getattr(each, name) for each in grid}) for name in _LIMITS}
     for _ in range(search.max_widenings):
         beyond = {name: value for name in _LIMITS if (value := next_beyond(values[name], best.candidate, name))}
@@ -232,21 +249,22 @@ def _choose(
             break
         more = [replace(best.candidate, **{name: value}) for name, value in beyond.items()]
         more += [replace(best.candidate, **beyond)] * (len(beyond) > 1)
-        progress.extend(len(fit) * num_epochs * len(more))
         for name, value in beyond.items():
             values[name] = sorted([*values[name], value])
-        best = max([best, *(each for each in trained(more, num_epochs) if each.top1 > best.top1)])
+        found = trained(more, [(num_epochs, len(more), 1)])
+        best = found if found.top1 > best.top1 else best
     return best, [name for name in _LIMITS if next_beyond(values[name], best.candidate, name)]
 
 
 def round_lengths(num_candidates: int, num_epochs: int, search: Search) -> list[tuple[int, int, int]]:
-    """The rounds of a search without its widenings: epochs, candidates trained, candidates kept."""
-    lengths = []
+    """The rounds of a search without its widenings, one after the other: epochs, candidates, how many of them stay."""
+    lengths, done = [], 0
     for share, num_kept in search.rounds:
-        if num_kept < num_candidates:
-            lengths.append((max(1, round(share * num_epochs)), num_candidates, num_kept))
-            num_candidates = num_kept
-    return [*lengths, (num_epochs, num_candidates, 1)]
+        end = max(done + 1, round(share * num_epochs))
+        if num_kept < num_candidates and end < num_epochs:
+            lengths.append((end - done, num_candidates, num_kept))
+            num_candidates, done = num_kept, end
+    return [*lengths, (num_epochs - done, num_candidates, 1)]
 
 
 def next_beyond(values: Sequence[float], best: Candidate, name: str) -> float | None:

@@ -167,23 +167,43 @@ def test_beyond_the_edge(name, values, value, beyond):
 
 def test_rounds_drop_most_candidates_early():
     assert round_lengths(35, 50, FULL) == [(50, 35, 1)]
-    assert round_lengths(35, 50, HALVING) == [(4, 35, 12), (16, 12, 4), (50, 4, 1)]
-    assert round_lengths(6, 3, HALVING) == [(1, 6, 4), (3, 4, 1)]  # a round that drops nobody is left out
+    assert round_lengths(35, 50, HALVING) == [(4, 35, 16), (12, 16, 6), (34, 6, 1)]
+    assert round_lengths(10, 5, HALVING) == [(2, 10, 6), (3, 6, 1)]  # a round that drops nobody is left out
+    assert round_lengths(35, 2, HALVING) == [(1, 35, 16), (1, 16, 1)]
+    assert round_lengths(35, 1, HALVING) == [(1, 35, 1)]
     assert round_lengths(4, 50, HALVING) == [(50, 4, 1)]
 
 
 def test_what_stays_to_the_end_learns_as_in_the_whole_sweep():
     """Rounds that keep the winner choose the same epoch with the same accuracy, and answer the same."""
-    task = _task(linear_lrs=(1e-6, 0.1, 3e30), linear_weight_decays=(0.0, 0.01), linear_epochs=10)
-    full, halved = (linear(_with(task, search=name))["linear"] for name in ("full", "halving"))
+    task = _task(linear_lrs=(1e-6, 0.1, 0.2, 1.0), linear_weight_decays=(0.0, 1e-3, 0.01, 0.1), linear_epochs=10)
+
+    def batches(positions, seed, epoch):
+        return 1, [(torch.from_numpy(task.train_x[positions]), positions)]
+
+    searches = (FULL, Search(rounds=((0.3, 12), (0.6, 9))))
+    full, halved = (sweep(task, batches, 10, name="linear", search=search) for search in searches)
     assert halved.chosen == full.chosen
     assert np.array_equal(halved.ranked[0], full.ranked[0])
+
+
+def test_classifiers_that_are_kept_learn_as_before():
+    x, y = (torch.from_numpy(array) for array in _clusters(64))
+    candidates = [Candidate(lr=lr, weight_decay=0.01 * lr) for lr in (0.1, 0.2, 0.4)]
+    all_of_them, some = (LinearHeads(12, 4, candidates, CPU) for _ in range(2))
+    for step in range(10):
+        all_of_them.step(x, y, cosine(step, 10))
+        some.step(x, y, cosine(step, 10))
+        if step == 4:
+            some.keep([2, 0])
+    assert some.num == 2
+    torch.testing.assert_close(some.scores(x), all_of_them.scores(x)[:, [2, 0]])
 
 
 def test_a_search_takes_a_third_of_the_steps(monkeypatch):
     columns = []
     real = LinearHeads.step
-    monkeypatch.setattr(LinearHeads, "step", lambda self, x, y, f: columns.append(self._num) or real(self, x, y, f))
+    monkeypatch.setattr(LinearHeads, "step", lambda self, x, y, f: columns.append(self.num) or real(self, x, y, f))
     task = _task(linear_epochs=50, sgd_batch_size=270)
     for name, most in (("full", 35 * 50 + 2 * 50), ("halving", (35 * 50 + 2 * 50) / 2)):
         columns.clear()
