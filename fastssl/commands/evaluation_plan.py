@@ -6,7 +6,7 @@ with the same settings and number of threads, makes the same one.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,16 +117,17 @@ def plan_evaluation(
         "left_out": [[job.encoder, job.protocol] for job in left_out],
     }
     duration = f"the evaluation takes about {_time(expected_s)}" if expected_s > LEAST_LIMIT_S else None
-    return Plan(protocols=protocols, record=record, duration=duration, left_out=_left_out(left_out, limit_s))
+    return Plan(protocols=protocols, record=record, duration=duration, left_out=_left_out(left_out, protocols, limit_s))
 
 
-def _left_out(jobs: Sequence[Job], limit_s: float | None) -> str | None:
+def _left_out(jobs: Sequence[Job], encoded: Container[str], limit_s: float | None) -> str | None:
+    """A line about these jobs; the features of the encoders in `encoded` are computed anyway."""
     if not jobs or limit_s is None:
         return None
     each = []
     for encoder, group in itertools.groupby(sorted(jobs, key=lambda job: job.encoder), key=lambda job: job.encoder):
         found = list(group)
-        total_s = sum(job.cost_s for job in found) + max(job.encode_s for job in found)
+        total_s = sum(job.cost_s for job in found) + (0.0 if encoder in encoded else found[0].encode_s)
         takes = f"about {_time(total_s)}" if math.isfinite(total_s) else "more memory than it is worth"
         each.append(f"{encoder} by {', '.join(job.protocol for job in found)} ({takes})")
     return (

@@ -327,7 +327,7 @@ def test_what_does_not_fit_into_a_fraction_of_the_training_is_left_out_and_named
     assert "fastssl: the evaluation takes about 15 min" in err
     for text in (table, err):
         assert "left out, for an evaluation within 17 min" in text
-        assert "untrained encoder by finetune (about 11 min)" in text
+        assert "untrained encoder by finetune (about 9 min)" in text
         assert "--set eval.time_fraction=0 eval.baselines=true" in text
     assert _lines(run_folder, 1)[0]["plan"]["left_out"] == [["untrained encoder", "finetune"]]
 
