@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# usage: scripts/tuned_study.sh [--on-test]      The tuned study of docs/results.md: a minute of one core for each of 132 runs.
+# Needs data/cifar10_10k.beton and data/cifar10_test.beton. Every choice is made on held-out training images; --on-test, at
+# the end, judges the same runs on the test images as well. After a kill, the same command continues.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+options=("$@")
+study() {  # FOLDER CONFIGURATION... --OPTION...
+    local out=runs/tuned/$1 configs=()
+    shift
+    while [[ $# -gt 0 && $1 != --* ]]; do
+        configs+=("configs/tuned_study/$1.yaml")
+        shift
+    done
+    fastssl compare "${configs[@]}" --base configs/tuned_study/base.yaml --out "$out" "$@" "${options[@]}"
+}
+chosen() {  # FOLDER: the learning rate that was chosen there
+    python -c 'import csv, sys; print(next(csv.DictReader(open(sys.argv[1])))["tuned"])' "runs/tuned/$1/compare.csv"
+}
+rates="optim.base_lr=.05,.2,.8"
+faster="optim.base_lr=.2,.8,3.2"  # the spectral loss's gradient is MINC's divided by mu/2 = 5
+
+study minc minc_unit minc_clip minc_none --tune "$rates"
+study spectral_mu10 spectral_mu10 --tune "$faster"
+for loss in mio_exp simclr mio_naive dcl byol barlow_twins simsiam vicreg spectral_mu1 mio_jensen mio_quadratic mio_softplus; do
+    study "$loss" "$loss" --tune "$rates"
+done
+batches="data.global_batch_size=32,64,256,512"  # 128: above
+study batch_spectral spectral_mu10 --sweep "$batches" --set "$(chosen spectral_mu10)"
+clip=$(python -c 'import csv; rows = csv.DictReader(open("runs/tuned/minc/compare.csv"))
+print(next(row["tuned"] for row in rows if row["config"] == "minc_clip"))')
+study batch_minc minc_clip --sweep "$batches" --set "$clip"
+study simclr_temperature simclr --set "$(chosen simclr)" --tune "loss.temperature=.2,.5,1.0"
+study dcl_temperature dcl --set "$(chosen dcl)" --tune "loss.temperature=.1,.2,.5"
+study mio_temperature mio_exp --set "$(chosen mio_exp)" --tune "loss={name: mio, temperature_positive: 0.2, \
+temperature_negative: 0.2},{name: mio},{name: mio, temperature_positive: 1.0, temperature_negative: 1.0}"
