@@ -10,6 +10,7 @@ from pathlib import Path
 from fastssl import __version__
 from fastssl.commands import embed
 from fastssl.commands.argument_parser import ArgumentParser
+from fastssl.commands.gradnorm import add_gradnorm
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
 
@@ -252,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         _command(commands, "hessian", "compute eigenvalues of the loss's Hessian at the weights of trained runs")
     )
     _add_gradflow(_command(commands, "gradflow", "compare a loss's closed-form gradient with autograd, pair by pair"))
+    add_gradnorm(_command(commands, "gradnorm", "compare the norms and variances of losses' gradients at one network"))
     _add_doctor(_command(commands, "doctor", "check whether this machine is ready for training, with advice"))
     bench = _command(commands, "bench", "measure how fast this machine loads a .beton file")
     parts = bench.add_subparsers(title="what to measure", required=True, metavar="PART")

@@ -18,7 +18,7 @@ chosen() {  # FOLDER: the learning rate that was chosen there
     python -c 'import csv, sys; print(next(csv.DictReader(open(sys.argv[1])))["tuned"])' "runs/tuned/$1/compare.csv"
 }
 rates="optim.base_lr=.05,.2,.8"
-faster="optim.base_lr=.2,.8,3.2"  # the spectral loss's gradient is MINC's divided by mu/2 = 5
+faster="optim.base_lr=.2,.8,3.2"  # the spectral loss's gradient is MINC's divided by mu/4 = 2.5
 
 study minc minc_unit minc_clip minc_none --tune "$rates"
 study spectral_mu10 spectral_mu10 --tune "$faster"

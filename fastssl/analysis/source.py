@@ -2,10 +2,10 @@
 
 # V views, B images of a batch
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from fastssl.models.objective import Objective
 from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking.result_rows import Row, append_rows
 from fastssl.tracking.run_folder import RunFolder
+from pipelines.beton import BetonReader
 from pipelines.errors import one_line
-from pipelines.loader import build_loader, open_train_reader
+from pipelines.loader import Loader, build_loader, open_train_reader
 
 MAX_DEFAULT_BATCHES = 4
 
@@ -181,11 +182,31 @@ def draw_batches(cfg: Config, settings: BatchSettings, device: torch.device) -> 
         raise ConfigError(f"{option} is {num_images}, but {reader.path} holds {reader.num_samples} images: lower it")
     if num_images % size:
         raise ConfigError(f"--num-images is {num_images}, not a multiple of the {size} images of a batch: change it")
+    with closing(_loader_of(cfg, reader, size, device)) as loader, closing(loader.epoch(0)) as batches:
+        # cloned: the loader reuses its memory
+        return [[view.clone() for view in batch.views] for batch in islice(batches, num_images // size)]
+
+
+def stream_batches(cfg: Config, batch_size: int, device: torch.device) -> Generator[list[Tensor], None, None]:
+    """Batches of a single-process training with this seed, file and recipe, epoch after epoch, without end.
+
+    A batch is overwritten when the next one is drawn.
+
+    Raises:
+        ConfigError: the file has fewer images than a batch.
+        DataError: the file cannot be read.
+    """
+    reader = open_train_reader(cfg.data)
+    if batch_size > reader.num_samples:
+        raise ConfigError(f"a batch of {batch_size} images is more than {reader.path} holds: {reader.num_samples}")
+    with closing(_loader_of(cfg, reader, batch_size, device)) as loader:
+        for epoch in count():
+            with closing(loader.epoch(epoch)) as batches:
+                for batch in batches:
+                    yield batch.views
+
+
+def _loader_of(cfg: Config, reader: BetonReader, batch_size: int, device: torch.device) -> Loader:
     process = {"rank": 0, "world_size": 1, "device": device, "num_threads": num_threads_of(cfg.run)}
-    data = replace(cfg.data, global_batch_size=size)
-    loader = build_loader(reader, data, cfg.views, seed=cfg.run.seed, **process)
-    try:
-        with closing(loader.epoch(0)) as batches:  # cloned: the loader reuses its memory
-            return [[view.clone() for view in batch.views] for batch in islice(batches, num_images // size)]
-    finally:
-        loader.close()
+    data = replace(cfg.data, global_batch_size=batch_size)
+    return build_loader(reader, data, cfg.views, seed=cfg.run.seed, **process)

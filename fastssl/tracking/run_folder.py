@@ -26,8 +26,8 @@ class RunFolder:
 
     Layout: config.yaml, run.json (the run's id), environment.json, metrics.jsonl, tensorboard/,
     checkpoints/step_XXXXXXXX/, views.png, curves.png, features/, eval.jsonl; nonfinite.jsonl if steps were skipped;
-    preempted, while a run ended by a signal waits to be resumed; lock, held by the first rank of a training; hessian/
-    and gradflow/ (docs/analysis.md), each with one folder per checkpoint.
+    preempted, while a run ended by a signal waits to be resumed; lock, held by the first rank of a training; hessian/,
+    gradflow/ and gradnorm/ (docs/analysis.md), each with one folder per checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,6 +47,7 @@ class RunFolder:
         self.lock_file = self.path / "lock"
         self.hessian = self.path / "hessian"
         self.gradflow = self.path / "gradflow"
+        self.gradnorm = self.path / "gradnorm"
 
     def check_claim(self, cfg: Config) -> bool:
         """Whether to resume a run; refuses to overwrite one.

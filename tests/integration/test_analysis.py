@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastssl.losses import LOSSES
 from tests.integration.test_bad_input import assert_one_line
 
 FEW = ["--num-images", "64", "--batch-size", "32", "--num-iterations", "6", "--num-probes", "2", "--top-k", "1"]
@@ -135,6 +136,46 @@ def test_a_series_that_cannot_be_is_refused(series, in_process, capfd):
                 in_process(command, series, *options)
             assert ended.value.code == 2
             assert reason in capfd.readouterr().err
+
+
+def test_gradients_of_losses_at_one_network(run, tmp_path, in_process):
+    options = ["--batch-sizes", "16", "32", "--num-batches", "3"]
+    done = in_process("gradnorm", run, *options)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(run / "gradnorm/step_00000001/gradnorm.csv")
+    assert [(row["loss"], row["batch_size"]) for row in rows] == [
+        (name, size) for size in ("16", "32") for name in LOSSES
+    ]
+    assert all(float(row["projections_norm"]) > 0 and float(row["variance"]) > 0 for row in rows)
+    assert {row["num_batches"] for row in rows} == {"3"}
+    assert {row["relative_to_simclr"] for row in rows if row["loss"] == "simclr"} == {"1.0"}
+
+    for name, tau in (("cold", 0.1), ("warm", 1.0)):
+        (tmp_path / f"{name}.yaml").write_text(f"loss: {{name: simclr, temperature: {tau}}}\n")
+    configs = [tmp_path / "cold.yaml", tmp_path / "warm.yaml"]
+    done = in_process("gradnorm", run, *configs, *options, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    cold, warm, *_ = rows_of(tmp_path / "out/gradnorm.csv")
+    assert (cold["loss"], warm["loss"]) == ("cold", "warm")
+    assert float(cold["relative_to_simclr"]) > 1 > float(warm["relative_to_simclr"])
+    assert float(cold["cosine_to_first"]) == 1
+
+
+def test_gradients_of_losses_that_cannot_be_compared(run, tmp_path, in_process):
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "x.yaml", tmp_path / "a/x.yaml"):
+        path.write_text("loss: {name: mio}\n")
+    refused = {
+        "--num-batches must be >= 2": ["--num-batches", "1"],
+        "--batch-sizes must be >= 2": ["--batch-sizes", "8", "1"],
+        "a batch of 5000 images is more than": ["--batch-sizes", "5000"],
+        "two configurations are named x": [tmp_path / "x.yaml", tmp_path / "a/x.yaml"],
+        "no checkpoint of step 7": ["--step", "7"],
+        "views.recipe: gradients are compared for two views": ["--set", "views.recipe=multicrop", "views.size_px=null"],
+    }
+    for reason, options in refused.items():
+        assert_one_line(in_process("gradnorm", run, *options), reason)
+    assert_one_line(in_process("gradnorm", tmp_path), "config.yaml")
 
 
 def test_what_is_refused_before_a_run_is_read(tmp_path, in_process):
