@@ -16,6 +16,7 @@ from tests.helpers.processes import ROOT
 FOLDER = ROOT / "configs"
 WHOLE = sorted([*FOLDER.glob("*.yaml"), *(FOLDER / "study").glob("*.yaml")])
 PARTS = sorted([*(FOLDER / "data").glob("*.yaml"), *(FOLDER / "loss").glob("*.yaml")])
+TUNED = sorted({*(FOLDER / "tuned_study").glob("*.yaml")} - {FOLDER / "tuned_study/base.yaml"})
 METHODS = ("mio", "minc", "simclr", "spectral", "byol", "barlow_twins")
 PAPER_ROWS = {
     "cifar10": ("small", "resnet18", 200),
@@ -74,6 +75,17 @@ def test_the_wide_resnet_is_another_part():
     cfg, narrow = load_config([FOLDER / name for name in names]), composed("imagenet", "minc_imagenet")
     assert cfg.model.backbone_kwargs == {"channels": [128, 256, 512, 1024]}
     assert replace(cfg.model, backbone="resnet50", stem_channels=0, backbone_kwargs={}) == narrow.model
+
+
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: path.stem)
+def test_the_tuned_study_compares_losses_with_one_recipe_and_heads_of_one_size(path: Path):
+    base = FOLDER / "tuned_study/base.yaml"
+    common, cfg = load_config(base), load_config([base, path])
+    assert path.stem.startswith(cfg.loss.name)
+    model = replace(cfg.model, projector_last_norm=common.model.projector_last_norm)
+    assert replace(cfg, loss=common.loss, model=model) == common
+    assert path.stem in (ROOT / "scripts/tuned_study.sh").read_text()
+    assert "Hardware: " in header_of(base)
 
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
