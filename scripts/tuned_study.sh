@@ -17,14 +17,22 @@ study() {  # FOLDER CONFIGURATION... --OPTION...
 chosen() {  # FOLDER: the learning rate that was chosen there
     python -c 'import csv, sys; print(next(csv.DictReader(open(sys.argv[1])))["tuned"])' "runs/tuned/$1/compare.csv"
 }
-rates="optim.base_lr=.05,.2,.8"
-faster="optim.base_lr=.2,.8,3.2"  # the spectral loss's gradient is MINC's divided by mu/4 = 2.5
+# Around .2, divided by the norm of the gradient relative to SimCLR's (benchmarks/results/gradnorm.csv), to a factor of 2;
+# Barlow Twins and VICReg, with a norm of 60, get somewhat more than that.
+usual="optim.base_lr=.05,.2,.8"
+slower="optim.base_lr=.0125,.05,.2"
+slowest="optim.base_lr=.003,.0125,.05"
+faster="optim.base_lr=.2,.8,3.2"
 
-study minc minc_unit minc_clip minc_none --tune "$rates"
-study spectral_mu10 spectral_mu10 --tune "$faster"
-for loss in mio_exp simclr mio_naive dcl byol barlow_twins simsiam vicreg spectral_mu1 mio_jensen mio_quadratic mio_softplus; do
-    study "$loss" "$loss" --tune "$rates"
-done
+study minc minc_unit minc_clip minc_none --tune "$slower"
+study spectral_mu10 spectral_mu10 --tune "$usual"
+for loss in mio_exp simclr; do study "$loss" "$loss" --tune "$usual"; done
+study mio_naive mio_naive --tune "$faster"
+study dcl dcl --tune "$slower"
+study byol byol --tune "$usual"
+for loss in barlow_twins vicreg; do study "$loss" "$loss" --tune "$slowest"; done
+study simsiam simsiam --tune "$faster"
+for loss in spectral_mu1 mio_jensen mio_quadratic mio_softplus; do study "$loss" "$loss" --tune "$usual"; done
 batches="data.global_batch_size=32,64,256,512"  # 128: above
 study batch_spectral spectral_mu10 --sweep "$batches" --set "$(chosen spectral_mu10)"
 clip=$(python -c 'import csv; rows = csv.DictReader(open("runs/tuned/minc/compare.csv"))
