@@ -39,8 +39,7 @@ from fastssl.losses import (
 from fastssl.losses.mio import Negative
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-from fastssl.tracking.report import Report
-from fastssl.tracking.result_rows import rounded
+from fastssl.tracking.result_rows import environment_columns, format_table
 
 GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart
 SHOWN = {
@@ -114,13 +113,15 @@ def gradflow(
         return Report(values=values, rows=[rounded(row, 3) for row in summary], columns=SHOWN, head=head, foot=str(out))
     out = make_folder(out or folder.gradflow / "compared")
     targets = [make_folder(folder.gradflow / checkpoint.name) for checkpoint in checkpoints]
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
     for target in targets:
         source = load_source(folder, cfg, step=step_of(target), settings=settings)
         found, flow = _analyse(source, target)
         differences = {"projections_max_difference": float(found.rows.max()), "parameters_difference": found.whole}
-        rows.append({"step": source.step} | flow | differences)
-    write_table(out / "flow.csv", rows)
+        about = {"loss": _label(cfg.loss), "step": source.step, "num_images": source.num_images}
+        rows.append(about | flow | differences)
+    environment = {"seed": cfg.run.seed} | environment_columns(("torch", "numpy"))
+    write_table(out / "flow.csv", [row | environment for row in rows])
     draw_flow(rows, out / "flow.png")
     return Report(
         values={"loss": _label(cfg.loss), "rows": rows, "folder": out},
@@ -315,7 +316,7 @@ def draw_coefficients(rows: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_flow(rows: Sequence[dict[str, float]], path: Path) -> None:
+def draw_flow(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot mean alpha and beta, and the mean similarities of the pairs, over the steps of a series.
 
     Args:

@@ -34,8 +34,7 @@ from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-from fastssl.tracking.report import Report
-from fastssl.tracking.result_rows import Value, rounded
+from fastssl.tracking.result_rows import Value, environment_columns, format_table
 
 TOLERANCE = 1e-3  # converged if residual norm / |largest eigenvalue| is below this
 SHOWN = {
@@ -227,10 +226,11 @@ def hessian_of_runs(
             say(f"{path}, step {step}")
             source = load_source(folder, twice_differentiable(cfg), step=step, settings=settings.batches)
             row, curve = _analyse(source, cfg, settings, target, say)
-            rows.append({"run": str(path)} | row)
+            rows.append({"run": str(path)} | row | {"seed": cfg.run.seed})
             curves.append(replace(curve, label=f"{path}, step {step}", run=number, shade=shade))
     if compared:
-        write_table(compared / "spectra.csv", rows)
+        environment = environment_columns(("torch", "numpy"))
+        write_table(compared / "spectra.csv", [row | environment for row in rows])
         draw_densities(curves, compared / "density.png")
     folder = compared or targets[0][0]
     shown = [rounded(row, 4) for row in rows]

@@ -95,6 +95,8 @@ def test_a_series_has_a_row_for_each_checkpoint(series, tmp_path, in_process):
     assert [row["step"] for row in rows] == ["1", "20"]
     assert rows[0]["largest"] != rows[1]["largest"]
     for row in rows:
+        assert (row["seed"], row["run"]) == ("0", str(series))
+        assert row["command"]
         ratios = float(row["largest"]) / float(row["trace"]), abs(float(row["smallest"])) / float(row["largest"])
         assert (float(row["largest_over_trace"]), float(row["smallest_over_largest"])) == pytest.approx(ratios)
         own = json.loads((series / f"hessian/step_{int(row['step']):08d}/summary.json").read_text())
@@ -115,6 +117,8 @@ def test_a_series_has_a_row_for_each_checkpoint(series, tmp_path, in_process):
     assert rows[0]["positive_similarity"] != rows[1]["positive_similarity"]
     assert all(float(row["projections_max_difference"]) < 1e-12 for row in rows)
     for row in rows:
+        assert (row["loss"], row["num_images"], row["seed"]) == ("mio exp", "64", "0")
+        assert row["torch"]
         folder = series / f"gradflow/step_{int(row['step']):08d}"
         assert (folder / "coefficients.png").exists()
         own = json.loads((folder / "summary.json").read_text())
