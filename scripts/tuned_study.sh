@@ -24,10 +24,10 @@ slower="optim.base_lr=.0125,.05,.2"
 slowest="optim.base_lr=.003,.0125,.05"
 faster="optim.base_lr=.2,.8,3.2"
 
-study minc minc_unit minc_clip minc_none --tune "$slower"
-study spectral_mu10 spectral_mu10 --tune "$usual"
 for loss in mio_exp simclr; do study "$loss" "$loss" --tune "$usual"; done
 study mio_naive mio_naive --tune "$faster"
+study spectral_mu10 spectral_mu10 --tune "$usual"
+study minc minc_unit minc_clip minc_none --tune "$slower"
 study dcl dcl --tune "$slower"
 study byol byol --tune "$usual"
 for loss in barlow_twins vicreg; do study "$loss" "$loss" --tune "$slowest"; done
