@@ -35,13 +35,14 @@ def test_a_training_that_a_signal_ended_is_not_judged(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_configurations_under_seeds_become_a_table(tiny_config, tmp_path, command):
     out = tmp_path / "study"
     parts = [tmp_path / "mio.yaml", tmp_path / "minc.yaml"]
     for part in parts:
         part.write_text(f"loss: {{name: {part.stem}}}")
     compare = ["fastssl", "compare", *parts, "--base", tiny_config, "--seeds", "2", "--out", out, *FAST]
-    done = command(*compare)
+    done = command(*compare, timeout_s=600)
     assert done.returncode == 0, done.stderr
     assert "held-out images of the training file" in done.stdout
     with (out / "compare.csv").open(newline="") as file:
@@ -99,11 +100,12 @@ def test_differences_are_paired_by_seed():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_with_a_value_tuned_for_each_point(tiny_config, tmp_path, command):
     out = tmp_path / "study"
     again = ["fastssl", "compare", tiny_config, "--out", out, "--seeds", "1", "--jobs", "2", *FAST]
     again += ["--sweep", "data.global_batch_size=32,64", "--tune", "optim.base_lr=1e-3,.5"]
-    done = command(*again)
+    done = command(*again, timeout_s=600)
     assert done.returncode == 0, done.stderr
     with (out / "tune.csv").open(newline="") as file:
         tried = list(csv.DictReader(file))
