@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# usage: scripts/tuned_study.sh [--on-test]      The tuned study of docs/results.md: a minute of one core for each of 132 runs.
-# Needs data/cifar10_10k.beton and data/cifar10_test.beton. Every choice is made on held-out training images; --on-test, at
-# the end, judges the same runs on the test images as well. After a kill, the same command continues.
+# usage: scripts/tuned_study.sh [--on-test] [--jobs N]      The tuned study of docs/results.md, N runs at a time.
+# 138 runs, each about a minute of one core. Needs data/cifar10_10k.beton and data/cifar10_test.beton. Every choice is made on
+# held-out training images; --on-test, at the end, judges the same runs on the test images. The same command resumes it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 options=("$@")
