@@ -110,7 +110,7 @@ def test_a_sweep_with_a_value_tuned_for_each_point(tiny_config, tmp_path, comman
     with (out / "tune.csv").open(newline="") as file:
         tried = list(csv.DictReader(file))
     points = ["tiny global_batch_size=32", "tiny global_batch_size=64"]
-    lrs = ["optim.base_lr=1e-3", "optim.base_lr=0.5"]
+    lrs = ["optim.base_lr=0.001", "optim.base_lr=0.5"]
     assert [(row["config"], row["tuned"]) for row in tried] == [(point, lr) for point in points for lr in lrs]
     with (out / "compare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -118,7 +118,7 @@ def test_a_sweep_with_a_value_tuned_for_each_point(tiny_config, tmp_path, comman
     for row in rows:
         best = max((line for line in tried if line["config"] == row["config"]), key=lambda line: float(line["percent"]))
         assert row["tuned"] == best["tuned"]
-    run = out / "tiny/data.global_batch_size=32/tune/optim.base_lr=1e-3"
+    run = out / "tiny/data.global_batch_size=32/tune/optim.base_lr=0.001"
     cfg = RunFolder(run).load_config(())
     assert (cfg.data.global_batch_size, cfg.optim.base_lr, cfg.run.seed) == (32, 1e-3, 1000)
     assert "images" in run.with_name(f"{run.name}.log").read_text()
