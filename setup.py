@@ -37,7 +37,11 @@ setup(
     ],
     extras_require={
         "gpu": ["nvidia-dali-cuda130>=2.4,<3", "triton>=3.6,<4"],
+        "export": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],
         "dev": [
+            "onnx>=1.23,<2",
+            "onnxscript>=0.7,<1",
+            "onnxruntime>=1.32,<2",
             "triton>=3.6,<4",
             "nvidia-dali-cuda130>=2.4,<3",
             "pytest>=9,<10",
