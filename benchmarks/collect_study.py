@@ -19,7 +19,7 @@ from typing import Any
 if __name__ == "__main__":  # as a script, only benchmarks/ is on Python's path: add the repository root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from fastssl.commands.compare import SHOWN, summarise
+from fastssl.commands.compare.compare_runs import SHOWN, summarise
 from fastssl.machine.files import replace_text
 from fastssl.tracking.result_rows import format_table
 

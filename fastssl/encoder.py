@@ -3,6 +3,7 @@
 # N images, B of a batch, F features, S side of a view in pixels
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -15,20 +16,19 @@ from torch import Tensor, nn
 
 from fastssl.checkpoint.save_load import load_weights
 from fastssl.checkpoint.weights import other_model, put_weights
-from fastssl.config import Config, build_config, load_config
+from fastssl.config import Config, build_config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.features import eval_mode
 from fastssl.models.backbones import build_backbone, count_features, without_pretraining
 from fastssl.models.config import ModelConfig
+from fastssl.tracking.run_folder import run_above
 from pipelines.beton import BetonReader
-from pipelines.convert.image_files import ImageFiles
+from pipelines.convert.image_files import ImageFiles, left_out_lines
 from pipelines.errors import DataError, one_line
 from pipelines.loader import build_eval_loader, cores_per_process
 from pipelines.preprocessing import views_from
 from pipelines.transform import EvalTransform, read_image
 from pipelines.views import ViewsConfig
-
-_ABOVE_WEIGHTS = 4  # weights.pt lies in RUN/checkpoints/step_X/
 
 
 class Encoder(nn.Module):
@@ -68,7 +68,7 @@ def load_encoder(path: str | Path, *, backbone: nn.Module | None = None) -> Enco
         ConfigError: No run, no checkpoint, a file that is damaged or of another program, or weights of another model.
     """
     weights = load_weights(path)
-    model, views, backbone_class = _described_by(weights, Path(path))
+    model, views, backbone_class = described_by(weights, Path(path))
     if backbone is None and backbone_class:
         raise ConfigError(f"{path} was trained with {backbone_class:.200}: pass such a module as backbone=")
     num_features: int | None = None
@@ -143,11 +143,20 @@ def list_images(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
         raise DataError(f"{folder} is neither a folder nor a .beton file")
     files = ImageFiles()
     found = files.find([str(folder)])[0]
-    return sorted(map(Path, found)), files.notes(str(folder))
+    kinds = Counter(kind for _, kind in files.left_out)
+    return sorted(map(Path, found)), tuple(left_out_lines(str(folder), kinds))
 
 
-def _described_by(weights: Mapping[str, Any], path: Path) -> tuple[ModelConfig, ViewsConfig, str | None]:
-    """Model section, views section and class of a user's own backbone: from the file, or from the run around it."""
+def described_by(weights: Mapping[str, Any], path: Path) -> tuple[ModelConfig, ViewsConfig, str | None]:
+    """Model section, views section and class of a user's own backbone: from the file, or from the run around it.
+
+    Args:
+        weights: From `load_weights`.
+        path: What it read.
+
+    Raises:
+        ConfigError: The file is of another version or damaged, or has no run around it that says what it lacks.
+    """
     if weights["preprocessing"] is None:
         cfg = _config_above(path)
         own = cfg.custom.get("model")
@@ -215,9 +224,8 @@ def _config_above(path: Path) -> Config:
     Raises:
         ConfigError: No configuration was found.
     """
-    for folder in [path, *path.absolute().parents][:_ABOVE_WEIGHTS]:
-        if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml")
+    if run := run_above(path):
+        return run.load_config()
     raise ConfigError(
         f"there is no config.yaml above {path}, an older file that does not hold its pre-processing: put it back into "
         "its run's folder"

@@ -14,6 +14,10 @@ class DataError(ValueError):
         super().__init__(printable(message))
 
 
+class SourceChangedError(DataError):
+    """What a conversion has written is of another source, of other options, or of the source before it changed."""
+
+
 class DataChangedError(DataError):
     """Raised when an open file is found to have been changed in place or cut short."""
 

@@ -64,7 +64,6 @@ class Progress:
             file: Where lines are printed; None: stdout.
             leave: Whether the bar stays on the terminal when the job is done.
         """
-        self._stream = stream
         self._what, self._unit = printable(what), unit
         self._num_total = num_total
         self._num_before = self._num_done = num_before

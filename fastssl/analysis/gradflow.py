@@ -39,7 +39,8 @@ from fastssl.losses import (
 from fastssl.losses.mio import Negative
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-from fastssl.tracking.result_rows import environment_columns, format_table
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import environment_columns, rounded
 
 GRID = torch.linspace(-1, 1, 41, dtype=torch.float64)  # similarities, .05 apart
 SHOWN = {

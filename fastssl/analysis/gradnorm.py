@@ -31,15 +31,21 @@ from fastssl.config import load_config
 from fastssl.errors import ConfigError, UserError
 from fastssl.losses import LOSSES, Loss, LossConfig, NtXentConfig, build_loss
 from fastssl.processes.launch import choose_device, num_threads_of
-from fastssl.tracking.result_rows import environment_columns, format_table
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import environment_columns
 from pipelines.views import build_view_specs
 
 NUM_FIRST_BATCHES = 20  # they start the moments and are not measured
 REFERENCE = "simclr"  # with its default temperature, .5
-SHOWN = (
-    "loss", "batch_size", "projections_norm", "relative_to_simclr", "parameters_norm", "relative_variance",
-    "cosine_to_first",
-)  # fmt: skip
+SHOWN = {
+    "loss": "loss",
+    "batch_size": "batch",
+    "projections_norm": "|g| projections",
+    "relative_to_simclr": "/ simclr",
+    "parameters_norm": "|g| parameters",
+    "relative_variance": "variance / |g|^2",
+    "cosine_to_first": "cosine to first",
+}
 
 
 class Network(Protocol):
@@ -147,7 +153,7 @@ def gradnorm(
     batch_sizes: Sequence[int] = (),
     num_batches: int = 20,
     out: Path | None = None,
-) -> str:
+) -> Report:
     """Compare the gradients of losses at a checkpoint of a run; write gradnorm.csv.
 
     Args:
@@ -197,7 +203,8 @@ def gradnorm(
     environment = environment_columns(("torch", "numpy"))
     write_table(target / "gradnorm.csv", [row | {"seed": cfg.run.seed} | environment for row in rows])
     head = f"gradients of {len(compared)} losses at step {step_of(checkpoint)} of {path}, {num_batches} batches"
-    return f"{head}\n{format_table(rows, SHOWN)}\n{target / 'gradnorm.csv'}"
+    file = target / "gradnorm.csv"
+    return Report(values={"rows": rows, "file": file}, rows=rows, columns=SHOWN, head=head, foot=str(file))
 
 
 def _build(compared: Mapping[str, LossConfig], width: int, seed: int, device: torch.device) -> dict[str, Loss]:

@@ -34,7 +34,8 @@ from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.machine.environment import describe_environment
 from fastssl.machine.files import replace_text
-from fastssl.tracking.result_rows import Value, environment_columns, format_table
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import Value, environment_columns, rounded
 
 TOLERANCE = 1e-3  # converged if residual norm / |largest eigenvalue| is below this
 SHOWN = {

@@ -26,7 +26,7 @@ def put_weights(
     """
     try:
         backbone.load_state_dict(weights["backbone"])
-        if projector is not None:
+        if projector is not None and weights["projector"]:  # weights of another program have none
             projector.load_state_dict(weights["projector"])
     except RuntimeError as error:
         raise other_model(weights, path, one_line(error)) from None

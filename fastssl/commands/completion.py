@@ -8,6 +8,7 @@ from typing import Any
 
 from fastssl.commands.options import Commands, add_command
 
+_FILES = ("SRC", "FILE", "IMAGES", "IMAGE", "WEIGHTS")  # metavars of arguments that also take other words
 SHELLS = ("bash", "zsh", "tcsh")
 _HOW = """\
 bash:  fastssl completion bash > ~/.local/share/bash-completion/completions/fastssl
@@ -49,8 +50,8 @@ def _files_of(action: argparse.Action) -> dict[str, Any] | None:
     import shtab
 
     metavar = action.metavar if isinstance(action.metavar, str) else ""
-    if metavar in ("RUN", "FOLDER"):
+    if metavar in ("RUN", "FOLDER", "OUT"):
         return shtab.DIRECTORY
     if found := re.fullmatch(r"\w+\.(beton|yaml)", metavar):
         return shtab.glob(*{"beton": ("*.beton",), "yaml": ("*.yaml", "*.yml")}[found[1]])
-    return shtab.FILE if action.type is Path or metavar in ("SRC", "FILE") else None
+    return shtab.FILE if action.type is Path or metavar in _FILES else None

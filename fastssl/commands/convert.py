@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastssl.commands.options import Commands, add_command
+from fastssl.commands.options import SOURCE_KINDS, Commands, add_command, add_kind
 from fastssl.commands.output import add_json, print_json
 from pipelines.printable import printable
 
@@ -16,20 +16,25 @@ if TYPE_CHECKING:
 def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     convert = add_command(commands, "convert", "convert images to a .beton file")
-    kinds = ["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
-    convert.add_argument(
-        "--from", dest="kind", required=True, choices=kinds, metavar="KIND", help=f"kind of source: {', '.join(kinds)}"
-    )
+    add_kind(convert, SOURCE_KINDS)
     convert.add_argument(
         "src",
-        nargs="?",
+        nargs="*",
         metavar="SRC",
         help="folder: a folder of images. csv: a table with the columns path and, if labelled, label. webdataset, "
         "parquet: a folder, a file, or a pattern such as x-{000..012}.tar. torchvision: name of the data set, such "
-        "as CIFAR10. npz: the file. digits: leave SRC out",
+        "as CIFAR10. npz: the file. digits: leave SRC out. Several are written one after the other, and classes of "
+        "one name become one",
     )
     convert.add_argument("out", type=Path, metavar="OUT.beton", help="the file to write")
     convert.add_argument("--classes", metavar="FILE", help="folder: read only the sub-folders named in this file")
+    convert.add_argument(
+        "--labels",
+        choices=["auto", "folders", "none"],
+        default="auto",
+        help="folder: whether sub-folders are classes (default: auto, unless one holds all images, each holds one, or "
+        "they are named train, val and the like)",
+    )
     convert.add_argument(
         "--split",
         help="digits: train or test (default: both). npz: read the arrays x_SPLIT and y_SPLIT. torchvision: the data "
@@ -50,8 +55,13 @@ def add_parser(commands: Commands) -> None:
     convert.add_argument(
         "--on-error",
         choices=["fail", "skip"],
-        default="fail",
-        help="stop at a corrupt image, or leave it out (default: fail)",
+        help="fail at the first corrupt image, as --max-bad 0, or leave all out, as --max-bad 1",
+    )
+    convert.add_argument(
+        "--max-bad",
+        type=float,
+        metavar="FRACTION",
+        help="fail if more than this fraction of the images is corrupt; fewer are left out and listed (default: 0.1)",
     )
     convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     convert.add_argument(
@@ -82,7 +92,7 @@ def _convert(args: argparse.Namespace) -> None:
         print(
             f"{printable(done.out)}: {done.num_images:,} images in {done.wall_s:.1f} s "
             f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
-            f"{done.num_skipped:,} corrupt, {done.num_ignored:,} other files"
+            f"{done.num_skipped:,} corrupt, {done.num_ignored:,} others left out"
         )
 
 
@@ -90,15 +100,16 @@ def _converted(args: argparse.Namespace) -> "list[ConvertReport]":
     from fastssl.errors import UserError
     from pipelines.convert import convert, convert_shards
 
-    names = ("max_px", "quality", "on_error", "overwrite", "resume", "classes", "split", "root", "download")
-    options = {name: getattr(args, name) for name in (*names, "image_column", "label_column")} | {
+    names = ("max_px", "quality", "on_error", "max_bad", "overwrite", "resume", "classes", "labels", "split", "root")
+    options = {name: getattr(args, name) for name in (*names, "download", "image_column", "label_column")} | {
         "num_workers": args.workers
     }
+    src = args.src or None
     try:
         if args.shards is not None:
-            return convert_shards(args.kind, args.src, args.out, num_shards=args.shards, shard=args.shard, **options)
+            return convert_shards(args.kind, src, args.out, num_shards=args.shards, shard=args.shard, **options)
         if args.shard is not None:
             raise ValueError("--shard needs --shards, the total number of files")
-        return [convert(args.kind, args.src, args.out, **options)]
+        return [convert(args.kind, src, args.out, **options)]
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -1,13 +1,15 @@
-"""The command line of `fastssl gradnorm`."""
+"""`fastssl gradnorm`: norms and variances of losses' gradients at one network."""
 
 import argparse
 from pathlib import Path
 
-from pipelines.printable import printable_lines
+from fastssl.commands.options import Commands, add_command, add_set
+from fastssl.commands.output import add_output, print_report
 
 
-def add_gradnorm(command: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    command = add_command(commands, "gradnorm", "compare the norms and variances of losses' gradients at one network")
     command.add_argument("run", type=Path, metavar="RUN", help="folder of the run whose weights are used")
     command.add_argument(
         "configs",
@@ -34,14 +36,8 @@ def add_gradnorm(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder for the table (default: inside the run's folder)"
     )
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the run's configuration",
-    )
+    add_set(command, "override keys of the run's configuration")
+    add_output(command)
     command.set_defaults(call=_gradnorm)
 
 
@@ -50,4 +46,4 @@ def _gradnorm(args: argparse.Namespace) -> None:
 
     names = ("base", "step", "batch_sizes", "num_batches", "out")
     settings = {name: getattr(args, name) for name in names}
-    print(printable_lines(gradnorm(args.run, args.configs, overrides=args.set, **settings)))
+    print_report(args, lambda: gradnorm(args.run, args.configs, overrides=args.set, **settings))

@@ -67,9 +67,20 @@ def _lines(found: Mapping[str, Any]) -> dict[str, str]:
         "height": f"{_range(height['min'], height['max'])} px, median {height['median']:g}",
         "bytes": f"{found['file_bytes']:,}, of these images {found['image_bytes']:,}",
         "from": str(found.get("source") or "unknown: no sidecar says where the images come from"),
+        "duplicates": _duplicates(found.get("duplicates")),
         "checksum": checksum if found["checksum"] == "recorded" else "none: no sidecar has one",
         "contact sheet": found["contact_sheet"],
     }
+
+
+def _duplicates(counted: object) -> str:
+    """The line about the sidecar's entry, as `count_duplicates` writes it."""
+    entry = counted if isinstance(counted, dict) else {}
+    copies, similar = entry.get("copies"), entry.get("similar")
+    if type(copies) is not int:
+        return "unknown: no sidecar has their number"
+    more = f"{similar:,} more look almost like another" if type(similar) is int else "similar ones not counted"
+    return f"{copies:,} copies of other images, {more}"
 
 
 def _range(least: int, most: int) -> str:

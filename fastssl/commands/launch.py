@@ -3,17 +3,16 @@
 import argparse
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import IO
+from collections.abc import Sequence
+from typing import IO, TextIO
 
 from fastssl.commands.options import Commands, add_command
 from fastssl.errors import UserError
+from fastssl.processes.children import signals_passed_on
 from pipelines.printable import printable
 
 # What DeepSpeed 0.19 logs on stdout, `[2026-01-31 12:00:00,000] [INFO] [launch.py:152:main] ...`, and torch 2.13 on
@@ -41,10 +40,16 @@ def add_parser(commands: Commands) -> None:
 def _launch(args: argparse.Namespace) -> int:
     """Run the launcher and pass on what its processes print; returns its exit code."""
     command = [args.launcher, *args.arguments]
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    except OSError as error:
-        raise UserError(f"{args.launcher}: {error.strerror}: name a program that is installed and in PATH") from None
+    with signals_passed_on() as child:
+        try:
+            process = child.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError as error:
+            reason = f"{args.launcher}: {error.strerror}: name a program that is installed and in PATH"
+            raise UserError(reason) from None
+        return _relay(process)
+
+
+def _relay(process: "subprocess.Popen[bytes]") -> int:
     assert process.stdout is not None
     assert process.stderr is not None
     held: deque[str] = deque(maxlen=_MAX_HELD_LINES)
@@ -53,19 +58,18 @@ def _launch(args: argparse.Namespace) -> int:
         threading.Thread(target=_pass_on, args=(pipe, to, held, errors))
         for pipe, to in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
     ]
-    with _signals_to(process):
-        for reader in readers:
-            reader.start()
-        code = process.wait()
-        for reader in readers:
-            reader.join()
+    for reader in readers:
+        reader.start()
+    code = process.wait()
+    for reader in readers:
+        reader.join()
     if code:
         sys.stderr.writelines(held)
     sys.stderr.writelines(_last_words(errors))
     return code if code >= 0 else 128 - code
 
 
-def _pass_on(pipe: IO[bytes], to: IO[str], held: deque[str], errors: list[str]) -> None:
+def _pass_on(pipe: IO[bytes], to: TextIO, held: deque[str], errors: list[str]) -> None:
     """Print the lines of a pipe as they come; keep the launcher's and the errors for the end."""
     for raw in pipe:
         line = raw.decode(errors="replace")
@@ -75,9 +79,9 @@ def _pass_on(pipe: IO[bytes], to: IO[str], held: deque[str], errors: list[str]) 
             errors.append(line)
         else:
             try:
-                to.write(line)
-                to.flush()
-            except BrokenPipeError:  # the reader of our output, such as `head`, has gone; the training goes on
+                to.buffer.write(raw)  # as it came, whatever the encoding of this process
+                to.buffer.flush()
+            except OSError:  # the reader of our output, such as `head`, has gone, or its disk is full; training goes on
                 os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
 
 
@@ -87,17 +91,3 @@ def _last_words(errors: Sequence[str]) -> list[str]:
     if len(messages) == 1 and len(errors) > 1:
         return [f"fastssl: error: {messages[0]}"]
     return sorted(dict.fromkeys(errors), key=lambda error: _CONSEQUENCE not in error)
-
-
-@contextmanager
-def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass on the signals that ask a training to end; a terminal sends SIGINT to all of its processes itself."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -10,6 +11,12 @@ if TYPE_CHECKING:
     from fastssl.analysis.source import BatchSettings
 
 Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"
+
+# `pipelines.convert.sources.SourceKind`, whose module would make `fastssl --help` slow.
+SOURCE_KINDS = ("folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits")
+_NAMED_KINDS = ("torchvision", "digits")  # which no path tells
+INFERRED_KINDS = tuple(kind for kind in SOURCE_KINDS if kind not in _NAMED_KINDS)
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 def add_command(commands: Commands, name: str, summary: str) -> ArgumentParser:
@@ -26,6 +33,30 @@ def add_recipe(command: argparse.ArgumentParser, default: str) -> None:
     """Add --recipe."""
     command.add_argument(
         "--recipe", default=default, help=f"name of a recipe, or a .yaml file with one (default: {default})"
+    )
+
+
+def add_kind(command: argparse.ArgumentParser, kinds: Sequence[str]) -> None:
+    """Add --from, the kind of a source, as `kind`."""
+    named = [kind for kind in _NAMED_KINDS if kind in kinds]
+    must = f"; {' and '.join(named)} must be named" if named else ""
+    command.add_argument(
+        "--from",
+        dest="kind",
+        choices=kinds,
+        metavar="KIND",
+        help=f"kind of source: {', '.join(kinds)} (default: by what it is{must})",
+    )
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    command.add_argument(
+        "--device",
+        choices=_DEVICES,
+        default="auto",
+        metavar="DEVICE",
+        help=f"one of {', '.join(_DEVICES)} (default: auto, which takes a GPU if there is one)",
     )
 
 

@@ -36,12 +36,17 @@ def print_report(args: argparse.Namespace, find: Callable[[], "Report"]) -> None
 
 
 def print_json(find: Callable[[], Any]) -> None:
-    """Do a command's work and print what it returns as JSON; what it prints itself goes to stderr."""
+    """Do a command's work and print what it returns as JSON; what it prints itself goes to stderr.
+
+    Args:
+        find: The work; None, of processes that leave the result to another one, prints nothing.
+    """
     from fastssl.tracking.report import to_json
 
     with _stdout_on_stderr():
         values = find()
-    print(to_json(values))
+    if values is not None:
+        print(to_json(values))
 
 
 @contextlib.contextmanager

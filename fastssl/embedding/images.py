@@ -4,6 +4,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,24 +14,17 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from PIL import Image
 
-from fastssl.encoder import list_images
 from fastssl.errors import UserError
 from pipelines.beton import RAW, BetonReader
 from pipelines.beton.bus_error import report_bus_errors
+from pipelines.convert.image_files import left_out_lines
 from pipelines.convert.images import decode_as_engines_do, read_upright, upright_rgb
+from pipelines.convert.infer_kind import infer_kind
 from pipelines.convert.source import Item, Source, path_source
-from pipelines.convert.sources import SourceKind, SourceOptions, build_source
+from pipelines.convert.sources import SourceKind, SourceOptions, build_source, folder_source
 from pipelines.errors import DataError
 
 KINDS = ("beton", *get_args(SourceKind))
-_SUFFIXES = {
-    "beton": (".beton",),
-    "webdataset": (".tar", ".tar.gz", ".tgz"),
-    "parquet": (".parquet",),
-    "npz": (".npz",),
-    "csv": (".csv",),
-}
-_OF_FOLDERS = ("webdataset", "parquet")  # kinds of which a folder holds several files
 
 
 class Entry(NamedTuple):
@@ -83,7 +77,7 @@ def open_images(src: str, kind: str | None = None, options: Mapping[str, Any] | 
         UserError: Unknown kind, or an option that the kind does not have.
         DataError: The source does not exist, is of another kind, or holds no images.
     """
-    kind = kind or infer_kind(src)
+    kind = kind or _kind_of(src)
     if kind not in KINDS:
         raise UserError(f"--from must be one of {', '.join(KINDS)}, not {kind!r:.100}")
     given = {name: value for name, value in (options or {}).items() if value is not None}
@@ -102,42 +96,22 @@ def open_images(src: str, kind: str | None = None, options: Mapping[str, Any] | 
     return _of_source(source, origin)
 
 
-def infer_kind(src: str) -> str:
-    """The kind of a source by its name; of a folder, "parquet" or "webdataset" if it holds such files, else "folder".
-
-    Raises:
-        DataError: There is nothing of that name, or a file of another kind.
-    """
-    name = os.path.basename(src).lower()
-    if os.path.isdir(src):
-        names = [entry.name.lower() for entry in os.scandir(src) if not entry.name.startswith(".")]
-        found = [kind for kind in _OF_FOLDERS if any(each.endswith(_SUFFIXES[kind]) for each in names)]
-        return found[0] if found else "folder"
-    for kind, suffixes in _SUFFIXES.items():
-        if name.endswith(suffixes):
-            return kind
-    if not os.path.exists(src):
-        raise DataError(f"{src}: no such file or folder")
-    known = " ".join(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
-    raise DataError(f"{src}: neither a folder nor one of {known}; name its kind with --from")
+def _kind_of(src: str) -> str:
+    return "beton" if src.lower().endswith(".beton") and os.path.isfile(src) else infer_kind(src)
 
 
 def _folder(folder: Path) -> Source:
-    """The image files below a folder, as `fastssl.embed` orders them; labels are those of sub-folders.
-
-    Where no image lies directly in the folder, each sub-folder with images is a class, as in `fastssl convert`.
-    """
-    paths, notes = list_images(folder)
-    if not paths:
-        raise DataError(f"{folder}: no images in it")
-    tops = [path.relative_to(folder).parts for path in paths]
-    if min(map(len, tops)) == 1:
-        labels, class_names = np.full(len(paths), -1), None
-    else:
-        class_names = sorted({parts[0] for parts in tops})
-        number = {name: label for label, name in enumerate(class_names)}
-        labels = np.array([number[parts[0]] for parts in tops])
-    return path_source(str(folder), list(map(str, paths)), labels, class_names, notes=notes)
+    """The image files below a folder, with the labels of `fastssl convert`, in the order of `fastssl.embed`."""
+    source = folder_source(folder)
+    items = sorted(source.read(0, source.num_items), key=lambda item: Path(item.name))
+    kinds = Counter(kind for _, kind in source.left_out)
+    return path_source(
+        str(folder),
+        [item.name for item in items],
+        np.array([item.label for item in items]),
+        source.class_names,
+        notes=(*source.notes, *left_out_lines(str(folder), kinds)),
+    )
 
 
 def _of_source(source: Source, origin: Mapping[str, Any]) -> Images:

@@ -46,6 +46,7 @@ class EmbedReport:
         num_images: Number of its rows.
         num_broken: Number of rows without features.
         num_features: F.
+        device: Kind of the device that computed them: cpu or cuda.
         examples: The first broken images and the reasons.
         wall_s: Duration in seconds.
     """
@@ -53,6 +54,7 @@ class EmbedReport:
     out: Path
     num_images: int
     num_features: int
+    device: str
     num_broken: int = 0
     examples: list[tuple[str, str]] = field(default_factory=list)
     wall_s: float = 0.0
@@ -115,7 +117,8 @@ def embed_to_file(
     Raises:
         UserError: `out` exists, the model cannot be loaded, or batch_size is below 1.
         DataError: a source that cannot be read, images that are all broken, ranks with different images or weights,
-            or a file that cannot be written. Raised on every rank; no file is left.
+            or a file that cannot be written. Raised on every rank, but where the finished table cannot get its name,
+            on the first alone; no file is left.
     """
     started_s = time.monotonic()
     out = Path(out)
@@ -129,12 +132,17 @@ def embed_to_file(
         raise DataError(f"{source.name}: the processes see different images or weights; all need the same files")
     about |= {"fastssl": __version__, "source": dict(source.origin), "fingerprint": source.fingerprint}
     about |= {"class_names": source.class_names} if source.class_names else {}
-    report = EmbedReport(out=out, num_images=source.num_images, num_features=encoder.num_features)
+    report = EmbedReport(
+        out=out,
+        num_images=source.num_images,
+        num_features=encoder.num_features,
+        device=torch.device(device).type,
+    )
     if collectives.rank() == 0:
         for note in source.notes:
             print(printable(note), file=sys.stderr)
         table = open_table(out, num_rows=source.num_images, num_features=encoder.num_features, about=about)
-        progress = Progress(out.name, source.num_images, stream=sys.stderr)
+        progress = Progress(out.name, source.num_images, file=sys.stderr)
     else:
         table, progress = nullcontext(), nullcontext()
     with ExitStack() as stack, quiet_pillow():

@@ -164,6 +164,8 @@ class Job:
 def within(jobs: Sequence[Job], limit_s: float | None) -> tuple[list[Job], list[Job], float]:
     """Choose the jobs that fit into a time, in the order of their importance; the first one is always among them.
 
+    A job of infinite cost runs only if it was asked for.
+
     Args:
         jobs: The most important one first.
         limit_s: None: no limit.
@@ -177,7 +179,7 @@ def within(jobs: Sequence[Job], limit_s: float | None) -> tuple[list[Job], list[
     for job in jobs:
         is_encoded = job.encoder in {other.encoder for other in kept}
         cost_s = job.cost_s + (0.0 if is_encoded else job.encode_s)
-        if job.is_asked_for or not kept or total_s + cost_s <= limit_s:
+        if job.is_asked_for or (math.isfinite(cost_s) and (not kept or total_s + cost_s <= limit_s)):
             kept.append(job)
             total_s += cost_s
         else:

@@ -122,9 +122,9 @@ class Found:
     candidate: Candidate
 
     def __lt__(self, other: "Found") -> bool:
-        return self._key() < other._key()
+        return self.order() < other.order()
 
-    def _key(self) -> tuple[float, int, float, float]:
+    def order(self) -> tuple[float, int, float, float]:
         return self.top1, self.epoch, self.candidate.weight_decay, -self.candidate.lr
 
 

@@ -23,7 +23,8 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
 
     Returns:
         Training part, test part, and a description of where the test part comes from: its own file or, without one,
-        held-out images of the training file.
+        held-out images of the training file. The same files and settings give the same description: results are
+        grouped by it.
 
     Raises:
         ConfigError: too few labels, or classes that differ; the message names the option or the key.
@@ -36,12 +37,8 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
     if test_path:
         test_key, reader = "--test" if test else "data.test", BetonReader(test_path)
         check_same_classes(train, reader, test_key)
-        parts = _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0)
-        return *parts, str(test_path) + duplicates_across(*parts)
-    fit, held_out, where = hold_out(
-        train, data.holdout_fraction, "--test is not given" if on else "data.test is not set"
-    )
-    return fit, held_out, where + duplicates_across(fit, held_out)
+        return _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0), str(test_path)
+    return hold_out(train, data.holdout_fraction, "--test is not given" if on else "data.test is not set")
 
 
 def duplicates_across(train: Part, test: Part) -> str:

@@ -94,6 +94,63 @@ def _join_others(backend: str, cfg: RunConfig, *, for_deepspeed: bool) -> None:
         ) from None
 
 
+def _join_alone(backend: str) -> None:
+    """A group of this process: no other needs an address, so that two trainings on a machine never want one port."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens all the same: for this machine only
+    store = torch_dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    torch_dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    set_world_group(None)
+
+
+def _check_port() -> None:
+    """Rank 0: refuse a port on which something listens already; torchrun listens itself.
+
+    Raises:
+        ConfigError: names the option that sets another.
+    """
+    if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = int(os.environ["MASTER_PORT"])
+    try:
+        _listen(port).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise ConfigError(f"port {port} of this machine is in use, {_another_port()}") from None
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _another_port() -> str:
+    with _listen(0) as free:
+        port = free.getsockname()[1]
+    return (
+        f"perhaps by another training: start this one on a free port, such as with deepspeed --master_port {port}, "
+        f"torchrun --master_port {port} or, without a launcher, MASTER_PORT={port}"
+    )
+
+
+def _check_run(store: Any, cfg: RunConfig) -> None:
+    """Before anything else is exchanged: whether rank 0 trains in the same folder, or this is another run's store.
+
+    The ranks of a second training on this machine find the first one's store at the port that their rank 0 cannot take.
+
+    Raises:
+        ConfigError: rank 0 trains in another folder.
+    """
+    if os.environ["RANK"] == "0":
+        store.set("fastssl/run.dir", cfg.dir)
+    elif (other := store.get("fastssl/run.dir").decode()) != cfg.dir:
+        raise ConfigError(
+            f"run.dir is {cfg.dir}, but rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} trains in "
+            f"{other}: give all processes one run.dir; or the port is in use, {_another_port()}"
+        )
+
+
 def _make_groups(backend: str, cfg: RunConfig, *, for_deepspeed: bool) -> None:
     _wait_for_master(time.monotonic() + cfg.rendezvous_timeout_s)
     store, rank, world_size = join_store(timedelta(seconds=cfg.rendezvous_timeout_s))

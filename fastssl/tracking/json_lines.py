@@ -7,7 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastssl.errors import ConfigError
 from fastssl.machine.files import replace_bytes
+from pipelines.files import open_regular
+from pipelines.printable import printable
 
 _MAX_SHOWN = 5  # bad lines of a file, by number
 
@@ -19,6 +22,9 @@ def read_rows(path: Path, *keys: str, containing: bytes = b"") -> list[dict[str,
         path: The file; a missing one has no rows.
         keys: Keys that a row must have. "step" must be a number of steps wherever it is.
         containing: Skip the lines without this text, unread.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a regular file.
     """
     rows, bad = [], []
     for number, line in enumerate(_lines_of(path), start=1):
@@ -51,7 +57,13 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 def _lines_of(path: Path) -> list[bytes]:
     """The lines of a file, without a row at the end that a kill has cut off."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    try:
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): move it away") from None
     last = lines.pop()
     if last and (_parse_row(last, ()) is not None or not last.startswith(b"{")):
         lines.append(last)
@@ -71,4 +83,4 @@ def _parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
 
 @cache
 def _warn_once(message: str) -> None:
-    print(f"fastssl: warning: {message}", file=sys.stderr, flush=True)
+    print(printable(f"fastssl: warning: {message}"), file=sys.stderr, flush=True)

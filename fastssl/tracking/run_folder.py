@@ -17,8 +17,18 @@ from fastssl.machine.files import replace_text
 from fastssl.machine.yaml_text import dump_yaml
 from pipelines.files import read_file
 
+_WITHIN_RUN = 4  # a path, and folders above it: weights.pt lies in RUN/checkpoints/step_X/
 _STATE_SECTIONS = ("model", "loss", "optim", "custom")  # which tensors there are, and what they mean
 _LOCKS: dict[Path, IO[str]] = {}  # lock files held by trainings in this process
+
+
+def run_above(path: str | Path) -> "RunFolder | None":
+    """The run that a path lies in: its folder, a checkpoint's folder, or a file in either; None: there is none."""
+    path = Path(path)
+    for folder in [path, *path.absolute().parents][:_WITHIN_RUN]:
+        if (folder / "config.yaml").is_file():
+            return RunFolder(folder)
+    return None
 
 
 class RunFolder:

@@ -179,45 +179,6 @@ def training_time(path: Path, global_batch_size: int) -> tuple[float, int] | Non
     return (seconds, num_images) if num_images else None
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Keep only the rows up to a checkpoint's step; a resumed run writes the later ones again.
-
-    Lines that are not rows stay as they are: somebody has edited the file.
-    """
-    read_rows(path, "step")  # for its warning
-    kept = []
-    for line in _lines_of(path):
-        row = _parse_row(line, ("step",))
-        if row is None or row["step"] <= step:
-            kept.append(line + b"\n")
-    replace_bytes(path, b"".join(kept))
-
-
-def _lines_of(path: Path) -> list[bytes]:
-    """The lines of a file, without a row at the end that a kill has cut off."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    last = lines.pop()
-    if last and (_parse_row(last, ()) is not None or not last.startswith(b"{")):
-        lines.append(last)
-    return lines
-
-
-def _parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or any(key not in row for key in keys):
-        return None
-    step = row.get("step", 0)
-    return row if type(step) is int and 0 <= step < 2**63 else None
-
-
-@cache
-def _warn_once(message: str) -> None:
-    print(f"fastssl: warning: {message}", file=sys.stderr, flush=True)
-
-
 def _shown(loss: Any) -> str:
     return "skipped" if loss is None else f"{loss:.4f}"
 

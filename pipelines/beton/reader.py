@@ -32,6 +32,7 @@ from pipelines.beton.identity import Identity, identity_of
 from pipelines.beton.sidecar import read_sidecar
 from pipelines.errors import DataChangedError, DataError, one_line
 from pipelines.files import open_regular
+from pipelines.jpeg_scans import MAX_SCANS, has_too_many_scans
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 
@@ -92,11 +93,11 @@ class BetonReader:
 
     @cached_property
     def hashes(self) -> np.ndarray | None:
-        """uint64 [N, 2] from `<path>.hashes`, see `pipelines.convert.hashes.Hashes`; None: there is no file of them."""
+        """uint64 [N, 2] from `<path>.hashes`, see `pipelines.convert.hashes.Hashes`; None: no readable file of them."""
         try:
             with open_regular(hashes_path(self.path)) as file:
                 stored = file.read(self.num_samples * 16 + 1)
-        except FileNotFoundError:
+        except OSError:
             return None
         if len(stored) != self.num_samples * 16 or zlib.crc32(stored) != self.sidecar.get("hashes_crc32"):
             return None  # of another file of the same name

@@ -29,7 +29,7 @@ from pipelines.convert.images import (
 from pipelines.convert.infer_kind import infer_kind
 from pipelines.convert.source import MAX_ITEMS, Item, Source
 from pipelines.convert.sources import SourceKind, SourceOptions, build_source, join_sources
-from pipelines.errors import DataError
+from pipelines.errors import DataError, SourceChangedError
 from pipelines.printable import printable
 from pipelines.progress import Progress
 
@@ -56,7 +56,8 @@ class ConvertReport:
 
     Attributes:
         out: The .beton file.
-        num_images: Number of images in the file: the sum of the next three.
+        num_images: Number of images in the file: the sum of the next three, where they are known. Of a file that was
+            finished already, num_passed, num_encoded and num_skipped are 0, as the file does not tell them.
         num_passed: JPEG files whose bytes were kept unchanged.
         num_encoded: Images re-encoded as JPEG.
         num_raw: Images stored as pixels.
@@ -258,13 +259,16 @@ def _convert_range(
     about = about | {"max_px": options.max_px, "quality": options.quality}  # not max_bad: a resumed run may change it
     identity = f"{source.fingerprint} {start} {stop} {json.dumps(about, sort_keys=True)}"
     if options.resume and out.exists() and not options.overwrite:
-        done = _Done(fingerprint=identity)
-        if _finished_identity(out) != identity:
-            raise DataError(f"{out}: exists already, of another source or other options; choose another name")
+        found = _sidecar_of(out)
+        if _part(found, "options").get("identity") != identity:
+            raise SourceChangedError(
+                f"{out}: exists already, of another source or other options; convert again under another name, or with "
+                "--overwrite"
+            )
         if not partial_path(out).exists():  # killed after the file had its name
             checkpoint_path(out).unlink(missing_ok=True)
         print(f"{printable(out)}: finished already")
-        return _report(out, done, source, start_s)
+        return _report(out, _Done(fingerprint=identity), found, source, start_s)
     if stop - start > MAX_ITEMS:
         raise DataError(f"{source.name}: {stop - start:,} images; a file holds at most {MAX_ITEMS:,}: pass --shards")
     try:
@@ -281,8 +285,9 @@ def _convert_range(
         with writer:
             done = _Done(**(writer.note or {"fingerprint": identity}))
             if done.fingerprint != identity:
-                raise DataError(
-                    f"{partial_path(out)}: of another source or other options; pass --overwrite to start again"
+                raise SourceChangedError(
+                    f"{partial_path(out)}: of another source or other options; convert again under another name, or "
+                    "with --overwrite"
                 )
             _write_all(writer, source, start, stop, options, done)
             errors_path = _write_list(_errors_path(out), done.errors)
@@ -294,9 +299,9 @@ def _convert_range(
     except MemoryError as error:
         raise DataError(f"{source.name}: its images need more memory than there is; try fewer workers") from error
     except OSError as error:
-        free = "; free space, then repeat the command with --resume" if error.errno in DISK_FULL else ""
+        free = "; free space, then repeat the command (of convert: with --resume)" if error.errno in DISK_FULL else ""
         raise DataError(f"{error.filename or out}: cannot be written ({error.strerror}){free}") from error
-    report = _report(out, done, source, start_s)
+    report = _report(out, done, read_sidecar(sidecar_path(out)), source, start_s)
     for line in _summary(report, done, source, stop - start):
         print(printable(line))
     return report
@@ -333,27 +338,41 @@ def _by_reason(errors: Sequence[tuple[str, str]]) -> str:
     return ", ".join(parts + [f"{num_more:,} for other reasons"] * bool(num_more))
 
 
-def _finished_identity(out: Path) -> object:
+def _sidecar_of(out: Path) -> dict[str, Any]:
+    """Contents of a file's sidecar; empty: there is none."""
     try:
-        return read_sidecar(sidecar_path(out))["options"]["identity"]
-    except (OSError, KeyError, TypeError):
-        return None
+        return read_sidecar(sidecar_path(out))
+    except FileNotFoundError:
+        return {}
 
 
-def _report(out: Path, done: _Done, source: Source, start_s: float) -> ConvertReport:
+def _part(found: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of a sidecar; empty: there is none, or it was edited to another type."""
+    part = found.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _count(found: dict[str, Any], key: str, name: str) -> int | None:
+    """A number in a part of a sidecar; None: there is none."""
+    number = _part(found, key).get(name)
+    return number if type(number) is int else None
+
+
+def _report(out: Path, done: _Done, found: dict[str, Any], source: Source, start_s: float) -> ConvertReport:
+    """The report on a file with this sidecar; `done.how` is empty if the file was finished already."""
     errors, left_out = _errors_path(out), _left_out_path(out)
-    duplicates = read_sidecar(sidecar_path(out)).get("duplicates") or {}
+    how = done.how or {"raw": _count(found, "modes", "raw") or 0}
     return ConvertReport(
         out=out,
-        num_images=sum(done.how.values()),
-        num_passed=done.how.get("passed", 0),
-        num_encoded=done.how.get("encoded", 0),
-        num_raw=done.how.get("raw", 0),
+        num_images=found["num_images"],
+        num_passed=how.get("passed", 0),
+        num_encoded=how.get("encoded", 0),
+        num_raw=how.get("raw", 0),
         num_skipped=len(done.errors),
         num_ignored=source.num_left_out.total(),
         left_out=dict(source.num_left_out),
-        num_copies=duplicates.get("copies", 0),
-        num_similar=duplicates.get("similar"),
+        num_copies=_count(found, "duplicates", "copies") or 0,
+        num_similar=_count(found, "duplicates", "similar"),
         errors_path=errors if errors.exists() else None,
         left_out_path=left_out if left_out.exists() else None,
         wall_s=time.monotonic() - start_s,
@@ -372,7 +391,10 @@ def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, optio
                 _write(writer, result, item.label)
                 how[result.how] += 1
             elif not options.max_bad_fraction:
-                raise DataError(f"{item.name}: {result}; repair or remove it, or pass --max-bad or --on-error skip")
+                raise DataError(
+                    f"{item.name}: {result}; repair or remove it, or repeat the command with a larger --max-bad (of "
+                    "convert: or --on-error skip)"
+                )
             else:
                 done.errors.append((item.name, str(result)))
             done.num_read += 1
@@ -454,7 +476,8 @@ def _too_many(out: Path, done: _Done, num_items: int, max_bad: float) -> str:
     path = _write_list(_errors_path(out), done.errors)
     return (
         f"{len(done.errors):,} of the first {done.num_read:,} images are corrupt, more than --max-bad {max_bad:g} of "
-        f"all {num_items:,}: {_by_reason(done.errors)}; see {path}, and continue with --resume --max-bad FRACTION"
+        f"all {num_items:,}: {_by_reason(done.errors)}; see {path}, and repeat the command with a larger --max-bad "
+        "(of convert: with --resume)"
     )
 
 

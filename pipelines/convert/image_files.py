@@ -117,7 +117,8 @@ def left_out_lines(name: str, counts: Counter[str]) -> Iterable[str]:
     """Lines that say what was left out of the source `name`, all kinds of it."""
     others = Counter({kind: num for kind, num in counts.items() if kind not in (AGAIN, SPECIAL)})
     if others:
-        yield f"{name}: {others.total():,} files were left out: {describe_kinds(others)}"
+        are = "1 file was" if others.total() == 1 else f"{others.total():,} files were"
+        yield f"{name}: {are} left out: {describe_kinds(others)}"
     if counts[AGAIN]:
         yield f"{name}: {counts[AGAIN]:,} further names (links) of files or folders were left out: each counts once"
     if counts[SPECIAL]:

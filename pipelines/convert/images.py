@@ -30,6 +30,7 @@ SMALL_AREA_PX = 64 * 64  # lossless sources up to this area are stored as raw pi
 MAX_JPEG_SIDE_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 MAX_KEPT_BYTES = 64 << 20  # a thread's decoding buffer is freed if it is larger
 SMALL_PX = 256  # a JPEG's shorter side, from which on 1/8 of its size is enough for its hash
+JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with more images appended
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: decoded by every libjpeg-turbo
 
 UPRIGHT = {

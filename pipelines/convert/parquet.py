@@ -64,7 +64,7 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
 def _read_file(path: str, image_column: str, label_column: str | None, start: int) -> Iterator[Item]:
     """Yield the rows from `start` on; row groups before it are not read."""
     row = 0
-    with open_parquet(path) as file:
+    with open_parquet(path) as file, open_regular(path) as own:
         leaves = _leaves(file.schema_arrow, image_column, label_column)
         for group, columns in enumerate(columns_of(_footer(own))):
             num_rows = file.metadata.row_group(group).num_rows

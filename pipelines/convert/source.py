@@ -102,6 +102,8 @@ def path_source(
         class_names: See `Source`.
         notes: See `Source`.
         left_out: See `Source`.
+    Raises:
+        DataError: too many classes.
     """
     if class_names is not None and len(class_names) > MAX_LABEL + 1:
         raise DataError(f"{name}: {len(class_names):,} classes; a file holds at most {MAX_LABEL + 1:,}")

@@ -256,7 +256,8 @@ def folder_source(
     notes = []
     empty = [os.path.basename(path) for path, images in found.items() if not images]
     if empty and only is None and labels != "folders":
-        notes.append(f"{folder}: {len(empty):,} sub-folders without images make no class: {_some(empty)}")
+        make = "sub-folder without images makes" if len(empty) == 1 else "sub-folders without images make"
+        notes.append(f"{folder}: {len(empty):,} {make} no class: {_some(empty)}")
         found = {path: images for path, images in found.items() if images}
     nested = [image for images in found.values() for image in images]
     why_none = labels == "none" or (
@@ -270,7 +271,8 @@ def folder_source(
     if isinstance(why_none, str):
         notes.append(why_none)
     elif classes and flat:
-        notes.append(f"{folder}: {len(flat):,} images lie in no sub-folder and get no label")
+        lie = "image lies in no sub-folder and gets" if len(flat) == 1 else "images lie in no sub-folder and get"
+        notes.append(f"{folder}: {len(flat):,} {lie} no label")
     return path_source(
         str(folder.resolve()), nested + flat, numbers, classes, notes=tuple(notes), left_out=files.left_out
     )
@@ -281,8 +283,12 @@ def _why_no_labels(folder: Path, found: dict[str, list[str]], has_flat: bool) ->
     names = [os.path.basename(path) for path in found]
     advice = "so none is written; --labels folders makes them classes"
     if len(names) == 1:
-        where = "the one sub-folder with images" if has_flat else "all images are in one sub-folder"
-        return f"{folder}: {where}, {names[0]}, is no label, {advice}; if it holds classes, convert {next(iter(found))}"
+        where = (
+            f"the one sub-folder with images, {names[0]}, is no label"
+            if has_flat
+            else f"all images are in one sub-folder, {names[0]}, which is no label"
+        )
+        return f"{folder}: {where}, {advice}; if it holds classes, convert {next(iter(found))}"
     if all(len(images) == 1 for images in found.values()):
         return f"{folder}: each of {len(names):,} sub-folders holds one image, which is no label, {advice}"
     if all(name.lower() in SPLIT_NAMES for name in names):

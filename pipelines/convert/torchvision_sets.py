@@ -2,14 +2,13 @@
 
 import inspect
 import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import EpsImagePlugin, Image
 
+from pipelines import downloads
 from pipelines.convert.source import Item, Source, checked_label, fingerprint, path_source
 from pipelines.errors import DataError, one_line
 from pipelines.torchvision_operators import declare_torchvision_operators
@@ -17,7 +16,6 @@ from pipelines.torchvision_operators import declare_torchvision_operators
 declare_torchvision_operators()
 from torchvision import datasets  # noqa: E402
 
-MAX_SILENCE_S = 30.0  # of a server, while data are downloaded: torchvision sets no limit
 # Attributes that contain the files of a data set and, in the same order, their labels.
 FILE_LISTS = (("_image_files", "_labels"), ("_images", "_labels"))
 
@@ -85,24 +83,14 @@ def _open(kind: Any, name: str, root: str, split: str | None, *, download: bool)
             raise ValueError(f"download: torchvision cannot download {name}")
         given["download"] = True
     try:
-        with _limited_silence():
+        with downloads.limited_silence():
             return kind(**given)
     except Exception as error:  # each data set raises its own types of exceptions
         reason = one_line(error)
         if download and "timed out" in reason:
-            reason = f"no answer for {MAX_SILENCE_S:g} s; check the network, or put the files there by other means"
+            silence = f"no answer for {downloads.MAX_SILENCE_S:g} s"
+            reason = f"{silence}; check the network, or put the files there by other means"
         raise DataError(f"torchvision {name} in {root}: {reason}") from error
-
-
-@contextmanager
-def _limited_silence() -> Iterator[None]:
-    """Let connections that are opened meanwhile fail after `MAX_SILENCE_S` without data."""
-    before_s = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(MAX_SILENCE_S)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before_s)
 
 
 def _files(dataset: Any, num_items: int) -> list[tuple[str, Any]] | None:

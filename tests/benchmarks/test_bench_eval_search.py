@@ -14,6 +14,7 @@ def check(arrays: Arrays) -> None:
         assert float(row["halving_percent"]) >= float(row["full_percent"]) - float(row["standard_error"]), row  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_digits() -> None:
     check(digits())
 

@@ -93,8 +93,8 @@ def test_words_that_are_no_utf_8(tiny_config):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["trian"], "not trian: did you mean train"),
-        (["train", "--cgf", "x"], "unknown argument --cgf: did you mean --cfg?"),
+        (["trian"], "unknown command trian: did you mean train"),
+        (["train", "--cgf", "x"], "unknown argument --cgf: did you mean --cfg"),
         (["train", "--cfg", "x", "--ste=y"], "unknown argument --ste: did you mean --set"),
         (["convert", "--from", "foldr", "a", "b"], "not foldr: did you mean folder?"),
         (["verify", "a", "b"], "unknown argument b"),

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fastssl.commands.options import Commands, add_command, add_recipe
+from fastssl.commands.options import Commands, add_command, add_device, add_recipe
 from fastssl.commands.output import add_output, print_report
 
 
@@ -29,9 +29,7 @@ def add_parser(commands: Commands) -> None:
     loader.add_argument(
         "--seconds", type=float, default=2.0, metavar="S", help="length of a timing window (default: 2)"
     )
-    loader.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda (default: auto, which takes a GPU if there is one)"
-    )
+    add_device(loader)
     loader.add_argument("--out", type=Path, metavar="X.csv", help="append the results to this file")
     add_output(loader)
     loader.set_defaults(call=_bench_loader)

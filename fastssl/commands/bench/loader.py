@@ -7,8 +7,9 @@ from pathlib import Path
 from fastssl.commands.device_option import choose_device_option
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
-from fastssl.tracking.result_rows import append_rows, environment_columns, format_table
-from pipelines.bench.loader import bench_loader
+from fastssl.tracking.report import Report
+from fastssl.tracking.result_rows import append_rows, environment_columns
+from pipelines.bench.loader import Row, bench_loader
 from pipelines.bench.streams import Job
 from pipelines.loader import cores_per_process
 

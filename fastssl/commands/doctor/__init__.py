@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastssl.commands.options import Commands, add_command, add_set
+from fastssl.commands.output import add_json
 
 
 def add_parser(commands: Commands) -> None:
@@ -16,7 +17,7 @@ def add_parser(commands: Commands) -> None:
     doctor.add_argument(
         "--data", type=Path, metavar="PATH", help="folder or .beton file whose disk to measure (default: data.train)"
     )
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_json(doctor, "the findings")
     doctor.set_defaults(call=_doctor)
 
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastssl.commands.doctor import gpu, machine, network, software, storage
 from fastssl.commands.doctor.finding import Finding, Node
+from fastssl.commands.output import print_json
 from fastssl.config import Config
 
 Check = Callable[[Node], Finding]
@@ -55,13 +55,18 @@ def doctor(cfg: Config | None, data: Path | None, *, as_json: bool) -> int:
     Returns:
         Exit code: 1 if a check failed, else 0.
     """
-    findings = []
-    for found in examine(cfg, data):
-        findings.append(found)
-        if not as_json:
-            print(found.line(), flush=True)
+    findings: list[Finding] = []
     if as_json:
-        print(json.dumps([found.as_dict() for found in findings], indent=2))
+
+        def find() -> list[dict[str, str]]:
+            findings.extend(examine(cfg, data))
+            return [found.as_dict() for found in findings]
+
+        print_json(find)
+    else:
+        for found in examine(cfg, data):
+            findings.append(found)
+            print(found.line(), flush=True)
     return int(any(found.status == "fail" for found in findings))
 
 

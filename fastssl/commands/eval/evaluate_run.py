@@ -15,7 +15,8 @@ from torch import nn
 
 from fastssl.checkpoint.checksums import sha256_of
 from fastssl.checkpoint.save_load import checkpoint_of, load_weights, step_of
-from fastssl.commands.evaluation_plan import RAW_PIXELS, UNTRAINED, plan_evaluation
+from fastssl.checkpoint.weights import put_weights
+from fastssl.commands.eval.evaluation_plan import RAW_PIXELS, UNTRAINED, plan_evaluation
 from fastssl.config import Config, check_built
 from fastssl.errors import ConfigError
 from fastssl.evaluation.config import ProtocolName
@@ -23,12 +24,12 @@ from fastssl.evaluation.feature_cache import cached_features, data_identity
 from fastssl.evaluation.features import encode_batches
 from fastssl.evaluation.images import Images, Part, build_plain_loader
 from fastssl.evaluation.knn import bounded_k_line
-from fastssl.evaluation.parts import choose_parts
+from fastssl.evaluation.parts import choose_parts, duplicates_across
 from fastssl.evaluation.protocols import PROTOCOLS, evaluate
 from fastssl.evaluation.results import DETAILS, LEGEND, SHOWN, Line, append_line, table_row
 from fastssl.evaluation.task import Task
 from fastssl.machine.environment import describe_environment
-from fastssl.models.backbones import build_backbone
+from fastssl.models.backbones import build_backbone, without_pretraining
 from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking import plots
 from fastssl.tracking.report import Report
@@ -38,6 +39,8 @@ from pipelines.beton import BetonReader
 from pipelines.printable import printable
 from pipelines.progress import Progress
 from pipelines.views import build_eval_spec
+
+TRAINED = "pre-trained encoder"  # name in the results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +91,9 @@ def evaluate_run(
     folder = RunFolder(path)
     cfg = folder.load_config([*overrides, *([f"eval.what={json.dumps(list(what))}"] if what else [])])
     check_built(cfg, "model")
-    checkpoints = {"pre-trained encoder": checkpoint_of(folder.checkpoints, step)}
+    checkpoints = {TRAINED: checkpoint_of(folder.checkpoints, step)}
     best = best_held_out(folder.metrics)
-    if step is None and best and best[0] != step_of(checkpoints["pre-trained encoder"]):
+    if step is None and best and best[0] != step_of(checkpoints[TRAINED]):
         try:
             checkpoints["best pre-trained encoder"] = checkpoint_of(
                 folder.checkpoints, best[0], option="the best epoch"
@@ -102,10 +105,23 @@ def evaluate_run(
     train, test_part, scored_on = choose_parts(cfg.data, on, test)
     _check_settings(cfg, train)
     trained = training_time(folder.metrics, cfg.data.global_batch_size)
-    plan = plan_evaluation(cfg, list(checkpoints), train, test_part, device, trained=trained, is_asked_for=bool(what))
+    image_px = load_weights(checkpoints[TRAINED])["image_px"]
+    plan = plan_evaluation(
+        cfg,
+        list(checkpoints),
+        train,
+        test_part,
+        device,
+        image_px=image_px,
+        trained=trained,
+        is_asked_for=bool(what),
+    )
+    found = duplicates_across(train, test_part)
+    duplicates = f"{scored_on}{found}" if found else None
 
     about = {
         "scored_on": scored_on,
+        "duplicates": duplicates,
         "on": str(on) if on else None,
         "train": {"path": str(train.reader.path), "num_labelled": len(train.ids), **data_identity(train.reader)},
         "test": {"path": str(test_part.reader.path), "num_labelled": len(test_part.ids)}
@@ -116,17 +132,29 @@ def evaluate_run(
         "environment": describe_environment(world_size=1),
     }
     bounded = bounded_k_line(cfg.eval, train.labels) if "knn" in cfg.eval.what else None
-    for notice in filter(None, (plan.duration, plan.left_out, bounded)):
+    for notice in filter(None, (duplicates, plan.duration, plan.left_out, bounded)):
         print(printable(f"fastssl: {notice}"), file=sys.stderr, flush=True)
     lines: list[Line] = []
-    for encoder in _encoders(cfg, checkpoints, plan.protocols):
+    for encoder in _encoders(cfg, checkpoints, plan.protocols, image_px):
         for line in _judge(cfg, encoder, plan.protocols[encoder.name], train, test_part, device, folder.features):
             lines.append(line | {"checkpoint_step": encoder.step} | about)
             append_line(folder.evaluations, lines[-1])
     plots.draw_curves(folder)
-    steps = ", ".join(f"{name}: step {step_of(path)}" for name, path in checkpoints.items())
-    text = f"accuracy on {scored_on}; {steps}\n{format_table(lines)}"
-    return f"{text}\n{plan.left_out}" if plan.left_out else text
+    steps = {name: step_of(path) for name, path in checkpoints.items()}
+    return Report(
+        values={
+            "scored_on": scored_on,
+            "duplicates": duplicates,
+            "checkpoint_steps": steps,
+            "rows": lines,
+            "left_out": plan.left_out,
+        },
+        rows=[table_row(line) for line in lines],
+        columns=SHOWN,
+        details=DETAILS,
+        head=f"accuracy on {scored_on}; {', '.join(f'{name}: step {step}' for name, step in steps.items())}",
+        foot="\n".join(filter(None, (LEGEND, duplicates, plan.left_out))),
+    )
 
 
 def _check_settings(cfg: Config, train: Part) -> None:
@@ -137,10 +165,9 @@ def _check_settings(cfg: Config, train: Part) -> None:
             raise ConfigError(f"{name} on {train.reader.path}: {error}") from None
 
 
-def _encoders(cfg: Config, checkpoints: dict[str, Path], wanted: Container[str]) -> Iterator[Encoder]:
+def _encoders(cfg: Config, checkpoints: dict[str, Path], wanted: Container[str], image_px: int) -> Iterator[Encoder]:
     """The wanted ones of the baselines, then of the checkpoints' encoders."""
-    last = next(iter(checkpoints.values()))
-    image_px, step = load_weights(last)["image_px"], step_of(last)
+    step = step_of(checkpoints[TRAINED])
     if RAW_PIXELS in wanted:
         yield Encoder(name=RAW_PIXELS, module=nn.Flatten(), identity=None, step=step)
     if UNTRAINED in wanted:
@@ -152,7 +179,7 @@ def _encoders(cfg: Config, checkpoints: dict[str, Path], wanted: Container[str])
         if name not in wanted:
             continue
         step = step_of(checkpoint)
-        backbone, _ = build_backbone(cfg.model, image_px)
+        backbone, _ = build_backbone(without_pretraining(cfg.model), image_px)
         put_weights(load_weights(checkpoint), checkpoint, backbone=backbone)
         identity = {"checkpoint_step": step, "weights_sha256": sha256_of(checkpoint / "weights.pt")}
         yield Encoder(name=name, module=backbone, identity=identity, step=step)

@@ -16,9 +16,12 @@ from fastssl.errors import ConfigError
         (["evl"], "unknown command evl: did you mean eval?"),
         (["bench", "loder"], "unknown command loder: did you mean loader?"),
         (["--verison"], "unknown argument --verison: did you mean --version?"),
-        (["train", "--cgf", "x.yaml"], "unknown argument --cgf: did you mean --cfg?"),
+        (["train", "--cgf", "x.yaml"], "unknown argument --cgf: did you mean --cfg"),
         (["eval", "--jsno", "runs/a"], "did you mean --json"),
         (["convert", "--from", "foldr", "a", "b.beton"], "not foldr: did you mean folder?"),
+        (["train", "a", "--from", "digits"], "--from must be one of folder, csv, webdataset, parquet, npz, not digits"),
+        (["embed", "a", "--device", "cdua"], "--device must be one of auto, cpu, cuda, not cdua: did you mean cuda"),
+        (["bench", "loader", "a", "--device", "gpu"], "--device must be one of auto, cpu, cuda, not gpu"),
     ],
 )
 def test_the_nearest_known_word_is_named(arguments, hint, capfd):

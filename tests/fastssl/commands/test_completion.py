@@ -57,6 +57,12 @@ def test_bash_completes_commands_options_choices_and_files(completed):
     assert completed("inspect", "p") == {"photos.beton"}
     assert completed("eval", "") == {"runs"}
     assert completed("inspect", "photos.beton", "--out", "n") == {"notes.txt"}
+    assert completed("embed", "n") == completed("neighbours", "x.parquet", "n") == {"notes.txt"}
+    assert completed("train", "--init", "n") == {"notes.txt"}
+    assert completed("train", "--run", "") == {"runs"}
+    assert completed("export", "x.pt", "") == {"runs"}
+    assert completed("export", "n") == {"notes.txt"}
+    assert completed("embed", "--device", "c") == {"cpu", "cuda"}
     assert "--local_rank" not in completed("train", "--")
 
 

@@ -11,13 +11,15 @@ import torch
 
 from fastssl.checkpoint.save_load import plain_weights
 from fastssl.cli import main
-from fastssl.commands import evaluate as evaluate_module
-from fastssl.commands.evaluate import evaluate_run
-from fastssl.commands.evaluation_plan import plan_evaluation
+from fastssl.commands.eval import evaluate_run as evaluate_module
+from fastssl.commands.eval import evaluation_plan as plan_module
+from fastssl.commands.eval.evaluate_run import evaluate_run
+from fastssl.commands.eval.evaluation_plan import plan_evaluation
 from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.images import Images, Part
 from fastssl.evaluation.parts import choose_parts
+from fastssl.models.backbones import build_backbone
 from fastssl.models.two_view import TwoViewModel
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
@@ -302,7 +304,7 @@ def _trained(folder: Path, seconds: float) -> None:
 
 def test_baselines_are_evaluated_where_they_cost_little(run_folder, capsys):
     _trained(run_folder, 60.0)
-    table = evaluate_run(run_folder, ["eval.baselines=null", "eval.what=[knn, linear]"])
+    table = str(evaluate_run(run_folder, ["eval.baselines=null", "eval.what=[knn, linear]"]))
     found = [(line["encoder"], line["name"]) for line in _lines(run_folder, 6)]
     encoders = ("raw pixels", "untrained encoder", "pre-trained encoder")
     assert found == [(encoder, name) for encoder in encoders for name in ("knn", "linear")]
@@ -319,7 +321,7 @@ def test_what_does_not_fit_into_a_fraction_of_the_training_is_left_out_and_named
     _trained(run_folder, 5120 * 2.0)
     changes = ["eval.what=[knn, finetune]", "eval.baselines=null", "eval.knn_k=5", "eval.num_seeds=1"]
     changes += ["eval.finetune_lrs=[0.1]", "eval.finetune_epochs=1"]
-    table = evaluate_run(run_folder, [*changes, "eval.time_fraction=0.1"])
+    table = str(evaluate_run(run_folder, [*changes, "eval.time_fraction=0.1"]))
     found = [(line["encoder"], line["name"]) for line in _lines(run_folder, 4)]
     trained = [("pre-trained encoder", "knn"), ("pre-trained encoder", "finetune")]
     assert found == [("raw pixels", "knn"), ("untrained encoder", "knn"), *trained]
@@ -348,10 +350,58 @@ def test_what_is_asked_for_is_planned_whatever_it_takes(changes, what, encoders,
     cfg = replace(cfg, eval=replace(cfg.eval, **changes))
     train, test, _ = choose_parts(cfg.data)
     cpu, trained = torch.device("cpu"), (60.0, 60)
-    plan = plan_evaluation(cfg, ["pre-trained encoder"], train, test, cpu, trained=trained, is_asked_for=what)
+    plan = plan_evaluation(
+        cfg, ["pre-trained encoder"], train, test, cpu, image_px=16, trained=trained, is_asked_for=what
+    )
     assert len(plan.protocols) == encoders
     assert plan.protocols["pre-trained encoder"] == (["knn", "linear"] if is_all else ["knn"])
     assert (plan.left_out is None) == (not plan.record["left_out"])
+
+
+def test_raw_pixels_that_do_not_fit_into_memory_are_named_without_a_limit_too(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(plan_module, "MAX_RAW_BYTES", 0)
+    changes = ["eval.what=[knn]", "eval.baselines=null", "eval.time_fraction=0"]
+    table = evaluate_run(run_folder, changes)
+    lines = _lines(run_folder, 2)
+    assert [line["encoder"] for line in lines] == ["untrained encoder", "pre-trained encoder"]
+    assert 0 < lines[0]["plan"]["expected_s"] < 20  # finite: the line is JSON
+    assert lines[0]["plan"]["left_out"] == [["raw pixels", "knn"]]
+    for text in (str(table), capsys.readouterr().err):
+        assert "left out: raw pixels by knn (more memory than it is worth). All of it: --set eval.baselines=t" in text
+
+
+def test_a_plan_needs_no_weights_of_others_and_has_the_size_of_the_training(run_folder, monkeypatch):
+    cfg = RunFolder(run_folder).load_config()
+    model = replace(cfg.model, backbone_kwargs=cfg.model.backbone_kwargs | {"pretrained": True})
+    train, test, _ = choose_parts(cfg.data)
+    built = []
+    monkeypatch.setattr(plan_module, "build_backbone", lambda *args: built.append(args) or build_backbone(*args))
+    for image_px in (16, 24):
+        plan_evaluation(
+            replace(cfg, model=model),
+            ["a"],
+            train,
+            test,
+            torch.device("cpu"),
+            image_px=image_px,
+            trained=None,
+            is_asked_for=True,
+        )
+    assert built == [(cfg.model, 16), (cfg.model, 24)]
+
+
+def test_test_images_that_are_training_images_are_said_and_recorded(run_folder, tmp_path, digits, capsys):
+    path = str(digits / "train.beton")
+    where = f"{path}; of these 1,297 images, 1,297 are copies of training images and 0 more look almost like one"
+    table = evaluate_run(run_folder, [f"data.train={path}", f"data.test={path}"], what=["knn"])
+    [line] = _lines(run_folder, 1)
+    assert (line["scored_on"], line["duplicates"]) == (path, where)
+    assert table.values["duplicates"] == where
+    assert f"fastssl: {where}\n" in capsys.readouterr().err
+    assert where in table.foot.splitlines()
+    assert where not in table.head
+    evaluate_run(run_folder, what=["knn"])  # files without hashes
+    assert _lines(run_folder, 1)[0]["duplicates"] is None
 
 
 def test_a_bounded_k_is_said_and_recorded(run_folder, capsys):

@@ -35,6 +35,11 @@ def test_json_is_alone_on_stdout(capfd):
     assert capfd.readouterr().out == "and then stdout is as before\n"
 
 
+def test_another_process_than_the_one_with_the_result_prints_nothing(capfd):
+    print_json(lambda: None)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_stdout_is_as_before_after_an_error(capfd):
     with pytest.raises(KeyError):
         print_json(lambda: {}["a"])
@@ -64,7 +69,20 @@ def test_inspect_shows_what_a_person_asks_for(beton, tmp_path, capfd):
     assert shown["width"] == "8 px, median 8"
     assert shown["from"] == "scikit-learn digits, test"
     assert "sha256 recorded" in shown["checksum"]
-    (beton.parent / f"{beton.name}.json").unlink()
+    sidecar = beton.parent / f"{beton.name}.json"
+    entries = json.loads(sidecar.read_text())
+    assert entries["duplicates"] == {"copies": 0, "similar": 0}
+    for entry, line in (
+        (entries["duplicates"], "0 copies of other images, 0 more look almost like another"),
+        ({"copies": 3, "similar": 2}, "3 copies of other images, 2 more look almost like another"),
+        ({"copies": 1234, "similar": None}, "1,234 copies of other images, similar ones not counted"),
+        (None, "unknown: no sidecar has their number"),
+    ):
+        sidecar.write_text(json.dumps(entries | {"duplicates": entry}))
+        assert main(["inspect", str(beton), "--out", str(tmp_path / "sheet.png")]) == 0
+        [found] = [each for each in capfd.readouterr().out.splitlines() if each.startswith("duplicates ")]
+        assert found.split(None, 1)[1] == line
+    sidecar.unlink()
     assert main(["inspect", str(beton), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["num_images"], found["num_labelled"], found["checksum"]) == (500, 500, "none")

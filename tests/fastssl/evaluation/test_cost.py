@@ -69,3 +69,10 @@ def test_the_first_job_and_what_is_asked_for_run_in_any_case():
     assert within(jobs, 1.0) == (jobs[:1], jobs[1:], 100)
     asked = [*jobs[:3], dataclasses.replace(jobs[3], is_asked_for=True)]
     assert within(asked, 1.0)[0] == [asked[0], asked[3]]
+
+
+def test_a_job_that_cannot_run_is_left_out_whatever_the_limit():
+    jobs = [_job("b", "linear", 1, encode_s=math.inf), _job("a", "knn", 5), _job("b", "knn", math.inf)]
+    for limit_s in (None, 1.0, math.inf):
+        assert within(jobs, limit_s) == ([jobs[1]], [jobs[0], jobs[2]], 5)
+    assert within([dataclasses.replace(jobs[0], is_asked_for=True)], None)[0]

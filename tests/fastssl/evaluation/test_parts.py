@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from fastssl.evaluation.parts import choose_parts
+from fastssl.evaluation.parts import choose_parts, duplicates_across
 from pipelines.beton import BetonReader
 from pipelines.convert import convert
 from pipelines.loader import DataConfig
@@ -20,18 +20,21 @@ def test_held_out_images_that_are_training_images_are_counted(tmp_path):
             image.save(path)
     train = str(convert("folder", str(tmp_path / "images"), tmp_path / "x.beton").out)
     data = DataConfig(train=train, holdout_fraction=0.4)
-    _, held_out, where = choose_parts(data)
+    fit, held_out, where = choose_parts(data)
+    assert where == f"0.4 of {train}, held out (data.test is not set)"
     reader = BetonReader(train)
     assert reader.hashes is not None
     fit_ids, held_out_ids = split_holdout(reader.num_samples, 0.4, reader.labels)
     num_copies = np.isin(reader.hashes[held_out_ids, 0], reader.hashes[fit_ids, 0]).sum()
     assert num_copies > 0
-    assert where.endswith(
-        f"; of these 20 images, {num_copies} are copies of training images and 0 more look almost like one"
-    )
+    expected = f"; of these 20 images, {num_copies} are copies of training images and 0 more look almost like one"
+    assert duplicates_across(fit, held_out) == expected
     assert len(held_out.ids) == 20
 
-    _, _, where = choose_parts(DataConfig(train=train, test=train))
-    assert where == f"{train}; of these 50 images, 50 are copies of training images and 0 more look almost like one"
+    fit, test, where = choose_parts(DataConfig(train=train, test=train))
+    assert where == train
+    expected = "; of these 50 images, 50 are copies of training images and 0 more look almost like one"
+    assert duplicates_across(fit, test) == expected
     (tmp_path / "x.beton.hashes").unlink()
-    assert choose_parts(DataConfig(train=train, test=train))[2] == train
+    fit, test, where = choose_parts(DataConfig(train=train, test=train))
+    assert (where, duplicates_across(fit, test)) == (train, "")

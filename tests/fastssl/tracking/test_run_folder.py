@@ -10,7 +10,7 @@ from fastssl.config import build_config
 from fastssl.errors import ConfigError
 from fastssl.machine.files import replace_text
 from fastssl.models.sync_batch_norm import has_batch_norm
-from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.run_folder import RunFolder, run_above
 
 OTHER = """
 import fcntl, sys, time
@@ -85,3 +85,19 @@ def test_a_batch_is_cut_into_other_parts_only_without_batch_norm(tmp_path):
     with pytest.raises(ConfigError, match=r"train.num_micro_batches: .* was started with 1, not 4") as error:
         folder.check_micro_batches(parts)
     assert "\n" not in str(error.value)
+
+
+def test_a_path_of_a_run_leads_to_it(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    weights = run / "checkpoints" / "step_00000001" / "weights.pt"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (run / "config.yaml").touch()
+    for path in (run, weights.parent, weights):
+        found = run_above(path)
+        assert found is not None
+        assert found.path == run
+    monkeypatch.chdir(weights.parent)
+    assert run_above("weights.pt") is not None
+    assert run_above(weights / "deeper") is None
+    assert run_above(tmp_path) is None

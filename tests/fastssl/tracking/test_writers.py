@@ -1,11 +1,14 @@
 import json
+import os
 import re
 import time
 
 import pytest
 
+from fastssl.errors import ConfigError
+from fastssl.tracking.json_lines import drop_rows_after, read_rows
 from fastssl.tracking.run_folder import RunFolder
-from fastssl.tracking.writers import MetricsWriter, StepTimer, drop_rows_after, read_rows, training_time
+from fastssl.tracking.writers import MetricsWriter, StepTimer, training_time
 from pipelines import progress
 
 
@@ -59,6 +62,13 @@ def test_timer_tells_waiting_from_working():
     assert step["img_per_s"] == pytest.approx(40 / 0.16, rel=0.4)
     assert epoch["data_wait_fraction"] == pytest.approx(step["data_wait_fraction"], abs=0.05)
     assert timer.read("step")["img_per_s"] == 0  # nothing since
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_one_line(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be read .not a regular file"):
+        read_rows(tmp_path / "metrics.jsonl", "step")
 
 
 def test_the_time_of_a_training_is_that_of_its_epochs(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -266,6 +267,21 @@ def test_sidecar_and_inspect(tmp_path):
     assert found["image_bytes"] == BetonReader(path).data_bytes.sum()
     (tmp_path / "x.beton.json").unlink()
     assert inspect(path)["class_counts"] == {"0": 3, "1": 2}
+
+
+def test_without_readable_hashes_all_else_works(tmp_path):
+    path, hashes = tmp_path / "x.beton", tmp_path / "x.beton.hashes"
+    with BetonWriter(path) as writer:
+        writer.write_raw(picture(0, 4, 4), hashes=(1, 2))
+    found = BetonReader(path).hashes
+    assert found is not None
+    assert found.tolist() == [[1, 2]]
+    for replace in (hashes.mkdir, lambda: os.mkfifo(hashes), lambda: hashes.symlink_to(hashes)):
+        hashes.rmdir() if hashes.is_dir() else hashes.unlink()
+        replace()
+        reader = BetonReader(path)
+        assert reader.hashes is None
+        assert reader.decode(0).shape == (4, 4, 3)
 
 
 def test_exception_leaves_nothing(tmp_path):

@@ -252,7 +252,7 @@ def test_folder_with_classes(tmp_path, capsys):
     assert (report.num_images, report.num_passed, report.num_raw, report.num_ignored) == (7, 6, 1, 2)
     assert report.left_out == {".txt": 1, "hidden": 1}
     assert report.errors_path is None
-    assert "1 sub-folders without images make no class: empty" in capsys.readouterr().out
+    assert "1 sub-folder without images makes no class: empty" in capsys.readouterr().out
     reader = BetonReader(report.out)
     assert reader.class_names == ["cat", "dog"]
     assert reader.labels.tolist() == [0] * 3 + [1] * 4
@@ -286,7 +286,7 @@ def test_corrupt_image_fails_or_is_skipped(tmp_path, capsys):
     bad = root / "cat" / "1.jpg"
     bad.write_bytes(bad.read_bytes()[:500])
     (root / "dog" / "2.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"^.*cat/1\.jpg: .*[Tt]runcated.*--on-error skip$"):
+    with pytest.raises(DataError, match=r"^.*cat/1\.jpg: .*[Tt]runcated.*--max-bad .*--on-error skip\)$"):
         convert("folder", str(root), tmp_path / "x.beton", on_error="fail")
     assert not list(tmp_path.glob("x.beton*"))
     report = convert("folder", str(root), tmp_path / "x.beton", on_error="skip")

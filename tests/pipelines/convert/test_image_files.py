@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.encoder import _image_files
+from fastssl.encoder import list_images
 from pipelines.beton import BetonReader, inspect
 from pipelines.contact_sheet import contact_sheet
 from pipelines.convert import convert
@@ -71,7 +71,7 @@ def test_links_to_elsewhere_are_followed(tmp_path, capsys):
     levels, _, out = converted(images.parent, tmp_path / "x.beton", capsys)
     assert levels == [10, 20]
     assert "left out" not in out
-    assert [path.name for path in _image_files(images)] == ["1.png", "2.png"]
+    assert [path.name for path in list_images(images)[0]] == ["1.png", "2.png"]
 
 
 def test_the_order_of_directory_entries_does_not_matter(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_pipes_and_devices_elsewhere(tmp_path, kind):
         with pytest.raises(DataError, match=r"pipe\.png: .*not a regular file"):
             convert("npz", str(tmp_path / "pipe.png"), tmp_path / "x.beton")
     else:
-        assert _image_files(tmp_path) == []
+        assert list_images(tmp_path)[0] == []
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path):

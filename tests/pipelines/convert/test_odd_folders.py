@@ -67,7 +67,7 @@ def photos(tmp_path: Path) -> Path:
     (folder / "Bäume" / "none").write_bytes(b"")
     (folder / "Bäume" / "camera.nef").write_bytes((folder / "Bäume" / "scan.dat").read_bytes())
     (folder / ".thumbs").mkdir()
-    (folder / "leer").mkdir()
+    (folder / "empty").mkdir()
     (folder / "Bäume" / "loop").symlink_to(folder)
     os.link(folder / "Bäume" / "0.jpg", folder / "Bäume" / "again.jpg")
     os.mkfifo(folder / "Bäume" / "pipe.jpg")
@@ -93,7 +93,7 @@ def test_a_folder_of_everything(photos, tmp_path, capsys):
         "socket, pipe or device": 1,
     }
     for part in (
-        "1 sub-folders without images make no class: leer",
+        "1 sub-folder without images makes no class: empty",
         "26 files were left out: 21 .heic (pip install pillow-heif), 1 ",
         "1 .nef (export them as JPEG or TIFF)",
         "2 further names (links)",
@@ -190,7 +190,7 @@ def test_sub_folders_that_are_no_labels(tmp_path, capsys):
         save(mixed / "ab"[k % 2] / f"{k}.jpg", k)
     save(mixed / "stray.jpg", 5)
     for folder, part in (
-        (one, "all images are in one sub-folder, all, is no label"),
+        (one, "all images are in one sub-folder, all, which is no label, so none is written; --labels"),
         (each, "each of 4 sub-folders holds one image, which is no label"),
         (splits, "sub-folders named train, val are splits, not labels"),
     ):
@@ -203,7 +203,7 @@ def test_sub_folders_that_are_no_labels(tmp_path, capsys):
         assert part not in capsys.readouterr().out
     report = convert("folder", str(mixed), tmp_path / "x.beton", overwrite=True)
     assert BetonReader(report.out).labels.tolist() == [0, 0, 1, 1, -1]
-    assert "1 images lie in no sub-folder and get no label" in capsys.readouterr().out
+    assert "1 image lies in no sub-folder and gets no label" in capsys.readouterr().out
     report = convert("folder", str(mixed), tmp_path / "x.beton", overwrite=True, labels="none")
     assert set(BetonReader(report.out).labels) == {-1}
 
@@ -217,7 +217,8 @@ def test_too_many_bad_images_end_a_conversion_which_goes_on_with_more_allowed(tm
             (folder / f"{k:02d}.jpg").write_bytes(b"text" if k % 8 == 3 else b"")
     reason = (
         r"5 of the first 20 images are corrupt, more than --max-bad 0\.1 of all 40: 3 not an image but text \([^)]*\) "
-        r"\(03\.jpg, 11\.jpg, 19\.jpg\), 2 empty file \(07\.jpg, 15\.jpg\); see .*x\.beton\.errors\.txt, and continue"
+        r"\(03\.jpg, 11\.jpg, 19\.jpg\), 2 empty file \(07\.jpg, 15\.jpg\); see .*x\.beton\.errors\.txt, and repeat "
+        r"the command with a larger --max-bad \(of convert: with --resume\)$"
     )
     with pytest.raises(DataError, match=reason):
         convert("folder", str(folder), tmp_path / "x.beton")
@@ -299,8 +300,8 @@ def test_several_folders_become_one_data_set(tmp_path, capsys):
     assert "without names of classes:" in out
     assert "1 further names (links)" in out
     assert reader.sidecar["source"] == " and ".join(str(Path(source).resolve()) for source in sources)
-    shards = convert(None, sources, tmp_path / "x.beton", resume=True)
-    assert shards.num_images == 0  # finished already
+    again = convert(None, sources, tmp_path / "x.beton", resume=True)  # finished already
+    assert (again.num_images, again.num_raw) == (9, 0)
     with pytest.raises(DataError, match=r"a/cat: all its images are in the sources before it"):
         convert(None, [sources[0], f"{sources[0]}/cat"], tmp_path / "y.beton")
 

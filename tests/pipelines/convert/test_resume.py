@@ -91,11 +91,15 @@ def test_what_was_begun_is_neither_lost_nor_mixed_with_another_source(images, tm
     assert out.with_name("x.beton.partial").exists()
     with pytest.raises(DataError, match=r"\.(png|jpg): empty file"):  # goes on, and now forgives nothing
         convert("folder", str(images), out, on_error="fail", resume=True)
-    convert("folder", str(images), out, on_error="skip", resume=True)
+    first = convert("folder", str(images), out, on_error="skip", resume=True)
     capsys.readouterr()
-    convert("folder", str(images), out, on_error="skip", resume=True)
+    again = convert("folder", str(images), out, on_error="skip", resume=True)
     assert capsys.readouterr().out == f"{out}: finished already\n"
-    with pytest.raises(DataError, match="exists already, of another source or other options"):
+    names = ("out", "num_images", "num_raw", "num_ignored", "left_out", "num_copies", "num_similar", "errors_path")
+    assert [getattr(again, name) for name in names] == [getattr(first, name) for name in names]
+    assert again.num_images == BetonReader(out).num_samples > again.num_raw
+    assert (again.num_passed, again.num_encoded) == (0, 0)  # unknown
+    with pytest.raises(DataError, match="exists already, of another source or other options; convert again under"):
         convert("folder", str(images), out, on_error="skip", resume=True, quality=90)
 
 

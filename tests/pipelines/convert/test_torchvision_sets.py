@@ -97,7 +97,7 @@ def test_bad_names_splits_and_folders(cifar10):
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000000\r\n\r\nsome"])
 def test_a_server_that_falls_silent_is_one_line(tmp_path, monkeypatch, answer):
     """Whether it says nothing at all, or stops within the file."""
-    monkeypatch.setattr("pipelines.convert.torchvision_sets.MAX_SILENCE_S", 0.3)
+    monkeypatch.setattr("pipelines.downloads.MAX_SILENCE_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         Thread(target=answer_and_wait, args=(server, answer), daemon=True).start()
         monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/x.tar.gz")
