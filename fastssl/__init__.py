@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastssl import errors, functional, losses
+    from fastssl.commands.train.train_images import train_images
     from fastssl.config import Config, load_config
     from fastssl.embedding.neighbours import neighbours
     from fastssl.embedding.write import embed_to_file
     from fastssl.encoder import Encoder, embed, load_encoder
+    from fastssl.export.export_encoder import export_encoder
     from fastssl.trainer import Trainer, train
 
 __version__ = "0.1.0.dev0"
@@ -31,12 +33,14 @@ __all__ = [
     "embed",
     "embed_to_file",
     "errors",
+    "export_encoder",
     "functional",
     "load_config",
     "load_encoder",
     "losses",
     "neighbours",
     "train",
+    "train_images",
 ]
 
 # Where a public name is found; None: it is a module.
@@ -47,12 +51,14 @@ _PUBLIC = {
     "embed": "fastssl.encoder",
     "embed_to_file": "fastssl.embedding.write",
     "errors": None,
+    "export_encoder": "fastssl.export.export_encoder",
     "functional": None,
     "load_config": "fastssl.config",
     "load_encoder": "fastssl.encoder",
     "losses": None,
     "neighbours": "fastssl.embedding.neighbours",
     "train": "fastssl.trainer",
+    "train_images": "fastssl.commands.train.train_images",
 }
 _ROOT = Path(__file__).resolve().parent.parent
 
