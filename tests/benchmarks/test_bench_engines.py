@@ -20,6 +20,7 @@ def test_median_least_and_largest_or_the_reason() -> None:
     assert absent["note"] == "not measured: ffcv is not installed"
 
 
+@pytest.mark.slow
 def test_rows_of_a_run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "engines.csv"
     options = ["--engines", "synthetic", "--recipe", "digits", "--size-px", "16", "--batch-size", "64"]

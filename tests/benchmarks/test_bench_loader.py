@@ -51,6 +51,7 @@ def test_a_short_run_measures_ours_and_says_what_it_did_not_measure(small_images
     assert "beside torchvision: -, target >= 10 (goal 20): not measured" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_keeps_the_workload_it_finished(small_images, tmp_path):
     out = tmp_path / "loader.csv"
     arguments = ["--photographs", small_images, "--cifar10", small_images, "--out", out, "--providers", "synthetic"]
@@ -68,6 +69,7 @@ def test_a_run_that_is_killed_keeps_the_workload_it_finished(small_images, tmp_p
     assert [(row["workload"], row["note"]) for row in read(out)] == [("photographs", "")]
 
 
+@pytest.mark.slow
 def test_the_profile_takes_every_stage_of_the_loader(small_images, tmp_path, command):
     out = tmp_path / "profile.csv"
     done = command(

@@ -29,6 +29,7 @@ print("different:", [name for name in bare if not torch.equal(bare[name], traine
 """
 
 
+@pytest.mark.slow
 def test_bare_loop_and_trainer_take_the_same_steps_bit_for_bit(tiny_config):
     done = subprocess.run(
         [sys.executable, "-c", SAME_STEPS, str(tiny_config)],

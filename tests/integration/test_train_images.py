@@ -47,6 +47,7 @@ def trained(photos, tmp_path, in_process):
     return run
 
 
+@pytest.mark.slow
 def test_one_command_leads_to_an_encoder_and_says_what_it_does(trained, tmp_path, photos):
     done = trained()
     assert done.returncode == 0, done.stderr

@@ -312,6 +312,7 @@ def ranks(arguments, log: Path, num_ranks: int = 2) -> list[int | None]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_trained_run_on_two_processes_of_torchrun(command, in_process, photographs, whole, tmp_path) -> None:
     """As a user goes it; the file is that of one process."""
     convert("folder", whole, tmp_path / "x.beton")

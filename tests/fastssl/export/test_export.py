@@ -94,7 +94,9 @@ def test_torchvision_loads_it_strictly(tmp_path):
     assert (timm_out / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["prepared images", "whole images"])
+@pytest.mark.parametrize(
+    "inside", [pytest.param(False, marks=pytest.mark.slow, id="prepared images"), pytest.param(True, id="whole images")]
+)
 def test_onnxruntime_computes_the_same(inside, run, encoder, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -24,6 +24,7 @@ def photographs(tmp_path_factory) -> Path:
     return write_jpegs(tmp_path_factory.mktemp("photographs") / "photographs.beton", make_jpegs(NUM_IMAGES)).path
 
 
+@pytest.mark.slow
 def test_a_short_run_prints_a_table_and_what_bounds_the_machine(photographs, tmp_path, command, monkeypatch):
     """DALI is hidden from it, as where it is not installed."""
     (tmp_path / "nvidia").mkdir()
