@@ -158,6 +158,5 @@ def _write(choices: Sequence[Choice], path: Path) -> None:
 def _describe(facts: Facts) -> str:
     labels = f"{facts.num_classes} classes" if facts.num_classes else "no labels"
     where = "on the CPU" if facts.device == "cpu" else f"on {facts.num_processes} GPU{'s' * (facts.num_processes > 1)}"
-    return (
-        f"{facts.num_images:,} images, half of them at most {facts.short_side_px:,} px high or wide; {labels}; {where}"
-    )
+    size = f"half of them at most {facts.short_side_px:,} px on the shorter side"
+    return f"{facts.num_images:,} images, {size}; {labels}; {where}"
