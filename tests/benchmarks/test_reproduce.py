@@ -102,7 +102,7 @@ def test_a_killed_row_goes_on_and_ends_as_one_that_was_not(data, tmp_path):
     other = [*_command(data, killed), "loss.temperature_positive=0.3"]
     refused = subprocess.run(other, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
     assert refused.returncode == 2
-    assert "differs in loss.temperature_positive" in refused.stderr
+    assert "different configuration: loss.temperature_positive" in refused.stderr
 
     _run(data, whole)
     accuracies = ("metric", "percent", "scored_on", "checkpoint", "checkpoint_step", "chosen")
