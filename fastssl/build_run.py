@@ -17,9 +17,7 @@ from fastssl.checkpoint.weights import put_weights
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.held_out import HeldOutKnn
-from fastssl.evaluation.images import Part
 from fastssl.evaluation.labels import check_same_classes, num_labelled_classes
-from fastssl.evaluation.parts import duplicates_across
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import Loss, build_loss
 from fastssl.machine.nvidia_gpu import has_gpu
@@ -35,7 +33,6 @@ from pipelines.batch import BatchSource
 from pipelines.beton import BetonReader, Identity
 from pipelines.iterable_loader import Batches, IterableLoader
 from pipelines.loader import Loader, build_loader, open_train_reader
-from pipelines.printable import printable
 from pipelines.sampler import split_holdout
 from pipelines.views import build_view_specs
 
@@ -108,12 +105,7 @@ def _build_probe(cfg: Config, reader: BetonReader, num_features: int) -> tuple[O
         return None, None
     num_classes = int(reader.labels.max()) + 1
     is_holdout = np.zeros(reader.num_samples, dtype=bool)
-    fit, held_out = split_holdout(reader.num_samples, cfg.data.holdout_fraction, reader.labels)
-    is_holdout[held_out] = True
-    if collectives.rank() == 0:
-        found = duplicates_across(Part(reader=reader, ids=fit), Part(reader=reader, ids=held_out))
-        if found:
-            print(printable(f"{reader.path}: held out for the accuracy during training{found}"), flush=True)
+    is_holdout[split_holdout(reader.num_samples, cfg.data.holdout_fraction, reader.labels)[1]] = True
     return OnlineProbe(num_features, num_classes, cfg.eval), torch.from_numpy(is_holdout)
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastssl.commands.options import SOURCE_KINDS, Commands, add_command, add_kind
+from fastssl.commands.options import SOURCE_KINDS, Commands, add_command, add_kind, add_max_bad
 from fastssl.commands.output import add_json, print_json
 from pipelines.printable import printable
 
@@ -57,12 +57,7 @@ def add_parser(commands: Commands) -> None:
         choices=["fail", "skip"],
         help="fail at the first corrupt image, as --max-bad 0, or leave all out, as --max-bad 1",
     )
-    convert.add_argument(
-        "--max-bad",
-        type=float,
-        metavar="FRACTION",
-        help="fail if more than this fraction of the images is corrupt; fewer are left out and listed (default: 0.1)",
-    )
+    add_max_bad(convert)
     convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     convert.add_argument(
         "--resume",
@@ -89,11 +84,14 @@ def _convert(args: argparse.Namespace) -> None:
         print_json(lambda: {"files": [asdict(done) for done in _converted(args)]})
         return
     for done in _converted(args):
-        print(
-            f"{printable(done.out)}: {done.num_images:,} images in {done.wall_s:.1f} s "
-            f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
-            f"{done.num_skipped:,} corrupt, {done.num_ignored:,} others left out"
-        )
+        line = f"{printable(done.out)}: {done.num_images:,} images"
+        if done.num_images == done.num_passed + done.num_encoded + done.num_raw:  # else it was finished before
+            line += (
+                f" in {done.wall_s:.1f} s "
+                f"({done.num_passed:,} JPEGs as they were, {done.num_encoded:,} encoded, {done.num_raw:,} raw), "
+                f"{done.num_skipped:,} corrupt, {done.num_ignored:,} others left out"
+            )
+        print(line)
 
 
 def _converted(args: argparse.Namespace) -> "list[ConvertReport]":

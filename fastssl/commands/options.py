@@ -49,6 +49,16 @@ def add_kind(command: argparse.ArgumentParser, kinds: Sequence[str]) -> None:
     )
 
 
+def add_max_bad(command: argparse.ArgumentParser) -> None:
+    """Add --max-bad."""
+    command.add_argument(
+        "--max-bad",
+        type=float,
+        metavar="FRACTION",
+        help="fail if more than this fraction of the images is corrupt; fewer are left out and listed (default: 0.1)",
+    )
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add --device."""
     command.add_argument(

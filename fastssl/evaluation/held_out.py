@@ -78,9 +78,8 @@ class HeldOutKnn:
             device=self._device,
         )
         is_correct = votes.argmax(1) == labels[ids]
-        num_own = min(
-            max(num_held_out - collectives.rank() * len(ids), 0), len(ids)
-        )  # the rest of a share is filled up
+        # The rest of a share is filled up.
+        num_own = min(max(num_held_out - collectives.rank() * len(ids), 0), len(ids))
         num_correct = torch.tensor(float(is_correct[:num_own].sum()), device=self._device)
         return collectives.EXCHANGE.sum_(num_correct).item() / num_held_out
 

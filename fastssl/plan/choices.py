@@ -34,7 +34,7 @@ class Choice:
 def choose(
     facts: Facts, *, backbone: str | None = None, weights: InitialWeights | None = None, size_px: int | None = None
 ) -> list[Choice]:
-    """All settings but the number of epochs, which `epochs.choose_epochs` takes from the measured time.
+    """All settings but the number of epochs, which `fastssl.plan.epochs.choose_length` takes from the measured time.
 
     Nothing here is tuned: the recipes are those of `configs/loss/mio_small.yaml` (images of up to 96 px) and
     `configs/mio_resnet18_folder_100ep.yaml` (photographs at 224 px).

@@ -10,9 +10,8 @@ from fastssl.plan.facts import Facts
 from fastssl.plan.measure import StepCost
 
 MIN_EPOCHS = 10  # where the time is not given, rather longer than fewer
-EVALUATION_SHARE = (
-    EvalConfig().time_fraction
-)  # of the training's time, the most that the default evaluation takes on a CPU
+# Of the training's time, the most that the default evaluation takes on a CPU.
+EVALUATION_SHARE = EvalConfig().time_fraction
 _WANTED_EPOCHS = ((2_000, 100), (50_000, 200), (500_000, 100))  # up to this many images, this many epochs
 _WANTED_OF_MORE = 50
 _DEFAULT_HOURS = {"cpu": 0.5, "cuda": 12.0}

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastssl.checkpoint.checksums import save_file
 from fastssl.checkpoint.save_load import load_weights
+from fastssl.checkpoint.tensor_file import is_state
 from fastssl.errors import ConfigError, UserError
 from fastssl.models.backbones import TIMM_PREFIX, build_backbone
 from fastssl.models.config import ModelConfig
@@ -18,6 +19,7 @@ from pipelines.preprocessing import views_from
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SOURCES = "torchvision, torchvision:NAME, timm:NAME, a run's folder or a file of weights"
+_IMAGE_PX = 224  # of ImageNet's weights
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -90,11 +92,8 @@ def _of_library(name: str, library: str, out: Path) -> InitialWeights:
     cfg = ModelConfig(
         backbone=name, backbone_kwargs={"pretrained": True} if library == "timm" else {"weights": "DEFAULT"}
     )
-    try:
-        with limited_silence():
-            module, _ = build_backbone(cfg, 224)
-    except ValueError as error:
-        raise UserError(f"--init: {error}") from None
+    with limited_silence():
+        module = _built(cfg)
     about = getattr(module, "pretrained_cfg", None) or {}  # of timm
     plain = ModelConfig(backbone=name)
     _save(module.state_dict(), plain, out)
@@ -108,13 +107,17 @@ def _of_library(name: str, library: str, out: Path) -> InitialWeights:
 def _of_state(path: Path, state: dict[str, torch.Tensor], backbone: str, out: Path) -> InitialWeights:
     """Weights of a torchvision or timm model, whose classifier is left out."""
     cfg = ModelConfig(backbone=backbone)
-    try:
-        module, _ = build_backbone(cfg, 224)
-    except ValueError as error:
-        raise UserError(f"--init: {error}") from None
+    module = _built(cfg)
     _load(module, state, path, backbone)
     _save(module.state_dict(), cfg, out)
     return InitialWeights(path=str(out), model={"backbone": backbone})
+
+
+def _built(cfg: ModelConfig) -> nn.Module:
+    try:
+        return build_backbone(cfg, _IMAGE_PX)[0]
+    except ValueError as error:
+        raise UserError(f"--init: {error}") from None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -132,9 +135,9 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _tensors(path: Path, state: dict[str, Any]) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model"):  # common wrappings of a state dict
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
+    if not state or not is_state(state):
         raise UserError(f"--init {path} holds no state dict: names and tensors")
     return state
 
@@ -152,8 +155,7 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], path: Path, backbon
 
 
 def _save(state: dict[str, torch.Tensor], cfg: ModelConfig, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    weights = {"backbone": state, "projector": {}, "model": asdict(cfg), "image_px": 224}
+    weights = {"backbone": state, "projector": {}, "model": asdict(cfg), "image_px": _IMAGE_PX}
     temporary = out.with_name(f".{out.name}.tmp")
     save_file(weights, temporary)
     temporary.replace(out)

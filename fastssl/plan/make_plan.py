@@ -116,27 +116,24 @@ def _measured(
 ) -> tuple[list[Choice], StepCost]:
     """The choices, with a smaller batch where memory demands it, and the cost of a step."""
     draft = out.with_name(f".{out.stem}.measured.yaml")
-    settings = [each for each in choices if each.key not in (_EPOCHS, _WARMUP)]
     while True:
-        batch = value_of(settings, _BATCH)
+        batch = value_of(choices, _BATCH)
+        settings = [each for each in choices if each.key not in (_EPOCHS, _WARMUP)]
         _write([*settings, Choice(_EPOCHS, _EPOCHS_WHILE_MEASURING, ""), Choice(_WARMUP, 0, "")], draft)
         load_config(draft)
         say(f"measuring some steps of {batch} images")
         try:
-            cost = measure(draft, facts.num_processes)
-            break
+            return choices, measure(draft, facts.num_processes)
         except OutOfMemoryError:
             if batch < 4 * facts.num_processes or _BATCH in given:
                 raise UserError(
                     f"a step of {batch} images needs more memory than there is: choose a smaller model.backbone, "
                     f"views.size_px or {_BATCH} with --set"
                 ) from None
-            why = f"{batch} images need more memory than there is"
             smaller = batch // 2 // facts.num_processes * facts.num_processes
-            settings, choices = (with_batch_size(each, smaller, why) for each in (settings, choices))
+            choices = with_batch_size(choices, smaller, f"{batch} images need more memory than there is")
         finally:
             draft.unlink(missing_ok=True)
-    return choices, cost
 
 
 def _with_given(choices: Sequence[Choice], given: Mapping[str, Any], *, only: bool = False) -> list[Choice]:

@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 
 from fastssl.errors import Preempted, UserError
-from fastssl.processes.children import signals_passed_on
+from fastssl.processes.children import launch_command, signals_passed_on
 from fastssl.step.cuda_graph import NUM_PLAIN_STEPS
 from pipelines.files import read_file
 
@@ -29,6 +29,7 @@ MAX_STEPS = 200
 SECONDS = 10.0
 _OUT_OF_MEMORY = 77  # exit code
 _KILLED = -9  # by the kernel, for lack of memory
+_ERROR = re.compile(r"^fastssl: error(?: \(rank \d+\))?: (.*)$", re.MULTILINE)
 
 
 class OutOfMemoryError(Exception):
@@ -50,14 +51,6 @@ class StepCost:
     start_s: float
     num_steps: int
     memory_bytes: int
-
-
-def launch_command(num_processes: int, program: Sequence[str]) -> list[str]:
-    """The command that starts a Python program in one process, or in several of this machine."""
-    if num_processes == 1:
-        return [sys.executable, *program]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return [sys.executable, *launcher, *program]
 
 
 def measure(config: Path, num_processes: int = 1) -> StepCost:
@@ -89,10 +82,10 @@ def measure(config: Path, num_processes: int = 1) -> StepCost:
     of_ranks = rf"exitcode *: ({_OUT_OF_MEMORY}|{_KILLED})\b"  # in torchrun's report
     if code in (_OUT_OF_MEMORY, _KILLED) or re.search(of_ranks, stderr):
         raise OutOfMemoryError
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    errors = [line.partition("error")[2] for line in lines if line.startswith("fastssl: error")]
-    reason = errors[-1].lstrip(": ") if errors else (lines[-1] if lines else f"exit code {code}")
-    raise UserError(reason if errors else f"measuring some steps failed: {reason[:500]}")
+    if errors := _ERROR.findall(stderr):
+        raise UserError(errors[-1])
+    last = (stderr.strip().splitlines() or [f"exit code {code}"])[-1]
+    raise UserError(f"measuring some steps failed: {last[:500]}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(str(error))
         return 2
     except Exception as error:
-        if is_out_of_memory(error):
+        if _is_out_of_memory(error):
             return _OUT_OF_MEMORY
         raise
     if cost is not None:
@@ -115,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation has failed, on the host or on a GPU."""
     import torch
 

@@ -2,12 +2,21 @@
 
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 _ASKS_TO_END = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def launch_command(num_processes: int, program: Sequence[str]) -> list[str]:
+    """The command that starts a Python program in one process, or in several of this machine."""
+    if num_processes == 1:
+        return [sys.executable, *program]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    return [sys.executable, *launcher, *program]
 
 
 class Child:

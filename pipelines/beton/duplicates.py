@@ -13,9 +13,8 @@ from numba import njit
 MAX_DISTANCE = 6
 NUM_KEYS = 1 << 16  # of two bytes
 MAX_ALL_PAIRS = 4096  # of so few looks, all are compared
-MAX_SIMILAR_IMAGES = (
-    3_000_000  # of more, only copies are counted: comparing looks takes time that grows with the square
-)
+# Of more images, only copies are counted: the time to compare looks grows with the square.
+MAX_SIMILAR_IMAGES = 3_000_000
 
 
 def count_duplicates(hashes: np.ndarray) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fastssl.evaluation.cost import LEAST_LIMIT_S, Job, Sizes, within
 from fastssl.evaluation.images import Part
 from fastssl.evaluation.protocols import PROTOCOLS
 from fastssl.models.backbones import build_backbone, without_pretraining
+from fastssl.plan.epochs import describe_time
 from fastssl.processes.launch import num_threads_of
 from pipelines.views import build_eval_spec
 
@@ -118,7 +119,7 @@ def plan_evaluation(
         "expected_s": round(expected_s, 1),
         "left_out": [[job.encoder, job.protocol] for job in left_out],
     }
-    duration = f"the evaluation takes about {_time(expected_s)}" if expected_s > LEAST_LIMIT_S else None
+    duration = f"the evaluation takes about {describe_time(expected_s)}" if expected_s > LEAST_LIMIT_S else None
     return Plan(protocols=protocols, record=record, duration=duration, left_out=_left_out(left_out, protocols, limit_s))
 
 
@@ -130,15 +131,11 @@ def _left_out(jobs: Sequence[Job], encoded: Container[str], limit_s: float | Non
     for encoder, group in itertools.groupby(sorted(jobs, key=lambda job: job.encoder), key=lambda job: job.encoder):
         found = list(group)
         total_s = sum(job.cost_s for job in found) + (0.0 if encoder in encoded else found[0].encode_s)
-        takes = f"about {_time(total_s)}" if math.isfinite(total_s) else "more memory than it is worth"
+        takes = f"about {describe_time(total_s)}" if math.isfinite(total_s) else "more memory than it is worth"
         each.append(f"{encoder} by {', '.join(job.protocol for job in found)} ({takes})")
     if limit_s is None:
         return f"left out: {'; '.join(each)}. All of it: --set eval.baselines=true"
     return (
-        f"left out, for an evaluation within {_time(limit_s)} (eval.time_fraction of the training's time): "
+        f"left out, for an evaluation within {describe_time(limit_s)} (eval.time_fraction of the training's time): "
         f"{'; '.join(each)}. All of it: --set eval.time_fraction=0 eval.baselines=true"
     )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

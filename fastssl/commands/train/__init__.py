@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastssl.commands.options import INFERRED_KINDS, Commands, add_command, add_kind, add_set
+from fastssl.commands.options import INFERRED_KINDS, Commands, add_command, add_kind, add_max_bad, add_set
 
 if TYPE_CHECKING:
     from fastssl.processes.preemption import StopRequest
@@ -32,12 +32,7 @@ def add_parser(commands: Commands) -> None:
     add_set(train)
     train.add_argument("--run", type=Path, metavar="RUN", help="folder of the run (default: runs/ and the name of SRC)")
     add_kind(train, INFERRED_KINDS)
-    train.add_argument(
-        "--max-bad",
-        type=float,
-        metavar="FRACTION",
-        help="fail if more than this fraction of the images is corrupt (default: 0.1)",
-    )
+    add_max_bad(train)
     train.add_argument("--test", metavar="SRC", help="test images with the same classes, to evaluate on")
     train.add_argument(
         "--hours",

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from fastssl.config import build_config, load_config, with_overrides
 from fastssl.errors import ConfigError, Preempted, UserError
 from fastssl.evaluation.labels import num_labelled_classes
 from fastssl.evaluation.protocols import outcome_names
-from fastssl.machine.files import replace_text
+from fastssl.machine.files import replace_bytes, replace_text
 from fastssl.plan.facts import count_processes
 from fastssl.plan.make_plan import make_plan
-from fastssl.plan.measure import launch_command
-from fastssl.processes.children import signals_passed_on
+from fastssl.processes.children import launch_command, signals_passed_on
 from fastssl.processes.preemption import StopRequest
 from fastssl.tracking.json_lines import read_rows
 from fastssl.tracking.run_folder import RunFolder
@@ -75,9 +74,10 @@ def train_images(
     """
     if hours is not None and not 0 < hours < 1e6:
         raise UserError(f"--hours must be a positive number of hours, not {hours:g}")
-    build_config(with_overrides({}, ["optim.warmup_epochs=0", *overrides]))  # refuses unknown keys before any work
+    build_config(with_overrides({}, ["optim.warmup_epochs=0", *overrides]))  # refuses bad settings before any work
     names = [str(each) for each in ([sources] if isinstance(sources, (str, Path)) else sources)]
-    given = dict(_flat(with_overrides({}, overrides)))
+    sections = with_overrides({}, overrides)
+    given = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     folder = RunFolder(given.pop("run.dir", None) or run or _default_folder(names))
     settings = folder.path / _SETTINGS_FILE
     is_same = _is_claimed(folder, names, test)
@@ -240,19 +240,8 @@ def _keep_encoder(folder: RunFolder) -> None:
     if checkpoint is None:
         raise ConfigError(f"{folder.path} has no checkpoint")
     out = folder.path / _ENCODER_FILE
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.copyfile(checkpoint / "weights.pt", temporary)
-    os.replace(temporary, out)
+    replace_bytes(out, (checkpoint / "weights.pt").read_bytes())
     _say(f"encoder: {out}")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and not prefix:
-            yield from _flat(value, f"{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _say(line: str) -> None:

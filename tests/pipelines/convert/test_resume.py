@@ -183,3 +183,10 @@ class _Dying:
     def __call__(self, items: list) -> list:
         os.kill(os.getpid(), signal.SIGKILL)
         return items
+
+
+def test_a_finished_file_is_told_by_what_is_known_of_it(tmp_path, in_process):
+    folder = write_image_folder(tmp_path / "photos", 6)
+    first, again = (in_process("convert", folder, tmp_path / "x.beton", "--resume").stdout for _ in range(2))
+    assert "6 images in" in first
+    assert again.splitlines()[-1] == f"{tmp_path}/x.beton: 6 images"
