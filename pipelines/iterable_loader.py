@@ -107,15 +107,18 @@ class IterableLoader:
         if [tuple(view.shape) for view in views] != [(size, *shape) for shape in self._shapes]:
             found = ", ".join(str(list(view.shape)) for view in views)
             raise DataError(f"loader: batch {number} has views {found}, the first one has {size} images: drop the last")
-        first_id = number * size
-        labels = item.labels if isinstance(item, Batch) else torch.full((size,), -1)
-        sample_ids = item.sample_ids if isinstance(item, Batch) else torch.arange(first_id, first_id + size)
-        place: dict[str, Any] = {"device": self._device, "non_blocking": True}
-        return Batch(
-            views=[view.to(memory_format=torch.channels_last, **place) for view in views],
-            labels=labels.to(**place),
-            sample_ids=sample_ids.to(**place),
-        )
+        if isinstance(item, Batch):
+            labels, sample_ids = self._to_device(item.labels), self._to_device(item.sample_ids)
+        else:
+            labels = torch.full((size,), -1, device=self._device)
+            sample_ids = torch.arange(number * size, (number + 1) * size, device=self._device)
+        views = [self._to_device(view).contiguous(memory_format=torch.channels_last) for view in views]
+        return Batch(views=views, labels=labels, sample_ids=sample_ids)
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        # A copy from memory that is not pinned would wait for the step before; of what is pinned, this makes no copy.
+        x = x.pin_memory() if self._device.type == "cuda" and x.device.type == "cpu" else x
+        return x.to(self._device, non_blocking=True)
 
 
 def _views_of(item: Any) -> list[Tensor]:

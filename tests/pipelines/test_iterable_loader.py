@@ -106,3 +106,23 @@ def test_nothing_and_a_short_last_batch_are_refused(views) -> None:
     loader = IterableLoader(short, device=CPU)
     with pytest.raises(DataError, match=r"batch 2 has views \[2, 3, 8, 8\].*the first one has 5 images"):
         list(loader.epoch(0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_batch_waits_for_what_the_gpu_does(views) -> None:
+    """Views that are not pinned are copied, too, while the step before runs."""
+    views = [view.repeat(1, 1, 64, 64) for view in views]
+    loader = IterableLoader(DataLoader(TensorDataset(*views), batch_size=BATCH), device=torch.device("cuda"))
+    batches = loader.epoch(0)
+    next(batches)  # memory is allocated
+    step_done = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)
+    step_done.record()
+    batch = next(batches)
+    assert not step_done.query()
+    for view, expected in zip(batch.views, views, strict=True):
+        assert view.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(view.cpu(), expected[BATCH : 2 * BATCH])
+    assert batch.labels.tolist() == [-1] * BATCH
+    assert batch.sample_ids.tolist() == list(range(BATCH, 2 * BATCH))
