@@ -6,8 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -36,26 +37,35 @@ class Process:
 
 @contextmanager
 def started_process(cfg: RunConfig) -> Iterator[Process]:
-    """Start this process of a run and watch the others.
+    """Start this process of a run and watch the others; the caller gets back its environment and torch's settings.
 
     Raises:
         ConfigError: see `choose_device`.
         PeerLostError: the other processes do not come, or one of them is lost.
     """
     environment = {name: os.environ.get(name) for name in ALONE}
+    benchmark = torch.backends.cudnn.benchmark
     try:
         with Watchdog() as watchdog:
             device = start_process(cfg)
             watchdog.watch(cfg)
-            yield Process(device, watchdog)
+            with _current_stream(device):
+                yield Process(device, watchdog)
         leave_group_at_exit()
     except Preempted:  # all ranks leave
         leave_group_at_exit()
         raise
-    finally:  # programs that are started later are not ranks of this run
+    finally:
+        torch.backends.cudnn.benchmark = benchmark  # an evaluation's batches differ in size
+        # Programs that are started later are not ranks of this run.
         for name, value in environment.items():
             if value is None:
                 os.environ.pop(name, None)
+
+
+def _current_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Context that ends with the stream that is current now: a captured step sets another one for the thread."""
+    return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def start_process(cfg: RunConfig) -> torch.device:
