@@ -10,6 +10,14 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases marked slow_on_gpu are slow where kernels are compiled: others there compile the same paths."""
+    for item in items:
+        if item.get_closest_marker("gpu") and item.get_closest_marker("slow_on_gpu"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def device() -> str:
     """Where cases run; test_*_gpu.py files have another."""

@@ -53,11 +53,8 @@ QUICK = [
     *(pair_case(negatives, "softplus") for negatives in NEGATIVES),
     *(pair_case(negatives, "linear", COLD, rows="random") for negatives in NEGATIVES),
     *(learning_pair_case(negatives) for negatives in NEGATIVES),
-    pair_case("exp", "linear", COLD, "self3", width=5),
     pair_case("softplus", "softplus", COLD, "self2", groups=True),
     pair_case("jensen", "softplus", COLD, "cross", groups=True, rows="random"),
-    *(learning_pair_case(negatives, learned=LEARNED | {"inv_temperature": COLDEST}, width=5)
-      for negatives in ("softplus", "jensen")),
     pair_case("softplus", "softplus", COLD, "cross", width=300),
     learning_pair_case("exp", width=300),
     partition_case("nt_xent"),
@@ -65,11 +62,17 @@ QUICK = [
     partition_case("dclw", "cross"),
     partition_case("nt_xent", "cross", t=COLDEST),
     partition_case("dcl", "self3", num_samples=5, width=5),
-    partition_case("nt_xent", "cross", width=200, groups=True),
     partition_case("nt_xent", "cross", width=300, rows="random"),
-    *(gram_case(form, views) for form in ("spectral", "quadratic") for views in VIEWS),
     gram_case("spectral", "cross", width=5, num_samples=33, rows="random"),
     gram_case("quadratic", "self2", width=300),
+]  # fmt: skip
+# Quick in the interpreter only: test_fused_losses_gpu.py compiles the same paths for more rows.
+QUICK_INTERPRETED = [
+    pair_case("exp", "linear", COLD, "self3", width=5),
+    *(learning_pair_case(negatives, learned=LEARNED | {"inv_temperature": COLDEST}, width=5)
+      for negatives in ("softplus", "jensen")),
+    partition_case("nt_xent", "cross", width=200, groups=True),
+    *(gram_case(form, views) for form in ("spectral", "quadratic") for views in VIEWS),
 ]  # fmt: skip
 SLOW = [
     *(
@@ -116,7 +119,9 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strips, "STRIP_BYTES", 2 * 16 * 16)
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
+@pytest.mark.parametrize(
+    "case", [*QUICK, *(pytest.param(x, marks=pytest.mark.slow_on_gpu) for x in QUICK_INTERPRETED)], ids=str
+)
 @pytest.mark.usefixtures("small_strips")
 def test_three_way(case: LossCase, device: str) -> None:
     assert_loss_three_way(case, device)

@@ -3,6 +3,7 @@
 # V views of B samples, D width
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from tests.kernels.fused_loss_cases import (
     pair_case,
     partition_case,
 )
+from tests.kernels.similarity.fused_cases import slow_but
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,14 +44,18 @@ LARGE_CASES = [
     *(partition_case(form, views, **LARGE) for form in ("nt_xent", "dcl", "dclw") for views in ("self2", "cross")),
     partition_case("nt_xent", "self3", groups=True, **LARGE),
     *(gram_case(form, views, **LARGE) for form in ("spectral", "quadratic") for views in VIEWS),
-    *(
-        replace(case, num_samples=num_samples, width=width)
-        for case in (pair_case("jensen", "softplus", COLD, "self3"), SIGLIP, NT_XENT, gram_case("quadratic", "self2"))
-        for num_samples, width in ((2049, 64), (777, 200), (777, 256), (777, 768), (333, 2048))
-    ),
     learning_pair_case("softplus", learned=LEARNED | {"inv_temperature": COLDEST}, **LARGE),
     partition_case("nt_xent", t=COLDEST, **LARGE),
 ]
+OTHER_SIZES = [
+    [
+        replace(case, num_samples=num_samples, width=width)
+        for num_samples, width in ((2049, 64), (777, 200), (777, 256), (777, 768), (333, 2048))
+    ]
+    for case in (pair_case("jensen", "softplus", COLD, "self3"), SIGLIP, NT_XENT, gram_case("quadratic", "self2"))
+]
+# Each loss in strips, and each size once: the others compile the same paths for another width.
+QUICK_SIZES = [*(cases[3] for cases in OTHER_SIZES), *(OTHER_SIZES[i][j] for i, j in ((0, 0), (1, 1), (2, 2), (3, 4)))]
 # n = V B = 65536 rows: what the fused kernels are for.
 MANY = {"num_samples": 32768, "width": 128, "dtype": torch.bfloat16, "rows": "random"}
 MANY_CASES = [
@@ -65,7 +71,7 @@ def device() -> str:
 
 
 @pytest.mark.parametrize("rows", ["random", "clustered"])
-@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+@pytest.mark.parametrize("case", [*LARGE_CASES, *slow_but(QUICK_SIZES, itertools.chain(*OTHER_SIZES))], ids=str)
 def test_many_rows_three_way(case: LossCase, rows: str, device: str) -> None:
     assert_loss_three_way(replace(case, rows=rows), device)
 

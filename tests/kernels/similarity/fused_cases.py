@@ -28,12 +28,19 @@ pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 KINDS = ("exp", "softplus", "square")
 
 
-def slow_but(quick: Iterable, every: Iterable) -> list:
-    """Parameters, slow but for the quick ones: the interpreter takes half a second for 17 samples."""
-    quick, every = list(quick), list(every)
+def slow_but(quick: Iterable, every: Iterable, slow_on_gpu: Iterable = ()) -> list:
+    """Parameters, slow but for the quick ones: the interpreter takes half a second for 17 samples.
+
+    Those of `slow_on_gpu` are quick in the interpreter only: test_fused_gpu.py compiles the same paths for more rows.
+    """
+    quick, every, slow_on_gpu = list(quick), list(every), list(slow_on_gpu)
     assert all(x in every for x in quick)
-    tuples = ((x, x if isinstance(x, tuple) else (x,)) for x in every)
-    return [pytest.param(*values, marks=() if x in quick else pytest.mark.slow) for x, values in tuples]
+    assert all(x in quick for x in slow_on_gpu)
+    params = []
+    for x in every:
+        marks = [pytest.mark.slow_on_gpu] if x in slow_on_gpu else [] if x in quick else [pytest.mark.slow]
+        params.append(pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=marks))
+    return params
 
 
 @pytest.fixture
@@ -113,6 +120,7 @@ def test_any_number_of_samples(kind: str, num_samples: int, device: str) -> None
     slow_but(
         [("exp", 5), ("softplus", 128), ("square", 200), *((kind, 300) for kind in KINDS), ("exp", 1030)],
         itertools.product(KINDS, [5, 128, 200, 300, 1030]),
+        slow_on_gpu=[("softplus", 128), ("square", 200)],
     ),
 )
 @pytest.mark.usefixtures("small_strips")
@@ -125,6 +133,7 @@ def test_any_width(kind: str, width: int, device: str) -> None:
     slow_but(
         [("exp", None, 24), ("softplus", 1, 24), ("softplus", None, 300), ("square", 0, 300)],
         [(*x, w) for x in [("exp", None), ("softplus", 1), ("square", 0), ("softplus", None)] for w in (24, 300)],
+        slow_on_gpu=[("softplus", 1, 24), ("square", 0, 300)],
     ),
 )
 @pytest.mark.usefixtures("small_strips")
@@ -145,7 +154,7 @@ def test_weights_of_any_magnitude(weight: float, t: float, width: int, device: s
     assert_three_way(Case(device=device, kind="exp", t=t, weight=weight, width=width, clustered=True, symmetric=True))
 
 
-@pytest.mark.parametrize("kind", slow_but(["exp"], KINDS))
+@pytest.mark.parametrize("kind", slow_but(["exp"], KINDS, slow_on_gpu=["exp"]))
 def test_weights_of_two_sides(kind: str, device: str) -> None:
     assert_three_way(Case(device=device, kind=kind, weight=3.0, num_blocks=3, own=1, width=24))
 
@@ -155,6 +164,7 @@ def test_weights_of_two_sides(kind: str, device: str) -> None:
     slow_but(
         [("exp", None, 24), ("softplus", None, 300), ("exp", 1.0, 24)],
         [(*x, w) for x in [("exp", None), ("exp", 1.0), ("softplus", None), ("square", 1.0)] for w in (24, 300)],
+        slow_on_gpu=[("exp", None, 24), ("softplus", None, 300)],
     ),
 )
 @pytest.mark.usefixtures("small_strips")
