@@ -6,17 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.gpu_suite import STAGES, Command, Result, Suite, last_error, report, run_stage, run_stages, summary_line
+from benchmarks.gpu_suite import (
+    STAGES,
+    Command,
+    Result,
+    Suite,
+    gpu_test_files,
+    last_error,
+    report,
+    run_stage,
+    run_stages,
+    step,
+    summary_line,
+)
 from tests.helpers.processes import ROOT, environment
 
 SUITE = [sys.executable, "benchmarks/gpu_suite.py"]
 
 
-def python(code: str, **settings: str) -> list[Command]:
+def python(code: str, **settings: Any) -> list[Command]:
     return [Command(name="code", argv=[sys.executable, "-c", code], **settings)]
 
 
@@ -43,6 +57,31 @@ def test_a_failing_stage_does_not_stop_the_next(suite: Suite, capsys: pytest.Cap
     assert "before" in (suite.out / "bad.log").read_text()
     assert "x: skipped: there is no x" in (suite.out / "skipped.log").read_text()
     assert "bad: fail in" in capsys.readouterr().out  # said at once
+
+
+def test_a_command_gets_its_environment(suite: Suite) -> None:
+    code = "import os; print(os.environ['OMP_NUM_THREADS'], 'threads', 'PATH' in os.environ)"
+    command = python(code, must_say=r"(?m)^7 threads True$", environment={"OMP_NUM_THREADS": "7"})
+    assert run_stage("env", command, suite.out / "log", limit_s=20).status == "pass"
+
+
+def test_each_way_to_take_a_step_is_profiled(suite: Suite) -> None:
+    commands = step(replace(suite, device="cuda", smoke=False))
+    assert [command.name for command in commands] == [
+        "eager, batch 512",
+        "captured, batch 512",
+        "compiled, batch 512",
+        "eager, batch 128",
+        "captured, batch 128",
+        "compiled and captured, batch 128",
+    ]
+    assert not any(command.skipped for command in commands)
+
+
+def test_the_tests_of_a_gpu_are_found_by_their_mark() -> None:
+    in_kernels, elsewhere = gpu_test_files()
+    assert {"tests/kernels/test_fused_losses_gpu.py", "tests/kernels/augment/test_fused_gpu.py"} < set(in_kernels)
+    assert {"tests/integration/test_fp16.py", "tests/fastssl/step/test_syncs_gpu.py"} < set(elsewhere)
 
 
 def test_a_stage_ends_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
