@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -169,9 +170,23 @@ def loss(suite: Suite) -> list[Command]:
 
 
 def tiles(suite: Suite) -> list[Command]:
+    if suite.device == "cpu" and (reason := why_not_interpreted()):
+        return [Command(name="tiles", skipped=reason)]
     smoke = ["--smoke"] if suite.smoke else []
     options = ["--device", suite.device, *smoke, *suite.csv("tiles")]
     return [Command(name="tiles", argv=suite.python("benchmarks/tune_tiles.py", *options))]
+
+
+def why_not_interpreted() -> str | None:
+    """Why Triton's interpreter cannot run the kernels; compiled kernels are not concerned. None: it can."""
+    try:
+        triton, numpy = importlib.metadata.version("triton"), importlib.metadata.version("numpy")
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"{error.name} is not installed"
+    of_triton, of_numpy = ([int(part) for part in version.split(".")[:2]] for version in (triton, numpy))
+    if of_triton <= [3, 6] and of_numpy >= [2, 5]:  # it makes numbers of arrays with one element, in loops' ranges
+        return f"the interpreter of Triton {triton} fails with NumPy {numpy}"
+    return None
 
 
 def augment(suite: Suite) -> list[Command]:

@@ -24,6 +24,7 @@ from benchmarks.gpu_suite import (
     run_stages,
     step,
     summary_line,
+    why_not_interpreted,
 )
 from tests.helpers.processes import ROOT, environment
 
@@ -196,7 +197,8 @@ def test_every_stage_passes_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()[-len(STAGES) - 1 :]
     assert [line.split(" in ")[0] for line in lines] == [f"{name}: pass" for name in ("data", *STAGES)]
-    for name in ("device", "loss", "tiles", "augment", "loader", "step", "train"):
+    tiles = () if why_not_interpreted() else ("tiles",)
+    for name in ("device", "loss", *tiles, "augment", "loader", "step", "train"):
         with (tmp_path / f"{name}.csv").open() as file:
             assert list(csv.DictReader(file)), name
     with (tmp_path / "train.csv").open() as file:
