@@ -33,6 +33,11 @@ from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
 from pipelines.printable import printable
 
+_OUT_OF_MEMORY = (
+    "the GPU's memory is full: a smaller batch needs less (data.global_batch_size, eval.local_batch_size), and so do "
+    "train.num_micro_batches and model.activation_checkpointing"
+)
+
 # In the order of --help.
 COMMANDS = (
     train,
@@ -96,6 +101,12 @@ def _run(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except RuntimeError as error:
+        from fastssl.machine.nvidia_gpu import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f"{_OUT_OF_MEMORY} ({str(error).strip().splitlines()[0]:.200})", 2)
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return _fail(f"{error.filename}: {error.strerror}", 2)

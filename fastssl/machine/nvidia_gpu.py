@@ -1,4 +1,4 @@
-"""Whether torch can use a GPU here, and whether it is new enough; if not, the reason and how to fix it."""
+"""Whether torch can use a GPU here, whether it is new enough, and whether its memory is full; reasons and advice."""
 
 import ctypes
 import re
@@ -10,6 +10,15 @@ import torch
 
 MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores; the Triton kernels are written and tested for it
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
+# What full memory is called where torch's allocator is not asked: by CUDA, cuBLAS and cuDNN, Triton, DALI.
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "[CUDA]: out of memory", "cudaErrorMemoryAllocation",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation on a GPU has failed."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def has_gpu() -> bool:

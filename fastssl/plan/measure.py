@@ -110,11 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation has failed, on the host or on a GPU."""
-    import torch
-
     from fastssl.checkpoint.tensor_file import is_out_of_memory as on_host
+    from fastssl.machine.nvidia_gpu import is_out_of_memory as on_gpu
 
-    return isinstance(error, torch.OutOfMemoryError) or on_host(error)
+    return on_gpu(error) or on_host(error)
 
 
 def _measure_here(config: Path, run_dir: Path) -> StepCost | None:

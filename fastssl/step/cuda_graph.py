@@ -10,6 +10,7 @@ import torch
 
 from fastssl.config import Config
 from fastssl.errors import ConfigError
+from fastssl.machine.nvidia_gpu import is_out_of_memory
 from fastssl.machine.private_api import foreach
 from fastssl.step.train_step import StepResult, TrainStep
 from pipelines.batch import Batch
@@ -44,6 +45,7 @@ class CapturedStep:
 
         Raises:
             ConfigError: an operator of the step cannot be captured.
+            torch.OutOfMemoryError: the GPU's memory is full.
         """
         if self._num_plain < NUM_PLAIN_STEPS:
             self._num_plain += 1
@@ -75,6 +77,8 @@ class CapturedStep:
             self._capture(batch)
         except RuntimeError as error:  # an operator that cannot be captured, such as a custom one of the model
             cause = error.__context__ or error  # ending an aborted capture raises another error
+            if is_out_of_memory(cause):  # a plain step of the batch would hardly fit either
+                raise cause from None
             reason = next(iter(str(cause).splitlines()), type(cause).__name__)
             raise ConfigError(
                 f"train.cuda_graph: the step cannot be captured as a CUDA graph ({reason}): set train.cuda_graph=false"

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from fastssl.cli import main
 from fastssl.commands.device_option import choose_device_option
 from fastssl.commands.doctor.finding import Node
 from fastssl.commands.doctor.gpu import check_gpu
@@ -173,3 +174,34 @@ def test_the_version_of_a_driver_that_only_nvidia_smi_shows(tmp_path, monkeypatc
     assert nvidia_gpu.driver_version() == "572.16"
     program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
     assert nvidia_gpu.driver_version() is None
+
+
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 140 GiB\n"),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_full_memory_ends_a_command_in_one_line(error, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fastssl.commands.doctor.examine.examine", fail)
+    assert main(["doctor"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastssl: error: the GPU's memory is full: ")
+    assert "data.global_batch_size" in err
+    assert str(error).splitlines()[0] in err
+    assert err.count("\n") == 1
+
+
+def test_another_error_is_not_full_memory(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("fastssl.commands.doctor.examine.examine", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        main(["doctor"])

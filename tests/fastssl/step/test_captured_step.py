@@ -215,6 +215,24 @@ def test_a_capture_that_fails_ends_the_run_with_its_cause(monkeypatch):
         captured.run(batch_of(3), **rates_of(3, "sgd"))
 
 
+def test_full_memory_in_a_capture_is_told_as_such(monkeypatch):
+    """Or `fastssl train FOLDER` would not try a smaller batch."""
+    for name in ("synchronize", "set_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    captured = CapturedStep(build()[0], torch.device("cpu"))
+
+    def fail(_):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(captured, "_capture", fail)
+    captured._num_plain = NUM_PLAIN_STEPS
+    with pytest.raises(torch.OutOfMemoryError):
+        captured.run(batch_of(3), **rates_of(3, "sgd"))
+
+
 def test_loaded_state_takes_the_layout_of_its_weights():
     """Fused kernels pair weights and state by their places in memory."""
     weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
