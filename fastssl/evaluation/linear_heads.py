@@ -220,6 +220,7 @@ def _choose(
 ) -> tuple[Found, list[str]]:
     """The best candidate on the validation part, and the settings whose best value is at an edge of the grid."""
     fit, validation = split_validation(task.train_y)
+    validation_x, validation_y = task.train_x[validation], task.train_y[validation]
 
     def trained(candidates: Sequence[Candidate], rounds: Sequence[tuple[int, int, int]]) -> Found:
         """The best of the candidates, of which fewer and fewer are trained."""
@@ -230,7 +231,7 @@ def _choose(
         kept = list(candidates)
         learning = _learn(task, batches, fit, candidates, seed=0, num_epochs=num_epochs, progress=progress)
         for epoch, (scores_of, keep) in enumerate(learning):
-            top1 = _top1(scores_of, task.train_x[validation], task.train_y[validation])
+            top1 = _top1(scores_of, validation_x, validation_y)
             for candidate, value in zip(kept, top1, strict=True):
                 found = Found(top1=float(value), epoch=epoch, candidate=candidate)
                 best_of[candidate] = max(best_of.get(candidate, found), found)
@@ -300,7 +301,7 @@ def _top1(scores_of: Scores, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Top-1 accuracy of each classifier [K]; 0 for a classifier that has diverged."""
     hits, first = 0, 0
     for scores in scores_of(x):
-        best, predicted = scores.cpu().max(2)
+        best, predicted = (found.cpu() for found in scores.max(2))  # all logits may be gigabytes, slow to copy
         labels = torch.from_numpy(y[first : first + len(scores)])[:, None]
         hits = hits + ((predicted == labels) & best.isfinite()).sum(0)
         first += len(scores)
