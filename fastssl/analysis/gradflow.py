@@ -18,6 +18,7 @@ from fastssl.analysis.source import (
     BatchSettings,
     Source,
     checkpoints_at,
+    full_fp32,
     load_source,
     make_folder,
     open_run,
@@ -74,6 +75,7 @@ class Differences:
     whole: float
 
 
+@full_fp32()
 def gradflow(
     path: Path,
     overrides: Sequence[str] = (),

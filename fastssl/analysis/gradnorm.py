@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastssl.analysis.source import (
+    full_fp32,
     hold_still,
     load_objective,
     make_folder,
@@ -143,6 +144,7 @@ def _value(loss: Loss, z: Tensor) -> Tensor:
     return loss(*z) if loss.target_momentum is None else loss(*z, targets=list(z.detach()))
 
 
+@full_fp32()
 def gradnorm(
     path: Path,
     configs: Sequence[Path] = (),

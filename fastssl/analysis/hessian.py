@@ -23,6 +23,7 @@ from fastssl.analysis.source import (
     BatchSettings,
     Source,
     checkpoints_at,
+    full_fp32,
     hold_still,
     load_source,
     make_folder,
@@ -180,6 +181,7 @@ def _measured(product: Callable[[Tensor], Tensor], krylov: Krylov, top_k: int) -
     return values, np.asarray(residuals)
 
 
+@full_fp32()
 def hessian_of_runs(
     runs: Sequence[Path],
     overrides: Sequence[str] = (),

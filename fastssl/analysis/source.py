@@ -2,8 +2,8 @@
 
 # V views, B images of a batch
 
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -70,6 +70,20 @@ class Source:
     def num_images(self) -> int:
         """Total number of images in the batches."""
         return sum(len(batch[0]) for batch in self.batches)
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Convolutions in fp32 proper: by default torch lets a GPU round what they multiply to TF32's 10 bits.
+
+    A training does not mind; the differences and residuals that an analysis reports would be those of the rounding.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def open_run(path: Path, overrides: Sequence[str]) -> tuple[RunFolder, Config]:
