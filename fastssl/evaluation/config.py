@@ -28,8 +28,9 @@ class EvalConfig(Section):
             chosen once.
         baselines: Also evaluate raw pixels and the untrained encoder; None: by the protocols that fit into
             time_fraction.
-        time_fraction: The evaluation on a CPU is kept within this fraction of the training's time, as estimated from
-            sizes: protocols that do not fit are left out, and named. At least 20 s are allowed; 0: no limit.
+        time_fraction: The evaluation is kept within this fraction of the training's time, as estimated from sizes:
+            protocols that do not fit are left out, and named; on a GPU, those that compute on the CPU and baselines. At
+            least 20 s are allowed; 0: no limit.
         search: "full": `linear` and `logistic` try every setting of their grids to the end. "halving": most settings
             are dropped early, and the grid is widened where the best one is at its edge. "auto": as "full" where that
             takes a few seconds, but widened; as "halving" otherwise.

@@ -40,19 +40,21 @@ class Protocol:
         cost_s: (eval section, sizes) -> estimated seconds, without the features'.
         check: (eval section, training labels) -> raises ValueError if the protocol cannot run, to fail early.
         needs_images: Whether it encodes images itself and therefore cannot evaluate raw pixels.
+        is_on_host: Whether it computes on the CPU where there is a GPU, too.
     """
 
     run: Callable[[Task], dict[str, Outcome]]
     cost_s: Callable[[EvalConfig, Sizes], float]
     check: Callable[[EvalConfig, np.ndarray], None]
     needs_images: bool = False
+    is_on_host: bool = False
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {
     "knn": Protocol(knn, knn_s, check_knn),
     "linear": Protocol(linear, linear_s, check_choice),
-    "logistic": Protocol(logistic, logistic_s, check_choice),
-    "few_label": Protocol(few_label, few_label_s, check_few_label),
+    "logistic": Protocol(logistic, logistic_s, check_choice, is_on_host=True),
+    "few_label": Protocol(few_label, few_label_s, check_few_label, is_on_host=True),
     "linear_augmented": Protocol(linear_augmented, linear_augmented_s, check_choice, needs_images=True),
     "finetune": Protocol(finetune, finetune_s, check_choice, needs_images=True),
 }

@@ -58,8 +58,9 @@ def plan_evaluation(
 ) -> Plan:
     """Choose what fits into eval.time_fraction of the training's time, the trained encoders first.
 
-    Where the protocols are named, on a GPU, and without a record of the training, the trained encoders are evaluated by
-    all protocols, and only the baselines have to fit; with eval.baselines=true they are evaluated whatever they take.
+    Where the protocols are named, and without a record of the training, the trained encoders are evaluated by all
+    protocols, and only the baselines have to fit; with eval.baselines=true they are evaluated whatever they take. On a
+    GPU, the trained encoders are evaluated by all protocols that compute there; the others have to fit.
 
     Args:
         cfg: The run's configuration.
@@ -79,7 +80,7 @@ def plan_evaluation(
     readers = {id(part.reader): part.reader for part in (train, test)}
     num_encoded = sum(reader.num_samples for reader in readers.values())
 
-    def jobs_of(encoder: str, num_features: int, *, is_asked_for: bool) -> list[Job]:
+    def jobs_of(encoder: str, num_features: int, *, is_asked_for: bool, is_trained: bool = False) -> list[Job]:
         sizes = Sizes(
             num_train=len(train.ids),
             num_test=len(test.ids),
@@ -95,15 +96,16 @@ def plan_evaluation(
                 protocol=name,
                 cost_s=PROTOCOLS[name].cost_s(cfg.eval, sizes),
                 encode_s=math.inf if is_too_large and not is_asked_for else num_encoded * image_s,
-                is_asked_for=is_asked_for,
+                is_asked_for=is_asked_for or (is_trained and not is_cpu and not PROTOCOLS[name].is_on_host),
             )
             for name in cfg.eval.what
             if encoder != RAW_PIXELS or not PROTOCOLS[name].needs_images
         ]
 
     _, num_features = build_backbone(without_pretraining(cfg.model), image_px)
-    are_free = is_asked_for or not is_cpu or trained is None
-    jobs = [job for encoder in encoders for job in jobs_of(encoder, num_features, is_asked_for=are_free)]
+    jobs: list[Job] = []
+    for encoder in encoders:
+        jobs += jobs_of(encoder, num_features, is_asked_for=is_asked_for or trained is None, is_trained=True)
     if cfg.eval.baselines is not False:
         is_wanted = cfg.eval.baselines is True
         untrained = jobs_of(UNTRAINED, num_features, is_asked_for=is_wanted)

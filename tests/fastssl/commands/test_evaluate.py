@@ -358,6 +358,21 @@ def test_what_is_asked_for_is_planned_whatever_it_takes(changes, what, encoders,
     assert (plan.left_out is None) == (not plan.record["left_out"])
 
 
+def test_on_a_gpu_what_computes_on_the_cpu_has_to_fit(run_folder):
+    cfg = RunFolder(run_folder).load_config(["eval.what=[knn, logistic, linear]", "eval.baselines=false"])
+    train, test, _ = choose_parts(cfg.data)
+
+    def plan(seconds):
+        trained = seconds and (seconds, 60)
+        gpu = torch.device("cuda")
+        return plan_evaluation(cfg, ["a"], train, test, gpu, image_px=16, trained=trained, is_asked_for=False)
+
+    short, long = plan(60.0), plan(0.6)
+    assert short.protocols["a"] == ["knn", "linear"]  # encoding takes a sixth of a second per image
+    assert short.record["left_out"] == [["a", "logistic"]]
+    assert long.protocols["a"] == plan(None).protocols["a"] == ["knn", "logistic", "linear"]
+
+
 def test_raw_pixels_that_do_not_fit_into_memory_are_named_without_a_limit_too(run_folder, monkeypatch, capsys):
     monkeypatch.setattr(plan_module, "MAX_RAW_BYTES", 0)
     changes = ["eval.what=[knn]", "eval.baselines=null", "eval.time_fraction=0"]
