@@ -2,7 +2,8 @@
 
     python -m fastssl.plan.measure CONFIG.yaml OUT.json        # also under torchrun
 
-The steps are the run's own: its loader, its model, its optimizer. Nothing of them is kept.
+The steps are the run's own: its loader, its model, its optimizer, the metrics at the end of an epoch. Nothing of them
+is kept.
 """
 
 import json
@@ -41,7 +42,7 @@ class StepCost:
     """What a step costs.
 
     Attributes:
-        step_s: Seconds per step, the mean over num_steps.
+        step_s: Seconds per step, the mean over num_steps, with the ends of epochs among them.
         start_s: Seconds from the start of the process to the end of the first step.
         num_steps: Steps that were measured.
         memory_bytes: The largest use of memory: of the GPU, or of the process on a CPU.
@@ -147,7 +148,10 @@ def _measure_here(config: Path, run_dir: Path) -> StepCost | None:
         if collectives.broadcast_object(is_long or num_measured >= MAX_STEPS):
             break
         trainer.take_step(batch)
-        trainer.read_reports(keep=1)
+        is_epoch_end = trainer.step % trainer.steps_per_epoch == 0
+        trainer.read_reports(keep=0 if is_epoch_end else 1)
+        if is_epoch_end:  # with few images on a GPU, it takes longer than the steps
+            trainer.epoch_stats.end_epoch(trainer.step, trainer.loader.num_bad_samples)
     trainer.read_reports(keep=0)
     if on_gpu:
         torch.cuda.synchronize()
