@@ -115,7 +115,8 @@ class Images:
         reader = self._train.reader
         size = min(self._cfg.sgd_batch_size, reader.num_samples)
         # A damaged image ends the evaluation, since its substitute could be a held-out image.
-        data = replace(self._data, global_batch_size=size, max_bad_fraction=0.0)
+        data = engine_for(self._data, reader, self._device)
+        data = replace(data, global_batch_size=size, max_bad_fraction=0.0)
         process = {"rank": 0, "world_size": 1, "device": self._device, "num_threads": torch.get_num_threads()}
         return build_loader(reader, data, augmented_views(self._cfg, self._views), seed=0, **process)
 
@@ -126,6 +127,14 @@ def augmented_views(cfg: EvalConfig, views: ViewsConfig) -> ViewsConfig:
     fields: dict[str, Any] = PLAIN_AUGMENTATION | size | with_pairs(cfg.augment)
     spec = asdict(ViewSpec(**fields))
     return replace(views, recipe="linear_augmented", specs=[spec], size_px=None, override={})
+
+
+def engine_for(data: DataConfig, reader: BetonReader, device: torch.device) -> DataConfig:
+    """The settings with an engine that takes this file: the training's need not, which was chosen for another file."""
+    is_one_size = bool((reader.sizes == reader.sizes[0]).all())
+    if data.engine == "resident" and device.type == "cuda" and not is_one_size:
+        return replace(data, engine="ffcv")
+    return data
 
 
 def build_plain_loader(
@@ -141,7 +150,7 @@ def build_plain_loader(
         reader,
         views,
         local_batch_size=cfg.local_batch_size,
-        engine=data.engine,
+        engine=engine_for(data, reader, device).engine,
         device=device,
         sample_ids=ids,
         num_workers=data.num_workers,
