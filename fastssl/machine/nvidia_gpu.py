@@ -1,6 +1,7 @@
-"""Whether torch can use a GPU here, whether it is new enough, and whether its memory is full; reasons and advice."""
+"""Whether torch can use a GPU here, whether it is new enough, and its memory; reasons and advice."""
 
 import ctypes
+import gc
 import re
 import subprocess
 import warnings
@@ -19,6 +20,13 @@ _OUT_OF_MEMORY = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation on a GPU has failed."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Give the memory of what is no longer used back to the GPU: torch keeps it, and only torch could use it."""
+    gc.collect()  # a trainer and its engine refer to each other
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def has_gpu() -> bool:

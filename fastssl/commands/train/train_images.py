@@ -16,6 +16,7 @@ from fastssl.errors import ConfigError, Preempted, UserError
 from fastssl.evaluation.labels import num_labelled_classes
 from fastssl.evaluation.protocols import outcome_names
 from fastssl.machine.files import replace_bytes, replace_text
+from fastssl.machine.nvidia_gpu import release_memory
 from fastssl.plan.facts import count_processes
 from fastssl.plan.make_plan import make_plan
 from fastssl.processes.children import launch_command, signals_passed_on
@@ -196,6 +197,7 @@ class _Converter:
 def _train(settings: Path, num_processes: int, stop_request: StopRequest | None) -> None:
     if num_processes == 1:
         train(load_config(settings, ["run.resume=auto"]), stop_request=stop_request)
+        release_memory()  # for the evaluation, whose decoder allocates its own
         return
     folder = RunFolder(load_config(settings).run.dir)
     folder.preempted.unlink(missing_ok=True)  # of an earlier start
