@@ -17,6 +17,9 @@ from fastssl.plan.measure import OutOfMemoryError, StepCost, measure
 
 _BATCH, _EPOCHS, _WARMUP = "data.global_batch_size", "train.num_epochs", "optim.warmup_epochs"
 _EPOCHS_WHILE_MEASURING = 1_000_000  # the schedule does not come to its end
+_COMPILE = "train.compile"
+_COMPILE_ABOVE_S = 600  # shorter runs gain less than compiling and measuring take
+_LEAST_SAVED = 0.03
 _LONG_S = 12 * 3600  # a run's end is told with its date
 
 
@@ -95,7 +98,14 @@ def make_plan(
         *_with_given(choose(facts, backbone=backbone, weights=weights, size_px=given.get("views.size_px")), given),
     ]
     chosen, cost = _measured(chosen, facts, given, out, say)
-    length = choose_length(facts, cost, value_of(chosen, _BATCH), hours=hours, num_epochs=given.get(_EPOCHS))
+
+    def length_at(cost: StepCost) -> Length:
+        return choose_length(facts, cost, value_of(chosen, _BATCH), hours=hours, num_epochs=given.get(_EPOCHS))
+
+    length = length_at(cost)
+    if facts.device == "cuda" and _COMPILE not in given and length.seconds > _COMPILE_ABOVE_S:
+        chosen, cost = _compiled_if_faster(chosen, cost, facts, out, say)
+        length = length_at(cost)
     last = [
         Choice(_EPOCHS, length.num_epochs, length.why),
         warmup_choice(length.num_epochs, value_of(chosen, "views.recipe")),
@@ -115,15 +125,11 @@ def _measured(
     choices: list[Choice], facts: Facts, given: Mapping[str, Any], out: Path, say: Callable[[str], None]
 ) -> tuple[list[Choice], StepCost]:
     """The choices, with a smaller batch where memory demands it, and the cost of a step."""
-    draft = out.with_name(f".{out.stem}.measured.yaml")
     while True:
         batch = value_of(choices, _BATCH)
-        settings = [each for each in choices if each.key not in (_EPOCHS, _WARMUP)]
-        _write([*settings, Choice(_EPOCHS, _EPOCHS_WHILE_MEASURING, ""), Choice(_WARMUP, 0, "")], draft)
-        load_config(draft)
         say(f"measuring some steps of {batch} images")
         try:
-            return choices, measure(draft, facts.num_processes)
+            return choices, _cost_of(choices, facts, out)
         except OutOfMemoryError:
             if batch < 4 * facts.num_processes or _BATCH in given:
                 raise UserError(
@@ -132,8 +138,38 @@ def _measured(
                 ) from None
             smaller = batch // 2 // facts.num_processes * facts.num_processes
             choices = with_batch_size(choices, smaller, f"{batch} images need more memory than there is")
-        finally:
-            draft.unlink(missing_ok=True)
+
+
+def _compiled_if_faster(
+    choices: list[Choice], plain: StepCost, facts: Facts, out: Path, say: Callable[[str], None]
+) -> tuple[list[Choice], StepCost]:
+    """The choices with torch.compile if its steps are measured to be faster, and their cost."""
+    say("measuring some steps with train.compile")
+    try:
+        compiled = _cost_of([*choices, Choice(_COMPILE, True, "")], facts, out)
+    except OutOfMemoryError:
+        say("not compiled: that needs more memory than there is")
+        return choices, plain
+    except UserError as error:
+        say(f"not compiled: {error}")
+        return choices, plain
+    saved = 1 - compiled.step_s / plain.step_s
+    if saved < _LEAST_SAVED:
+        say(f"not compiled: a step would take {compiled.step_s / plain.step_s:.0%} of its time")
+        return choices, plain
+    return [*choices, Choice(_COMPILE, True, f"a step takes {saved:.0%} less time")], compiled
+
+
+def _cost_of(choices: Sequence[Choice], facts: Facts, out: Path) -> StepCost:
+    """What a step costs with these settings; see `measure` for its errors."""
+    draft = out.with_name(f".{out.stem}.measured.yaml")
+    settings = [each for each in choices if each.key not in (_EPOCHS, _WARMUP)]
+    try:
+        _write([*settings, Choice(_EPOCHS, _EPOCHS_WHILE_MEASURING, ""), Choice(_WARMUP, 0, "")], draft)
+        load_config(draft)
+        return measure(draft, facts.num_processes)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _with_given(choices: Sequence[Choice], given: Mapping[str, Any], *, only: bool = False) -> list[Choice]:
