@@ -87,6 +87,7 @@ def series(run):
     return run
 
 
+@pytest.mark.slow
 def test_a_series_has_a_row_for_each_checkpoint(series, tmp_path, in_process):
     less = [*FEW, "--num-iterations", "3", "--num-probes", "1"]
     done = in_process("hessian", series, *less, "--steps", "last,1,20")

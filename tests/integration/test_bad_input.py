@@ -177,6 +177,7 @@ def test_verify(tmp_path, digits, in_process):
     assert_one_line(in_process("verify", tmp_path / "x.beton"), "x.beton", "sha256")
 
 
+@pytest.mark.slow
 def test_files_that_do_not_belong_together(tiny_config, digits, tmp_path, command):
     pixels = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "unlabelled.npz", x=pixels)

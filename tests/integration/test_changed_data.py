@@ -114,6 +114,7 @@ def test_a_file_that_was_cut_short_ends_the_run_with_one_line(training):
     assert training.last_step() == NUM_STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_all_ranks_end_where_the_file_was_overwritten(training):
     """The first that notices says so; another may only see that it is gone. The last checkpoint stays the last."""

@@ -62,6 +62,7 @@ def test_one_process_leaves_a_whole_run_folder_and_evaluates(tiny_config, comman
         assert name in table.stdout
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten_and_a_changed_config_is_named(tiny_config, command):
     assert command(*TRAIN, tiny_config, "--set", "train.num_epochs=1").returncode == 0
     again = command(*TRAIN, tiny_config, "--set", "train.num_epochs=1")
@@ -142,6 +143,7 @@ def test_two_ranks(launcher, settings, tiny_config, command):
     assert len([row for row in losses(run_of(tiny_config)) if "kind" not in row]) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_without_batch_norm_two_ranks_take_the_steps_of_one(tiny_config, command):
     # A sum of gradients in the place of their mean, or one rank's negatives alone, would show in the second loss.
@@ -158,6 +160,7 @@ def test_without_batch_norm_two_ranks_take_the_steps_of_one(tiny_config, command
     assert abs(found[1][3] - found[1][0]) > 1e-2  # the steps move
 
 
+@pytest.mark.slow
 def test_a_damaged_sample_is_replaced_and_counted_or_ends_the_run(tiny_config, tmp_path, command):
     rng, path = np.random.default_rng(0), tmp_path / "damaged.beton"
     with BetonWriter(path, 40) as writer:
@@ -271,6 +274,7 @@ def kill_session(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
+@pytest.mark.slow
 def test_init_from_takes_weights_only(tiny_config, command):
     assert command(*TRAIN, tiny_config, "--set", "train.num_epochs=1").returncode == 0
     second = tiny_config.parent / "second"

@@ -266,7 +266,9 @@ def differences(found: dict, expected: dict) -> list[str]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 4])  # one test: it alone starts these ranks, also where workers share tests
+@pytest.mark.parametrize(
+    "world_size", [2, pytest.param(4, marks=pytest.mark.slow)]
+)  # one test: it alone starts these ranks, also where workers share tests
 def test_ranks_give_loss_and_gradients_of_one_process(world_size: int, one_process: dict, tmp_path: Path) -> None:
     results = start_ranks(__file__, world_size, tmp_path)
     for rank, (losses, exchanged, under_ddp, unequal) in enumerate(results):

@@ -76,7 +76,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("interpret", ["0", "1"], ids=["numba", "triton"])
+@pytest.mark.parametrize(
+    "interpret", [pytest.param("0", id="numba", marks=pytest.mark.slow), pytest.param("1", id="triton")]
+)
 def test_its_tests_pass(copy: Path, interpret: str) -> None:
     if interpret == "1":
         pytest.importorskip("triton", reason="Triton is not installed")
