@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from fastssl import collectives
 from fastssl.config import RunConfig
 from fastssl.errors import ConfigError, Preempted
 from fastssl.machine.nvidia_gpu import driver_version, why_no_gpu, why_too_old
@@ -52,8 +53,10 @@ def started_process(cfg: RunConfig) -> Iterator[Process]:
             with _current_stream(device):
                 yield Process(device, watchdog)
         leave_group_at_exit()
-    except Preempted:  # all ranks leave
-        leave_group_at_exit()
+    except Exception as error:
+        # Where one rank alone has failed, leaving would wait for the others.
+        if isinstance(error, Preempted) or collectives.world_size() == 1:
+            leave_group_at_exit()
         raise
     finally:
         torch.backends.cudnn.benchmark = benchmark  # an evaluation's batches differ in size
