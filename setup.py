@@ -38,7 +38,12 @@ setup(
     extras_require={
         "gpu": ["nvidia-dali-cuda130>=2.4,<3", "triton>=3.6,<4"],
         "export": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],
+        "wandb": ["wandb>=0.31,<1"],
+        # Not the full mlflow: it asks for an older pyarrow, and pip then installs an mlflow of years ago.
+        "mlflow": ["mlflow-skinny>=3.17,<4"],
         "dev": [
+            "wandb>=0.31,<1",
+            "mlflow-skinny>=3.17,<4",
             "onnx>=1.23,<2",
             "onnxscript>=0.7,<1",
             "onnxruntime>=1.32,<2",

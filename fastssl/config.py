@@ -50,6 +50,8 @@ class RunConfig(Section):
             end.
         keep_every_epochs: Save every this many epochs and never delete that checkpoint; 0: keep the last two only.
         log_every_steps: Number of steps per row of metrics.jsonl.
+        trackers: Where the rows of metrics.jsonl go as well, besides TensorBoard's files: "wandb" (Weights & Biases),
+            "mlflow" (`fastssl.tracking.trackers`). A resumed run may change them: a tracker gets all rows of the run.
         diagnose_every_epochs: Number of epochs between two checks of the representation, including the collapse check
             (`fastssl.tracking.representation`). On an H200 it takes, together with a checkpoint, .3 s for a ResNet-18
             (the epochs after one in benchmarks/results/cifar10_gpu_curve.csv).
@@ -73,6 +75,7 @@ class RunConfig(Section):
     checkpoint_every_epochs: int | None = setting(None, "[1, 1e6]", free=True)
     keep_every_epochs: int = setting(0, "[0, 1e6]", free=True)
     log_every_steps: int = setting(10, "[1, 1e9]", free=True)
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = setting((), free=True)
     diagnose_every_epochs: int = setting(1, "[1, 1e6]", free=True)
     num_threads: int = setting(0, "[0, 1024]", free=True)
     peak_tflops: float | None = setting(None, "[1e-3, 1e6]", free=True)
@@ -87,6 +90,8 @@ class RunConfig(Section):
         for name in ("dir", "init_from"):
             if reason := why_no_path(getattr(self, name) or ""):
                 raise ValueError(f"{name}: {reason}")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError("trackers must name each tracker once")
         if self.checkpoint_every_minutes and (self.checkpoint_every_steps or self.checkpoint_every_epochs):
             raise ValueError(
                 "checkpoint_every_minutes cannot be set together with checkpoint_every_steps or "

@@ -52,6 +52,7 @@ from fastssl.tracking.epoch_stats import EpochStats
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.skipped_steps import SkippedSteps
 from fastssl.tracking.throughput import flops_per_image
+from fastssl.tracking.trackers import check_installed
 from fastssl.tracking.writers import best_held_out
 from pipelines.batch import Batch, BatchSource
 from pipelines.beton import Identity
@@ -397,6 +398,7 @@ class Trainer:
     def _check_custom(self) -> None:
         """Refuse keys that are for parts which are built from the configuration."""
         check_apex(self.cfg)
+        check_installed(self.cfg.run.trackers)
         if "model" in self.cfg.custom and self.cfg.run.init_from:
             raise ConfigError(
                 "run.init_from is for a model that is built from the configuration: load your own weights"
@@ -447,9 +449,9 @@ class Trainer:
             Preempted: Always.
         """
         how = f"{self.folder.path} goes on after step {self.step} of {self.total_steps} with --set run.resume=auto"
-        self.epoch_stats.close()
         if collectives.rank() == 0:
             replace_text(self.folder.preempted, f"{how}\n")
+        self.epoch_stats.close("preempted")
         collectives.barrier()
         raise Preempted(f"asked to stop ({self.stop_request.name or 'another rank was'}): {how}")
 
@@ -498,6 +500,7 @@ def train(
     elif overrides:
         raise ConfigError("overrides are for the path of a configuration: change the Config with dataclasses.replace")
     check_apex(cfg)
+    check_installed(cfg.run.trackers)
     build_ds_config(cfg, world_size=1)  # refuses what `ds` must not hold
     folder = RunFolder(cfg.run.dir)
     folder.check_claim(cfg)  # before the other processes are waited for

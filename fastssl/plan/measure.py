@@ -131,7 +131,7 @@ def _measure_here(config: Path, run_dir: Path) -> StepCost | None:
         for epoch in count():
             yield from trainer.loader.epoch(epoch)
 
-    trainer = start_alone(load_config(config, {"run.dir": str(run_dir), "run.resume": "never"}))
+    trainer = start_alone(load_config(config, {"run.dir": str(run_dir), "run.resume": "never", "run.trackers": []}))
     on_gpu = trainer.device.type == "cuda"
     trainer.engine.train()
     trainer.epoch_stats.timer.start()

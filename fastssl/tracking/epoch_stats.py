@@ -20,6 +20,7 @@ from fastssl.step.train_step import StepResult
 from fastssl.tracking.representation import WINDOW_IMAGES, add_sums, representation_metrics, update_alarm, window_sums
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.throughput import CommunicationClock, peak_tflops
+from fastssl.tracking.trackers.tracker import End
 from fastssl.tracking.writers import MetricsWriter, StepTimer
 
 # Each rank's sum of these describes the global batch; of image counts each rank has only its own part.
@@ -78,12 +79,13 @@ class EpochStats:
                 start_step=step,
                 steps_per_epoch=self._steps_per_epoch,
                 num_epochs=self._cfg.train.num_epochs,
+                trackers=self._cfg.run.trackers,
             )
 
-    def close(self) -> None:
-        """Stop writing rows."""
+    def close(self, end: End = "finished") -> None:
+        """Stop writing rows; the trackers are told how the training ended."""
         if self.metrics:
-            self.metrics.close()
+            self.metrics.close(end)
 
     def communication_measured(self, step: int) -> AbstractContextManager[None]:
         """Measure communication in `step` (0-based) if it is an epoch's last but one; the first steps are warm-up."""

@@ -30,7 +30,7 @@ def read_rows(path: Path, *keys: str, containing: bytes = b"") -> list[dict[str,
     for number, line in enumerate(_lines_of(path), start=1):
         if containing not in line:
             continue
-        row = _parse_row(line, keys)
+        row = parse_row(line, keys)
         if row is not None:
             rows.append(row)
         elif line.strip():
@@ -49,7 +49,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     read_rows(path, "step")  # for its warning
     kept = []
     for line in _lines_of(path):
-        row = _parse_row(line, ("step",))
+        row = parse_row(line, ("step",))
         if row is None or row["step"] <= step:
             kept.append(line + b"\n")
     replace_bytes(path, b"".join(kept))
@@ -65,12 +65,13 @@ def _lines_of(path: Path) -> list[bytes]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): move it away") from None
     last = lines.pop()
-    if last and (_parse_row(last, ()) is not None or not last.startswith(b"{")):
+    if last and (parse_row(last, ()) is not None or not last.startswith(b"{")):
         lines.append(last)
     return lines
 
 
-def _parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
+def parse_row(line: bytes, keys: Sequence[str]) -> dict[str, Any] | None:
+    """The row in a line with these keys; None: the line is something else."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -35,9 +35,10 @@ class RunFolder:
     """Paths of one run.
 
     Layout: config.yaml, run.json (the run's id), environment.json, metrics.jsonl, tensorboard/,
-    checkpoints/step_XXXXXXXX/, views.png, curves.png, features/, eval.jsonl; nonfinite.jsonl if steps were skipped;
-    preempted, while a run ended by a signal waits to be resumed; lock, held by the first rank of a training; hessian/,
-    gradflow/ and gradnorm/ (docs/analysis.md), each with one folder per checkpoint.
+    checkpoints/step_XXXXXXXX/, views.png, curves.png, features/, eval.jsonl; trackers/, what run.trackers write;
+    nonfinite.jsonl if steps were skipped; preempted, while a run ended by a signal waits to be resumed; lock, held by
+    the first rank of a training; hessian/, gradflow/ and gradnorm/ (docs/analysis.md), each with one folder per
+    checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,6 +53,7 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.features = self.path / "features"
         self.evaluations = self.path / "eval.jsonl"
+        self.trackers = self.path / "trackers"
         self.nonfinite = self.path / "nonfinite.jsonl"
         self.preempted = self.path / "preempted"
         self.lock_file = self.path / "lock"

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +15,8 @@ from tqdm import tqdm
 from fastssl.machine.files import sync_file
 from fastssl.tracking.json_lines import drop_rows_after, read_rows
 from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.trackers.feeder import Feeder
+from fastssl.tracking.trackers.tracker import End
 from pipelines.progress import Lines
 
 T = TypeVar("T")
@@ -62,11 +64,20 @@ class MetricsWriter:
     On resume, rows beyond the checkpoint's step are dropped, so that no step appears twice.
     """
 
-    def __init__(self, folder: RunFolder, *, start_step: int, steps_per_epoch: int, num_epochs: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        start_step: int,
+        steps_per_epoch: int,
+        num_epochs: int,
+        trackers: Sequence[str] = (),
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         drop_rows_after(folder.metrics, start_step)
         self._file = folder.metrics.open("a", buffering=1)
+        self._feeder = Feeder(folder.path, folder.trackers, trackers)  # reads the file from its first row on
         self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start_step + 1)
         self._steps_per_epoch = steps_per_epoch
         self._num_epochs = num_epochs
@@ -119,9 +130,11 @@ class MetricsWriter:
         """Return when all rows are on disk."""
         sync_file(self._file)
 
-    def close(self) -> None:
+    def close(self, end: End = "finished") -> None:
+        """Stop writing; the trackers are told how the training ended."""
         self._bar.close()
         self._file.close()
+        self._feeder.close(end)
         self._tensorboard.close()
 
     def _write(self, row: dict[str, Any], *, prefix: str) -> None:

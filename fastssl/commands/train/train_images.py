@@ -23,6 +23,7 @@ from fastssl.processes.children import launch_command, signals_passed_on
 from fastssl.processes.preemption import StopRequest
 from fastssl.tracking.json_lines import read_rows
 from fastssl.tracking.run_folder import RunFolder
+from fastssl.tracking.trackers import check_installed
 from fastssl.trainer import train
 from pipelines.beton import BetonReader
 from pipelines.convert import ConvertReport, SourceKind, convert
@@ -75,7 +76,8 @@ def train_images(
     """
     if hours is not None and not 0 < hours < 1e6:
         raise UserError(f"--hours must be a positive number of hours, not {hours:g}")
-    build_config(with_overrides({}, ["optim.warmup_epochs=0", *overrides]))  # refuses bad settings before any work
+    asked = with_overrides({}, ["optim.warmup_epochs=0", *overrides])
+    check_installed(build_config(asked).run.trackers)  # refuses bad settings before any work
     names = [str(each) for each in ([sources] if isinstance(sources, (str, Path)) else sources)]
     sections = with_overrides({}, overrides)
     given = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
