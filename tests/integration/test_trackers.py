@@ -8,7 +8,7 @@ import pytest
 from fastssl.tracking.json_lines import read_rows
 from tests.helpers.processes import start_training
 from tests.helpers.runs import assert_same_end
-from tests.helpers.tracked import rows_of_file, rows_of_mlflow, rows_of_wandb
+from tests.helpers.tracked import mlflow_run, rows_of_file, rows_of_mlflow, rows_of_wandb
 
 TRACKERS = "run.trackers=[wandb,mlflow]"
 
@@ -67,6 +67,29 @@ def test_a_resumed_run_may_add_a_tracker(tiny_config, tmp_path):
         rank.join(240)
         assert rank.exitcode == 0, log.read_text()
     assert rows_of_mlflow(run) == rows_of_file(run)
+
+
+@pytest.mark.slow
+def test_a_run_that_a_signal_ended_goes_on_in_its_trackers(tiny_config, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    arguments = ["--cfg", str(tiny_config), "--set", f"run.dir={run}", TRACKERS, "train.num_epochs=4"]
+    (rank,) = start_training(arguments, num_ranks=1, log=log)
+    wait_for(lambda: any(row["step"] >= 3 for row in read_rows(run / "metrics.jsonl", "step")), log)
+    rank.terminate()
+    rank.join(60)
+    assert rank.exitcode == 0
+    assert (run / "preempted").exists()
+    num_done = max(rows_of_file(run)["step/loss"])
+    assert num_done < 40
+    assert rows_of_wandb(run) == rows_of_mlflow(run) == rows_of_file(run)
+    assert mlflow_run(run).info.status == "KILLED"
+    (rank,) = start_training([*arguments, "run.resume=auto"], num_ranks=1, log=log)
+    rank.join(240)
+    assert rank.exitcode == 0
+    assert rows_of_file(run)["step/loss"].keys() == set(range(1, 41))
+    assert rows_of_wandb(run) == rows_of_mlflow(run) == rows_of_file(run)
+    assert mlflow_run(run).info.status == "FINISHED"
+    assert "warning" not in log.read_text()
 
 
 def wait_for(is_there, log) -> None:

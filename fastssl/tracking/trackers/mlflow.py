@@ -12,7 +12,7 @@ from fastssl.tracking.trackers.tracker import PROJECT, End, RunFacts, flat, numb
 _STATUS = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100  # of one call, as MLflow's servers take them
 _MAX_PARAM, _MAX_TAG = 6000, 5000  # characters
-_ID_TAG = "fastssl.run_id"
+_ID_TAG = "fastssl_run_id"
 
 
 class Mlflow:

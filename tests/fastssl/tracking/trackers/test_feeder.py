@@ -132,3 +132,21 @@ def test_a_folder_that_cannot_be_made_is_a_warning(run: Path, capfd: pytest.Capt
     (run / "trackers").write_text("")
     Feeder(run, run / "trackers", ["mlflow"]).close("finished")
     assert "mlflow gets no rows (File exists)" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "status"), [("preempted", "KILLED"), (None, "FAILED")])
+def test_mlflow_knows_how_a_training_ended(run: Path, end, status):
+    """None: the training says nothing, since it failed."""
+    pytest.importorskip("mlflow")
+    append_rows(run, 1, 4)
+    feeding = Feeder(run, run / "trackers", ["mlflow"])
+    process = feeding.processes["mlflow"]
+    if end is None:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
+    else:
+        feeding.close(end)
+    assert mlflow_run(run).info.status == status
+    assert rows_of_mlflow(run) == rows_of_file(run)

@@ -29,10 +29,8 @@ def test_a_missing_package_is_one_line_before_anything_is_written(
     done = in_process("train", *what, "--set", f"run.trackers=[{name}]", f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert (
-        line
-        == f"fastssl: error: run.trackers: {name} needs the package {install.split('>')[0]}: pip install '{install}'"
-    )
+    package = install.split(">")[0]
+    assert line == f"fastssl: error: run.trackers: {name} needs the package {package}: pip install '{install}'"
     assert not (tmp_path / "run").exists()
 
 
