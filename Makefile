@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 DEMO ?= runs/demo
+DOCS_VENV ?= .venv-docs
 BIN := $(abspath $(VENV))/bin
 IMAGE ?= fastssl
 IMAGE_BUILD ?= docker build
@@ -9,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 # A worker a core: most tests wait for a process of their own to start. The slow ones measure, one at a time.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-multinode fuzz lint format type clean install install-dev image
+.PHONY: demo test test-slow test-multinode fuzz lint format type clean install install-dev image docs
 
 install:
 	@VENV=$(VENV) scripts/install.sh run
@@ -47,6 +48,15 @@ type: install-dev
 format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site, build/docs/site/index.html. A warning is an error. Its environment has none of the packages of a training.
+docs: $(DOCS_VENV)/installed
+	$(DOCS_VENV)/bin/python scripts/docs_site/build.py
+
+$(DOCS_VENV)/installed: requirements/docs.txt
+	$(or $(PYTHON),python3) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install -q --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
 
 # BASE=... builds on another base image; IMAGE_BUILD="buildah build ..." needs no daemon (docs/docker.md).
 image:

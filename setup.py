@@ -41,6 +41,7 @@ setup(
         "wandb": ["wandb>=0.31,<1"],
         # Not the full mlflow: it asks for an older pyarrow, and pip then installs an mlflow of years ago.
         "mlflow": ["mlflow-skinny>=3.17,<4"],
+        "docs": ["zensical>=0.0.73,<0.2", "griffelib>=2.4,<3", "latex2mathml>=3.81,<4"],
         "dev": [
             "wandb>=0.31,<1",
             "mlflow-skinny>=3.17,<4",

@@ -69,3 +69,11 @@ def test_a_wrong_name_is_found() -> None:
     assert not is_known("fastssl.config.Configuration")
     assert not is_known("fastssl.nowhere")
     assert anchors("# On one H200\n## A step, `captured`") == {"on-one-h200", "a-step-captured"}
+
+
+def test_every_page_has_a_place_in_the_navigation() -> None:
+    """As scripts/docs_site/build.py wants it; decisions are listed by it."""
+    config = (ROOT / "docs/mkdocs.yml").read_text()
+    in_nav = re.findall(r": (\S+\.md)$", config, flags=re.MULTILINE)
+    pages = {str(path.relative_to(ROOT)) for path in (*DOCUMENTS, ROOT / "CHANGELOG.md")}
+    assert sorted(in_nav) == sorted(page for page in pages if not page.startswith("docs/adr/"))
