@@ -251,8 +251,8 @@ STAGES: dict[str, Callable[[Suite], list[Command]]] = {
     "train": train,
 }
 NEED_DATA = ("loader", "step", "train")
-# Shares of the time: seconds on an H200 with 16 cores, in tens: the times of the stages one by one with a margin. Of tests,
-# the kernels' take 45 s; the others are an estimate. The suite as a whole has not been measured.
+# Shares of the time: seconds on an H200 with 16 cores, in tens: the times of the stages one by one with a margin. Of
+# the tests, those of the kernels take 45 s; the others are an estimate. The suite as a whole has not been measured.
 SHARES = {"data": 1, "env": 2, "tests": 13, "loss": 8, "tiles": 3, "augment": 2, "loader": 4, "step": 15, "train": 4}
 
 
