@@ -96,6 +96,7 @@ def test_a_file_that_was_overwritten_ends_the_run_before_it_is_used(training):
     assert_same_end(training.run, whole)
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_short_ends_the_run_with_one_line(training):
     training.start()
     training.wait_for_step(14)
@@ -131,7 +132,7 @@ def test_all_ranks_end_where_the_file_was_overwritten(training):
     assert training.end() == (0, [])
 
 
-@pytest.mark.parametrize("change", ["removed", "replaced"])
+@pytest.mark.parametrize("change", [pytest.param("removed", marks=pytest.mark.slow), "replaced"])
 def test_a_file_that_was_removed_or_replaced_is_used_to_the_end(training, digits, change):
     training.start()
     training.wait_for_step(4)
@@ -149,6 +150,7 @@ def test_a_file_that_was_removed_or_replaced_is_used_to_the_end(training, digits
         assert "is not the file that the run was trained with: it has 500 images instead of 1297" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_resumes_with_a_line(training):
     training.start()
     assert training.end() == (0, [])

@@ -39,6 +39,7 @@ def _train(arguments: list[str], rank: int, port: str, folder: Path) -> None:
     train_as_rank(arguments, rank, 2, port, folder / "log.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_whose_clocks_differ_save_after_the_same_steps(tiny_config, tmp_path):
     settings = ["run.checkpoint_every_epochs=null", "run.checkpoint_every_minutes=4"]

@@ -89,6 +89,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_what_siglip_learns_is_trained_and_resumed_bit_for_bit(tiny_config: Path, tmp_path: Path) -> None:
     found = run(RESUME, tiny_config, tmp_path, NUM_STEPS, SAVED_AT, "siglip")
     start, end = found["start"]["learned"], found["end"]["learned"]

@@ -331,7 +331,9 @@ def test_a_trained_run_on_two_processes_of_torchrun(command, in_process, photogr
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["tars", "tables", "x.beton"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("tars", "tables")), "x.beton"]
+)
 def test_the_file_is_the_same_on_any_number_of_processes(in_process, sources, weights, tmp_path, name) -> None:
     arguments = ["embed", sources[name], "--model", weights, "--device", "cpu", "--batch-size", 1, "--out"]
     assert in_process(*arguments, tmp_path / "1.parquet").returncode == 0

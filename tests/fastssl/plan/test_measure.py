@@ -36,6 +36,7 @@ def write(tiny_config, **changes):
     return tiny_config
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_run_cost_time_and_memory_and_leave_nothing(tiny_config):
     cost = measure(tiny_config)
     assert cost.num_steps >= MIN_STEPS
