@@ -14,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["fastssl*", "pipelines*", "kernels*"]),
+    package_data={"fastssl.report": ["page.html", "page.css", "page.js"]},
     # From the oldest version that the tests ran with to the next that may break.
     install_requires=[
         "torch>=2.11,<3",
@@ -42,9 +43,11 @@ setup(
         # Not the full mlflow: it asks for an older pyarrow, and pip then installs an mlflow of years ago.
         "mlflow": ["mlflow-skinny>=3.17,<4"],
         "docs": ["zensical>=0.0.73,<0.2", "griffelib>=2.4,<3", "latex2mathml>=3.81,<4"],
+        "report": ["plotly>=7,<8"],
         "dev": [
             "wandb>=0.31,<1",
             "mlflow-skinny>=3.17,<4",
+            "plotly>=7,<8",
             "onnx>=1.23,<2",
             "onnxscript>=0.7,<1",
             "onnxruntime>=1.32,<2",

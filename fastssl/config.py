@@ -283,7 +283,7 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
     """Lines "key: old -> new" for each dotted key in which two resolved configurations differ."""
-    a, b = dict(_flatten(old)), dict(_flatten(new))
+    a, b = dict(flatten(old)), dict(flatten(new))
     keys = [key for key in sorted(a.keys() | b.keys()) if key not in ignore]
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
 
@@ -428,9 +428,10 @@ def _direct(annotation: Any) -> list[type]:
     return [option for option in typing.get_args(annotation) if isinstance(option, type)]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; an empty mapping is a value."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

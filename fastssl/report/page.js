@@ -1,0 +1,50 @@
+"use strict";
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const tip = document.getElementById("tip");
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const touch = matchMedia("(pointer: coarse)").matches;
+
+function template() {
+  const style = getComputedStyle(document.documentElement);
+  const [ink, line, panel] = ["--ink", "--line", "--panel"].map((name) => style.getPropertyValue(name).trim());
+  const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true, title: { standoff: 6 } };
+  return { layout: {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 }, xaxis: axis, yaxis: axis,
+    hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: ink } }, modebar: { bgcolor: panel, color: ink },
+    margin: { l: 8, r: 10, t: 10, b: 8 }, legend: { orientation: "h", y: -0.2, font: { size: 11 } }, showlegend: false,
+    dragmode: touch ? false : "zoom",  // a finger scrolls the page
+  } };
+}
+
+function draw() {
+  for (const { id, data, layout } of figures) {
+    Plotly.react(id, data, { ...layout, template: template() },
+      { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+  }
+}
+
+function showImage(sheet, event) {
+  const [style, words] = event.points[0].customdata;
+  tip.firstElementChild.className = "thumb pixels sheet" + sheet.number;
+  tip.firstElementChild.style.cssText = place(sheet, style);
+  tip.lastElementChild.textContent = words;
+  tip.style.display = "block";
+  const at = event.event.touches ? event.event.touches[0] : event.event;
+  tip.style.left = Math.max(4, Math.min(at.clientX + 14, innerWidth - tip.offsetWidth - 4)) + "px";
+  tip.style.top = Math.max(4, Math.min(at.clientY + 14, innerHeight - tip.offsetHeight - 4)) + "px";
+}
+
+function place({ columns, rows }, position) {
+  const x = 100 * (position % columns) / Math.max(columns - 1, 1);
+  const y = 100 * Math.floor(position / columns) / Math.max(rows - 1, 1);
+  return "background-position:" + x + "% " + y + "%";
+}
+
+draw();
+dark.addEventListener("change", draw);
+for (const { id, sheet } of figures.filter((figure) => figure.sheet)) {
+  const plot = document.getElementById(id);
+  plot.on("plotly_hover", (event) => showImage(sheet, event));
+  plot.on("plotly_unhover", () => { tip.style.display = "none"; });
+}
+document.body.dataset.drawn = figures.length;
