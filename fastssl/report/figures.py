@@ -140,7 +140,7 @@ def draw_eigenvalues(runs: Sequence[Gathered], pictures: Sequence[Pictures | Non
         "showlegend": len(runs) > 1,
     }
     note = "covariance of the features of the images below; a steep end means unused directions"
-    return Figure(title="Eigenspectrum", note=note, data=data, layout=layout)
+    return Figure(title="Eigenspectrum", note=note, data=data, layout=layout, is_tall=True)
 
 
 def draw_map(run: Gathered, found: Pictures, sheet: int, several: bool) -> Figure:
@@ -159,7 +159,7 @@ def draw_map(run: Gathered, found: Pictures, sheet: int, several: bool) -> Figur
     axis = {"showticklabels": False, "showgrid": False, "zeroline": False, "ticks": ""}
     layout = {
         "xaxis": axis, "yaxis": axis | {"scaleanchor": "x"}, "hovermode": "closest",
-        "showlegend": 1 < len(classes) <= _MAX_LEGEND,
+        "showlegend": 1 < len(classes) <= _MAX_LEGEND, "legend": {"itemsizing": "constant"},
     }  # fmt: skip
     title = f"Map by {found.projection}" + (f": {run.name}" if several else "")
     note = f"{len(found.labels):,} images after step {found.step:,}; the pointer shows the image"

@@ -73,10 +73,14 @@ class Gathered:
         """Rows of metrics.jsonl: "epoch", "held_out", or None for those of steps."""
         return [row for row in self.rows if row.get("kind") == kind]
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of config.yaml; empty where there is none."""
+        return as_mapping(self.tree.get(name))
+
     @cached_property
     def speed(self) -> tuple[float, int] | None:
         """Seconds that the whole epochs took and the images they read; None: no epoch is whole."""
-        size = self.tree.get("data", {}).get("global_batch_size")
+        size = self.section("data").get("global_batch_size")
         return training_time(self.folder.metrics, size) if isinstance(size, int) else None
 
 
@@ -121,7 +125,12 @@ def _mapping(path: Path) -> dict[str, Any]:
         found = json.loads(_bytes(path) or b"{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return as_mapping(found)
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def _spectrum(folder: Path) -> Spectrum | None:

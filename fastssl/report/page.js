@@ -3,6 +3,8 @@ const figures = JSON.parse(document.getElementById("figures").textContent);
 const tip = document.getElementById("tip");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touch = matchMedia("(pointer: coarse)").matches;
+// Named one by one: Plotly's own choice has a button that sends the data to its server.
+const buttons = [...(touch ? [] : ["toImage", "zoom2d", "pan2d"]), "zoomIn2d", "zoomOut2d", "resetScale2d"];
 
 function template() {
   const style = getComputedStyle(document.documentElement);
@@ -11,7 +13,7 @@ function template() {
   return { layout: {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 }, xaxis: axis, yaxis: axis,
     hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: ink } }, modebar: { bgcolor: panel, color: ink },
-    margin: { l: 8, r: 10, t: 10, b: 8 }, legend: { orientation: "h", y: -0.2, font: { size: 11 } }, showlegend: false,
+    margin: { l: 8, r: 10, t: touch ? 34 : 12, b: 8 }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } }, showlegend: false,
     dragmode: touch ? false : "zoom",  // a finger scrolls the page
   } };
 }
@@ -19,14 +21,14 @@ function template() {
 function draw() {
   for (const { id, data, layout } of figures) {
     Plotly.react(id, data, { ...layout, template: template() },
-      { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+      { responsive: true, displaylogo: false, modeBarButtons: [buttons] });
   }
 }
 
 function showImage(sheet, event) {
-  const [style, words] = event.points[0].customdata;
+  const [position, words] = event.points[0].customdata;
   tip.firstElementChild.className = "thumb pixels sheet" + sheet.number;
-  tip.firstElementChild.style.cssText = place(sheet, style);
+  tip.firstElementChild.style.cssText = place(sheet, position);
   tip.lastElementChild.textContent = words;
   tip.style.display = "block";
   const at = event.event.touches ? event.event.touches[0] : event.event;

@@ -61,13 +61,11 @@ class Mistakes:
         top1: The fraction that is right, in [0, 1].
         predicted: Labels, int64 [n].
         worst: Positions of the wrong ones, those with the surest votes first, int64.
-        votes: Share of the votes for the predicted label, in [0, 1], float32 [n].
     """
 
     top1: float
     predicted: np.ndarray
     worst: np.ndarray
-    votes: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,14 +191,12 @@ def find_mistakes(labels: np.ndarray, neighbours: np.ndarray, similarity: np.nda
     votes /= np.maximum(votes.sum(1, keepdims=True), 1e-30)
     predicted = votes.argmax(1)
     is_wrong = (predicted != labels) & (labels >= 0)
-    surest = votes.max(1)
-    margin = surest - votes[np.arange(len(labels)), np.maximum(labels, 0)]
+    margin = votes.max(1) - votes[np.arange(len(labels)), np.maximum(labels, 0)]
     worst = np.flatnonzero(is_wrong)
     return Mistakes(
         top1=1 - float(is_wrong.sum() / (labels >= 0).sum()),
         predicted=predicted,
         worst=worst[np.argsort(-margin[worst], kind="stable")],
-        votes=surest.astype(np.float32),
     )
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 CELL_PX = 48
 _MAX_WIDTH_PX = 1600
 _QUALITY = 80
+_FILTERS_PX = 512  # width of all filters together, where they are small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def draw_filters(filters: np.ndarray) -> str:
     cells = np.concatenate([cells, np.full((blank, *cells.shape[1:]), 128, np.uint8)])
     rows = [np.concatenate(list(row), axis=1) for row in cells.reshape(-1, num_columns, *cells.shape[1:])]
     picture = Image.fromarray(np.concatenate(rows))
-    zoom = max(1, 320 // picture.width)
+    zoom = max(1, _FILTERS_PX // picture.width)
     enlarged = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     return _uri(enlarged, lossless=True)
 

@@ -82,7 +82,7 @@ def _pictures(run: Gathered, num_images: int, device: torch.device) -> Pictures 
 
 def _plotly() -> str:
     try:
-        from plotly.offline import get_plotlyjs
+        from plotly.offline import get_plotlyjs  # pyright: ignore[reportMissingImports] it is an extra
     except ImportError:
         raise UserError(f"fastssl report needs the package plotly: {_INSTALL}") from None
     return get_plotlyjs()

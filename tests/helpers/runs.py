@@ -1,5 +1,6 @@
 """Small runs and weights, and the results of a run, for tests that compare two runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from fastssl.checkpoint.save_load import last_checkpoint, plain_weights
 from fastssl.config import build_config
 from fastssl.models.two_view import TwoViewModel
+from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from pipelines.preprocessing import describe_preprocessing
 from tests.helpers.processes import ROOT
@@ -33,6 +35,25 @@ def train_tiny_run(beton: Path, folder: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def make_run(path: Path, *, epochs_done: int = 1, held_out: tuple[float, ...] = (), **sections: Any) -> RunFolder:
+    """A run of three epochs of ten steps, as its training leaves it after `epochs_done` of them."""
+    folder = RunFolder(path)
+    train = {"num_epochs": 3}
+    folder.create(
+        build_config({"train": train, "optim": {"warmup_epochs": 1}, "run": {"dir": str(path)}} | sections), 1
+    )
+    rows = []
+    for epoch in range(epochs_done):
+        place = {"step": 10 * (epoch + 1), "epoch": epoch}
+        rows.append(place | {"loss": 1.0})
+        rows.append({"kind": "epoch"} | place | {"online_top1": 0.25 + epoch / 100})
+        if held_out:
+            rows.append({"kind": "held_out"} | place | {"knn_top1": held_out[epoch]})
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder.checkpoints / f"step_{10 * epochs_done:08d}").mkdir(parents=True)
+    return folder
 
 
 def write_tiny_weights(file: Path, seed: int = 0, **views: Any) -> Path:

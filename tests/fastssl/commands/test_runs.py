@@ -11,28 +11,8 @@ import pytest
 
 from fastssl.cli import main
 from fastssl.commands.runs.list_runs import list_runs
-from fastssl.config import build_config
 from fastssl.errors import UserError
-from fastssl.tracking.run_folder import RunFolder
-
-
-def make_run(path: Path, *, epochs_done: int = 1, held_out: tuple[float, ...] = (), **sections) -> RunFolder:
-    """A run of three epochs of ten steps, as its training leaves it after `epochs_done` of them."""
-    folder = RunFolder(path)
-    train = {"num_epochs": 3}
-    folder.create(
-        build_config({"train": train, "optim": {"warmup_epochs": 1}, "run": {"dir": str(path)}} | sections), 1
-    )
-    rows = []
-    for epoch in range(epochs_done):
-        place = {"step": 10 * (epoch + 1), "epoch": epoch}
-        rows.append(place | {"loss": 1.0})
-        rows.append({"kind": "epoch"} | place | {"online_top1": 0.25 + epoch / 100})
-        if held_out:
-            rows.append({"kind": "held_out"} | place | {"knn_top1": held_out[epoch]})
-    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder.checkpoints / f"step_{10 * epochs_done:08d}").mkdir(parents=True)
-    return folder
+from tests.helpers.runs import make_run
 
 
 def found(folder: Path) -> dict[str, dict]:
