@@ -19,7 +19,7 @@ _MAX_POINTS = 2000  # of a curve
 _MAX_COLUMNS = 200  # of a picture of histograms
 _MAX_LEGEND = 20  # classes of a map that the legend names
 
-# Kind of row, key, title, what it is, whether the axis begins at 0.
+# Kind of row (None: of steps, or of epochs where there are none), key, title, what it is, whether the axis begins at 0.
 _CURVES = {
     "Training": (
         (None, "loss", "Loss", "", False),
@@ -158,7 +158,7 @@ def draw_map(run: Gathered, found: Pictures, sheet: int, several: bool) -> Figur
         })  # fmt: skip
     axis = {"showticklabels": False, "showgrid": False, "zeroline": False, "ticks": ""}
     layout = {
-        "xaxis": axis, "yaxis": axis | {"scaleanchor": "x"}, "hovermode": "closest",
+        "xaxis": axis, "yaxis": axis | {"scaleanchor": "x"}, "hovermode": "closest", "hoverdistance": 20,
         "showlegend": 1 < len(classes) <= _MAX_LEGEND, "legend": {"itemsizing": "constant"},
     }  # fmt: skip
     title = f"Map by {found.projection}" + (f": {run.name}" if several else "")
@@ -197,7 +197,7 @@ def feature_rank(found: Pictures) -> float:
 def _curve(runs: Sequence[Gathered], kind: str | None, key: str, title: str, note: str, from_0: bool) -> Figure | None:
     data = []
     for number, run in enumerate(runs):
-        points = thinned([(row["step"], row[key]) for row in run.of_kind(kind) if is_number(row.get(key))])
+        points = thinned(_points(run, kind, key) or (_points(run, "epoch", key) if kind is None else []))
         if not points:
             continue
         x, y = zip(*points, strict=True)
@@ -215,6 +215,10 @@ def _curve(runs: Sequence[Gathered], kind: str | None, key: str, title: str, not
             trace["hovertemplate"] = trace["hovertemplate"].replace(".4~g", ".1%")
     layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": y_axis}
     return Figure(title=title, note=note, data=data, layout=layout)
+
+
+def _points(run: Gathered, kind: str | None, key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in run.of_kind(kind) if is_number(row.get(key))]
 
 
 def _histograms(run: Gathered, key: str) -> tuple[np.ndarray, np.ndarray]:

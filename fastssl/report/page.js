@@ -15,6 +15,7 @@ function template() {
     hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: ink } }, modebar: { bgcolor: panel, color: ink },
     margin: { l: 8, r: 10, t: touch ? 34 : 12, b: 8 }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } }, showlegend: false,
     dragmode: touch ? false : "zoom",  // a finger scrolls the page
+    hovermode: "x", hoverdistance: -1,  // the nearest step of every run
   } };
 }
 
@@ -31,10 +32,12 @@ function showImage(sheet, event) {
   tip.firstElementChild.style.cssText = place(sheet, position);
   tip.lastElementChild.textContent = words;
   tip.style.display = "block";
-  const at = event.event.touches ? event.event.touches[0] : event.event;
+  const at = event.event.changedTouches?.[0] ?? event.event;
   tip.style.left = Math.max(4, Math.min(at.clientX + 14, innerWidth - tip.offsetWidth - 4)) + "px";
   tip.style.top = Math.max(4, Math.min(at.clientY + 14, innerHeight - tip.offsetHeight - 4)) + "px";
 }
+
+function hideImage() { tip.style.display = "none"; }
 
 function place({ columns, rows }, position) {
   const x = 100 * (position % columns) / Math.max(columns - 1, 1);
@@ -43,10 +46,11 @@ function place({ columns, rows }, position) {
 }
 
 draw();
+if (touch) for (const name of ["scroll", "touchstart"]) addEventListener(name, hideImage, { passive: true });
 dark.addEventListener("change", draw);
 for (const { id, sheet } of figures.filter((figure) => figure.sheet)) {
   const plot = document.getElementById(id);
-  plot.on("plotly_hover", (event) => showImage(sheet, event));
-  plot.on("plotly_unhover", () => { tip.style.display = "none"; });
+  for (const name of ["plotly_hover", "plotly_click"]) plot.on(name, (event) => showImage(sheet, event));  // a tap clicks
+  if (!touch) plot.on("plotly_unhover", hideImage);
 }
 document.body.dataset.drawn = figures.length;

@@ -2,10 +2,10 @@
 
 # n images, F features, k neighbours, C classes
 
-import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ NUM_QUERIES, NUM_NEIGHBOURS = 8, 8
 NUM_MISTAKES = 16
 VOTING_NEIGHBOURS, TEMPERATURE = 20, 0.1  # of the kNN, at most
 _BATCH = 64
+_LEAST_FOR_UMAP = 15  # images: its default number of neighbours
 _MAX_FILTERS = 256
 
 
@@ -202,12 +203,12 @@ def find_mistakes(labels: np.ndarray, neighbours: np.ndarray, similarity: np.nda
 
 def project(features: np.ndarray) -> tuple[np.ndarray, str]:
     """Features float32 [n, F] on a plane, float32 [n, 2]: by UMAP where umap-learn is installed, else by PCA."""
-    if importlib.util.find_spec("umap") and len(features) > 15:
-        with warnings.catch_warnings():
+    if len(features) > _LEAST_FOR_UMAP:
+        with warnings.catch_warnings(), suppress(ImportError):
             warnings.simplefilter("ignore")  # of umap and numba, about threads and a seed
-            import umap  # pyright: ignore[reportMissingImports] it is optional
+            from umap import UMAP  # pyright: ignore[reportMissingImports] it is optional
 
-            return umap.UMAP(metric="cosine", random_state=0).fit_transform(features), "UMAP"
+            return UMAP(metric="cosine", random_state=0).fit_transform(features), "UMAP"
     centred = features - features.mean(0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
     place = np.zeros((len(features), 2), np.float32)

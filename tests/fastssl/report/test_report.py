@@ -120,8 +120,10 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, in_process, arguments, wor
 
 def test_without_plotly_one_line_says_what_to_install(tmp_path: Path):
     run = make_run(tmp_path / "a").path
-    code = "import sys; sys.modules['plotly'] = None; from fastssl.cli import main; sys.exit(main(['report', *sys.argv[1:]]))"
-    done = subprocess.run([sys.executable, "-c", code, run], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = "import sys; sys.modules['plotly'] = None; from fastssl.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", run], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         "fastssl: error: fastssl report needs the package plotly: pip install"
