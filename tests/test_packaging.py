@@ -63,6 +63,7 @@ def test_an_installed_copy_is_whole(installed: Path, tmp_path: Path) -> None:
     done = run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(installed / "fastssl/__init__.py")
+    assert {path.name for path in (installed / "fastssl/report").glob("page.*")} >= {"page.html", "page.css", "page.js"}
     converted = run([installed / "bin/fastssl", "convert", "--from", "digits", "digits.beton", "--split", "test"])
     assert converted.returncode == 0, converted.stderr
     assert "500 images" in converted.stdout

@@ -53,7 +53,7 @@ class Gathered:
         environment: environment.json; empty if it is missing or damaged.
         rows: metrics.jsonl.
         evaluations: The whole lines of eval.jsonl.
-        skipped_steps: nonfinite.jsonl.
+        nonfinite: The skipped steps, nonfinite.jsonl.
         views: views.png; None: there is none.
         spectra: The spectra in hessian/, by step.
     """
@@ -65,7 +65,7 @@ class Gathered:
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    skipped_steps: list[dict[str, Any]]
+    nonfinite: list[dict[str, Any]]
     views: bytes | None
     spectra: list[Spectrum]
 
@@ -107,7 +107,7 @@ def gather(path: Path) -> Gathered:
         environment=_mapping(folder.environment),
         rows=read_rows(folder.metrics, "step"),
         evaluations=read_rows(folder.evaluations, *_EVALUATION_KEYS),
-        skipped_steps=read_rows(folder.nonfinite, "step", "sample_ids"),
+        nonfinite=read_rows(folder.nonfinite, "step", "sample_ids"),
         views=_bytes(folder.views),
         spectra=[found for at in sorted(folder.hessian.glob("step_*")) if (found := _spectrum(at))],
     )

@@ -228,12 +228,12 @@ class _Page:
             found = self.pictures[number]
             if found and found.broken:
                 lines += [f"Image {i} cannot be read: {why}" for i, why in list(found.broken.items())[:_MAX_SHOWN]]
-            for row in run.skipped_steps[:_MAX_SHOWN]:
+            for row in run.nonfinite[:_MAX_SHOWN]:
                 ids = row["sample_ids"] if isinstance(row["sample_ids"], list) else []
                 some = ", ".join(map(str, ids[:8])) + (" …" if len(ids) > 8 else "")
                 lines.append(f"Step {row['step']} was skipped (loss {row.get('loss')}), with {len(ids)} images: {some}")
-            if len(run.skipped_steps) > _MAX_SHOWN:
-                lines.append(f"{len(run.skipped_steps):,} steps were skipped; nonfinite.jsonl has all.")
+            if len(run.nonfinite) > _MAX_SHOWN:
+                lines.append(f"{len(run.nonfinite):,} steps were skipped; nonfinite.jsonl has all.")
             content = "".join(f"<p>{text(line)}</p>" for line in lines) or "<p>None.</p>"
             parts.append(f"<h3>{self._name(number)}</h3>{content}")
         return self._section("Bad samples", "".join(parts))

@@ -36,9 +36,9 @@ class RunFolder:
 
     Layout: config.yaml, run.json (the run's id), environment.json, metrics.jsonl, tensorboard/,
     checkpoints/step_XXXXXXXX/, views.png, curves.png, features/, eval.jsonl; trackers/, what run.trackers write;
-    nonfinite.jsonl if steps were skipped; preempted, while a run ended by a signal waits to be resumed; lock, held by
-    the first rank of a training; hessian/, gradflow/ and gradnorm/ (docs/analysis.md), each with one folder per
-    checkpoint.
+    report.html of `fastssl report`; nonfinite.jsonl if steps were skipped; preempted, while a run ended by a signal
+    waits to be resumed; lock, held by the first rank of a training; hessian/, gradflow/ and gradnorm/
+    (docs/analysis.md), each with one folder per checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:

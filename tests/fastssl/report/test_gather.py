@@ -38,7 +38,7 @@ def test_what_is_damaged_is_left_out(tmp_path):
     assert found.environment == {}
     assert [row["step"] for row in found.rows] == [1]
     assert found.evaluations == []
-    assert found.skipped_steps[0]["sample_ids"] == [1, 2]
+    assert found.nonfinite[0]["sample_ids"] == [1, 2]
     assert [spectrum.step for spectrum in found.spectra] == ["step_00000002"]
     assert found.views is None
 
