@@ -52,6 +52,7 @@ COMMANDS_OF_FASTSSL = {
     "inspect": "tests/fastssl/commands/test_output.py",
     "launch": "tests/fastssl/commands/test_launch.py",
     "neighbours": "tests/integration/test_newcomer.py",
+    "report": "tests/fastssl/report/test_report.py",
     "runs": "tests/fastssl/commands/test_runs.py",
     "train": "tests/integration/test_newcomer.py",
     "verify": "tests/fastssl/commands/test_output.py",
