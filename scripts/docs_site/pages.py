@@ -10,7 +10,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/adr/*.md", "benchmarks/README.md")
-FILES = ("benchmarks/results/*.csv", "benchmarks/results/*.png")
+FILES = ("benchmarks/results/*.csv", "benchmarks/results/*.png", "docs/images/*.webp")
 INDEX = "README.md"  # of the decisions: made for the site
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]*)(?P<fragment>#[^)\s]*)?\)")
 CODE = re.compile(r"^```[\s\S]*?^```$|^(?: {4}.*\n?)+|`[^`\n]+`", re.MULTILINE)
