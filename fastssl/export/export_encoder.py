@@ -1,5 +1,6 @@
 """`fastssl export`: writes a run's encoder as a folder that another library loads, after checking that it does."""
 
+import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -148,13 +149,15 @@ def _delete_export(folder: Path) -> None:
 def _write_torchvision(encoder: Encoder, path: Path, _inside: bool) -> None:
     import torch
 
-    torch.save(encoder.backbone.state_dict(), path)
+    weights = io.BytesIO()  # torch and safetensors have errors of their own for a full disk
+    torch.save(encoder.backbone.state_dict(), weights)
+    path.write_bytes(weights.getbuffer())
 
 
 def _write_safetensors(encoder: Encoder, path: Path, _inside: bool) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}, path)
+    path.write_bytes(save({name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}))
 
 
 _WRITERS: dict[str, Callable[[Encoder, Path, bool], None]] = {

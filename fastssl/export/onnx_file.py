@@ -34,6 +34,7 @@ def write_onnx(encoder: Encoder, path: Path, *, preprocess_inside: bool) -> None
 
     Raises:
         UserError: a package is missing, or the model cannot be exported.
+        OSError: the file cannot be written.
     """
     try:
         import onnx
@@ -57,6 +58,8 @@ def write_onnx(encoder: Encoder, path: Path, *, preprocess_inside: bool) -> None
                 external_data=False,
                 verbose=False,
             )
+    except OSError:
+        raise
     except Exception as error:  # torch's exporter, which fails in many ways
         raise UserError(f"torch cannot export this model as ONNX ({one_line(error)[:300]}): try safetensors") from None
     _check_views(encoder, path, images)

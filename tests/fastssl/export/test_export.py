@@ -273,3 +273,24 @@ def test_as_json(run, tmp_path, capfd):
     found = json.loads(capfd.readouterr().out)
     files = ["README.md", "model.safetensors", "preprocessing.json"]
     assert found == {"out": str(tmp_path / "out"), "format": "safetensors", "files": files}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with 16 KiB of space."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("format", [format for format in FORMATS if format != "torchvision"])  # which has no such model
+def test_a_full_disk_leaves_nothing_half_written(format, run, small_disk):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    with pytest.raises(UserError, match=r"out cannot be written \(.*No space left"):
+        export_encoder(run, format, small_disk / "out")
+    assert not list(small_disk.iterdir())
