@@ -69,6 +69,7 @@ assert cfg.custom == {} and run.metrics.is_file() and not (run.path.parent / "b"
     assert custom.keys() == {"model", "loss", "loader"}
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_example_of_ddp_runs_on_two_ranks(tmp_path: Path) -> None:
     (block,) = [block for block in python_blocks() if block.startswith(DDP)]

@@ -46,11 +46,7 @@ def test_a_row_for_every_contestant(digits, command, tmp_path):
         assert not lightly["img_per_s"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [([], "give --cifar10 or --photographs"), (["--cifar10", "absent.beton"], "absent.beton: no such file")],
-)
-def test_bad_input_is_one_line(command, arguments, said):
-    done = command(sys.executable, "benchmarks/bench_training.py", *arguments)
+def test_bad_input_is_one_line(command):
+    done = command(sys.executable, "benchmarks/bench_training.py", "--cifar10", "absent.beton")
     assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
+    assert "absent.beton: no such file" in done.stderr.splitlines()[-1]

@@ -64,6 +64,7 @@ def training(tiny_config, digits) -> Training:
     return Training(tiny_config, digits)
 
 
+@pytest.mark.slow
 def test_a_file_that_was_overwritten_ends_the_run_before_it_is_used(training):
     """It resumes with the first file, bit for bit as a run that nothing happened to; not with the other one."""
     training.start()

@@ -77,7 +77,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("how", "num_kills"),
     [
-        *(("--resume", 4), ("--overwrite", 2)),
+        ("--resume", 4),
+        pytest.param("--overwrite", 2, marks=pytest.mark.slow),
         *(pytest.param(how, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for how in HOW),
     ],
 )

@@ -47,7 +47,7 @@ def small_images(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(params=["photographs at 224 px", "raw at 32 px"])
+@pytest.fixture(params=[pytest.param("photographs at 224 px", marks=pytest.mark.slow), "raw at 32 px"])
 def first_batch(request, photographs, small_images):
     """Measure one process's way to its first batch, given numba's cache folder (None: the usual one)."""
     beton, recipe = (photographs, "byol") if request.param.startswith("photographs") else (small_images, "simclr")

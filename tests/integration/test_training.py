@@ -88,6 +88,7 @@ def test_engines_see_the_same_views_and_so_the_same_loss(tiny_config, command):
     assert abs(first_loss["synthetic"] - first_loss["torch"]) > 2e-3
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_progress_bar(tiny_config):
     import os
     import pty

@@ -159,6 +159,7 @@ print(psutil.Process().memory_info().rss - before)
 """
 
 
+@pytest.mark.slow
 def test_index_of_as_many_images_as_imagenet_has(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4096, 2, 2, 3), dtype=np.uint8)
     for name, num_samples in (("warm_up", 256), ("many", NUM_IMAGENET)):

@@ -88,6 +88,7 @@ def test_its_tests_pass(copy: Path, interpret: str) -> None:
     assert "3 passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_loader_applies_what_is_drawn(copy: Path, digits: Path) -> None:
     (selected,) = blocks(DOCUMENT, "yaml")
     done = run_in(copy, "-c", LOADER, digits / "train.beton", selected)

@@ -79,7 +79,7 @@ def test_stock_ffcv_reads_constant_size(tmp_path):
         assert off.mean() <= JPEG_MEAN_LEVELS
 
 
-@pytest.mark.parametrize("os_cache", [True, False])
+@pytest.mark.parametrize("os_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_stock_ffcv_reads_varied_sizes_over_several_pages(tmp_path, os_cache):
     """Raw samples that fill pages and one that needs a larger page, seen through FFCV's centre crop."""
     images = [np.full((side, side + 2, 3), 10 * i, np.uint8) for i, side in enumerate((1200, 64, 1200, 1700, 3, 900))]
