@@ -89,5 +89,6 @@ def test_the_commands_of_the_readme(photos, in_process):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_commands_of_the_readme_as_they_stand(photos, in_process):
     assert_walk(walk(in_process, ()), photos)
