@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.bench.streams import PREFETCH_BATCHES, Job, Stream, chained, open_decode, open_engine, repeated_reader
+from pipelines.bench.streams import PREFETCH_BATCHES, Job, Stream, chained, open_decode, open_engine, repeated_ids
 from pipelines.bench.windows import end_with_parent
 from pipelines.beton import JPG, RAW, BetonReader
 from pipelines.sampler import global_batches
@@ -63,7 +63,7 @@ def open_stock_ffcv(job: Job) -> Stream:
         os_cache=True,
         order=OrderOption.RANDOM,
         seed=job.seed,
-        indices=np.arange(repeated_reader(job.beton).num_samples) % BetonReader(job.beton).num_samples,  # pyright: ignore
+        indices=repeated_ids(BetonReader(job.beton)),  # pyright: ignore
         pipelines={"image": first, "image_b": second, "label": None},  # pyright: ignore[reportArgumentType]
         drop_last=True,
         batches_ahead=PREFETCH_BATCHES,
@@ -112,16 +112,17 @@ class _TorchvisionViews:
 
         declare_torchvision_operators()
         self._form = form
-        self._reader = repeated_reader(job.beton)
+        self._reader = BetonReader(job.beton)
+        self._ids = repeated_ids(self._reader)
         self._transforms = [_torchvision_view(spec, form) for spec in build_view_specs(job.views)]
 
     def __len__(self) -> int:
-        return self._reader.num_samples
+        return len(self._ids)
 
     def __getitem__(self, i: int) -> list[Any]:
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        image = _pillow_image(self._reader, i)
+        image = _pillow_image(self._reader, int(self._ids[i]))
         if self._form == "tensor":
             image = pil_to_tensor(image)
         return [transform(image) for transform in self._transforms]
@@ -212,19 +213,20 @@ class _PillowCrops:
         declare_torchvision_operators()
         from torchvision.transforms import v2
 
-        self._reader = repeated_reader(job.beton)
+        self._reader = BetonReader(job.beton)
+        self._ids = repeated_ids(self._reader)
         self._crops = [
             v2.RandomResizedCrop(spec.size_px, spec.crop_scale, spec.crop_ratio, antialias=True)
             for spec in build_view_specs(job.views)
         ]
 
     def __len__(self) -> int:
-        return self._reader.num_samples
+        return len(self._ids)
 
     def __getitem__(self, i: int) -> list[Any]:
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        image = _pillow_image(self._reader, i)
+        image = _pillow_image(self._reader, int(self._ids[i]))
         return [pil_to_tensor(crop(image)) for crop in self._crops]
 
 
@@ -252,11 +254,11 @@ def open_dali(job: Job) -> Stream:
 def _dali_graph(job: Job) -> tuple[Any, ...]:
     from nvidia.dali import fn, types
 
-    reader = repeated_reader(job.beton)
-    if len(set(reader.modes.tolist())) > 1:
+    reader = BetonReader(job.beton)
+    if len(reader.stored_modes) > 1:
         raise ValueError("the images are neither all JPEG nor all raw")
-    is_raw = reader.modes[0] == RAW
-    ids = np.arange(reader.num_samples)
+    is_raw = reader.stored_modes == (RAW,)
+    ids = repeated_ids(reader)
     order = chained(lambda epoch: iter(global_batches(ids, job.seed, epoch, job.batch_size)))
 
     def stored() -> list[np.ndarray]:

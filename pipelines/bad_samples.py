@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.errors import DataError
 from pipelines.printable import printable
+from pipelines.samples import ImageSet, Samples
 
 _MAX_LINES = 20  # printed to stderr; later ones are only counted
 
@@ -22,12 +23,12 @@ class BadSamples:
         reasons: Why each sample is bad, by sample id, in the order of discovery.
     """
 
-    def __init__(self, path: Path, num_samples: int, max_fraction: float) -> None:
+    def __init__(self, path: Path | str, num_samples: int, max_fraction: float) -> None:
         """Start with no bad samples.
 
         Args:
-            path: The file.
-            num_samples: Number of samples in the file.
+            path: The file, or the data set of several.
+            num_samples: Number of its samples.
             max_fraction: Fraction of the samples that may be bad, in [0, 1].
         """
         self.reasons: dict[int, str] = {}
@@ -61,14 +62,14 @@ class BadSamples:
 class Substitutes:
     """Replacements of bad samples, for engines that find the bad samples before a batch is made."""
 
-    def __init__(self, bad_samples: BadSamples, sizes: np.ndarray) -> None:
+    def __init__(self, bad_samples: BadSamples, images: ImageSet) -> None:
         """Start with no replacements.
 
         Args:
             bad_samples: Records the bad samples and chooses their replacements.
-            sizes: Heights and widths of all samples, int32 [N, 2].
+            images: The data set.
         """
-        self._bad_samples, self._sizes = bad_samples, sizes
+        self._bad_samples, self._images = bad_samples, images
         self._in_place_of: dict[int, int] = {}
 
     def add(self, reasons: dict[int, str]) -> list[int]:
@@ -86,17 +87,17 @@ class Substitutes:
             self._in_place_of[i] = good
         return sorted({self._in_place_of[i] for i in reasons})
 
-    def put_in(self, ids: np.ndarray, params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Replace the bad samples of a batch; returns its sample ids [B] and draw [B, V]."""
-        rows = np.flatnonzero(np.isin(ids, list(self._in_place_of)))
+    def put_in(self, samples: Samples, params: np.ndarray) -> tuple[Samples, np.ndarray]:
+        """Replace the bad samples of a batch; returns its samples [B] and draw [B, V]."""
+        rows = np.flatnonzero(np.isin(samples.ids, list(self._in_place_of)))
         if not len(rows):
-            return ids, params
-        bad, ids, params = ids, ids.copy(), params.copy()
-        for row in rows.tolist():
-            ids[row] = self._in_place_of[int(bad[row])]
-            boxes = params["crop_box"][row]
-            params["crop_box"][row] = move_boxes(boxes, self._sizes[bad[row]], self._sizes[ids[row]])
-        return ids, params
+            return samples, params
+        good = self._images.samples(np.array([self._in_place_of[i] for i in samples.ids[rows].tolist()]))
+        params = params.copy()
+        boxes = params["crop_box"]
+        for row, from_size, to_size in zip(rows.tolist(), samples.sizes[rows], good.sizes, strict=True):
+            boxes[row] = move_boxes(boxes[row], from_size, to_size)
+        return samples.with_rows(rows, good), params
 
 
 def move_boxes(boxes: np.ndarray, from_size: np.ndarray, to_size: np.ndarray) -> np.ndarray:

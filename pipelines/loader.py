@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,10 +17,11 @@ from pipelines.beton import BetonReader, Identity
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.config_field import Section, setting
 from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
+from pipelines.epoch_order import EpochOrder, FileOrder
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
-from pipelines.read_ahead import ReadAhead, read_whole
-from pipelines.sampler import global_batches, local_rows, quasi_random_windows
+from pipelines.read_ahead import read_whole
+from pipelines.samples import ImageSet, Samples
 from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_DRAWN_TOGETHER = 2048  # samples
 _READING_ENGINES = ("ffcv", "dali", "torch")  # engines that read from the file during iteration
 
 
@@ -93,7 +93,8 @@ class Loader:
         engine: Engine,
         views: ViewsConfig,
         *,
-        reader: BetonReader,
+        images: ImageSet,
+        order: EpochOrder,
         cfg: DataConfig,
         bad_samples: BadSamples,
         seed: int,
@@ -102,11 +103,13 @@ class Loader:
         device: torch.device,
         num_threads: int,
     ) -> None:
-        self.num_samples = reader.num_samples
-        self.identity: Identity = reader.identity
+        self.num_samples = images.num_samples
+        self.identity: Identity = images.identity
         self.bad_samples = bad_samples
         self._engine = engine
-        self._reader, self._cfg = reader, cfg
+        self._images, self._order = images, order
+        self._is_reading = cfg.engine in _READING_ENGINES
+        self._local_batch_size = cfg.global_batch_size // world_size
         self._specs = build_view_specs(views)
         self._groups = size_groups(self._specs)
         self._seed, self._rank, self._world_size = seed, rank, world_size
@@ -123,8 +126,8 @@ class Loader:
         return len(self.bad_samples.reasons)
 
     def __len__(self) -> int:
-        """Number of batches per epoch: N // G."""
-        return self.num_samples // self._cfg.global_batch_size
+        """Number of batches per epoch."""
+        return self._order.num_batches
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of one epoch, which depend only on (seed, epoch, rank, world size).
@@ -146,38 +149,25 @@ class Loader:
         self._engine.close()
 
     def _iterate(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
-        cfg, windows = self._cfg, self._windows(epoch)
-        batches = global_batches(np.arange(self.num_samples), self._seed, epoch, cfg.global_batch_size, windows)
-        rows = local_rows(batches[first_batch:], self._rank, self._world_size)
-        is_reading = cfg.engine in _READING_ENGINES
-        to_read = rows.reshape(-1) if is_reading else rows[:0].reshape(-1)
-        with ReadAhead(self._reader, to_read, windows, drop_behind=cfg.cache == "none") as read_ahead:
-            plans = read_ahead.begin_each(self.plans(epoch, rows), rows.shape[1])
-            if is_reading:
-                plans = _while_unchanged(self._reader, plans)
-            with closing(self._engine.batches(plans, rows.shape[1], self._groups)) as raw_batches:
-                checked = _while_unchanged(self._reader, raw_batches) if is_reading else raw_batches
+        size = self._local_batch_size
+        with closing(self._order.epoch(epoch, first_batch, self._rank, self._world_size)) as samples:
+            plans = self.plans(epoch, samples.groups())
+            if self._is_reading:
+                plans = _while_unchanged(self._images, plans)
+            with closing(self._engine.batches(plans, size, self._groups)) as raw_batches:
+                checked = _while_unchanged(self._images, raw_batches) if self._is_reading else raw_batches
                 for num_done, batch in enumerate(self._pixel_op.each(checked), 1):
-                    read_ahead.end(num_done * rows.shape[1])
+                    samples.end(num_done)
                     yield batch
 
-    def _windows(self, epoch: int) -> np.ndarray | None:
-        if self._cfg.order == "random":
-            return None
-        reader, window_bytes = self._reader, self._cfg.window_mb * 1_000_000
-        return quasi_random_windows(reader.data_ptr, reader.data_bytes, self._seed, epoch, window_bytes)
-
-    def plans(self, epoch: int, rows: np.ndarray) -> Iterator[BatchPlan]:
-        """Plan the batches `rows` [num, B]; several are drawn at a time.
-
-        A draw takes about 2 ms however small the batch is: as long as all other work on 256 CIFAR images.
-        """
-        num_together = max(1, _DRAWN_TOGETHER // rows.shape[1])
-        for first in range(0, len(rows), num_together):
-            some_rows = rows[first : first + num_together]
-            ids = some_rows.reshape(-1)
-            params = draw(self._specs, self._seed, epoch, ids, self._reader.sizes[ids])
-            yield from map(BatchPlan, some_rows, params.reshape(*some_rows.shape, len(self._specs)))
+    def plans(self, epoch: int, groups: Iterable[Samples]) -> Iterator[BatchPlan]:
+        """Plan the batches of `EpochSamples.groups`."""
+        size = self._local_batch_size
+        for samples in groups:
+            params = draw(self._specs, self._seed, epoch, samples.ids, samples.sizes)
+            for first in range(0, len(samples), size):
+                rows = slice(first, first + size)
+                yield BatchPlan(samples[rows], params[rows])
 
 
 class EvalLoader:
@@ -188,13 +178,13 @@ class EvalLoader:
         engine: Engine,
         views: ViewsConfig,
         *,
-        reader: BetonReader,
+        images: ImageSet,
         sample_ids: np.ndarray,
         local_batch_size: int,
         device: torch.device,
         num_threads: int,
     ) -> None:
-        self._engine, self._reader = engine, reader
+        self._engine, self._images = engine, images
         self._sample_ids = sample_ids
         self._local_batch_size = local_batch_size
         self._spec = build_eval_spec(views)
@@ -207,7 +197,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         with closing(self._engine.batches(self._plans(), self._local_batch_size, self._groups)) as raw_batches:
-            yield from self._pixel_op.each(_while_unchanged(self._reader, raw_batches))
+            yield from self._pixel_op.each(_while_unchanged(self._images, raw_batches))
 
     def close(self) -> None:
         """Stop the engine's threads."""
@@ -215,11 +205,11 @@ class EvalLoader:
 
     def _plans(self) -> Iterator[BatchPlan]:
         for first in range(0, len(self._sample_ids), self._local_batch_size):
-            ids = self._sample_ids[first : first + self._local_batch_size]
-            yield BatchPlan(ids, eval_params(self._spec, self._reader.sizes[ids]))
+            samples = self._images.samples(self._sample_ids[first : first + self._local_batch_size])
+            yield BatchPlan(samples, eval_params(self._spec, samples.sizes))
 
 
-def _while_unchanged(reader: BetonReader, items: Iterator[T]) -> Iterator[T]:
+def _while_unchanged(images: ImageSet, items: Iterator[T]) -> Iterator[T]:
     """Pass on plans of batches, or batches of an engine, as long as the file has not changed.
 
     Raises:
@@ -227,10 +217,10 @@ def _while_unchanged(reader: BetonReader, items: Iterator[T]) -> Iterator[T]:
     """
     try:
         for item in items:
-            reader.check_unchanged()
+            images.check_unchanged()
             yield item
     except DataError:
-        reader.check_unchanged()
+        images.check_unchanged()
         raise
 
 
@@ -298,7 +288,8 @@ def build_loader(
     return Loader(
         engine,
         views,
-        reader=reader,
+        images=reader,
+        order=_build_order(reader, cfg, seed),
         cfg=cfg,
         bad_samples=bad_samples,
         seed=seed,
@@ -306,6 +297,17 @@ def build_loader(
         world_size=world_size,
         device=device,
         num_threads=num_threads,
+    )
+
+
+def _build_order(reader: BetonReader, cfg: DataConfig, seed: int) -> FileOrder:
+    return FileOrder(
+        reader,
+        global_batch_size=cfg.global_batch_size,
+        seed=seed,
+        window_bytes=cfg.window_mb * 1_000_000 if cfg.order == "quasi_random" else None,
+        drop_behind=cfg.cache == "none",
+        reads_ahead=cfg.engine in _READING_ENGINES,
     )
 
 
@@ -342,7 +344,7 @@ def build_eval_loader(
     return EvalLoader(
         build_engine(engine, reader, num_workers=num_threads, prefetch_batches=2, device=device),
         views,
-        reader=reader,
+        images=reader,
         sample_ids=ids,
         local_batch_size=local_batch_size,
         device=device,

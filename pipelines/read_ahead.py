@@ -2,10 +2,8 @@
 
 import mmap
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self, TypeVar
 
 import numpy as np
 import psutil
@@ -14,8 +12,6 @@ from pipelines.beton import BetonReader
 from pipelines.errors import DataError
 from pipelines.progress import Progress
 
-T = TypeVar("T")
-
 _RANDOM_GROUP_BYTES = 64 << 20  # group size in random order: half a second of a disk that reads 128 MB/s
 _MAX_GAP_BYTES = 128 << 10  # smaller gaps are read too, rather than splitting the request
 _NUM_PROBES = 16
@@ -23,7 +19,7 @@ _READ_BYTES = 8 << 20
 
 
 class ReadAhead:
-    """Requests the samples of one epoch ahead of their use, group by group in file order; a context manager.
+    """Requests the samples of one epoch ahead of their use, group by group in file order; `close` ends it.
 
     A group is requested when the use of the previous one begins; groups that are already in the page cache are skipped.
     The request (posix_fadvise) returns before the data has arrived; reading waits for data that is still in transfer.
@@ -46,13 +42,11 @@ class ReadAhead:
         self._bounds = [0, *inner.tolist(), len(sample_ids)] if len(sample_ids) else []
         self._num_asked = self._num_dropped = 0
         self._is_over = False
-
-    def __enter__(self) -> Self:
-        self._file = self._reader.descriptor
+        self._file = reader.descriptor
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastssl-read-ahead")
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Stop asking."""
         self._is_over = True
         self._thread.shutdown(wait=True, cancel_futures=True)
 
@@ -61,12 +55,6 @@ class ReadAhead:
         while self._num_asked < len(self._bounds) - 1 and self._bounds[max(self._num_asked - 1, 0)] <= position:
             self._thread.submit(self._ask, self._num_asked)
             self._num_asked += 1
-
-    def begin_each(self, batches: Iterator[T], local_batch_size: int) -> Iterator[T]:
-        """Pass on what describes the batches of the order, after `begin` of each one's first sample."""
-        for number, batch in enumerate(batches):
-            self.begin(number * local_batch_size)
-            yield batch
 
     def end(self, position: int) -> None:
         """Called when all samples before number `position` of the order have been used: drops their groups."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _epoch_order(path: Path, seed: int, num_threads: int, seconds: float) -> Dis
         return _not_measured(reason)
     reader = BetonReader(path)
     order = epoch_order(np.arange(reader.num_samples), seed, 0)
-    with ReadAhead(reader, order, None, drop_behind=False) as read_ahead:
+    with closing(ReadAhead(reader, order, None, drop_behind=False)) as read_ahead:
 
         def images() -> Iterator[Range]:
             for position, i in enumerate(order.tolist()):

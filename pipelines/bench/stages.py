@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.bad_samples import BadSamples
-from pipelines.bench.streams import Job, JpegSamples, build_job_loader, repeated_reader
-from pipelines.beton import JPG
+from pipelines.bench.streams import Job, JpegSamples, RepeatedImages, build_job_loader
+from pipelines.beton import JPG, BetonReader
+from pipelines.epoch_order import num_together
 from pipelines.sampler import global_batches
 from pipelines.views import build_view_specs, size_groups
 
@@ -85,25 +86,27 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
     from kernels.augment.cpu import OutputPool
     from pipelines.engines.decode_crop import BatchDecoder
 
-    loader, reader, views = build_job_loader(job, engine="ffcv"), repeated_reader(job.beton), job.views
+    loader, images, views = build_job_loader(job, engine="ffcv"), RepeatedImages(BetonReader(job.beton)), job.views
     specs = build_view_specs(views)
     num_batches = math.ceil(num_pixels / (job.batch_size * sum(spec.size_px**2 for spec in specs)))
-    batches = global_batches(np.arange(reader.num_samples), job.seed, 0, job.batch_size)[-num_batches:]
+    batches = global_batches(np.arange(images.num_samples), job.seed, 0, job.batch_size)[-num_batches:]
     groups = size_groups(specs)
     pixels = tuple(np.empty((job.batch_size, len(v), size_px, size_px, 3), np.uint8) for size_px, v in groups)
-    decoder = BatchDecoder(reader, 1, BadSamples(reader.path, reader.num_samples, 0.0))
+    decoder = BatchDecoder(images, 1, BadSamples(images.path, images.num_samples, 0.0))
     outputs = [OutputPool() for _ in groups]
     opened.callback(loader.close)
     opened.callback(decoder.close)
 
     def draw() -> list[np.ndarray]:
-        return [plan.params for plan in loader.plans(0, batches)]
+        num = num_together(job.batch_size)
+        together = (batches[first : first + num].reshape(-1) for first in range(0, len(batches), num))
+        return [plan.params for plan in loader.plans(0, map(images.samples, together))]
 
     params = draw()
 
     def decode_and_crop() -> None:
         for ids, drawn in zip(batches, params, strict=True):
-            decoder.start(ids, np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
+            decoder.start(images.samples(ids), np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
 
     def pixel_op(on_device: tuple[Any, ...]) -> None:
         for drawn in params:  # always on the last batch's pixels: the time depends only on the draw
@@ -120,8 +123,8 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
         "pixel op": _Stage(partial(pixel_op, pixels)),
         "loader": _Stage(load),
     }
-    if (reader.modes == JPG).all():
-        stages["decode"] = _Stage(partial(JpegSamples(reader).decode, batches.reshape(-1)))
+    if images.stored_modes == (JPG,):
+        stages["decode"] = _Stage(partial(JpegSamples(images).decode, batches.reshape(-1)))
     if job.device != "cpu":
         stages |= _gpu_stages(job.device, pixels, len(batches), pixel_op)
     return stages, batches.size

@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,9 @@ import numpy as np
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import JPG, BetonReader
 from pipelines.engines import BatchPlan, Engine, Groups, build_engine
+from pipelines.epoch_order import FileOrder
 from pipelines.sampler import global_batches
+from pipelines.samples import ImageSet, Samples
 from pipelines.views import ViewsConfig
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ def build_job_loader(job: Job, *, engine: str) -> Loader:
 
     torch.set_num_threads(job.num_threads)
     reader, device = BetonReader(job.beton), torch.device(job.device)
+    repeated = RepeatedImages(reader)
     bad_samples = BadSamples(reader.path, reader.num_samples, 0.0)
     ahead = {"num_workers": job.num_threads, "prefetch_batches": PREFETCH_BATCHES}
     inner = build_engine(engine, reader, **ahead, device=device, bad_samples=bad_samples)
@@ -85,7 +88,15 @@ def build_job_loader(job: Job, *, engine: str) -> Loader:
     return Loader(
         _RepeatedEngine(inner, reader.num_samples),
         job.views,
-        reader=repeated_reader(job.beton),
+        images=repeated,
+        order=FileOrder(
+            repeated,
+            global_batch_size=job.batch_size,
+            seed=job.seed,
+            window_bytes=None,
+            drop_behind=False,
+            reads_ahead=False,
+        ),
         cfg=cfg,
         bad_samples=bad_samples,
         seed=job.seed,
@@ -106,7 +117,9 @@ class _RepeatedEngine:
         self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`."""
-        wrapped = (BatchPlan(plan.sample_ids % self._num_samples, plan.params) for plan in plans)
+        wrapped = (
+            BatchPlan(replace(plan.samples, ids=plan.samples.ids % self._num_samples), plan.params) for plan in plans
+        )
         return self._engine.batches(wrapped, local_batch_size, groups)
 
     def close(self) -> None:
@@ -122,17 +135,17 @@ def open_decode(job: Job) -> Stream:
     """
     from pipelines.convert import bounded_map
 
-    reader = repeated_reader(job.beton)
-    if (reader.modes != JPG).any():
+    images = RepeatedImages(BetonReader(job.beton))
+    if images.stored_modes != (JPG,):
         raise ValueError("the images are not stored as JPEG")
     own = threading.local()
 
     def decode(sample_ids: np.ndarray) -> None:
         if not hasattr(own, "decoder"):
-            own.decoder = JpegSamples(reader)
+            own.decoder = JpegSamples(images)
         own.decoder.decode(sample_ids)
 
-    ids = np.arange(reader.num_samples)
+    ids = np.arange(images.num_samples)
     order = chained(lambda epoch: iter(global_batches(ids, job.seed, epoch, job.batch_size)))
     num_ahead = 2 * job.num_threads
     batches = bounded_map(decode, order, ThreadPoolExecutor(job.num_threads), max_ahead=num_ahead)
@@ -140,33 +153,55 @@ def open_decode(job: Job) -> Stream:
 
 
 class JpegSamples:
-    """Decodes samples of a .beton file with libjpeg-turbo, one after the other, and discards the pixels."""
+    """Decodes samples of a data set with libjpeg-turbo, one after the other, and discards the pixels."""
 
-    def __init__(self, reader: BetonReader) -> None:
+    def __init__(self, images: ImageSet) -> None:
         from pipelines.engines.turbojpeg import JpegDecoder
 
-        self._reader = reader
+        self._images = images
         self._decoder = JpegDecoder()
-        self._decoder.reserve(3 * int(reader.sizes.prod(1).max()))
 
     def decode(self, sample_ids: np.ndarray) -> None:
         """Decode the samples `sample_ids`, int64 [num]."""
         from pipelines.engines.turbojpeg import decode_jpeg
 
+        samples = self._images.samples(sample_ids)
+        self._decoder.reserve(3 * int(samples.sizes.prod(1, dtype=np.int64).max()))
         handle, pixels = self._decoder.handle, self._decoder.pixels
-        for i in sample_ids:
-            height_px, width_px = self._reader.sizes[i]
-            decode_jpeg(handle, self._reader.image_bytes(i), int(height_px), int(width_px), pixels)
+        for position, (height_px, width_px) in enumerate(samples.sizes.tolist()):
+            decode_jpeg(handle, samples.image_bytes(position), height_px, width_px, pixels)
 
 
-def repeated_reader(beton: str) -> BetonReader:
-    """A reader of the file, with its samples repeated if they are few."""
-    reader = BetonReader(beton)
-    times = -(-_MIN_EPOCH_IMAGES // reader.num_samples)
-    for name in ("sizes", "labels", "modes", "data_ptr", "data_bytes"):
-        setattr(reader, name, np.concatenate([getattr(reader, name)] * times))
-    reader.num_samples *= times
-    return reader
+def repeated_ids(images: ImageSet) -> np.ndarray:
+    """Ids of the samples, int64, several times in turn if they are few."""
+    return np.arange(RepeatedImages(images).num_samples) % images.num_samples
+
+
+class RepeatedImages:
+    """A data set with its samples repeated if they are few (`samples.ImageSet`)."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+        self.path, self.identity, self.stored_modes = images.path, images.identity, images.stored_modes
+        self.num_samples = images.num_samples * -(-_MIN_EPOCH_IMAGES // images.num_samples)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """See `ImageSet.sizes`."""
+        return np.resize(self._images.sizes, (self.num_samples, 2))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """See `ImageSet.labels`."""
+        return np.resize(self._images.labels, self.num_samples)
+
+    def samples(self, ids: np.ndarray) -> Samples:
+        """See `ImageSet.samples`."""
+        return replace(self._images.samples(ids % self._images.num_samples), ids=ids)
+
+    def check_unchanged(self) -> None:
+        """See `ImageSet.check_unchanged`."""
+        self._images.check_unchanged()
 
 
 def chained(epoch: Callable[[int], Iterator[Any]]) -> Iterator[Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-JPG, RAW = 0, 1  # the values of `mode`
+from pipelines.samples import JPG, RAW  # the values of `mode`
+
 SIDECAR_VERSION = 1
 
 FFCV_VERSION = 2

@@ -1,6 +1,5 @@
 """Reads a .beton file without ffcv."""
 
-import io
 import mmap
 import os
 import weakref
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipelines.beton.format import (
     ALLOCATION,
@@ -21,6 +19,7 @@ from pipelines.beton.format import (
     HEADER,
     IMAGE_TYPE,
     INT_TYPE,
+    JPG,
     MAX_FIELDS,
     MAX_LABEL,
     RAW,
@@ -30,9 +29,9 @@ from pipelines.beton.format import (
 )
 from pipelines.beton.identity import Identity, identity_of
 from pipelines.beton.sidecar import read_sidecar
-from pipelines.errors import DataChangedError, DataError, one_line
+from pipelines.errors import DataChangedError, DataError
 from pipelines.files import open_regular
-from pipelines.jpeg_scans import MAX_SCANS, has_too_many_scans
+from pipelines.samples import Samples, decode_sample
 
 BLOCK_SAMPLES = 1 << 16  # the index is read in blocks of this many samples
 
@@ -86,9 +85,13 @@ class BetonReader:
         self._read_allocations(self.alloc_table_start)
         self._read_sidecar()
 
-    @cached_property
+    @property
     def identity(self) -> Identity:
         """See `identity_of`; computed once."""
+        return self._identity_once
+
+    @cached_property
+    def _identity_once(self) -> Identity:
         return identity_of(self)
 
     @cached_property
@@ -136,24 +139,26 @@ class BetonReader:
         start = int(self.data_ptr[i])
         return self.mmap[start : start + int(self.data_bytes[i])]
 
-    def decode(self, i: int) -> np.ndarray:
-        """Pixels of sample i, uint8 RGB [H, W, 3], decoded by Pillow if stored as JPEG.
+    def samples(self, ids: np.ndarray) -> Samples:
+        """See `ImageSet.samples`; the bytes are those of the memory map."""
+        return Samples(
+            ids=ids,
+            addresses=self.data_ptr[ids] + np.uint64(self.mmap.ctypes.data),
+            num_bytes=self.data_bytes[ids].astype(np.int64),
+            modes=self.modes[ids],
+            sizes=self.sizes[ids],
+            labels=self.labels[ids],
+            owners=(self.mmap,),
+        )
 
-        Raises:
-            DataError: the bytes are not an image of the recorded size.
-        """
-        height_px, width_px = (int(side) for side in self.sizes[i])
-        stored = self.image_bytes(i)
-        try:
-            if self.modes[i] == RAW:
-                return stored.reshape(height_px, width_px, 3)
-            pixels = _decode_jpeg(stored)
-        except Exception as error:  # Pillow raises many types of exceptions
-            raise DataError(f"{self.path}: image {i} cannot be decoded ({one_line(error)}); convert again") from error
-        if pixels.shape[:2] != (height_px, width_px):
-            found = f"{pixels.shape[0]}x{pixels.shape[1]}"
-            raise DataError(f"{self.path}: image {i} is {found}, not {height_px}x{width_px} as recorded; convert again")
-        return pixels
+    @property
+    def stored_modes(self) -> tuple[int, ...]:
+        """The modes that occur, ascending."""
+        return tuple(mode for mode in (JPG, RAW) if (self.modes == mode).any())
+
+    def decode(self, i: int) -> np.ndarray:
+        """See `samples.decode_sample`."""
+        return decode_sample(self.path, self.samples(np.array([i])), 0)
 
     def _read_metadata(self, header: np.void) -> None:
         num_fields = int(header["num_fields"])
@@ -286,9 +291,3 @@ def inspect(path: str | Path) -> dict[str, Any]:
     counted = summarise(reader.sizes, reader.modes, reader.labels, reader.class_names)
     num_bytes = {"file_bytes": len(reader.mmap), "image_bytes": int(reader.data_bytes.sum())}
     return reader.sidecar | {"path": str(path)} | num_bytes | counted
-
-
-def _decode_jpeg(stored: np.ndarray) -> np.ndarray:
-    if has_too_many_scans(stored.tobytes()):
-        raise ValueError(f"more than {MAX_SCANS} scans")
-    return np.asarray(Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)).convert("RGB"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 import numpy as np
 
 from pipelines.bad_samples import BadSamples
-from pipelines.beton import BetonReader
+from pipelines.samples import ImageSet, Samples
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +26,16 @@ class BatchPlan:
     """What one batch consists of.
 
     Attributes:
-        sample_ids: int64 [B].
+        samples: Its B samples.
         params: The draw for these samples, structured `kernels.augment.VIEW_PARAMS` [B, V].
     """
 
-    sample_ids: np.ndarray
+    samples: Samples
     params: np.ndarray
 
 
 class Engine(Protocol):
-    """Turns sample ids into batches of uint8 views. Only one iteration can run: a new one ends the previous one."""
+    """Turns samples into batches of uint8 views. Only one iteration can run: a new one ends the previous one."""
 
     def batches(
         self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
@@ -63,18 +63,18 @@ class Engine(Protocol):
 
 def build_engine(
     name: str,
-    reader: BetonReader,
+    images: ImageSet,
     *,
     num_workers: int,
     prefetch_batches: int,
     device: torch.device,
     bad_samples: BadSamples | None = None,
 ) -> Engine:
-    """Build an engine for one file.
+    """Build an engine for one data set.
 
     Args:
         name: One of `EngineName`.
-        reader: The open file.
+        images: The data set, open.
         num_workers: Decoding threads, >= 1 (ffcv, resident).
         prefetch_batches: Batches made ahead of the consumer, >= 1 (ffcv, resident).
         device: Where the batches go.
@@ -82,28 +82,28 @@ def build_engine(
             be bad.
     Raises:
         ValueError: unknown name.
-        DataError: the engine does not support this file or device.
+        DataError: the engine does not support this data set or device.
     """
     ahead = {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
-    bad_samples = bad_samples or BadSamples(reader.path, reader.num_samples, 0.0)
+    bad_samples = bad_samples or BadSamples(images.path, images.num_samples, 0.0)
     if name == "ffcv":
         from pipelines.engines.ffcv import FfcvEngine
 
-        return FfcvEngine(reader, **ahead, bad_samples=bad_samples)
+        return FfcvEngine(images, **ahead, bad_samples=bad_samples)
     if name == "dali":
         from pipelines.engines.dali import DaliEngine
 
-        return DaliEngine(reader, **ahead, device=device, bad_samples=bad_samples)
+        return DaliEngine(images, **ahead, device=device, bad_samples=bad_samples)
     if name == "resident":
         from pipelines.engines.resident import ResidentEngine
 
-        return ResidentEngine(reader, **ahead, device=device, bad_samples=bad_samples)
+        return ResidentEngine(images, **ahead, device=device, bad_samples=bad_samples)
     if name == "torch":
         from pipelines.engines.torch import TorchEngine
 
-        return TorchEngine(reader)
+        return TorchEngine(images)
     if name == "synthetic":
         from pipelines.engines.synthetic import SyntheticEngine
 
-        return SyntheticEngine(reader)
+        return SyntheticEngine()
     raise ValueError(f"engine must be one of {', '.join(get_args(EngineName))}, got {name!r}")

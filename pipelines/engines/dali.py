@@ -26,11 +26,11 @@ import torch
 
 from pipelines.bad_samples import BadSamples, Substitutes
 from pipelines.batch import RawBatch
-from pipelines.beton import JPG, RAW, BetonReader
 from pipelines.engines import BatchPlan, Groups
 from pipelines.engines.decode_crop import why_bad
 from pipelines.engines.turbojpeg import OK, UNREADABLE, JpegDecoder, check_jpeg, load_library
 from pipelines.errors import DataError
+from pipelines.samples import JPG, RAW, ImageSet, Samples
 
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def, types
@@ -40,9 +40,10 @@ except ImportError as error:
 _NO_JPEG, _NO_PIXELS = np.empty(0, np.uint8), np.empty((0, 0, 3), np.uint8)
 _BATCHES_CHECKED_AHEAD = 16
 _SAMPLES_OF_A_CHECK = 32
+_MAX_REMEMBERED = 1 << 26  # samples, one byte each
 
-# Sample ids of a part of a batch, and a future with the bad ones among them: id -> reason.
-_Check = tuple[np.ndarray, Future[dict[int, str]]]
+# Some samples of a batch, and a future with the bad ones among them: id -> reason.
+_Check = tuple[Samples, Future[dict[int, str]]]
 
 
 class DaliEngine:
@@ -50,7 +51,7 @@ class DaliEngine:
 
     def __init__(
         self,
-        reader: BetonReader,
+        images: ImageSet,
         *,
         num_workers: int,
         prefetch_batches: int,
@@ -60,14 +61,16 @@ class DaliEngine:
         """Choose the devices; the pipeline is built later, for the requested batch size and views.
 
         Args:
-            reader: The open file.
+            images: The data set, open.
             num_workers: DALI's CPU threads, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1.
             device: "cuda": decoding and resampling run on that GPU, and the views are tensors on it.
             bad_samples: Records samples that cannot be decoded.
         """
-        self._reader, self._num_workers, self._num_ahead, self._device = reader, num_workers, prefetch_batches, device
-        self._feed = _Feed(reader, num_workers, bad_samples)
+        self._path, self._num_workers, self._num_ahead, self._device = (
+            images.path, num_workers, prefetch_batches, device,
+        )  # fmt: skip
+        self._feed = _Feed(images, num_workers, bad_samples)
         self._pipeline: Pipeline | None = None
         self._pipeline_is_for: tuple[int, Groups] | None = None
         self._num_iterations = 0
@@ -93,8 +96,8 @@ class DaliEngine:
                 except RuntimeError as error:
                     raise self._explain(error) from error
                 plan = self._feed.under_way.popleft()
-                ids, views = plan.sample_ids, self._take(outputs)
-                yield RawBatch(views=views, params=plan.params, labels=self._reader.labels[ids], sample_ids=ids)
+                samples, views = plan.samples, self._take(outputs)
+                yield RawBatch(views=views, params=plan.params, labels=samples.labels, sample_ids=samples.ids)
                 if this_iteration != self._num_iterations:
                     raise RuntimeError("this iteration was ended by another one, or by close()")
         finally:
@@ -175,40 +178,48 @@ class DaliEngine:
         if not under_way:
             return error
         for plan in under_way:
-            for i, boxes in zip(plan.sample_ids.tolist(), plan.params["crop_box"], strict=True):
-                height_px, width_px = self._reader.sizes[i].tolist()
+            samples = plan.samples
+            for i, (height_px, width_px), boxes in zip(
+                samples.ids.tolist(), samples.sizes.tolist(), plan.params["crop_box"], strict=True
+            ):
                 if (boxes < (0, 0, 1, 1)).any() or (boxes[:, :2] + boxes[:, 2:] > (height_px, width_px)).any():
-                    where = f"{self._reader.path}: image {i}"
+                    where = f"{self._path}: image {i}"
                     return DataError(f"{where} was given a crop box outside its {height_px}x{width_px} pixels")
-        bad = self._first_undecodable(np.concatenate([plan.sample_ids for plan in under_way]))
+        jpegs = [
+            (int(i), plan.samples.image_bytes(position))
+            for plan in under_way
+            for position, i in enumerate(plan.samples.ids)
+            if plan.samples.modes[position] == JPG
+        ]
+        bad = self._first_undecodable(jpegs)
         if bad is None:
             return error
         return DataError(
-            f"{self._reader.path}: image {bad} cannot be decoded by DALI, though the other engines decode it: take "
+            f"{self._path}: image {bad} cannot be decoded by DALI, though the other engines decode it: take "
             "data.engine=ffcv, or repair or remove the image and convert again"
         )
 
-    def _first_undecodable(self, ids: np.ndarray) -> int | None:
-        """The first JPEG that DALI itself refuses: its parser is stricter about markers than that of the check.
+    def _first_undecodable(self, jpegs: list[tuple[int, np.ndarray]]) -> int | None:
+        """Id of the first JPEG that DALI itself refuses: its parser is stricter about markers than that of the check.
 
         None where DALI does not decode any: then the reason is not the image.
         """
-        ids = ids[self._reader.modes[ids] == JPG]
-        position = self._first_failure(ids)
-        if position == 0 and (len(ids) == 1 or self._first_failure(ids[1:2]) is not None):
+        content = [stored for _, stored in jpegs]
+        position = self._first_failure(content)
+        if position == 0 and (len(content) == 1 or self._first_failure(content[1:2]) is not None):
             return None
-        return None if position is None else int(ids[position])
+        return None if position is None else jpegs[position][0]
 
-    def _first_failure(self, ids: np.ndarray) -> int | None:
+    def _first_failure(self, content: list[np.ndarray]) -> int | None:
         """Position of the first JPEG that a new pipeline fails to decode."""
-        reader, on_gpu = self._reader, self._device.type == "cuda"
-        jpegs = ([reader.image_bytes(i)] for i in ids.tolist())
+        on_gpu = self._device.type == "cuda"
+        jpegs = ([stored] for stored in content)
         pipeline = pipeline_def(lambda: _decode(fn.external_source(jpegs), "mixed" if on_gpu else "cpu"))(
             batch_size=1, num_threads=1, device_id=(self._device.index or 0) if on_gpu else None,
             exec_async=False, exec_pipelined=False,
         )  # fmt: skip
         pipeline.build()
-        for position in range(len(ids)):
+        for position in range(len(content)):
             try:
                 pipeline.run()
             except RuntimeError:
@@ -226,20 +237,21 @@ class _Feed:
         num_views: V.
     """
 
-    def __init__(self, reader: BetonReader, num_threads: int, bad_samples: BadSamples) -> None:
-        self.modes = tuple(int(mode) for mode in np.unique(reader.modes))
+    def __init__(self, images: ImageSet, num_threads: int, bad_samples: BadSamples) -> None:
+        self.modes = images.stored_modes
         self.under_way: deque[BatchPlan] = deque()
         self.error: Exception | None = None
         self.num_views = 0
-        self._reader = reader
+        self._images = images
         self._plans = self._no_plans()
-        self._substitutes = Substitutes(bad_samples, reader.sizes)
-        self._is_checked = reader.modes == RAW  # raw samples need no check: the reader has checked their length
+        self._substitutes = Substitutes(bad_samples, images)
+        # Whether each sample has been checked, once and for all; of a larger data set each is checked at each use.
+        self._is_checked = np.zeros(images.num_samples, bool) if images.num_samples <= _MAX_REMEMBERED else None
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-check")
         self._decoders: SimpleQueue[JpegDecoder] = SimpleQueue()
         for _ in range(num_threads):
             self._decoders.put(JpegDecoder())
-        if not self._is_checked.all():
+        if JPG in self.modes:
             load_library()  # raises here, rather than in a thread, if it is missing
 
     def start(self, plans: Iterator[BatchPlan]) -> None:
@@ -268,20 +280,23 @@ class _Feed:
         try:
             while True:
                 for plan in islice(plans, 1 + _BATCHES_CHECKED_AHEAD - len(under_check)):
-                    under_check.append((plan, self._begin_checks(plan.sample_ids)))
+                    under_check.append((plan, self._begin_checks(plan.samples)))
                 if not under_check:
                     return
                 plan, checks = under_check.popleft()
                 self._end_checks(checks)
-                yield BatchPlan(*self._substitutes.put_in(plan.sample_ids, plan.params))
+                yield BatchPlan(*self._substitutes.put_in(plan.samples, plan.params))
         finally:  # also if the generator is closed early
             for _, checks in under_check:
                 for _, check in checks:
                     check.cancel()
 
-    def _begin_checks(self, ids: np.ndarray) -> list[_Check]:
+    def _begin_checks(self, samples: Samples) -> list[_Check]:
         """Start checking samples that have not been checked before, in the pool's threads."""
-        new = ids[~self._is_checked[ids]]
+        needs_check = samples.modes == JPG  # the length of raw pixels has been checked
+        if self._is_checked is not None:
+            needs_check &= ~self._is_checked[samples.ids]
+        new = samples[np.flatnonzero(needs_check)]
         parts = [new[first : first + _SAMPLES_OF_A_CHECK] for first in range(0, len(new), _SAMPLES_OF_A_CHECK)]
         return [(part, self._pool.submit(self._find_bad, part)) for part in parts]
 
@@ -289,20 +304,24 @@ class _Feed:
         """Wait for these checks; replacements of bad samples are checked as well."""
         while checks:
             reasons: dict[int, str] = {}
-            for ids, check in checks:
+            for samples, check in checks:
                 reasons |= check.result()
-                self._is_checked[ids] = True
-            checks = self._begin_checks(np.array(self._substitutes.add(reasons), np.int64))
+                if self._is_checked is not None:
+                    self._is_checked[samples.ids] = True
+            if not reasons:
+                return
+            checks = self._begin_checks(self._images.samples(np.array(self._substitutes.add(reasons), np.int64)))
 
-    def _find_bad(self, ids: np.ndarray) -> dict[int, str]:
-        reader, decoder, found = self._reader, self._decoders.get(), {}
+    def _find_bad(self, samples: Samples) -> dict[int, str]:
+        decoder, found = self._decoders.get(), {}
         try:
-            for i in ids.tolist():
-                height_px, width_px = reader.sizes[i].tolist()
+            for position, i in enumerate(samples.ids.tolist()):
+                height_px, width_px = samples.sizes[position].tolist()
                 decoder.reserve(-(-height_px // 8) * -(-width_px // 8) * 3)
-                status = check_jpeg(decoder.handle, reader.image_bytes(i), height_px, width_px, decoder.pixels)
+                stored = samples.image_bytes(position)
+                status = check_jpeg(decoder.handle, stored, height_px, width_px, decoder.pixels)
                 if status != OK and not (status == UNREADABLE and decoder.is_harmless()):
-                    found[i] = why_bad(reader, i, status, decoder)
+                    found[i] = why_bad(samples, position, status, decoder)
         finally:
             self._decoders.put(decoder)
         return found
@@ -317,11 +336,11 @@ class _Feed:
             self.error = error
             raise
         self.under_way.append(plan)
-        reader, ids, boxes = self._reader, plan.sample_ids, plan.params["crop_box"]
-        is_raw, pixels, jpegs = (reader.modes[ids] == RAW), [], []
-        for i, raw in zip(ids.tolist(), is_raw.tolist(), strict=True):
-            stored = reader.image_bytes(i)
-            pixels.append(stored.reshape(*reader.sizes[i], 3) if raw else _NO_PIXELS)
+        samples, boxes = plan.samples, plan.params["crop_box"]
+        is_raw, pixels, jpegs = (samples.modes == RAW), [], []
+        for position, raw in enumerate(is_raw.tolist()):
+            stored = samples.image_bytes(position)
+            pixels.append(stored.reshape(*samples.sizes[position], 3) if raw else _NO_PIXELS)
             jpegs.append(_NO_JPEG if raw else stored)
         starts = [np.ascontiguousarray(boxes[:, view, :2]) for view in range(self.num_views)]
         shapes = [np.ascontiguousarray(boxes[:, view, 2:]) for view in range(self.num_views)]

@@ -13,21 +13,23 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types  # pyright: ignore[reportPrivateImportUsage]
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from pipelines import resample, simd
 from pipelines.bad_samples import BadSamples, move_boxes
-from pipelines.beton import JPG
 from pipelines.engines import turbojpeg
 from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg, load_library
 from pipelines.errors import DataError
 from pipelines.resample import Weights, is_small, resized_crop, small_crop, small_weights
+from pipelines.samples import JPG, ImageSet, Samples
 
-# The kernel's arguments for one batch: sample_ids, boxes, place, outputs, `small_weights` of their sizes.
-_Work = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...], tuple[Weights, ...]]
+# The kernel's arguments for one batch after its samples: boxes, place, outputs, `small_weights` of their sizes.
+_Work = tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], tuple[Weights, ...]]
 
 _BAD_BOX = 3
 _NO_HANDLE = np.zeros(1, np.int64)  # of a decompressor that is not used
@@ -35,6 +37,16 @@ _NO_HANDLE = np.zeros(1, np.int64)  # of a decompressor that is not used
 # comparison. More than 16 tasks per thread would not balance better.
 _MIN_TASK_BYTES = 256 * 1024
 _MAX_TASKS_PER_THREAD = 16
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """The pointer to a byte at an address of this process's memory."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.CPointer(types.uint8)(address), generate
 
 
 def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
@@ -53,16 +65,14 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
         forgiven: int,
         handle: np.ndarray,
         pixels: np.ndarray,
-        file_bytes: np.ndarray,
-        sample_ids: np.ndarray,
+        addresses: np.ndarray,
+        num_bytes: np.ndarray,
+        modes: np.ndarray,
+        sizes: np.ndarray,
         boxes: np.ndarray,
         place: np.ndarray,
         outputs: tuple[np.ndarray, ...],
         weights: tuple[Weights, ...],
-        data_ptr: np.ndarray,
-        data_bytes: np.ndarray,
-        modes: np.ndarray,
-        sizes: np.ndarray,
     ) -> tuple[int, int]:
         """Decode samples first..stop-1 of the batch and crop their views.
 
@@ -72,11 +82,9 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
         """
         assert source_hash  # makes it part of the closure
         for position in range(first, stop):
-            sample = sample_ids[position]
-            start = np.int64(data_ptr[sample])
-            data = file_bytes[start : start + np.int64(data_bytes[sample])]
-            height_px, width_px = np.int64(sizes[sample, 0]), np.int64(sizes[sample, 1])
-            if has_jpegs and modes[sample] == JPG:
+            data = carray(_pointer(addresses[position]), (num_bytes[position],), np.uint8)  # pyright: ignore (an intrinsic)
+            height_px, width_px = np.int64(sizes[position, 0]), np.int64(sizes[position, 1])
+            if has_jpegs and modes[position] == JPG:
                 status = decode_jpeg(handle, data, height_px, width_px, pixels)  # pyright: ignore (numpy's integers)
                 if status == WRONG_SIZE or (status != OK and position != forgiven):
                     return position, status
@@ -110,25 +118,6 @@ def _kernel(has_jpegs: bool) -> Callable[..., Any]:
     return _build_kernel("".join(hashlib.sha256(source).hexdigest() for source in sources), has_jpegs)
 
 
-class SampleTable(Protocol):
-    """Stored images and where they lie: the attributes of a `BetonReader` that decoding needs."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def mmap(self) -> np.ndarray: ...
-    @property
-    def sizes(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def modes(self) -> np.ndarray: ...
-    @property
-    def data_ptr(self) -> np.ndarray: ...
-    @property
-    def data_bytes(self) -> np.ndarray: ...
-
-
 class Decoding:
     """A batch that is being decoded."""
 
@@ -152,10 +141,10 @@ class Decoding:
 class BatchDecoder:
     """A pool of threads, each with a decompressor and a buffer for one image (as large as the largest image so far)."""
 
-    def __init__(self, reader: SampleTable, num_threads: int, bad_samples: BadSamples) -> None:
-        self._reader = reader
+    def __init__(self, images: ImageSet, num_threads: int, bad_samples: BadSamples) -> None:
+        self._images = images
         self._bad_samples = bad_samples
-        self._has_jpegs = bool((reader.modes == JPG).any())  # raw images need no decompressor and no buffer
+        self._has_jpegs = JPG in images.stored_modes  # raw images need no decompressor and no buffer
         self._decode_samples = _kernel(self._has_jpegs)
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-decode")
@@ -167,7 +156,7 @@ class BatchDecoder:
 
     def start(
         self,
-        sample_ids: np.ndarray,
+        samples: Samples,
         boxes: np.ndarray,
         groups: list[tuple[int, list[int]]],
         outputs: tuple[np.ndarray, ...],
@@ -178,20 +167,20 @@ class BatchDecoder:
         continues with the next one instead of sleeping; waking a thread takes up to 0.1 ms.
 
         Args:
-            sample_ids: int64 [B]; bad samples are overwritten with the ids of their replacements.
+            samples: B samples; bad ones are overwritten with their replacements.
             boxes: Crop boxes (top, left, height, width), int32 [B, V, 4]; rescaled for replacements.
             groups: `views.size_groups`.
-            outputs: uint8 [B, Vg, S, S, 3] for each group. All three may be written until the result's `wait` or
+            outputs: uint8 [B, Vg, S, S, 3] for each group. All these may be written until the result's `wait` or
                 `cancel` returns.
         """
         place = np.empty((boxes.shape[1], 2), np.int64)  # for each view: its group and its index in the group
         for group, (_, views) in enumerate(groups):
             for slot, view in enumerate(views):
                 place[view] = group, slot
-        bounds = self._split(sample_ids)
+        bounds = self._split(samples)
         weights = tuple(small_weights(size_px) for size_px, _ in groups)
-        work = (sample_ids, boxes, place, outputs, weights)
-        return Decoding([self._pool.submit(self._decode_range, *pair, work) for pair in pairwise(bounds)])
+        work = (boxes, place, outputs, weights)
+        return Decoding([self._pool.submit(self._decode_range, *pair, samples, work) for pair in pairwise(bounds)])
 
     def close(self) -> None:
         """Stop the threads and free their decompressors; a second call does nothing."""
@@ -199,47 +188,50 @@ class BatchDecoder:
         while not self._decoders.empty():
             self._decoders.get().close()
 
-    def _split(self, sample_ids: np.ndarray) -> list[int]:
+    def _split(self, samples: Samples) -> list[int]:
         """Bounds of contiguous ranges of samples with about equal encoded size."""
-        ends = np.cumsum(self._reader.data_bytes[sample_ids])
+        ends = np.cumsum(samples.num_bytes)
         most = self._num_threads * _MAX_TASKS_PER_THREAD
         num_tasks = min(max(int(ends[-1]) // _MIN_TASK_BYTES, self._num_threads), most)
         inner = np.searchsorted(ends, ends[-1] * np.arange(1, num_tasks) / num_tasks)
         return sorted({0, *inner.tolist(), len(ends)})
 
-    def _decode_range(self, first: int, stop: int, work: _Work) -> None:
-        reader = self._reader
-        sample_ids, boxes, *_ = work
+    def _decode_range(self, first: int, stop: int, samples: Samples, work: _Work) -> None:
+        boxes, path = work[0], self._images.path
+        substitutes: list[Samples] = []  # their memory must stay valid
         decoder = self._decoders.get()
         try:
             if self._has_jpegs:
-                decoder.reserve(3 * int(reader.sizes[sample_ids[first:stop]].prod(1, dtype=np.int64).max()))
+                decoder.reserve(3 * int(samples.sizes[first:stop].prod(1, dtype=np.int64).max()))
             forgiven, handle = -1, decoder.handle if self._has_jpegs else _NO_HANDLE
-            asked: dict[int, tuple[int, np.ndarray]] = {}  # by position: original sample and boxes
+            asked: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by position: size of the original sample, and boxes
             while first < stop:
                 first, status = self._decode_samples(
-                    first, stop, forgiven, handle, decoder.pixels, reader.mmap, *work,
-                    reader.data_ptr, reader.data_bytes, reader.modes, reader.sizes,
+                    first, stop, forgiven, handle, decoder.pixels,
+                    samples.addresses, samples.num_bytes, samples.modes, samples.sizes, *work,
                 )  # fmt: skip
                 if status == UNREADABLE and decoder.is_harmless():
                     forgiven = first
                 elif status == _BAD_BOX:
-                    sides_px = "x".join(map(str, reader.sizes[sample_ids[first]]))
-                    where = f"{reader.path}: image {sample_ids[first]}"
+                    sides_px = "x".join(map(str, samples.sizes[first]))
+                    where = f"{path}: image {samples.ids[first]}"
                     raise DataError(f"{where} was given a crop box outside its {sides_px} pixels")
                 elif status != OK:
-                    bad = int(sample_ids[first])
-                    asked_id, asked_boxes = asked.setdefault(first, (bad, boxes[first].copy()))
-                    good = self._bad_samples.replace(bad, why_bad(reader, bad, status, decoder))
-                    decoder.reserve(3 * int(reader.sizes[good].prod(dtype=np.int64)))
-                    sample_ids[first] = good
-                    boxes[first] = move_boxes(asked_boxes, reader.sizes[asked_id], reader.sizes[good])
+                    asked_size, asked_boxes = asked.setdefault(
+                        first, (samples.sizes[first].copy(), boxes[first].copy())
+                    )
+                    reason = why_bad(samples, first, status, decoder)
+                    good = self._bad_samples.replace(int(samples.ids[first]), reason)
+                    substitutes.append(self._images.samples(np.array([good])))
+                    samples.put(first, substitutes[-1])
+                    decoder.reserve(3 * int(samples.sizes[first].prod(dtype=np.int64)))
+                    boxes[first] = move_boxes(asked_boxes, asked_size, samples.sizes[first])
         finally:
             self._decoders.put(decoder)
 
 
-def why_bad(reader: SampleTable, sample_id: int, status: int, decoder: JpegDecoder) -> str:
+def why_bad(samples: Samples, position: int, status: int, decoder: JpegDecoder) -> str:
     """Describe why a sample is bad, from a status that is not OK."""
     if status == WRONG_SIZE:
-        return f"is not {'x'.join(map(str, reader.sizes[sample_id]))} as recorded"
+        return f"is not {'x'.join(map(str, samples.sizes[position]))} as recorded"
     return f"cannot be decoded ({decoder.last_message()})"

@@ -16,7 +16,8 @@ import numpy as np
 from pipelines.bad_samples import BadSamples
 from pipelines.batch import RawBatch
 from pipelines.engines import BatchPlan, Groups
-from pipelines.engines.decode_crop import BatchDecoder, Decoding, SampleTable
+from pipelines.engines.decode_crop import BatchDecoder, Decoding
+from pipelines.samples import ImageSet, Samples
 
 
 class FfcvEngine:
@@ -25,21 +26,18 @@ class FfcvEngine:
     Taking a plan makes its draw. In the consumer's thread, the decoding threads would soon be idle meanwhile.
     """
 
-    def __init__(
-        self, reader: SampleTable, *, num_workers: int, prefetch_batches: int, bad_samples: BadSamples
-    ) -> None:
+    def __init__(self, images: ImageSet, *, num_workers: int, prefetch_batches: int, bad_samples: BadSamples) -> None:
         """Start no thread yet.
 
         Args:
-            reader: The open file, or images in memory that are described in the same way.
+            images: The data set, open.
             num_workers: Decoding threads, >= 1.
             prefetch_batches: Batches made ahead of the consumer, >= 1.
             bad_samples: Records samples that cannot be decoded.
         Raises:
             DataError: the samples are JPEGs, and FFCV is not installed.
         """
-        self._reader = reader
-        self._decoder = BatchDecoder(reader, num_workers, bad_samples)
+        self._decoder = BatchDecoder(images, num_workers, bad_samples)
         self._num_ahead = prefetch_batches
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="fastssl-plan")
         self._ahead: deque[Future[_Started | None]] = deque()  # the batches of the current iteration
@@ -73,9 +71,9 @@ class FfcvEngine:
                     return
                 started.decoding.wait()
                 ahead.popleft()
-                ids = started.sample_ids
+                samples = started.samples
                 yield RawBatch(
-                    views=started.views, params=started.params, labels=self._reader.labels[ids], sample_ids=ids
+                    views=started.views, params=started.params, labels=samples.labels, sample_ids=samples.ids
                 )
                 if ahead is not self._ahead:
                     raise RuntimeError("this iteration was ended by another one, or by close()")
@@ -94,17 +92,17 @@ class FfcvEngine:
         self._ahead = deque()
 
     def _start(self, plan: BatchPlan, groups: Groups, slot: tuple[np.ndarray, ...]) -> "_Started":
-        sample_ids, boxes = plan.sample_ids.copy(), plan.params["crop_box"].copy()  # the decoder may write there
-        views = tuple(array[: len(sample_ids)] for array in slot)
-        return _Started(views, plan.params, sample_ids, self._decoder.start(sample_ids, boxes, groups, views))
+        samples, boxes = plan.samples.copy(), plan.params["crop_box"].copy()  # the decoder may write there
+        views = tuple(array[: len(samples)] for array in slot)
+        return _Started(views, plan.params, samples, self._decoder.start(samples, boxes, groups, views))
 
 
 class _Started(NamedTuple):
-    """A batch that is being decoded; its sample ids are final only afterwards."""
+    """A batch that is being decoded; its samples are final only afterwards."""
 
     views: tuple[np.ndarray, ...]
     params: np.ndarray
-    sample_ids: np.ndarray
+    samples: Samples
     decoding: Decoding
 
 

@@ -5,15 +5,11 @@ from collections.abc import Generator, Iterator
 import numpy as np
 
 from pipelines.batch import RawBatch
-from pipelines.beton import BetonReader
 from pipelines.engines import BatchPlan, Groups
 
 
 class SyntheticEngine:
     """Yields the same random pixels for every batch, with the real draw, labels and ids."""
-
-    def __init__(self, reader: BetonReader) -> None:
-        self._reader = reader
 
     def batches(
         self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
@@ -23,9 +19,8 @@ class SyntheticEngine:
         shapes = [(local_batch_size, len(members), size_px, size_px, 3) for size_px, members in groups]
         pixels = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
         for plan in plans:
-            ids = plan.sample_ids
-            views = [array[: len(ids)] for array in pixels]
-            yield RawBatch(views=views, params=plan.params, labels=self._reader.labels[ids], sample_ids=ids)
+            views = [array[: len(plan.samples)] for array in pixels]
+            yield RawBatch(views=views, params=plan.params, labels=plan.samples.labels, sample_ids=plan.samples.ids)
 
     def close(self) -> None:
         """Nothing to stop."""

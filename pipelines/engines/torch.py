@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from pipelines.batch import RawBatch
-from pipelines.beton import BetonReader
 from pipelines.engines import BatchPlan, Groups
+from pipelines.samples import ImageSet, decode_sample
 from pipelines.torchvision_operators import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -17,22 +17,23 @@ from torchvision.transforms.v2 import functional as v2  # noqa: E402
 class TorchEngine:
     """Reference for testing the other engines: torchvision v2's resized_crop on float32, rounded once."""
 
-    def __init__(self, reader: BetonReader) -> None:
-        self._reader = reader
+    def __init__(self, images: ImageSet) -> None:
+        self._path = images.path
 
     def batches(
         self, plans: Iterator[BatchPlan], local_batch_size: int, groups: Groups
     ) -> Generator[RawBatch, None, None]:
         """See `Engine.batches`."""
         for plan in plans:
-            ids, params = plan.sample_ids, plan.params
-            views = [np.empty((len(ids), len(members), size, size, 3), np.uint8) for size, members in groups]
-            for row, sample_id in enumerate(ids.tolist()):
-                image = torch.from_numpy(self._reader.decode(sample_id).transpose(2, 0, 1).astype(np.float32))
+            samples, params = plan.samples, plan.params
+            views = [np.empty((len(samples), len(members), size, size, 3), np.uint8) for size, members in groups]
+            for row in range(len(samples)):
+                pixels = decode_sample(self._path, samples, row)
+                image = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))
                 for (size_px, members), out in zip(groups, views, strict=True):
                     for slot, view in enumerate(members):
                         out[row, slot] = resized_crop(image, params["crop_box"][row, view].tolist(), size_px)
-            yield RawBatch(views=views, params=params, labels=self._reader.labels[ids], sample_ids=ids)
+            yield RawBatch(views=views, params=params, labels=samples.labels, sample_ids=samples.ids)
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -229,7 +229,7 @@ def views_of(
     )
     try:
         ids = np.arange(reader.num_samples)
-        plans = plan_batches(draw_of(SPECS), ids, reader.sizes, BATCH_SIZE)
+        plans = plan_batches(draw_of(SPECS), ids, reader, BATCH_SIZE)
         for number, raw in enumerate(engine.batches(plans, BATCH_SIZE, size_groups(SPECS))):
             asked = ids[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
             np.testing.assert_array_equal(raw.labels, reader.labels[raw.sample_ids])

@@ -38,7 +38,7 @@ path, engine = sys.argv[1:]
 reader, specs = BetonReader(path), build_view_specs(ViewsConfig(recipe="weak", size_px=16))
 report_bus_errors(reader)
 engine = build_engine(engine, reader, num_workers=2, prefetch_batches=1, device=torch.device("cpu"))
-plans = plan_batches(draw_of(specs), np.arange(reader.num_samples), reader.sizes, 4)
+plans = plan_batches(draw_of(specs), np.arange(reader.num_samples), reader, 4)
 for number, _ in enumerate(engine.batches(plans, 4, size_groups(specs))):
     print(number, flush=True)
     os.truncate(path, int(reader.data_ptr[0]))

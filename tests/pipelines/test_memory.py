@@ -143,7 +143,7 @@ def open_and_read(beton):
     engine = build_engine("ffcv", reader, num_workers=2, prefetch_batches=2, device=torch.device("cpu"))
     order = np.random.default_rng(0).permutation(reader.num_samples)
     labels = []
-    plans = plan_batches(draw_of(specs), order, reader.sizes, 64)
+    plans = plan_batches(draw_of(specs), order, reader, 64)
     for batch in engine.batches(plans, 64, size_groups(specs)):
         labels.append(batch.labels.copy())
         if len(labels) == 4:

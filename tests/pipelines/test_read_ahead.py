@@ -5,6 +5,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def groups_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_and_the_next_are_asked_for(reader, groups_of_four):
     ids = np.arange(0, NUM_IMAGES, 3)[::-1].copy()  # apart from each other, and not in the order of the file
-    with ReadAhead(reader, ids, None, drop_behind=False) as ahead:
+    with closing(ReadAhead(reader, ids, None, drop_behind=False)) as ahead:
         ahead.begin(0)
         wait_until(lambda: bool(cached(reader)[ids[:8]].all()))
         assert not cached(reader)[ids[8:]].any()
@@ -76,7 +77,7 @@ def test_a_group_and_the_next_are_asked_for(reader, groups_of_four):
 
 def test_what_was_used_is_dropped(reader, groups_of_four):
     ids = np.arange(0, NUM_IMAGES, 3)
-    with ReadAhead(reader, ids, None, drop_behind=True) as ahead:
+    with closing(ReadAhead(reader, ids, None, drop_behind=True)) as ahead:
         ahead.begin(0)
         wait_until(lambda: bool(cached(reader)[ids[:8]].all()))
         assert int(reader.mmap.sum(dtype=np.int64)) > 0  # the whole file is mapped now, and cached
@@ -92,7 +93,7 @@ def test_what_was_used_is_dropped(reader, groups_of_four):
 def test_a_window_is_a_group(reader):
     windows = np.repeat([1, 0, 2], NUM_IMAGES // 3)
     ids = np.argsort(windows, kind="stable")
-    with ReadAhead(reader, ids, windows, drop_behind=True) as ahead:
+    with closing(ReadAhead(reader, ids, windows, drop_behind=True)) as ahead:
         ahead.begin(0)
         wait_until(lambda: bool(cached(reader)[windows < 2].all()))
         assert not cached(reader)[-10:].any()
@@ -107,14 +108,14 @@ def test_what_lies_in_the_cache_is_not_asked_for(reader, monkeypatch):
     read_whole(reader)
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments))
-    with ReadAhead(reader, np.arange(NUM_IMAGES), None, drop_behind=False) as ahead:
+    with closing(ReadAhead(reader, np.arange(NUM_IMAGES), None, drop_behind=False)) as ahead:
         ahead.begin(0)
         ahead._thread.shutdown(wait=True)
     assert asked == []
 
 
 def test_no_samples_are_no_groups(reader):
-    with ReadAhead(reader, np.arange(0), None, drop_behind=True) as ahead:
+    with closing(ReadAhead(reader, np.arange(0), None, drop_behind=True)) as ahead:
         ahead.begin(0)
         ahead.end(5)
     assert not cached(reader).any()
@@ -123,7 +124,7 @@ def test_no_samples_are_no_groups(reader):
 def test_leaving_does_not_wait_for_what_has_not_begun(reader, groups_of_four, monkeypatch):
     monkeypatch.setattr(os, "posix_fadvise", lambda *_: time.sleep(0.05))
     start_s = time.monotonic()
-    with ReadAhead(reader, np.arange(0, NUM_IMAGES, 3), None, drop_behind=False) as ahead:
+    with closing(ReadAhead(reader, np.arange(0, NUM_IMAGES, 3), None, drop_behind=False)) as ahead:
         for position in range(NUM_IMAGES // 3):
             ahead.begin(position)
     assert time.monotonic() - start_s < 0.5

@@ -56,7 +56,7 @@ def test_an_epoch_holds_a_small_files_images_several_times_over(jpegs, engine):
 def test_the_resident_engine_holds_each_image_once(jpegs):
     loader = build_job_loader(job_on(jpegs.path), engine="resident")
     inner = loader._engine._engine  # pyright: ignore[reportAttributeAccessIssue]
-    assert inner._on_cpu._reader.mmap.nbytes == 3 * int(jpegs.sizes.prod(1).sum())
+    assert inner._decoded.pixels.nbytes == 3 * int(jpegs.sizes.prod(1).sum())
     loader.close()
 
 

@@ -8,7 +8,6 @@ import tarfile
 import threading
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +35,13 @@ DALI_MAX_DIFFERENCE_LEVELS = 16
 DALI_MEAN_DIFFERENCE_LEVELS = 0.025
 DALI_SHARE_BEYOND_ONE_LEVEL = 0.003
 
-build_engine = partial(build_engine_on, device=torch.device("cpu"))
+
+def build_engine(name: str, images: BetonReader, device: torch.device = torch.device("cpu"), **options):  # noqa: B008
+    engine = build_engine_on(name, images, device=device, **options)
+    engine.images = images  # `start` takes the samples from there
+    return engine
+
+
 all_engines = pytest.mark.parametrize("name", ["ffcv", "resident", "dali"])
 
 SPECS = (ViewSpec(size_px=64, crop_scale=(0.08, 1.0)), ViewSpec(size_px=64), ViewSpec(size_px=24))
@@ -100,7 +105,7 @@ def engine(jpegs, request):
 
 
 def start(engine, ids, specs=SPECS, local_batch_size=8, draw_batch=None):
-    plans = plan_batches(draw_batch or draw_of(specs), np.asarray(ids), engine._reader.sizes, local_batch_size)
+    plans = plan_batches(draw_batch or draw_of(specs), np.asarray(ids), engine.images, local_batch_size)
     return engine.batches(plans, local_batch_size, size_groups(specs))
 
 

@@ -86,7 +86,7 @@ def test_views_of_dali_are_copied_before_it_takes_their_memory_again(raw):
     def views(busy_cycles: int) -> list[torch.Tensor]:
         engine = build_engine("dali", raw, num_workers=2, prefetch_batches=2, device=device)
         kept = []
-        plans = plan_batches(draw_of(specs), np.arange(64), raw.sizes, 4)
+        plans = plan_batches(draw_of(specs), np.arange(64), raw, 4)
         for batch in engine.batches(plans, 4, size_groups(specs)):
             kept += [view.clone() for view in batch.views]
             torch.cuda._sleep(busy_cycles)

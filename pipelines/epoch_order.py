@@ -1,0 +1,121 @@
+"""The samples of one rank in the order of an epoch, with what reads them ahead."""
+
+# N samples, G global batch, B local batch, W world size
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from pipelines.beton import BetonReader
+from pipelines.read_ahead import ReadAhead
+from pipelines.sampler import global_batches, local_rows, quasi_random_windows
+from pipelines.samples import ImageSet, Samples
+
+_TOGETHER = 2048  # samples
+
+
+class EpochSamples(Protocol):
+    """One rank's samples of one epoch, from some batch on."""
+
+    def groups(self) -> Iterator[Samples]:
+        """The samples in order: whole local batches, several of them where batches are small."""
+        ...
+
+    def end(self, num_batches: int) -> None:
+        """Called when so many batches have been used."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
+
+
+class EpochOrder(Protocol):
+    """An order of a data set's samples, which depends on (seed, epoch) and not on ranks."""
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches of an epoch."""
+        ...
+
+    def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> EpochSamples:
+        """One rank's share of one epoch, from batch `first_batch` on."""
+        ...
+
+
+def num_together(local_batch_size: int) -> int:
+    """How many batches are planned at a time.
+
+    A draw takes about 2 ms however small the batch is: as long as all other work on 256 CIFAR images.
+    """
+    return max(1, _TOGETHER // local_batch_size)
+
+
+class FileOrder:
+    """Random and quasi-random order of one .beton file."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        global_batch_size: int,
+        seed: int,
+        window_bytes: int | None,
+        drop_behind: bool,
+        reads_ahead: bool,
+    ) -> None:
+        """Set the order.
+
+        Args:
+            images: The file. Other data sets in memory have neither windows nor read-ahead.
+            global_batch_size: G.
+            seed: The run's seed.
+            window_bytes: Size of the stored images of a quasi-random window; None: random order.
+            drop_behind: Drop used samples from the page cache.
+            reads_ahead: Whether the samples are read from the file at all.
+        """
+        self._images, self._size, self._seed = images, global_batch_size, seed
+        self._window_bytes, self._drop_behind, self._reads_ahead = window_bytes, drop_behind, reads_ahead
+        self.num_batches = images.num_samples // global_batch_size
+
+    def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> _FileEpoch:
+        """See `EpochOrder.epoch`."""
+        images, windows = self._images, None
+        if self._window_bytes is not None:
+            assert isinstance(images, BetonReader)
+            windows = quasi_random_windows(images.data_ptr, images.data_bytes, self._seed, epoch, self._window_bytes)
+        batches = global_batches(np.arange(images.num_samples), self._seed, epoch, self._size, windows)
+        rows = local_rows(batches[first_batch:], rank, world_size)
+        read_ahead = None
+        if self._reads_ahead and isinstance(images, BetonReader):
+            read_ahead = ReadAhead(images, rows.reshape(-1), windows, drop_behind=self._drop_behind)
+        return _FileEpoch(images, rows, read_ahead)
+
+
+class _FileEpoch:
+    """See `EpochSamples`."""
+
+    def __init__(self, images: ImageSet, rows: np.ndarray, read_ahead: ReadAhead | None) -> None:
+        self._images, self._rows, self._read_ahead = images, rows, read_ahead
+
+    def groups(self) -> Iterator[Samples]:
+        """See `EpochSamples.groups`."""
+        size = self._rows.shape[1]
+        num = num_together(size)
+        for first in range(0, len(self._rows), num):
+            if self._read_ahead:
+                self._read_ahead.begin(first * size)
+            yield self._images.samples(self._rows[first : first + num].reshape(-1))
+
+    def end(self, num_batches: int) -> None:
+        """See `EpochSamples.end`."""
+        if self._read_ahead:
+            self._read_ahead.end(num_batches * self._rows.shape[1])
+
+    def close(self) -> None:
+        """See `EpochSamples.close`."""
+        if self._read_ahead:
+            self._read_ahead.close()
