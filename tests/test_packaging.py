@@ -74,7 +74,7 @@ def test_its_ranges_admit_the_pinned_versions(installed: Path) -> None:
     ranges = [Requirement(line) for line in metadata.requires]
     pinned: dict[str, set[str]] = {}
     for path in (ROOT / "requirements").glob("*.txt"):
-        for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text(), flags=re.MULTILINE):
+        for name, version in re.findall(r"^([\w.-]+)(?:\[\w+\])?==([\w.]+)", path.read_text(), flags=re.MULTILINE):
             pinned.setdefault(canonicalize_name(name), set()).add(version)
     of_ffcv = {"opencv-python-headless", "pytorch-pfn-extras"}
     assert {canonicalize_name(wanted.name) for wanted in ranges} == pinned.keys() - of_ffcv
