@@ -7,7 +7,7 @@ import numpy as np
 from pipelines.philox import random_words
 
 # Views are numbered from 0; the last view number is reserved for the sampler, so its random numbers are never a view's.
-_SAMPLER_VIEW = 0xFFFF
+SAMPLER_VIEW = 0xFFFF
 _SHUFFLE_OP, _HOLDOUT_OP, _CHUNK_OP = 0, 1, 2
 # The hold-out must be the same in every run, whatever the seed.
 _HOLDOUT_SEED, _HOLDOUT_EPOCH = 0, 0
@@ -143,5 +143,5 @@ def _class_shares(class_counts: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def _sort_keys(ids: np.ndarray, seed: int, epoch: int, op: int) -> np.ndarray:
-    words = random_words(seed, epoch, ids, _SAMPLER_VIEW, op, num_blocks=1)
+    words = random_words(seed, epoch, ids, SAMPLER_VIEW, op, num_blocks=1)
     return words[:, 0] << np.uint64(32) | words[:, 1]
