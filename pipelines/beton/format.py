@@ -35,7 +35,6 @@ FLOAT_TYPE, INT_TYPE, IMAGE_TYPE = 0, 1, 2
 FIELD_DTYPES = {FLOAT_TYPE: np.dtype("<f8"), INT_TYPE: np.dtype("<i8"), IMAGE_TYPE: IMAGE}
 
 PAGE_BYTES = 8 << 20  # FFCV's default
-MAX_PAGE_BYTES = 1 << 31  # page_size is a uint32 and a power of two
 MAX_SIDE_PX = 65_535  # width and height are uint16
 MAX_LABEL = 999_999  # a classifier has one output for each integer up to the largest label
 MAX_FIELDS = 64  # a larger number means that this is another kind of file

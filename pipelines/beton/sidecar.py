@@ -21,18 +21,35 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         DataError: not a sidecar of `fastssl convert`, or larger than `MAX_SIDECAR_BYTES`.
     """
     try:
-        found = json.loads(read_file(path, MAX_SIDECAR_BYTES))
-        is_sidecar = isinstance(found, dict) and type(found.get("num_images")) is int and _is_small(found)
+        text = read_file(path, MAX_SIDECAR_BYTES)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
-        raise DataError(f"{path}: not a sidecar of `fastssl convert`{reason}; delete it or convert again") from error
+    except OSError as error:
+        raise _no_sidecar(path, f" ({error.strerror})") from error
+    return parse_sidecar(text, path)
+
+
+def parse_sidecar(text: bytes, path: str | Path) -> dict[str, Any]:
+    """Contents of a sidecar that was read already; see `read_sidecar`.
+
+    Args:
+        text: At most `MAX_SIDECAR_BYTES`.
+        path: The file, or its URL, for messages.
+    """
+    try:
+        found = json.loads(text)
+        is_sidecar = isinstance(found, dict) and type(found.get("num_images")) is int and _is_small(found)
+    except (ValueError, RecursionError) as error:
+        raise _no_sidecar(path) from error
     names = found.get("class_names") if is_sidecar else None
     is_list = isinstance(names, list) and len(names) <= MAX_CLASSES and all(isinstance(name, str) for name in names)
     if not is_sidecar or not (names is None or is_list):
-        raise DataError(f"{path}: not a sidecar of `fastssl convert`; delete it or convert again")
+        raise _no_sidecar(path)
     return found
+
+
+def _no_sidecar(path: str | Path, reason: str = "") -> DataError:
+    return DataError(f"{path}: not a sidecar of `fastssl convert`{reason}; delete it or convert again")
 
 
 def _is_small(found: dict[str, Any]) -> bool:

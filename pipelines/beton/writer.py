@@ -24,7 +24,6 @@ from pipelines.beton.format import (
     INT_TYPE,
     JPG,
     MAX_LABEL,
-    MAX_PAGE_BYTES,
     MAX_SIDE_PX,
     METADATA,
     PAGE_BYTES,
@@ -38,20 +37,22 @@ from pipelines.beton.format import (
 )
 from pipelines.beton.sidecar import MAX_SIDECAR_BYTES
 from pipelines.errors import DataError
+from pipelines.shards.rows import MAX_IMAGE_BYTES, build_rows, row_crc32, row_head, rows_path
 
 _VERSIONS = {"sidecar": SIDECAR_VERSION, "numpy": np.__version__, "pillow": PIL.__version__}
 
 
 class BetonWriter:
-    """Writes a .beton file and its sidecar, one image after the other; a context manager.
+    """Writes a .beton file, its sidecar and its rows, one image after the other; a context manager.
 
     The metadata precede the data, so space is reserved for them, and the unused part is a hole of zeros (readers use
     the header's number of samples). At least PAGE_BYTES are reserved: enough for 349,437 samples without a hint.
     A sample never crosses a page boundary. The page size doubles until a page holds the largest sample. Pages of one
     power of two nest in those of the next, so samples written earlier stay valid.
-    The writer keeps 48 bytes per sample in memory and no images. The file appears under its final name only when it
-    is complete, after its sidecar. A killed process leaves `<name>.partial` and, after a checkpoint,
-    `<name>.partial.npz`. Another writer can resume from these and writes the same file as an uninterrupted writer.
+    The writer keeps 52 bytes per sample in memory and no images. The file appears under its final name only when it
+    is complete, after its sidecar and its rows (`pipelines.shards.rows`). A killed process leaves `<name>.partial` and,
+    after a checkpoint, `<name>.partial.npz`. Another writer can resume from these and writes the same file as an
+    uninterrupted writer.
 
     Attributes:
         path: The file.
@@ -99,6 +100,7 @@ class BetonWriter:
         self._metadata = np.zeros(capacity, METADATA)
         self._data_bytes = np.zeros(capacity, np.uint64)
         self._hashes = np.zeros((capacity, 2), "<u8")
+        self._crcs = np.zeros(capacity, "<u4")  # see `row_crc32`
 
     def __enter__(self) -> Self:
         """Open the temporary file.
@@ -154,6 +156,7 @@ class BetonWriter:
                     metadata=self._metadata[: self.num_samples].view(np.uint8),  # plain bytes
                     data_bytes=self._data_bytes[: self.num_samples],
                     hashes=self._hashes[: self.num_samples],
+                    crcs=self._crcs[: self.num_samples],
                 )
                 self._sync(file)
             self._new_checkpoint.replace(self._checkpoint)
@@ -170,6 +173,9 @@ class BetonWriter:
                 self._metadata[:num], self._data_bytes[:num] = metadata, found["data_bytes"]
                 if "hashes" in found:  # not in checkpoints of older versions
                     self._hashes[:num] = found["hashes"]
+                has_crcs = "crcs" in found  # nor these
+                if has_crcs:
+                    self._crcs[:num] = found["crcs"]
             self._position, self._page_bytes = about["position"], about["page_bytes"]
             self.num_samples, self.note = num, about["note"]
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -177,6 +183,17 @@ class BetonWriter:
         if self._partial.stat().st_size < self._position:
             raise DataError(f"{self._partial}: shorter than at its checkpoint; pass --overwrite to start again")
         self._file.truncate(self._position)
+        if not has_crcs:
+            self._compute_crcs()
+
+    def _compute_crcs(self) -> None:
+        """Checksum the images that are in the file already."""
+        metadata, data_bytes = self._metadata[: self.num_samples], self._data_bytes[: self.num_samples]
+        images = zip(metadata.tolist(), data_bytes.tolist(), strict=True)
+        for i, (((mode, width_px, height_px, ptr), label), num_bytes) in enumerate(images):
+            head = row_head(ptr, num_bytes, height_px, width_px, label, is_raw=mode == RAW)
+            self._file.seek(ptr)
+            self._crcs[i] = row_crc32(head, self._file.read(num_bytes))
 
     def write_jpeg(
         self, data: bytes, *, height_px: int, width_px: int, label: int = -1, hashes: tuple[int, int] = (0, 0)
@@ -225,8 +242,8 @@ class BetonWriter:
     ) -> None:
         if not 1 <= min(height_px, width_px) <= max(height_px, width_px) <= MAX_SIDE_PX:
             raise ValueError(f"sides must be 1..{MAX_SIDE_PX} px, not {height_px}x{width_px}")
-        if not 1 <= len(data) <= MAX_PAGE_BYTES:
-            raise ValueError(f"an image must take 1..{MAX_PAGE_BYTES} bytes, not {len(data)}")
+        if not 1 <= len(data) <= MAX_IMAGE_BYTES:
+            raise ValueError(f"an image must take 1..{MAX_IMAGE_BYTES} bytes, not {len(data)}")
         if not -1 <= label <= MAX_LABEL:
             raise ValueError(f"a label must be in -1..{MAX_LABEL}, not {label}")
         if self.num_samples == len(self._metadata):
@@ -240,6 +257,8 @@ class BetonWriter:
         self._metadata[self.num_samples] = (mode, width_px, height_px, self._position), label
         self._data_bytes[self.num_samples] = len(data)
         self._hashes[self.num_samples] = hashes
+        head = row_head(self._position, len(data), height_px, width_px, label, is_raw=mode == RAW)
+        self._crcs[self.num_samples] = row_crc32(head, data)
         self._position += len(data)
         self.num_samples += 1
 
@@ -266,7 +285,8 @@ class BetonWriter:
         sizes = np.stack([image["height"], image["width"]], axis=1)
         about = self._about | summarise(sizes, image["mode"], metadata["f1"], self._about["class_names"])
         about |= {"versions": _VERSIONS} | {"options": self._options, "file_bytes": self._partial.stat().st_size}
-        hashes = self._hashes[: self.num_samples]
+        hashes, rows = self._hashes[: self.num_samples], self._rows().tobytes()
+        about["rows_crc32"] = zlib.crc32(rows)
         with ThreadPoolExecutor(2) as others, self._partial.open("rb") as file:
             on_disk = others.submit(os.fsync, self._file.fileno())
             duplicates = others.submit(_count_duplicates, hashes)
@@ -274,10 +294,13 @@ class BetonWriter:
             on_disk.result()
             about |= duplicates.result()
         sidecar, new_hashes = sidecar_path(self._partial), hashes_path(self._partial)
+        new_rows = rows_path(self._partial)
         try:
+            new_rows.write_bytes(rows)  # neither this nor the hashes are synced: the sidecar has their checksums
+            new_rows.replace(rows_path(self.path))
             if hashes.any():
                 with new_hashes.open("wb") as file:
-                    file.write(hashes.tobytes())  # not synced: the sidecar has its checksum
+                    file.write(hashes.tobytes())
                 new_hashes.replace(hashes_path(self.path))
             else:
                 hashes_path(self.path).unlink(missing_ok=True)
@@ -289,10 +312,25 @@ class BetonWriter:
         finally:
             sidecar.unlink(missing_ok=True)
             new_hashes.unlink(missing_ok=True)
+            new_rows.unlink(missing_ok=True)
         self._partial.replace(self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)  # makes the renames survive a power failure as well
         os.fsync(folder)
         os.close(folder)
+
+    def _rows(self) -> np.ndarray:
+        """ROW [num_samples]."""
+        metadata = self._metadata[: self.num_samples]
+        image = metadata["f0"]
+        rows = build_rows(
+            ptr=image["data_ptr"],
+            num_bytes=self._data_bytes[: self.num_samples],
+            modes=image["mode"],
+            sizes=np.stack([image["height"], image["width"]], axis=1),
+            labels=metadata["f1"],
+        )
+        rows["crc32"] = self._crcs[: self.num_samples]
+        return rows
 
     @staticmethod
     def _sync(file: BinaryIO) -> None:

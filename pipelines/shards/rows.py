@@ -4,6 +4,7 @@
 own tables need three reads for that, and FFCV's allocation table may be in another order.
 """
 
+import struct
 import zlib
 from pathlib import Path
 from typing import TypeAlias
@@ -24,7 +25,8 @@ ROW = np.dtype(
 )
 RAW_BIT = 1 << 31  # in num_bytes: the image is stored as raw pixels
 MAX_IMAGE_BYTES = RAW_BIT - 1
-HEAD_BYTES = ROW.fields["crc32"][1]  # pyright: ignore[reportOptionalSubscript] # of a row, in front of its checksum
+_HEAD = struct.Struct("<QIHHi")  # a row without its checksum
+HEAD_BYTES = _HEAD.size
 
 
 def rows_path(beton: Path) -> Path:
@@ -48,6 +50,32 @@ def row_crc32(head: Bytes, image: Bytes) -> int:
     A row that is paired with another image, or whose label or size changed, has another checksum.
     """
     return zlib.crc32(head, zlib.crc32(image))
+
+
+def row_head(ptr: int, num_bytes: int, height_px: int, width_px: int, label: int, *, is_raw: bool) -> bytes:
+    """A row without its checksum, `HEAD_BYTES` bytes; num_bytes is at most `MAX_IMAGE_BYTES`."""
+    return _HEAD.pack(ptr, num_bytes | (RAW_BIT if is_raw else 0), height_px, width_px, label)
+
+
+def build_rows(
+    *, ptr: np.ndarray, num_bytes: np.ndarray, modes: np.ndarray, sizes: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Rows without checksums (0) from the tables of a file; see `BetonTables`.
+
+    Args:
+        ptr: uint64 [N].
+        num_bytes: uint64 [N], at most `MAX_IMAGE_BYTES`.
+        modes: uint8 [N].
+        sizes: int [N, 2], (height, width) in pixels.
+        labels: int64 [N].
+    Returns:
+        ROW [N].
+    """
+    rows = np.zeros(len(ptr), ROW)
+    rows["ptr"], rows["label"] = ptr, labels
+    rows["num_bytes"] = num_bytes.astype(np.uint32) | modes.astype(np.uint32) << np.uint32(31)
+    rows["height"], rows["width"] = sizes[:, 0], sizes[:, 1]
+    return rows
 
 
 def is_intact(row_bytes: Bytes, image: Bytes) -> bool:

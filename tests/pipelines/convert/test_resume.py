@@ -73,8 +73,9 @@ def test_a_conversion_that_is_killed_twice_gives_the_same_bytes(images, tmp_path
     assert report.num_images + report.num_skipped == 600
     assert (report.num_images, report.num_skipped) == (whole.num_images, 12)
     assert sorted(path.name for path in tmp_path.glob("x.beton*")) == [
-        *("x.beton", "x.beton.errors.txt", "x.beton.hashes", "x.beton.json")
+        *("x.beton", "x.beton.errors.txt", "x.beton.hashes", "x.beton.json", "x.beton.rows")
     ]
+    assert out.with_name("x.beton.rows").read_bytes() == whole.out.with_name("whole.beton.rows").read_bytes()
 
 
 def test_what_was_begun_is_neither_lost_nor_mixed_with_another_source(images, tmp_path, capsys):
