@@ -58,6 +58,13 @@ def add_parser(commands: Commands) -> None:
         help="fail at the first corrupt image, as --max-bad 0, or leave all out, as --max-bad 1",
     )
     add_max_bad(convert)
+    convert.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="write the images in a random order, the same for the same seed, so that all shards have all classes "
+        "(default: the order of the source)",
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     convert.add_argument(
         "--resume",
@@ -98,7 +105,19 @@ def _converted(args: argparse.Namespace) -> "list[ConvertReport]":
     from fastssl.errors import UserError
     from pipelines.convert import convert, convert_shards
 
-    names = ("max_px", "quality", "on_error", "max_bad", "overwrite", "resume", "classes", "labels", "split", "root")
+    names = (
+        "max_px",
+        "quality",
+        "on_error",
+        "max_bad",
+        "overwrite",
+        "resume",
+        "classes",
+        "labels",
+        "split",
+        "root",
+        "shuffle",
+    )
     options = {name: getattr(args, name) for name in (*names, "download", "image_column", "label_column")} | {
         "num_workers": args.workers
     }

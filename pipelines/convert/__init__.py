@@ -27,6 +27,7 @@ from pipelines.convert.images import (
     store_items,
 )
 from pipelines.convert.infer_kind import infer_kind
+from pipelines.convert.shuffle import shuffled
 from pipelines.convert.source import MAX_ITEMS, Item, Source
 from pipelines.convert.sources import SourceKind, SourceOptions, build_source, join_sources
 from pipelines.errors import DataError, SourceChangedError
@@ -97,6 +98,7 @@ class _Options:
     overwrite: bool = False
     resume: bool = False
     num_workers: int = 0
+    shuffle: int | None = None
 
     @property
     def max_bad_fraction(self) -> float:
@@ -118,6 +120,8 @@ class _Options:
             raise ValueError(f"quality must be 1..100, not {self.quality}")
         if not 0 <= self.num_workers <= MAX_WORKERS:
             raise ValueError(f"workers must be 0..{MAX_WORKERS}, not {self.num_workers}")
+        if self.shuffle is not None and not 0 <= self.shuffle < 1 << 64:
+            raise ValueError(f"shuffle must be a seed in 0..2**64-1, not {self.shuffle}")
 
 
 @dataclass(kw_only=True)
@@ -142,6 +146,7 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     num_workers: int = 0,
+    shuffle: int | None = None,
     **source_options: Any,
 ) -> ConvertReport:
     """Write a .beton file and its sidecar. Every image is decoded once, so that corrupt images are found.
@@ -163,11 +168,12 @@ def convert(
         resume: Resume a killed conversion of the same source and options. The result is the same file as that of an
             uninterrupted conversion. If the conversion is already finished, nothing is done.
         num_workers: Processes that read, check and encode; 0: one thread of this process per core.
+        shuffle: Write the images in a random order, which this seed gives; None: in the source's order.
         source_options: Fields of `sources.SourceOptions`, e.g. split.
     Raises:
         ValueError: an option is out of range, or the source does not support it.
-        DataError: bad source, too many corrupt images, only corrupt images, `out` exists, or the partial files belong
-            to another source or other options.
+        DataError: bad source, too many corrupt images, only corrupt images, `out` exists, the partial files belong to
+            another source or other options, or a source to be shuffled can only be read in order.
     """
     source, options, about = _prepare(
         source_kind,
@@ -180,6 +186,7 @@ def convert(
             "overwrite": overwrite,
             "resume": resume,
             "num_workers": num_workers,
+            "shuffle": shuffle,
             **source_options,
         },
     )
@@ -196,6 +203,8 @@ def convert_shards(
     **options: Any,
 ) -> list[ConvertReport]:
     """Write contiguous ranges of equal size of a source to separate files: `x.beton` -> `x-00000-of-00004.beton`.
+
+    With shuffle, these are ranges of its random order.
 
     Of N items, shard k holds N*k//num_shards up to N*(k+1)//num_shards, without the corrupt ones.
 
@@ -248,6 +257,8 @@ def _prepare(
     for name, default in (("classes", None), ("labels", "auto")):
         if about[name] == default:  # files from before there was this option keep their identity
             del about[name]
+    if checked.shuffle is not None:
+        return shuffled(source, checked.shuffle), checked, about | {"shuffle": checked.shuffle}
     return source, checked, about
 
 

@@ -3,6 +3,7 @@
 # N images of H x W pixels
 
 import math
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pipelines.errors import DataError, one_line
 from pipelines.files import MAX_FILE_BYTES, check_inflation, open_regular
 
 MAX_HEADER_BYTES = 1000  # of an array; numpy writes about 120 for a plain one
+LOCAL_HEADER_BYTES = 30  # of a member of a zip file, before its name
 MAX_DEFLATE_RATIO = 1032  # the largest that zlib reaches (zlib.net/zlib_tech.html)
 MAX_COLUMN_MAJOR_BYTES = 1 << 30  # of an array that has to be in memory as a whole
 
@@ -56,7 +58,39 @@ def npz_source(path: Path, split: str | None = None) -> Source:
                 yield Item(f"{name}, image {i}", pixels, int(labels[i]))
             values.read(1)  # at the end of the array, this compares the checksum
 
-    return Source(name=name, num_items=x.shape[0], read=read, fingerprint=facts)
+    def pick(numbers: Iterator[int]) -> Iterator[Item]:
+        first_byte = _values_in_file(path, x_key) + x.header_bytes
+        with open_regular(path) as file:
+            for i in numbers:
+                file.seek(first_byte + i * image_bytes)
+                pixels = np.frombuffer(file.read(image_bytes), np.uint8).reshape(x.shape[1:])
+                yield Item(f"{name}, image {i}", pixels, int(labels[i]))
+
+    return Source(name=name, num_items=x.shape[0], read=read, pick=pick, fingerprint=facts)
+
+
+def _values_in_file(path: Path, key: str) -> int:
+    """Where an array's bytes begin in the file; reads them once, which compares their checksum.
+
+    Raises:
+        DataError: the array is compressed.
+    """
+    with _open_archive(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise DataError(
+                f"{path}: a compressed array cannot be read in random order: write it with numpy.savez, or leave "
+                "--shuffle out"
+            )
+        with archive.open(member) as values:
+            while values.read(1 << 20):
+                pass
+    with open_regular(path) as file:
+        file.seek(member.header_offset)
+        local = file.read(LOCAL_HEADER_BYTES)
+    # The lengths of the name and of the extra field end the local header, which may differ from the directory's.
+    num_name, num_extra = struct.unpack("<HH", local[-4:])
+    return member.header_offset + len(local) + num_name + num_extra
 
 
 class _Header(NamedTuple):

@@ -52,10 +52,17 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
                 yield from islice(rows, min(stop - first_row, num_rows) - skip)
             first_row += num_rows
 
+    def pick(numbers: Iterator[int]) -> Iterator[Item]:
+        raise DataError(
+            f"{files[0]}: parquet files cannot be read in random order: shuffle the rows where the files are written, "
+            "or save the images in a folder or in plain .tar files, or leave --shuffle out"
+        )
+
     return Source(
         name=os.path.abspath(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
         num_items=sum(counts),
         read=read,
+        pick=pick,
         fingerprint=fingerprint(files, json.dumps(columns).encode()),
         class_names=_class_names(schema, label_column),
     )

@@ -41,6 +41,8 @@ class Source:
         name: The name used in the sidecar and in messages.
         num_items: N, including corrupt images.
         read: (start, stop) -> items start..stop-1, read one after the other.
+        pick: (numbers) -> the items with these numbers, in this order, each number taken when its item is wanted.
+            A source that can only be read from start to end raises DataError.
         fingerprint: Changes if the source changes: its names, labels, sizes or dates.
         class_names: Names by label; None: unlabelled, or the names are unknown.
         notes: Lines to print, about how the source is read.
@@ -51,6 +53,7 @@ class Source:
     name: str
     num_items: int
     read: Callable[[int, int], Iterator[Item]]
+    pick: Callable[[Iterator[int]], Iterator[Item]]
     fingerprint: str
     class_names: list[str] | None = None
     notes: tuple[str, ...] = ()
@@ -108,14 +111,15 @@ def path_source(
     if class_names is not None and len(class_names) > MAX_LABEL + 1:
         raise DataError(f"{name}: {len(class_names):,} classes; a file holds at most {MAX_LABEL + 1:,}")
 
-    def read(start: int, stop: int) -> Iterator[Item]:
-        for i in range(start, stop):
+    def pick(numbers: Iterable[int]) -> Iterator[Item]:
+        for i in numbers:
             yield Item(paths[i], paths[i], int(labels[i]))
 
     return Source(
         name=name,
         num_items=len(paths),
-        read=read,
+        read=lambda start, stop: pick(range(start, stop)),
+        pick=pick,
         fingerprint=fingerprint(paths, labels.astype(np.int64).tobytes()),
         class_names=class_names,
         notes=notes,
@@ -137,8 +141,15 @@ def array_source(
         class_names: See `Source`.
     """
 
-    def read(start: int, stop: int) -> Iterator[Item]:
-        for i in range(start, stop):
+    def pick(numbers: Iterable[int]) -> Iterator[Item]:
+        for i in numbers:
             yield Item(f"{name}, image {i}", pixels[i], int(labels[i]))
 
-    return Source(name=name, num_items=len(pixels), read=read, fingerprint=fingerprint, class_names=class_names)
+    return Source(
+        name=name,
+        num_items=len(pixels),
+        read=lambda start, stop: pick(range(start, stop)),
+        pick=pick,
+        fingerprint=fingerprint,
+        class_names=class_names,
+    )

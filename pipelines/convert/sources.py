@@ -16,6 +16,7 @@ import numpy as np
 
 from pipelines.convert.content import EXTENSIONS
 from pipelines.convert.image_files import AGAIN, ImageFiles, describe_kinds
+from pipelines.convert.shuffle import pick_from
 from pipelines.convert.source import Item, Source, array_source, checked_label, fingerprint, path_source
 from pipelines.errors import DataError
 from pipelines.files import open_regular, read_file
@@ -119,7 +120,7 @@ def build_source(
     return csv_source(Path(src))
 
 
-def join_sources(sources: Sequence[Source]) -> Source:
+def join_sources(sources: list[Source]) -> Source:
     """One source after the other as one; classes of one name become one class, and all names are sorted.
 
     Raises:
@@ -136,20 +137,28 @@ def join_sources(sources: Sequence[Source]) -> Source:
             return None
         return {-1: -1} | {k: number[name] for k, name in enumerate(source.class_names or ())}
 
+    def relabelled(item: Item, new_labels: dict[int, int] | None) -> Item:
+        label = item.label if new_labels is None else new_labels.get(item.label)
+        if label is None:
+            raise DataError(
+                f"{item.name}: label {item.label} has no name, but the labels of other sources have; convert the "
+                "sources one by one"
+            )
+        return item._replace(label=label)
+
     def read(start: int, stop: int) -> Iterator[Item]:
         first = 0
         for source in sources:
             new_labels, num = labels_of(source), source.num_items
             if first < stop and start < first + num:
                 for item in source.read(max(start - first, 0), min(stop - first, num)):
-                    label = item.label if new_labels is None else new_labels.get(item.label)
-                    if label is None:
-                        raise DataError(
-                            f"{item.name}: label {item.label} has no name, but the labels of other sources have; "
-                            "convert the sources one by one"
-                        )
-                    yield item._replace(label=label)
+                    yield relabelled(item, new_labels)
             first += num
+
+    def pick(numbers: Iterator[int]) -> Iterator[Item]:
+        new_labels = [labels_of(source) for source in sources]
+        for k, item in pick_from(sources, numbers):
+            yield relabelled(item, new_labels[k])
 
     num_unlabelled = [source.name for source in sources if not source.class_names]
     note = f"without names of classes: {', '.join(num_unlabelled[:MAX_NAMES])}; the other sources have classes"
@@ -157,6 +166,7 @@ def join_sources(sources: Sequence[Source]) -> Source:
         name=" and ".join(source.name for source in sources),
         num_items=sum(source.num_items for source in sources),
         read=read,
+        pick=pick,
         fingerprint=fingerprint([], " ".join(source.fingerprint for source in sources).encode()),
         class_names=names or None,
         notes=tuple(line for source in sources for line in source.notes) + (note,) * bool(names and num_unlabelled),

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,8 @@ def torchvision_source(name: str, root: str | None, split: str | None, *, downlo
         labels = np.array([checked_label(number, path) for path, number in files])
         return path_source(label, [path for path, _ in files], labels, class_names)
 
-    def read(start: int, stop: int) -> Iterator[Item]:
-        for i in range(start, stop):
+    def pick(numbers: Iterable[int]) -> Iterator[Item]:
+        for i in numbers:
             image, target = dataset[i]
             if not isinstance(image, Image.Image):
                 raise DataError(f"torchvision {name}: its samples are {type(image).__name__}, not images")
@@ -57,7 +57,14 @@ def torchvision_source(name: str, root: str | None, split: str | None, *, downlo
             yield Item(f"{label}, image {i}", image, number)
 
     facts = fingerprint([], f"{label} {num_items} {dataset!r}".encode())
-    return Source(name=label, num_items=num_items, read=read, fingerprint=facts, class_names=class_names)
+    return Source(
+        name=label,
+        num_items=num_items,
+        read=lambda start, stop: pick(range(start, stop)),
+        pick=pick,
+        fingerprint=facts,
+        class_names=class_names,
+    )
 
 
 def _class_of(name: str) -> Any:

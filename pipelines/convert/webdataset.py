@@ -7,13 +7,15 @@ import json
 import lzma
 import os
 import tarfile
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from multiprocessing import get_context
-from typing import IO, Self
+from typing import IO, NamedTuple, Self, TypeVar
+
+import numpy as np
 
 from pipelines.convert.content import has_image_extension
 from pipelines.convert.source import Item, Source, checked_label, fingerprint
@@ -32,7 +34,11 @@ HEADER_TYPES = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
 )
 READERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open, b"]\0": lzma.open}
+MAX_OPEN_ARCHIVES = 64  # that are read in random order
 MIN_POOL_BYTES = 1 << 30  # starting a process takes a second, the time to count a gigabyte of archives
+
+T = TypeVar("T")
+Member = tuple[str, str, tarfile.TarInfo, tarfile.TarFile]  # key, part, member, archive
 
 
 def webdataset_source(archives: list[str]) -> Source:
@@ -46,7 +52,7 @@ def webdataset_source(archives: list[str]) -> Source:
     Raises:
         DataError: an archive is truncated or not a tar file, or no sample contains an image.
     """
-    counts = _count_all(archives)
+    counts = _map_archives(count_archive, archives)
     num_images, num_ignored = (sum(numbers) for numbers in zip(*counts, strict=True))
     if not num_images:
         raise DataError(f"{archives[0]}: no images in it, nor in the other {len(archives) - 1} archives")
@@ -58,10 +64,18 @@ def webdataset_source(archives: list[str]) -> Source:
                 yield from read_archive(archive, max(start - first, 0), min(stop - first, num))
             first += num
 
+    def pick(numbers: Iterator[int]) -> Iterator[Item]:
+        indexes = _map_archives(index_archive, archives)
+        for archive, index, (num, _) in zip(archives, indexes, counts, strict=True):
+            if len(index.offsets) != num:
+                raise DataError(f"{archive}: changed while it was read; convert again")
+        return _pick(archives, indexes, numbers)
+
     return Source(
         name=os.path.abspath(archives[0]) + (f" and {len(archives) - 1} more" if len(archives) > 1 else ""),
         num_items=num_images,
         read=read,
+        pick=pick,
         fingerprint=fingerprint(archives),
         num_left_out=+Counter({"samples without an image": num_ignored}),
     )
@@ -86,18 +100,95 @@ def read_archive(archive: str, start: int, stop: int) -> Iterator[Item]:
         for key, members in groupby(_members(archive), key=lambda found: found[0]):
             if number >= stop:
                 return
-            image, label, where = None, None, f"{archive}/{key}"
-            has_image = False
+            if number < start:
+                number += any(_is_image(part) for _, part, _, _ in members)
+            elif (item := _read_sample(members, f"{archive}/{key}")) is not None:
+                number += 1
+                yield item
+
+
+def _read_sample(members: Iterator[Member], where: str) -> Item | None:
+    """The item of a sample; None: it has no image."""
+    image, label = None, None
+    for _, part, member, tar in members:
+        if _is_image(part) and image is None:
+            image = _read(tar, member, MAX_FILE_BYTES, where)
+        elif part in LABEL_PARTS and label is None:
+            label = _label(part, _read(tar, member, MAX_LABEL_BYTES, where), where)
+    return None if image is None else Item(where, image, checked_label(label, where))
+
+
+class _Index(NamedTuple):
+    """Where the samples of an archive are.
+
+    Attributes:
+        offsets: Offset of the first header of each sample with an image, int64 [N].
+        global_headers: Headers of the archive that hold for all members.
+    """
+
+    offsets: np.ndarray
+    global_headers: dict[str, str]
+
+
+def index_archive(archive: str) -> _Index:
+    """Find the samples with an image, from the headers.
+
+    Raises:
+        DataError: the archive is compressed, or damaged.
+    """
+    offsets: list[int] = []
+    global_headers: Mapping[str, str] = {}
+    with _one_line(archive):
+        with open_regular(archive) as file:
+            if _reader_of(file) is not None:
+                raise DataError(
+                    f"{archive}: a compressed archive cannot be read in random order: decompress it to a plain .tar, "
+                    "or leave --shuffle out"
+                )
+        for _, members in groupby(_members(archive), key=lambda found: found[0]):
+            first, has_image = None, False
             for _, part, member, tar in members:
-                if _is_image(part) and not has_image:
-                    has_image = True
-                    if number >= start:
-                        image = _read(tar, member, MAX_FILE_BYTES, where)
-                elif part in LABEL_PARTS and number >= start and label is None:
-                    label = _label(part, _read(tar, member, MAX_LABEL_BYTES, where), where)
-            number += has_image
-            if image is not None:
-                yield Item(where, image, checked_label(label, where))
+                first = member.offset if first is None else first
+                has_image = has_image or _is_image(part)
+                global_headers = tar.pax_headers
+            if has_image and first is not None:
+                offsets.append(first)
+    return _Index(np.array(offsets, np.int64), dict(global_headers))
+
+
+def _pick(archives: list[str], indexes: list[_Index], numbers: Iterator[int]) -> Iterator[Item]:
+    """Yield samples by number; the archives used last stay open."""
+    stops = np.cumsum([len(index.offsets) for index in indexes])
+    opened: OrderedDict[int, tuple[tarfile.TarFile, ExitStack]] = OrderedDict()
+    try:
+        for number in numbers:
+            k = int(np.searchsorted(stops, number, side="right"))
+            offset = int(indexes[k].offsets[number - int(stops[k])])  # counted from the end
+            with _one_line(archives[k]):
+                if k not in opened:
+                    if len(opened) == MAX_OPEN_ARCHIVES:
+                        opened.popitem(last=False)[1][1].close()
+                    stack = ExitStack()
+                    opened[k] = stack.enter_context(_open(archives[k])), stack
+                opened.move_to_end(k)
+                tar, _ = opened[k]
+                key, members = next(groupby(_members_from(tar, offset, indexes[k]), key=lambda found: found[0]))
+                item = _read_sample(members, f"{archives[k]}/{key}")
+                if item is None:
+                    raise tarfile.ReadError("changed while it was read")
+            yield item
+    finally:
+        for _, stack in opened.values():
+            stack.close()
+
+
+def _members_from(tar: tarfile.TarFile, offset: int, index: _Index) -> Iterator[Member]:
+    """The members from an offset on; tarfile has no public call for this."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(offset)
+    tar.offset, tar.firstmember, tar._loaded = offset, None, False  # pyright: ignore
+    tar.pax_headers = dict(index.global_headers)
+    return _parts(tar, iter(tar.next, None))
 
 
 @contextmanager
@@ -141,21 +232,25 @@ class _StrictTarInfo(tarfile.TarInfo):
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
-def _members(archive: str) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
+def _members(archive: str) -> Iterator[Member]:
     """Yield (key, part, member, archive) of the regular files; a member must be read before the next is requested."""
     with _open(archive) as tar:
-        last_bytes = -1
-        for member in tar:
-            tar.members = []  # else every header stays in memory  # pyright: ignore
-            if member.offset_data <= last_bytes:
-                raise tarfile.ReadError("a member of negative size")
-            if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
-                raise tarfile.ReadError(f"more than {MAX_GLOBAL_HEADERS:,} global headers")
-            last_bytes = member.offset_data
-            folder, name = os.path.split(member.name)
-            stem, dot, part = name.partition(".")
-            if member.isreg() and stem and dot:
-                yield os.path.join(folder, stem), part.lower(), member, tar
+        yield from _parts(tar, iter(tar))
+
+
+def _parts(tar: tarfile.TarFile, members: Iterator[tarfile.TarInfo]) -> Iterator[Member]:
+    last_bytes = -1
+    for member in members:
+        tar.members = []  # else every header stays in memory  # pyright: ignore
+        if member.offset_data <= last_bytes:
+            raise tarfile.ReadError("a member of negative size")
+        if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
+            raise tarfile.ReadError(f"more than {MAX_GLOBAL_HEADERS:,} global headers")
+        last_bytes = member.offset_data
+        folder, name = os.path.split(member.name)
+        stem, dot, part = name.partition(".")
+        if member.isreg() and stem and dot:
+            yield os.path.join(folder, stem), part.lower(), member, tar
 
 
 class _Stream(io.BufferedIOBase):
@@ -186,9 +281,7 @@ def _open(archive: str) -> Iterator[tarfile.TarFile]:
     A compressed archive is read to the end of the file, where its checksum is.
     """
     with open_regular(archive) as file:
-        first = file.read(tarfile.BLOCKSIZE)
-        file.seek(0)
-        reader = None if _is_header(first) else READERS.get(first[:2])
+        reader = _reader_of(file)
         if reader is None:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictTarInfo) as tar:
                 yield tar
@@ -197,6 +290,13 @@ def _open(archive: str) -> Iterator[tarfile.TarFile]:
             with tarfile.open(fileobj=_Stream(stream, file, archive), mode="r|", tarinfo=_StrictTarInfo) as tar:
                 yield tar
             _read_padding(stream)
+
+
+def _reader_of(file: IO[bytes]) -> Callable[[IO[bytes]], IO[bytes]] | None:
+    """What decompresses an archive; None: it is plain."""
+    first = file.read(tarfile.BLOCKSIZE)
+    file.seek(0)
+    return None if _is_header(first) else READERS.get(first[:2])  # pyright: ignore
 
 
 def _is_header(block: bytes) -> bool:
@@ -238,10 +338,11 @@ def _label(part: str, data: bytes, where: str) -> object:
         raise DataError(f"{where}.{part}: not a label ({data[:40]!r})") from error
 
 
-def _count_all(archives: list[str]) -> list[tuple[int, int]]:
+def _map_archives(function: Callable[[str], T], archives: list[str]) -> list[T]:
+    """Call a function that reads the headers of an archive for all of them, several at once."""
     num_processes = min(len(archives), len(os.sched_getaffinity(0)))
     num_bytes = sum(os.path.getsize(archive) for archive in archives)
     if num_processes == 1 or num_bytes < MIN_POOL_BYTES:
-        return [count_archive(archive) for archive in archives]
+        return [function(archive) for archive in archives]
     with ProcessPoolExecutor(num_processes, get_context("forkserver")) as pool:
-        return list(pool.map(count_archive, archives))
+        return list(pool.map(function, archives))

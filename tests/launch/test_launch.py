@@ -73,7 +73,7 @@ def slurm(tmp_path):
     return Slurm()
 
 
-@pytest.mark.parametrize("script", ["rank.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["rank.sh", "slurm.sbatch", "convert.sbatch"])
 def test_scripts_parse(script):
     done = subprocess.run(["bash", "-n", LAUNCH / script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
