@@ -8,12 +8,12 @@ import lzma
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from multiprocessing import get_context
-from typing import IO, NamedTuple, Self, TypeVar
+from typing import IO, Self, TypeVar
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def webdataset_source(archives: list[str]) -> Source:
     def pick(numbers: Iterator[int]) -> Iterator[Item]:
         indexes = _map_archives(index_archive, archives)
         for archive, index, (num, _) in zip(archives, indexes, counts, strict=True):
-            if len(index.offsets) != num:
+            if len(index) != num:
                 raise DataError(f"{archive}: changed while it was read; convert again")
         return _pick(archives, indexes, numbers)
 
@@ -118,26 +118,13 @@ def _read_sample(members: Iterator[Member], where: str) -> Item | None:
     return None if image is None else Item(where, image, checked_label(label, where))
 
 
-class _Index(NamedTuple):
-    """Where the samples of an archive are.
-
-    Attributes:
-        offsets: Offset of the first header of each sample with an image, int64 [N].
-        global_headers: Headers of the archive that hold for all members.
-    """
-
-    offsets: np.ndarray
-    global_headers: dict[str, str]
-
-
-def index_archive(archive: str) -> _Index:
-    """Find the samples with an image, from the headers.
+def index_archive(archive: str) -> np.ndarray:
+    """Find the samples with an image: offset of the first header of each, int64 [N].
 
     Raises:
         DataError: the archive is compressed, or damaged.
     """
     offsets: list[int] = []
-    global_headers: Mapping[str, str] = {}
     with _one_line(archive):
         with open_regular(archive) as file:
             if _reader_of(file) is not None:
@@ -147,23 +134,22 @@ def index_archive(archive: str) -> _Index:
                 )
         for _, members in groupby(_members(archive), key=lambda found: found[0]):
             first, has_image = None, False
-            for _, part, member, tar in members:
+            for _, part, member, _ in members:
                 first = member.offset if first is None else first
                 has_image = has_image or _is_image(part)
-                global_headers = tar.pax_headers
             if has_image and first is not None:
                 offsets.append(first)
-    return _Index(np.array(offsets, np.int64), dict(global_headers))
+    return np.array(offsets, np.int64)
 
 
-def _pick(archives: list[str], indexes: list[_Index], numbers: Iterator[int]) -> Iterator[Item]:
+def _pick(archives: list[str], indexes: list[np.ndarray], numbers: Iterator[int]) -> Iterator[Item]:
     """Yield samples by number; the archives used last stay open."""
-    stops = np.cumsum([len(index.offsets) for index in indexes])
+    stops = np.cumsum([len(index) for index in indexes])
     opened: OrderedDict[int, tuple[tarfile.TarFile, ExitStack]] = OrderedDict()
     try:
         for number in numbers:
             k = int(np.searchsorted(stops, number, side="right"))
-            offset = int(indexes[k].offsets[number - int(stops[k])])  # counted from the end
+            offset = int(indexes[k][number - int(stops[k])])  # counted from the end
             with _one_line(archives[k]):
                 if k not in opened:
                     if len(opened) == MAX_OPEN_ARCHIVES:
@@ -172,7 +158,7 @@ def _pick(archives: list[str], indexes: list[_Index], numbers: Iterator[int]) ->
                     opened[k] = stack.enter_context(_open(archives[k])), stack
                 opened.move_to_end(k)
                 tar, _ = opened[k]
-                key, members = next(groupby(_members_from(tar, offset, indexes[k]), key=lambda found: found[0]))
+                key, members = next(groupby(_members_from(tar, offset), key=lambda found: found[0]))
                 item = _read_sample(members, f"{archives[k]}/{key}")
                 if item is None:
                     raise tarfile.ReadError("changed while it was read")
@@ -182,12 +168,11 @@ def _pick(archives: list[str], indexes: list[_Index], numbers: Iterator[int]) ->
             stack.close()
 
 
-def _members_from(tar: tarfile.TarFile, offset: int, index: _Index) -> Iterator[Member]:
+def _members_from(tar: tarfile.TarFile, offset: int) -> Iterator[Member]:
     """The members from an offset on; tarfile has no public call for this."""
     assert tar.fileobj is not None
     tar.fileobj.seek(offset)
     tar.offset, tar.firstmember, tar._loaded = offset, None, False  # pyright: ignore
-    tar.pax_headers = dict(index.global_headers)
     return _parts(tar, iter(tar.next, None))
 
 
