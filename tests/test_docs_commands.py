@@ -51,6 +51,7 @@ COMMANDS_OF_FASTSSL = {
     "hessian": "tests/integration/test_analysis.py",
     "inspect": "tests/fastssl/commands/test_output.py",
     "launch": "tests/fastssl/commands/test_launch.py",
+    "manifest": "tests/fastssl/commands/test_manifest.py",
     "neighbours": "tests/integration/test_newcomer.py",
     "report": "tests/fastssl/report/test_report.py",
     "runs": "tests/fastssl/commands/test_runs.py",

@@ -1,0 +1,68 @@
+"""Small data sets of several shards, and a store that counts what is read."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.beton import BetonWriter
+from pipelines.shards.store import LocalInfo, LocalStore
+
+NUM_IMAGES = 6  # of each shard
+
+
+def write_shard(path: Path, seed: int, class_names: list[str] | None = None, num: int = NUM_IMAGES) -> None:
+    """Images of several sizes and both modes; labels 0, 1, 2, and none for the last image."""
+    rng = np.random.default_rng(seed)
+    with BetonWriter(path, class_names=class_names, overwrite=True) as writer:
+        for i in range(num):
+            label = -1 if i == num - 1 else i % 3
+            if i % 2:
+                writer.write_jpeg(rng.bytes(500 + i), height_px=8 + i, width_px=9, label=label)
+            else:
+                writer.write_raw(rng.integers(0, 256, (8 + i, 9, 3), np.uint8), label=label)
+
+
+def write_shards(folder: Path, num: int = 3, class_names: list[str] | None = None) -> list[Path]:
+    """x-00000-of-0000N.beton and so on."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"x-{k:05d}-of-{num:05d}.beton" for k in range(num)]
+    for k, path in enumerate(paths):
+        write_shard(path, k, class_names)
+    return paths
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+class CountingStore(LocalStore):
+    """A folder as an object store shows it: with versions, which must match.
+
+    Attributes:
+        ranges: (name, start, stop) of each range that was read.
+        puts: Names of the files that were written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.ranges: list[tuple[str, int, int]] = []
+        self.puts: list[str] = []
+        self._lock = threading.Lock()
+
+    @property
+    def shown(self) -> str:
+        return "s3://bucket/set/"
+
+    def list(self, suffix: str = "") -> list[LocalInfo]:
+        return [LocalInfo(info.path, info.num_bytes, f'"{info.path}"') for info in super().list(suffix)]
+
+    def get(self, path: str, start: int, stop: int, etag: str | None = None) -> bytes:
+        assert etag == f'"{path}"'
+        with self._lock:
+            self.ranges.append((path, start, stop))
+        return super().get(path, start, stop)
+
+    def put(self, path: str, data: bytes, *, create_only: bool = False) -> bool:
+        self.puts.append(path)
+        return super().put(path, data, create_only=create_only)
