@@ -36,6 +36,7 @@ setup(
         "tensorboard>=2.21,<3",
         "matplotlib>=3.11,<4",
         "shtab>=1.13,<2",
+        "isal>=1.8,<2",
     ],
     extras_require={
         "gpu": ["nvidia-dali-cuda130>=2.4,<3", "triton>=3.6,<4"],

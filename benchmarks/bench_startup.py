@@ -52,12 +52,12 @@ def make_one_batch(beton: str, recipe: str, global_batch_size: str) -> None:
     import torch
     from numba.core import event
 
-    from pipelines.loader import DataConfig, build_loader, cores_per_process, open_train_reader
+    from pipelines.loader import DataConfig, build_loader, cores_per_process, open_train_images
     from pipelines.views import ViewsConfig
 
     cfg = DataConfig(train=beton, global_batch_size=int(global_batch_size))
     process = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": cores_per_process()}
-    reader = open_train_reader(cfg)
+    reader = open_train_images(cfg)
     imported, imported_cpu_s = time.perf_counter(), time.process_time()
     with event.install_recorder("numba:compile") as recorder:
         loader = build_loader(reader, cfg, ViewsConfig(recipe=recipe), seed=0, **process)

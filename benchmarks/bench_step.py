@@ -39,7 +39,7 @@ from fastssl.tracking.result_rows import append_rows, environment_columns, forma
 from fastssl.tracking.writers import StepTimer
 from fastssl.trainer import Trainer, start_alone
 from pipelines.batch import Batch
-from pipelines.loader import Loader, build_loader, cores_per_process, open_train_reader
+from pipelines.loader import Loader, build_loader, cores_per_process, open_train_images
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy")
 NUM_HELD_BATCHES = 4  # more than one, so that no batch stays in the CPU's caches
@@ -176,7 +176,7 @@ class Bench:
         data = replace(self.cfg.data, engine=engine)
         settings = {"seed": self.cfg.run.seed, "rank": 0, "world_size": 1, "device": self.trainer.device}
         num_threads = num_threads_of(self.cfg.run)
-        return build_loader(open_train_reader(data), data, self.cfg.views, num_threads=num_threads, **settings)
+        return build_loader(open_train_images(data), data, self.cfg.views, num_threads=num_threads, **settings)
 
 
 def endless(loader: Loader) -> Generator[Batch, None, None]:

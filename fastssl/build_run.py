@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from fastssl.checkpoint.weights import put_weights
 from fastssl.config import Config
 from fastssl.errors import ConfigError
 from fastssl.evaluation.held_out import HeldOutKnn
-from fastssl.evaluation.labels import check_same_classes, num_labelled_classes
+from fastssl.evaluation.labels import check_same_classes, max_label, num_labelled_classes
 from fastssl.evaluation.probe import OnlineProbe
 from fastssl.losses import Loss, build_loss
 from fastssl.machine.nvidia_gpu import has_gpu
@@ -30,10 +29,11 @@ from fastssl.processes.consistency import check_same_config
 from fastssl.processes.launch import num_threads_of
 from fastssl.tracking.run_folder import RunFolder
 from pipelines.batch import BatchSource
-from pipelines.beton import BetonReader, Identity
+from pipelines.beton import Identity
+from pipelines.hold_out import holdout_table
 from pipelines.iterable_loader import Batches, IterableLoader
-from pipelines.loader import Loader, build_loader, open_train_reader
-from pipelines.sampler import split_holdout
+from pipelines.loader import Loader, build_loader, open_train_images
+from pipelines.shards.open_images import AnyImages, open_images
 from pipelines.views import build_view_specs
 
 
@@ -46,7 +46,8 @@ class RunParts:
         loss: Projections to a scalar.
         loader: Gives this rank's batches.
         probe: Learns during the training; None: the images have fewer than two labels.
-        is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
+        is_holdout: bool [M]: entry (sample id modulo M) says whether the probe must not learn from a sample; None
+            without a probe.
         held_out: Judges the encoder during training; None: eval.every_epochs is 0.
         test_identity: Identity of data.test; None: there is no test file.
     """
@@ -66,8 +67,8 @@ def build_run(cfg: Config, device: torch.device) -> RunParts:
     Raises:
         ConfigError, DataError: What the user must change, in one line.
     """
-    reader = open_train_reader(cfg.data)
-    test_reader = BetonReader(cfg.data.test) if cfg.data.test else None
+    reader = open_train_images(cfg.data)
+    test_reader = open_images(cfg.data.test) if cfg.data.test else None
     test_identity = test_reader and test_reader.identity
     check_same_config(cfg, {"data.train": reader.identity} | ({"data.test": test_identity} if test_identity else {}))
     loader = build_loader(
@@ -99,14 +100,13 @@ def build_run(cfg: Config, device: torch.device) -> RunParts:
     )
 
 
-def _build_probe(cfg: Config, reader: BetonReader, num_features: int) -> tuple[OnlineProbe | None, Tensor | None]:
+def _build_probe(cfg: Config, reader: AnyImages, num_features: int) -> tuple[OnlineProbe | None, Tensor | None]:
     """A linear probe where at least two classes are labelled; it learns from all but the held-out images."""
     if num_labelled_classes(reader) < 2:
         return None, None
-    num_classes = int(reader.labels.max()) + 1
-    is_holdout = np.zeros(reader.num_samples, dtype=bool)
-    is_holdout[split_holdout(reader.num_samples, cfg.data.holdout_fraction, reader.labels)[1]] = True
-    return OnlineProbe(num_features, num_classes, cfg.eval), torch.from_numpy(is_holdout)
+    num_classes = max_label(reader) + 1
+    is_holdout = torch.from_numpy(holdout_table(reader, cfg.data.holdout_fraction))
+    return OnlineProbe(num_features, num_classes, cfg.eval), is_holdout
 
 
 def build_model(cfg: Config, image_px: int) -> TwoViewModel:

@@ -98,7 +98,7 @@ class Trainer:
             loss: A `fastssl.losses.Loss`, or a module that is called with the projections of each view [B, D].
             loader: A `BatchSource`, or a DataLoader or another iterable as `IterableLoader` takes it.
             probe: Learns during the training.
-            is_holdout: bool [N]: samples that the probe must not learn from.
+            is_holdout: bool [M]: entry (sample id modulo M) says whether the probe must not learn from a sample.
             held_out: Judges the encoder every `eval.every_epochs`.
             test_identity: Identity of data.test, which must be the same in a resumed run.
         """

@@ -10,11 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from pipelines.beton import BetonReader
+from pipelines.order.keyed import sample_at
 from pipelines.read_ahead import ReadAhead
 from pipelines.sampler import global_batches, local_rows, quasi_random_windows
 from pipelines.samples import ImageSet, Samples
 
 _TOGETHER = 2048  # samples
+_KEYED_STREAM = (1 << 32) - 2  # not one of `order.lanes`
 
 
 class EpochSamples(Protocol):
@@ -93,6 +95,51 @@ class FileOrder:
         if self._reads_ahead and isinstance(images, BetonReader):
             read_ahead = ReadAhead(images, rows.reshape(-1), windows, drop_behind=self._drop_behind)
         return _FileEpoch(images, rows, read_ahead)
+
+
+class KeyedOrder:
+    """Random order of a data set of any size: no array is as long as it."""
+
+    def __init__(self, images: ImageSet, *, global_batch_size: int, seed: int) -> None:
+        self._images, self._size, self._seed = images, global_batch_size, seed
+        self.num_batches = images.num_samples // global_batch_size
+
+    def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> _KeyedEpoch:
+        """See `EpochOrder.epoch`."""
+        return _KeyedEpoch(self, epoch, first_batch, rank, world_size)
+
+    def samples(self, epoch: int, steps: range, rank: int, world_size: int) -> Samples:
+        """One rank's samples of some global batches."""
+        size = self._size // world_size
+        positions = np.array(steps)[:, None] * self._size + rank * size + np.arange(size)
+        return self._images.samples(
+            sample_at(positions, self._images.num_samples, self._seed, epoch, _KEYED_STREAM).reshape(-1)
+        )
+
+    def together(self, world_size: int) -> int:
+        """See `num_together`."""
+        return num_together(self._size // world_size)
+
+
+class _KeyedEpoch:
+    """See `EpochSamples`."""
+
+    def __init__(self, order: KeyedOrder, epoch: int, first_batch: int, rank: int, world_size: int) -> None:
+        self._order, self._epoch, self._first_batch = order, epoch, first_batch
+        self._rank, self._world_size = rank, world_size
+
+    def groups(self) -> Iterator[Samples]:
+        """See `EpochSamples.groups`."""
+        num, stop = self._order.together(self._world_size), self._order.num_batches
+        for first in range(self._first_batch, stop, num):
+            steps = range(first, min(first + num, stop))
+            yield self._order.samples(self._epoch, steps, self._rank, self._world_size)
+
+    def end(self, num_batches: int) -> None:
+        """Nothing is read ahead."""
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
 
 
 class _FileEpoch:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -17,11 +18,14 @@ from pipelines.beton import BetonReader, Identity
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.config_field import Section, setting
 from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
-from pipelines.epoch_order import EpochOrder, FileOrder
+from pipelines.epoch_order import EpochOrder, FileOrder, KeyedOrder
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
 from pipelines.read_ahead import read_whole
 from pipelines.samples import ImageSet, Samples
+from pipelines.shards.lane_reader import LanesOrder
+from pipelines.shards.open_images import AnyImages, open_images
+from pipelines.shards.sharded_images import ShardedImages
 from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_DEFAULT_LANES = 64  # shared by up to 64 processes; a rank has whole lanes
 _READING_ENGINES = ("ffcv", "dali", "torch")  # engines that read from the file during iteration
 
 
@@ -42,18 +47,28 @@ class DataConfig(Section):
     """The source of the images and how they are read.
 
     Attributes:
-        train: The .beton file to train on.
+        train: What to train on: a .beton file, or a data set of many (`fastssl manifest`): its folder, the
+            `dataset.json` in it, a pattern such as "shards/*.beton", or a URL.
         test: The .beton file to evaluate on; None: a hold-out of the training file.
         engine: The engine that decodes, crops and resizes.
         global_batch_size: Number of images per step, over all processes.
         num_workers: Decoding threads per process; 0: the available cores, divided by the processes of the node.
         prefetch_batches: Number of batches prepared ahead.
         holdout_fraction: Fraction of the training images that the probes are not fitted on.
-        order: "random": a random permutation of all samples. "quasi_random": for slow disks and files larger than
-            memory. Pieces of 4 MiB from random places of the file form a window; samples are shuffled within a window,
-            and one window follows another. Each piece is read whole and once per epoch. If the file is sorted by
-            class, a window should contain many pieces.
-        window_mb: Size of the stored images in a quasi-random window, in MB; up to two windows are in memory at a time.
+        order: "auto": "lanes" for a data set of many files, "random" for one. "random": a random permutation of all
+            samples. "quasi_random": for slow disks and files larger than memory. Pieces of 4 MiB from random places of
+            the file form a window; samples are shuffled within a window, and one window follows another. Each piece is
+            read whole and once per epoch. If the file is sorted by class, a window should contain many pieces.
+            "lanes": the same for many files, local or remote, and any number of images (`pipelines.order.lanes`). The
+            order does not depend on the number of processes, and no two of them read the same piece. An epoch leaves
+            out a few images, others in each epoch.
+        lanes: Number of lanes. It divides the global batch, and the number of processes divides it. 0: the largest
+            number that divides both the global batch and 64.
+        window_mb: Size of the stored images in a window of quasi-random order, or of all lanes, in MB; up to two
+            windows are in memory at a time.
+        cache_dir: Folder on each node's own disk where pieces of remote files are kept; its processes share it. None:
+            nothing is kept, and each epoch fetches what it needs.
+        cache_gb: Largest size of what is kept there, in GB.
         cache: How the page cache is used. "os": the file's bytes stay in it as long as there is room. "ram": the file
             is loaded into it before the first batch and must fit. "none": bytes are dropped after use.
         max_bad_fraction: Fraction of the training images that may be damaged. Each damaged image is replaced by
@@ -67,14 +82,17 @@ class DataConfig(Section):
     num_workers: int = setting(0, "[0, 1024]", free=True)
     prefetch_batches: int = setting(3, "[1, 256]", free=True)
     holdout_fraction: float = setting(0.1, "[0, 1)")
-    order: Literal["random", "quasi_random"] = "random"
+    order: Literal["auto", "random", "quasi_random", "lanes"] = "auto"
+    lanes: int = setting(0, "[0, 65536]")
     window_mb: int = setting(1024, "[1, 1e6]")
     cache: Literal["os", "ram", "none"] = setting("os", free=True)
+    cache_dir: str | None = setting(None, free=True)
+    cache_gb: float = setting(100.0, "[0.001, 1e6]", free=True)
     max_bad_fraction: float = setting(0.001, "[0, 1]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train", "test"):
+        for name in ("train", "test", "cache_dir"):
             if reason := why_no_path(getattr(self, name) or ""):
                 raise ValueError(f"{name}: {reason}")
 
@@ -150,15 +168,16 @@ class Loader:
 
     def _iterate(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
         size = self._local_batch_size
-        with closing(self._order.epoch(epoch, first_batch, self._rank, self._world_size)) as samples:
-            plans = self.plans(epoch, samples.groups())
-            if self._is_reading:
-                plans = _while_unchanged(self._images, plans)
-            with closing(self._engine.batches(plans, size, self._groups)) as raw_batches:
-                checked = _while_unchanged(self._images, raw_batches) if self._is_reading else raw_batches
-                for num_done, batch in enumerate(self._pixel_op.each(checked), 1):
-                    samples.end(num_done)
-                    yield batch
+        samples = self._order.epoch(epoch, first_batch, self._rank, self._world_size)
+        plans = self.plans(epoch, samples.groups())
+        if self._is_reading:
+            plans = _while_unchanged(self._images, plans)
+        # Reading ahead is ended first: the engine may wait for it.
+        with closing(self._engine.batches(plans, size, self._groups)) as raw_batches, closing(samples):
+            checked = _while_unchanged(self._images, raw_batches) if self._is_reading else raw_batches
+            for num_done, batch in enumerate(self._pixel_op.each(checked), 1):
+                samples.end(num_done)
+                yield batch
 
     def plans(self, epoch: int, groups: Iterable[Samples]) -> Iterator[BatchPlan]:
         """Plan the batches of `EpochSamples.groups`."""
@@ -224,19 +243,28 @@ def _while_unchanged(images: ImageSet, items: Iterator[T]) -> Iterator[T]:
         raise
 
 
-def open_train_reader(cfg: DataConfig) -> BetonReader:
-    """Open the file `data.train`.
+def open_train_images(cfg: DataConfig) -> AnyImages:
+    """Open what `data.train` names.
 
     Raises:
-        DataError: the path is not set, or the file is not a .beton.
+        DataError: it is not set, or is neither a .beton file nor a data set of many.
     """
     if not cfg.train:
         raise DataError("data.train is not set: give a .beton file (`fastssl convert` writes one)")
-    return BetonReader(cfg.train)
+    cache_bytes = round(cfg.cache_gb * 1e9)
+    images = open_images(cfg.train, cache_dir=cfg.cache_dir, cache_bytes=cache_bytes)
+    if isinstance(images, ShardedImages) and images.is_remote and cfg.cache_dir is not None:
+        window_bytes = cfg.window_mb * 1_000_000
+        if cache_bytes < 2 * window_bytes and cache_bytes < images.manifest.image_bytes:
+            raise DataError(
+                f"data.cache_gb={cfg.cache_gb:g} is less than two windows of data.window_mb={cfg.window_mb}: raise it, "
+                "or leave data.cache_dir out"
+            )
+    return images
 
 
 def build_loader(
-    reader: BetonReader,
+    images: AnyImages,
     cfg: DataConfig,
     views: ViewsConfig,
     *,
@@ -249,7 +277,7 @@ def build_loader(
     """Build the training loader of one rank.
 
     Args:
-        reader: The open training file.
+        images: The open training data.
         cfg: The data section.
         views: The views section.
         seed: The run's seed.
@@ -263,33 +291,37 @@ def build_loader(
             into memory and does not fit.
     """
     size = cfg.global_batch_size
-    if size > reader.num_samples:
+    if size > images.num_samples:
         raise DataError(
-            f"data.global_batch_size is {size}, but {reader.path} holds {reader.num_samples} images: lower it"
+            f"data.global_batch_size is {size}, but {images.path} holds {images.num_samples} images: lower it"
         )
     if size % world_size:
         raise DataError(f"data.global_batch_size is {size}, not a multiple of the {world_size} processes: change it")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
     num_workers = cfg.num_workers or cores_per_process()
-    if cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
-        read_whole(reader, int(os.environ.get("LOCAL_RANK", "0")), _local_world_size())
-    report_bus_errors(reader)
-    bad_samples = BadSamples(reader.path, reader.num_samples, cfg.max_bad_fraction)
+    bad_samples = BadSamples(images.path, images.num_samples, cfg.max_bad_fraction)
+    order = build_order(images, cfg, seed, bad_samples)
+    if isinstance(order, LanesOrder):
+        order.check_ranks(world_size)
+    if isinstance(images, BetonReader):
+        if cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
+            read_whole(images, int(os.environ.get("LOCAL_RANK", "0")), _local_world_size())
+        report_bus_errors(images)
     engine = build_engine(
         cfg.engine,
-        reader,
+        images,
         num_workers=num_workers,
         prefetch_batches=cfg.prefetch_batches,
         device=device,
         bad_samples=bad_samples,
     )
-    reader.check_unchanged()  # engines that keep the images in memory have read them now
+    images.check_unchanged()  # engines that keep the images in memory have read them now
     return Loader(
         engine,
         views,
-        images=reader,
-        order=_build_order(reader, cfg, seed),
+        images=images,
+        order=order,
         cfg=cfg,
         bad_samples=bad_samples,
         seed=seed,
@@ -300,19 +332,52 @@ def build_loader(
     )
 
 
-def _build_order(reader: BetonReader, cfg: DataConfig, seed: int) -> FileOrder:
-    return FileOrder(
-        reader,
-        global_batch_size=cfg.global_batch_size,
+def build_order(
+    images: AnyImages, cfg: DataConfig, seed: int, bad_samples: BadSamples
+) -> FileOrder | LanesOrder | KeyedOrder:
+    """The order that `data.order` names.
+
+    Raises:
+        DataError: it is not one for these images.
+    """
+    size, window_bytes = cfg.global_batch_size, cfg.window_mb * 1_000_000
+    is_reading, drop_behind = cfg.engine in _READING_ENGINES, cfg.cache == "none"
+    if isinstance(images, BetonReader):
+        if cfg.order == "lanes":
+            raise DataError(f"data.order=lanes: {images.path} is one file: take random or quasi_random")
+        return FileOrder(
+            images,
+            global_batch_size=size,
+            seed=seed,
+            window_bytes=window_bytes if cfg.order == "quasi_random" else None,
+            drop_behind=drop_behind,
+            reads_ahead=is_reading,
+        )
+    if cfg.order == "quasi_random":
+        raise DataError(f"data.order=quasi_random: {images.path} is a data set of many files: take lanes")
+    if cfg.order == "random":
+        num_bytes = images.manifest.image_bytes
+        if images.is_remote and (cfg.cache_dir is None or cfg.cache_gb * 1e9 < num_bytes):
+            raise DataError(
+                f"data.order=random: {images.path} is remote and {num_bytes / 1e9:.1f} GB large: take lanes, or a "
+                "data.cache_dir with a data.cache_gb that holds all of it"
+            )
+        return KeyedOrder(images, global_batch_size=size, seed=seed)
+    if cfg.cache == "ram":
+        raise DataError("data.cache=ram is for one file: leave it out; the system keeps what fits into memory")
+    return LanesOrder(
+        images,
+        global_batch_size=size,
+        num_lanes=cfg.lanes or math.gcd(size, _DEFAULT_LANES),
+        window_bytes=window_bytes,
         seed=seed,
-        window_bytes=cfg.window_mb * 1_000_000 if cfg.order == "quasi_random" else None,
-        drop_behind=cfg.cache == "none",
-        reads_ahead=cfg.engine in _READING_ENGINES,
+        bad_samples=bad_samples,
+        drop_behind=drop_behind,
     )
 
 
 def build_eval_loader(
-    reader: BetonReader,
+    images: AnyImages,
     views: ViewsConfig,
     *,
     local_batch_size: int,
@@ -324,7 +389,7 @@ def build_eval_loader(
     """Build a loader of the eval views.
 
     Args:
-        reader: The open file.
+        images: The open data.
         views: The views section.
         local_batch_size: B, >= 1.
         engine: Name of the engine.
@@ -334,17 +399,18 @@ def build_eval_loader(
     Raises:
         ValueError: B < 1, or a sample id out of range.
     """
-    ids = np.arange(reader.num_samples) if sample_ids is None else np.asarray(sample_ids, np.int64)
+    ids = np.arange(images.num_samples) if sample_ids is None else np.asarray(sample_ids, np.int64)
     if local_batch_size < 1:
         raise ValueError(f"local_batch_size must be >= 1, got {local_batch_size}")
-    if len(ids) and not 0 <= ids.min() <= ids.max() < reader.num_samples:
-        raise ValueError(f"sample_ids must be in [0, {reader.num_samples}), got {ids.min()}..{ids.max()}")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < images.num_samples:
+        raise ValueError(f"sample_ids must be in [0, {images.num_samples}), got {ids.min()}..{ids.max()}")
     num_threads = num_workers or cores_per_process()
-    report_bus_errors(reader)
+    if isinstance(images, BetonReader):
+        report_bus_errors(images)
     return EvalLoader(
-        build_engine(engine, reader, num_workers=num_threads, prefetch_batches=2, device=device),
+        build_engine(engine, images, num_workers=num_threads, prefetch_batches=2, device=device),
         views,
-        images=reader,
+        images=images,
         sample_ids=ids,
         local_batch_size=local_batch_size,
         device=device,

@@ -52,7 +52,11 @@ class ReadAhead:
 
     def begin(self, position: int) -> None:
         """Called before sample number `position` of the order is read: requests its group and the next one."""
-        while self._num_asked < len(self._bounds) - 1 and self._bounds[max(self._num_asked - 1, 0)] <= position:
+        while (
+            not self._is_over
+            and self._num_asked < len(self._bounds) - 1
+            and self._bounds[max(self._num_asked - 1, 0)] <= position
+        ):
             self._thread.submit(self._ask, self._num_asked)
             self._num_asked += 1
 

@@ -22,9 +22,9 @@ from fastssl.models.objective import Objective
 from fastssl.processes.launch import choose_device, num_threads_of
 from fastssl.tracking.result_rows import Row, append_rows
 from fastssl.tracking.run_folder import RunFolder
-from pipelines.beton import BetonReader
 from pipelines.errors import one_line
-from pipelines.loader import Loader, build_loader, open_train_reader
+from pipelines.loader import Loader, build_loader, open_train_images
+from pipelines.shards.open_images import AnyImages
 
 MAX_DEFAULT_BATCHES = 4
 
@@ -188,7 +188,7 @@ def draw_batches(cfg: Config, settings: BatchSettings, device: torch.device) -> 
         ConfigError: --num-images exceeds the file's images, or is not a multiple of the batch size.
         DataError: the file cannot be read.
     """
-    reader = open_train_reader(cfg.data)
+    reader = open_train_images(cfg.data)
     size = settings.batch_size or min(cfg.data.global_batch_size, reader.num_samples)
     num_images = settings.num_images or min(MAX_DEFAULT_BATCHES, max(1, reader.num_samples // size)) * size
     if num_images > reader.num_samples:
@@ -210,7 +210,7 @@ def stream_batches(cfg: Config, batch_size: int, device: torch.device) -> Genera
         ConfigError: the file has fewer images than a batch.
         DataError: the file cannot be read.
     """
-    reader = open_train_reader(cfg.data)
+    reader = open_train_images(cfg.data)
     if batch_size > reader.num_samples:
         raise ConfigError(f"a batch of {batch_size} images is more than {reader.path} holds: {reader.num_samples}")
     with closing(_loader_of(cfg, reader, batch_size, device)) as loader:
@@ -220,7 +220,7 @@ def stream_batches(cfg: Config, batch_size: int, device: torch.device) -> Genera
                     yield batch.views
 
 
-def _loader_of(cfg: Config, reader: BetonReader, batch_size: int, device: torch.device) -> Loader:
+def _loader_of(cfg: Config, reader: AnyImages, batch_size: int, device: torch.device) -> Loader:
     process = {"rank": 0, "world_size": 1, "device": device, "num_threads": num_threads_of(cfg.run)}
     data = replace(cfg.data, global_batch_size=batch_size)
     return build_loader(reader, data, cfg.views, seed=cfg.run.seed, **process)

@@ -16,8 +16,9 @@ import numpy as np
 
 from fastssl.errors import ConfigError
 from fastssl.machine.files import lock_file
-from pipelines.beton import BetonReader
 from pipelines.printable import printable
+from pipelines.shards.open_images import AnyImages
+from pipelines.shards.sharded_images import ShardedImages
 
 FORMAT_VERSION = 1  # part of every key: files of another version are not found
 
@@ -54,13 +55,19 @@ def cached_features(
     return features
 
 
-def data_identity(reader: BetonReader) -> dict[str, Any]:
+def data_identity(reader: AnyImages) -> dict[str, Any]:
     """Identity of a data file, as JSON values: size in bytes, number of images, CRC-32 of its tables and of some
     images, and the checksum in its sidecar.
 
     Without a sidecar, the modification time replaces the checksum, because not every image is in the CRC-32. With
     one that belongs to another file, these differ.
     """
+    if isinstance(reader, ShardedImages):  # its digest covers the checksums of all images
+        return {
+            "num_images": reader.num_samples,
+            "file_bytes": reader.manifest.num_bytes,
+            "digest": reader.manifest.digest,
+        }
     checksum = reader.sidecar.get("sha256") or f"changed {os.fstat(reader.descriptor).st_mtime_ns}"
     num_images, file_bytes, tables, images = reader.identity
     crc32 = {"tables_crc32": tables, "some_images_crc32": images}

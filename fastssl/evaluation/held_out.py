@@ -18,8 +18,8 @@ from fastssl.evaluation.features import encode_batches
 from fastssl.evaluation.images import build_plain_loader
 from fastssl.evaluation.knn import bounded_k, bounded_k_line, knn_votes
 from fastssl.evaluation.parts import hold_out
-from pipelines.beton import BetonReader
 from pipelines.loader import DataConfig
+from pipelines.shards.open_images import AnyImages
 from pipelines.views import ViewsConfig
 
 MAX_FIT, MAX_HELD_OUT = 50_000, 10_000  # images; at ImageNet's 1.28 million, a kNN of all would take an epoch's time
@@ -33,7 +33,7 @@ class HeldOutKnn:
     """
 
     def __init__(
-        self, cfg: EvalConfig, data: DataConfig, views: ViewsConfig, reader: BetonReader, device: torch.device
+        self, cfg: EvalConfig, data: DataConfig, views: ViewsConfig, reader: AnyImages, device: torch.device
     ) -> None:
         """Choose the images.
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.evaluation.config import EvalConfig, with_pairs
-from pipelines.beton import BetonReader
 from pipelines.loader import DataConfig, EvalLoader, Loader, build_eval_loader, build_loader
+from pipelines.shards.open_images import AnyImages
 from pipelines.view_spec import ViewSpec
 from pipelines.views import ViewsConfig, build_eval_spec
 
@@ -31,7 +31,7 @@ class Part:
         ids: Ids of its samples in this part, int64 [n], ascending.
     """
 
-    reader: BetonReader
+    reader: AnyImages
     ids: np.ndarray
 
     @property
@@ -129,10 +129,9 @@ def augmented_views(cfg: EvalConfig, views: ViewsConfig) -> ViewsConfig:
     return replace(views, recipe="linear_augmented", specs=[spec], size_px=None, override={})
 
 
-def engine_for(data: DataConfig, reader: BetonReader, device: torch.device) -> DataConfig:
+def engine_for(data: DataConfig, reader: AnyImages, device: torch.device) -> DataConfig:
     """The settings with an engine that takes this file: the training's need not, which was chosen for another file."""
-    is_one_size = bool((reader.sizes == reader.sizes[0]).all())
-    if data.engine == "resident" and device.type == "cuda" and not is_one_size:
+    if data.engine == "resident" and device.type == "cuda" and not (reader.sizes == reader.sizes[0]).all():
         return replace(data, engine="ffcv")
     return data
 
@@ -141,7 +140,7 @@ def build_plain_loader(
     cfg: EvalConfig,
     data: DataConfig,
     views: ViewsConfig,
-    reader: BetonReader,
+    reader: AnyImages,
     device: torch.device,
     ids: np.ndarray | None = None,
 ) -> EvalLoader:

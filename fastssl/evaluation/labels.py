@@ -3,15 +3,21 @@
 import numpy as np
 
 from fastssl.errors import ConfigError
-from pipelines.beton import BetonReader
+from pipelines.shards.open_images import AnyImages
+from pipelines.shards.sharded_images import ShardedImages
 
 
-def num_labelled_classes(reader: BetonReader) -> int:
+def num_labelled_classes(reader: AnyImages) -> int:
     """Number of distinct labels; images without a label (-1) are ignored."""
     return len(_classes(reader))
 
 
-def check_same_classes(train: BetonReader, test: BetonReader, test_key: str) -> None:
+def max_label(reader: AnyImages) -> int:
+    """The largest label; -1: there is none."""
+    return int(_classes(reader).max(initial=-1))
+
+
+def check_same_classes(train: AnyImages, test: AnyImages, test_key: str) -> None:
     """Refuse a test file on which classifiers of the training file cannot be evaluated.
 
     Args:
@@ -38,5 +44,7 @@ def check_same_classes(train: BetonReader, test: BetonReader, test_key: str) -> 
         )
 
 
-def _classes(reader: BetonReader) -> np.ndarray:
+def _classes(reader: AnyImages) -> np.ndarray:
+    if isinstance(reader, ShardedImages):  # the manifest knows, however many images there are
+        return np.flatnonzero(reader.manifest.label_counts)
     return np.unique(reader.labels[reader.labels >= 0])

@@ -7,10 +7,10 @@ import numpy as np
 from fastssl.errors import ConfigError
 from fastssl.evaluation.images import Part
 from fastssl.evaluation.labels import check_same_classes, num_labelled_classes
-from pipelines.beton import BetonReader
 from pipelines.beton.duplicates import find_across
-from pipelines.loader import DataConfig
-from pipelines.sampler import split_holdout
+from pipelines.hold_out import hold_out_ids
+from pipelines.loader import DataConfig, open_train_images
+from pipelines.shards.open_images import AnyImages, open_images
 
 
 def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = None) -> tuple[Part, Part, str]:
@@ -30,12 +30,12 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
         ConfigError: too few labels, or classes that differ; the message names the option or the key.
         DataError: a file cannot be read.
     """
-    train_key, train = ("--on", BetonReader(on)) if on else ("data.train", BetonReader(data.train))
+    train_key, train = ("--on", open_images(on)) if on else ("data.train", open_train_images(data))
     if num_labelled_classes(train) < 2:
         raise ConfigError(f"{train_key}: {train.path} has fewer than two classes with labels, and evaluation needs two")
     test_path = test or (None if on else data.test)
     if test_path:
-        test_key, reader = "--test" if test else "data.test", BetonReader(test_path)
+        test_key, reader = "--test" if test else "data.test", open_images(test_path)
         check_same_classes(train, reader, test_key)
         return _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0), str(test_path)
     return hold_out(train, data.holdout_fraction, "--test is not given" if on else "data.test is not set")
@@ -58,14 +58,14 @@ def duplicates_across(train: Part, test: Part) -> str:
     )
 
 
-def hold_out(reader: BetonReader, fraction: float, why: str) -> tuple[Part, Part, str]:
+def hold_out(reader: AnyImages, fraction: float, why: str) -> tuple[Part, Part, str]:
     """The labelled images of a file in two parts, and a description of the second, the held-out one.
 
     Raises:
         ConfigError: no labelled image is held out; `why` says why some are needed.
     """
     is_held_out = np.zeros(reader.num_samples, dtype=bool)
-    is_held_out[split_holdout(reader.num_samples, fraction, reader.labels)[1]] = True
+    is_held_out[hold_out_ids(reader, fraction)[1]] = True
     is_labelled = reader.labels >= 0
     if not (is_held_out & is_labelled).any():
         raise ConfigError(
@@ -76,5 +76,5 @@ def hold_out(reader: BetonReader, fraction: float, why: str) -> tuple[Part, Part
     return train, test, f"{fraction:g} of {reader.path}, held out ({why})"
 
 
-def _labelled(reader: BetonReader, wanted: np.ndarray) -> Part:
+def _labelled(reader: AnyImages, wanted: np.ndarray) -> Part:
     return Part(reader=reader, ids=np.flatnonzero(wanted))

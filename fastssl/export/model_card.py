@@ -14,9 +14,9 @@ from fastssl.machine.yaml_text import dump_yaml
 from fastssl.models.config import ModelConfig
 from fastssl.tracking.json_lines import read_rows
 from fastssl.tracking.run_folder import RunFolder, run_above
-from pipelines.beton import BetonReader
 from pipelines.errors import DataError
 from pipelines.files import read_file
+from pipelines.loader import open_train_images
 from pipelines.printable import printable
 
 _TO_FILL_IN = "to fill in"
@@ -171,7 +171,7 @@ def _names_only(value: Any) -> Any:
 
 def _images(cfg: Config) -> str:
     try:
-        reader = BetonReader(cfg.data.train)
+        reader = open_train_images(cfg.data)
     except DataError:
         return f"{_text(Path(cfg.data.train).name)}, which is not there any more"
     classes = f", {len(reader.class_names)} classes (labels were not used)" if reader.class_names else ""

@@ -23,8 +23,10 @@ from fastssl.report.thumbnails import CELL_PX
 from pipelines.beton import BetonReader
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.errors import DataError
-from pipelines.loader import cores_per_process
-from pipelines.sampler import split_holdout
+from pipelines.hold_out import hold_out_ids
+from pipelines.loader import cores_per_process, open_train_images
+from pipelines.samples import decode_sample
+from pipelines.shards.open_images import AnyImages
 
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8
 NUM_MISTAKES = 16
@@ -44,7 +46,7 @@ class Album:
         is_held_out: False: the run holds no images out, and these are of its training part.
     """
 
-    reader: BetonReader
+    reader: AnyImages
     ids: np.ndarray
     is_held_out: bool
 
@@ -147,9 +149,10 @@ def draw_pictures(run: Path, cfg: Config, *, num_images: int, device: torch.devi
 
 def choose_album(cfg: Config, num_images: int) -> Album:
     """Held-out images of the training file, evenly spaced; of a run that holds none out, training images."""
-    reader = BetonReader(cfg.data.train)
-    report_bus_errors(reader)
-    fit, held_out = split_holdout(reader.num_samples, cfg.data.holdout_fraction, reader.labels)
+    reader = open_train_images(cfg.data)
+    if isinstance(reader, BetonReader):
+        report_bus_errors(reader)
+    fit, held_out = hold_out_ids(reader, cfg.data.holdout_fraction)
     ids = held_out if len(held_out) else fit
     some = np.linspace(0, len(ids) - 1, min(len(ids), num_images)).astype(np.int64)
     return Album(reader=reader, ids=ids[some], is_held_out=len(held_out) > 0)
@@ -253,7 +256,7 @@ def _read(encoder: Encoder, album: Album) -> Iterator[tuple[Sequence[int], list[
 
     def one(i: int) -> Any:
         try:
-            pixels = album.reader.decode(i)
+            pixels = decode_sample(album.reader.path, album.reader.samples(np.array([i])), 0)
         except DataError as error:
             return str(error)
         thumbnail = Image.fromarray(pixels)

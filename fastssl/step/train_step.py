@@ -75,7 +75,8 @@ class TrainStep:
             engine: DeepSpeed's engine for the objective.
             objective: The trained module, on its device.
             probe: On the same device.
-            is_holdout: bool [N]: samples that the probe must not learn from; None without a probe.
+            is_holdout: bool [M]: entry (sample id modulo M) says whether the probe must not learn from a sample; None
+                without a probe.
             sums: Sums that each step adds to.
         """
         self._cfg, self._engine, self._objective = cfg, engine, objective
@@ -143,7 +144,7 @@ class TrainStep:
         loss, h, z = loss.detach().float(), [x.detach() for x in h], [x.detach() for x in z]
         values = {"loss": loss, "grad_norm": grad_norm, "num_steps": torch.ones_like(grad_norm)}
         if self.probe is not None and self._is_holdout is not None:
-            values |= self.probe.step(h, labels, self._is_holdout[sample_ids], taken)
+            values |= self.probe.step(h, labels, self._is_holdout[sample_ids % len(self._is_holdout)], taken)
         for name, value in values.items():
             self.sums[name].add_(torch.where(taken, value, 0))
         return StepResult(taken, loss, grad_norm, torch.stack((taken.float(), loss, grad_norm)), h, z)

@@ -14,7 +14,7 @@ from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from pipelines.batch import Batch
 from pipelines.errors import DataError
-from pipelines.loader import build_loader, cores_per_process, open_train_reader
+from pipelines.loader import build_loader, cores_per_process, open_train_images
 from pipelines.views import ViewsConfig
 
 _CELL_PX = 96  # small views are enlarged to this height, pixel by pixel
@@ -44,7 +44,7 @@ def preview_views(cfg: Config, path: Path) -> None:
     Raises:
         DataError: the file cannot be read, a sample cannot be decoded, or the PNG cannot be written.
     """
-    reader = open_train_reader(cfg.data)
+    reader = open_train_images(cfg.data)
     process = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": cores_per_process()}
     loader = build_loader(reader, cfg.data, cfg.views, seed=cfg.run.seed, **process)
     try:

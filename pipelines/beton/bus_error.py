@@ -12,15 +12,16 @@ import ctypes
 import signal
 import weakref
 from functools import cache
+from pathlib import Path
+from typing import Protocol
 
 import llvmlite.binding as llvm
 import numpy as np
 
-from pipelines.beton.reader import BetonReader
 from pipelines.printable import printable
 
 EXIT_CODE = 2
-_MAX_FILES = 64  # further files that are open at the same time go without a line
+_MAX_FILES = 8192  # further files that are open at the same time go without a line
 
 # For each map: addresses of its first byte and of the first one after it, address and length of its line; zeros: free.
 _table = np.zeros((_MAX_FILES, 4), np.int64)
@@ -90,7 +91,16 @@ _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
 _previous = _Action()
 
 
-def report_bus_errors(reader: BetonReader) -> None:
+class MappedFile(Protocol):
+    """A file and its memory map, uint8."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def mmap(self) -> np.ndarray: ...
+
+
+def report_bus_errors(reader: MappedFile) -> None:
     """From now on, while the reader exists, end the process with one line where its map cannot be read."""
     _install_handler()
     first, is_free = reader.mmap.ctypes.data, _table[:, 1] == 0

@@ -123,7 +123,7 @@ class LaneOrder:
         parts = []
         for window in windows:
             first = window * window_size
-            parts.append(self._samples(lanes, window, max(start - first, 0), min(stop - first, window_size)))
+            parts.append(self.window_samples(lanes, window, max(start - first, 0), min(stop - first, window_size)))
         return np.concatenate(parts, axis=1).reshape(-1)
 
     def window_of(self, step: int, global_batch_size: int) -> range:
@@ -196,7 +196,7 @@ class LaneOrder:
         turns = np.arange(*self._blocks_in(window)) * self.num_lanes + np.arange(lanes.start, lanes.stop)[:, None]
         return sample_at(turns, self.num_blocks, self.seed, self.epoch, _BLOCK_STREAM)
 
-    def _samples(self, lanes: range, window: int, start: int, stop: int) -> np.ndarray:
+    def window_samples(self, lanes: range, window: int, start: int, stop: int) -> np.ndarray:
         """The samples at places start..stop-1 of a window, int64 [lanes, stop - start]; fewer at its end."""
         first_block, end_block = self._blocks_in(window)
         num = (end_block - first_block) * self.block_samples

@@ -101,6 +101,17 @@ def write_manifest(store: Store, *, verify: bool = False, num_threads: int | Non
     return _report(where, manifest, examiner)
 
 
+def manifest_of(store: Store, names: Sequence[str]) -> Manifest:
+    """The manifest of some shards, in this order; writes nothing.
+
+    Raises:
+        DataError: see `write_manifest`; or a shard has no rows.
+    """
+    files = {info.path: info for info in store.list()}
+    with _Examiner(store, files, verify=False, num_threads=None, is_check=True) as examiner:
+        return examiner.manifest([files[name] for name in names])
+
+
 def check_manifest(store: Store, *, verify: bool = False, num_threads: int | None = None) -> ManifestReport:
     """Compare a data set with its manifest; writes nothing. See `write_manifest`.
 

@@ -5,11 +5,11 @@ own tables need three reads for that, and FFCV's allocation table may be in anot
 """
 
 import struct
-import zlib
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from isal.isal_zlib import crc32  # zlib's, 14 times as fast
 
 Bytes: TypeAlias = bytes | bytearray | memoryview  # of an array: its `.data`
 
@@ -49,7 +49,7 @@ def row_crc32(head: Bytes, image: Bytes) -> int:
 
     A row that is paired with another image, or whose label or size changed, has another checksum.
     """
-    return zlib.crc32(head, zlib.crc32(image))
+    return crc32(head, crc32(image))
 
 
 def row_head(ptr: int, num_bytes: int, height_px: int, width_px: int, label: int, *, is_raw: bool) -> bytes:

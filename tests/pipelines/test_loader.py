@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.errors import DataError
-from pipelines.loader import DataConfig, build_eval_loader, build_loader, open_train_reader
+from pipelines.loader import DataConfig, build_eval_loader, build_loader, open_train_images
 from pipelines.sampler import quasi_random_windows
 from pipelines.views import RECIPES, ViewsConfig, ViewSpec
 
@@ -198,8 +198,8 @@ def test_what_the_config_cannot_mean(build, reader):
     with pytest.raises(ValueError, match=r"first_batch must be in \[0, 3\]"):
         build().epoch(0, first_batch=4)
     with pytest.raises(DataError, match=r"data\.train is not set"):
-        open_train_reader(DataConfig())
-    assert open_train_reader(DataConfig(train=str(reader.path))).num_samples == 26
+        open_train_images(DataConfig())
+    assert open_train_images(DataConfig(train=str(reader.path))).num_samples == 26
 
 
 @pytest.mark.parametrize(

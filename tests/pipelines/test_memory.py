@@ -29,7 +29,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import torch
-from pipelines.loader import DataConfig, build_loader, open_train_reader
+from pipelines.loader import DataConfig, build_loader, open_train_images
 from pipelines.views import ViewsConfig
 
 def read_bytes(name):
@@ -39,7 +39,7 @@ def read_bytes(name):
 def run(beton, num_epochs):
     cfg = DataConfig(train=beton, global_batch_size=batch_size, num_workers=num_threads, prefetch_batches=prefetch)
     places = dict(seed=0, rank=0, world_size=1, device=torch.device("cpu"), num_threads=num_threads)
-    loader = build_loader(open_train_reader(cfg), cfg, ViewsConfig(recipe="byol", size_px=size_px), **places)
+    loader = build_loader(open_train_images(cfg), cfg, ViewsConfig(recipe="byol", size_px=size_px), **places)
     resident = []
     for epoch in range(num_epochs):
         for batch in loader.epoch(epoch):

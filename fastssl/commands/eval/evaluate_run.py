@@ -35,7 +35,7 @@ from fastssl.tracking import plots
 from fastssl.tracking.report import Report
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import best_held_out, training_time
-from pipelines.beton import BetonReader
+from pipelines.shards.open_images import AnyImages
 from pipelines.printable import printable
 from pipelines.progress import Progress
 from pipelines.views import build_eval_spec
@@ -244,7 +244,7 @@ def _features(cfg: Config, encoder: Encoder, part: Part, device: torch.device, f
     return features.astype(np.float32, copy=False)
 
 
-def _feature_key(cfg: Config, encoder: Encoder, reader: BetonReader, device: torch.device) -> dict[str, Any]:
+def _feature_key(cfg: Config, encoder: Encoder, reader: AnyImages, device: torch.device) -> dict[str, Any]:
     """Everything that features depend on (except batch size and thread count, which may change the last bits)."""
     view = asdict(build_eval_spec(cfg.views)) | {"mean": cfg.views.mean, "std": cfg.views.std}
     made_by = {"engine": cfg.data.engine, "device": device.type, "torch": torch.__version__}

@@ -1,0 +1,304 @@
+"""Reads a sharded data set in lanes: windows of blocks, the next one under way while one is in use."""
+
+# n samples, G global batch, W world size
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+
+import numpy as np
+
+from pipelines.bad_samples import BadSamples
+from pipelines.epoch_order import num_together
+from pipelines.errors import DataError
+from pipelines.order.lanes import LaneOrder
+from pipelines.samples import Samples
+from pipelines.shards.pieces import Piece
+from pipelines.shards.rows import ROW
+from pipelines.shards.sharded_images import ShardedImages, to_samples
+
+_ENDED = "this epoch was ended"
+_POLL_S = 0.2
+_STEPS_LOOKED_AT = 16  # of a window, to fetch first what is needed first
+
+
+class LanesOrder:
+    """`epoch_order.EpochOrder` of a sharded data set in lanes, see `order.lanes.LaneOrder`."""
+
+    def __init__(
+        self,
+        images: ShardedImages,
+        *,
+        global_batch_size: int,
+        num_lanes: int,
+        window_bytes: int,
+        seed: int,
+        bad_samples: BadSamples,
+        drop_behind: bool = False,
+    ) -> None:
+        """Set the order.
+
+        Args:
+            images: The data set.
+            global_batch_size: G.
+            num_lanes: C, a divisor of G.
+            window_bytes: Stored size of the images that all lanes mix at a time.
+            seed: The run's seed.
+            bad_samples: Records images with a wrong checksum.
+            drop_behind: Drop used samples from the page cache.
+        Raises:
+            DataError: the numbers do not fit each other.
+        """
+        if global_batch_size % num_lanes:
+            raise DataError(
+                f"data.lanes is {num_lanes}, which does not divide data.global_batch_size {global_batch_size}: change "
+                "one of them"
+            )
+        self._images, self._size, self._num_lanes = images, global_batch_size, num_lanes
+        self._seed, self._bad_samples, self._drop_behind = seed, bad_samples, drop_behind
+        self._block_samples = images.block_samples_of(num_lanes)
+        mean_bytes = images.manifest.image_bytes / images.num_samples
+        self._window_blocks = max(1, round(window_bytes / (num_lanes * self._block_samples * mean_bytes)))
+        if images.num_samples < num_lanes * self._block_samples:
+            raise DataError(
+                f"{images.path}: {images.num_samples} images are too few for {num_lanes} lanes: lower data.lanes"
+            )
+        self.num_batches = self._order_of(0).num_batches(global_batch_size)
+        if not self.num_batches:
+            raise DataError(
+                f"data.global_batch_size is {global_batch_size}, but {images.path} holds {images.num_samples} images: "
+                "lower it"
+            )
+
+    @property
+    def window_bytes(self) -> int:
+        """Stored size of a window over all lanes, about."""
+        num = self._num_lanes * self._block_samples * self._window_blocks
+        return round(num * self._images.manifest.image_bytes / self._images.num_samples)
+
+    @property
+    def first_batch_bytes(self) -> int:
+        """What is fetched before the first global batch is there, about: a block for each image, but no more blocks
+        than a window has."""
+        mean_bytes = self._images.manifest.image_bytes / self._images.num_samples
+        return min(round(self._size * self._block_samples * mean_bytes), self.window_bytes)
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raise DataError if the lanes cannot be divided among so many processes."""
+        if self._num_lanes % world_size:
+            raise DataError(
+                f"data.lanes is {self._num_lanes}, not a multiple of the {world_size} processes: change one of them"
+            )
+
+    def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> LaneEpoch:
+        """See `EpochOrder.epoch`."""
+        return LaneEpoch(
+            self._images,
+            self._order_of(epoch),
+            self._size,
+            first_batch,
+            rank,
+            world_size,
+            self._bad_samples,
+            drop_behind=self._drop_behind,
+        )
+
+    def _order_of(self, epoch: int) -> LaneOrder:
+        return LaneOrder(
+            num_samples=self._images.num_samples,
+            block_samples=self._block_samples,
+            num_lanes=self._num_lanes,
+            window_blocks=self._window_blocks,
+            seed=self._seed,
+            epoch=epoch,
+        )
+
+
+class LaneEpoch:
+    """`epoch_order.EpochSamples` of one rank: at most two windows are read at a time, and what is used of a third."""
+
+    def __init__(
+        self,
+        images: ShardedImages,
+        order: LaneOrder,
+        global_batch_size: int,
+        first_batch: int,
+        rank: int,
+        world_size: int,
+        bad_samples: BadSamples,
+        *,
+        drop_behind: bool,
+    ) -> None:
+        self._images, self._order, self._size = images, order, global_batch_size
+        self._first_batch, self._rank, self._world_size = first_batch, rank, world_size
+        self._bad_samples, self._drop_behind = bad_samples, drop_behind
+        self._windows: dict[int, Window] = {}
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+
+    def groups(self) -> Iterator[Samples]:
+        """See `EpochSamples.groups`."""
+        order, num_batches = self._order, self._order.num_batches(self._size)
+        first, num = self._first_batch, 1  # the first batch does not wait for what others need
+        while first < num_batches:
+            steps = range(first, min(first + num, num_batches))
+            first, num = steps.stop, num_together(self._size // self._world_size)
+            batches = [order.batch(step, self._size, self._rank, self._world_size) for step in steps]
+            windows = [order.window_of(step, self._size) for step in steps]
+            numbers = range(windows[0].start, windows[-1].stop)
+            opened = [self._window(number) for number in numbers]
+            self._window(numbers.stop)  # ahead
+            yield self._gather(np.concatenate(batches), opened)
+
+    def end(self, num_batches: int) -> None:
+        """See `EpochSamples.end`."""
+        step = self._first_batch + num_batches
+        with self._lock:
+            done = [number for number in self._windows if self._order.steps_of(number, self._size).stop <= step]
+            dropped = [self._windows.pop(number) for number in done]
+        if self._drop_behind:
+            for window in dropped:
+                window.drop()
+
+    def close(self) -> None:
+        """See `EpochSamples.close`."""
+        with self._lock:
+            self._is_over.set()
+            for window in self._windows.values():
+                window.cancel()
+            self._windows.clear()
+
+    def _window(self, number: int) -> Window | None:
+        """The window, which is read from now on; None past the last one."""
+        if number >= self._order.num_windows:
+            return None
+        with self._lock:
+            if number not in self._windows and not self._is_over.is_set():
+                steps = self._order.steps_of(number, self._size)
+                looked_at = range(steps.start, min(steps.stop, steps.start + _STEPS_LOOKED_AT))
+                ids = [self._order.batch(step, self._size, self._rank, self._world_size) for step in looked_at]
+                self._windows[number] = Window(
+                    self._images,
+                    np.concatenate(
+                        [
+                            self._order.block_ranges(lane, number)
+                            for lane in self._order.lanes_of(self._rank, self._world_size)
+                        ]
+                    ),
+                    np.concatenate([*ids, np.empty(0, np.int64)]),
+                    self._is_over,
+                )
+            return self._windows.get(number)
+
+    def _gather(self, ids: np.ndarray, windows: list[Window | None]) -> Samples:
+        rows, addresses = np.empty(len(ids), ROW), np.empty(len(ids), np.uint64)
+        is_missing = np.ones(len(ids), bool)
+        owners: list[object] = []
+        for window in windows:
+            if window is not None:
+                is_missing[window.fill(ids, rows, addresses)] = False
+                owners.append(window.owners)
+        if is_missing.any():
+            raise RuntimeError(_ENDED)
+        damaged = {i: reason for window in windows if window for i, reason in window.damaged.items()}
+        positions = np.flatnonzero(np.isin(ids, list(damaged))) if damaged else ids[:0]
+        for position in positions.tolist():
+            ids[position], piece = self._substitute(int(ids[position]), damaged[int(ids[position])])
+            rows[position], addresses[position] = piece.rows[0], piece.addresses[0]
+            owners.append(piece.owners)
+        return to_samples(ids, rows, addresses, tuple(owners))
+
+    def _substitute(self, sample_id: int, reason: str) -> tuple[int, Piece]:
+        """The next good sample in the place of a damaged one."""
+        while True:
+            sample_id = self._bad_samples.replace(sample_id, reason)
+            (piece,) = self._images.read(sample_id, sample_id + 1)
+            if not piece.damaged:
+                return sample_id, piece
+            reason = piece.damaged[0]
+
+
+class Window:
+    """The blocks of one window of a rank's lanes, which are being read.
+
+    Attributes:
+        owners: What keeps the memory of what was read valid.
+        damaged: Reason by id of images whose bytes are wrong, of the blocks that were waited for.
+    """
+
+    def __init__(
+        self, images: ShardedImages, ranges: np.ndarray, first_ids: np.ndarray, is_over: threading.Event
+    ) -> None:
+        """Begin to read.
+
+        Args:
+            images: The data set.
+            ranges: First sample of each block and the one after its last, int64 [num, 2], disjoint.
+            first_ids: Samples in the order of their use, as far as known.
+            is_over: Set when nobody needs them any more.
+        """
+        self._images, self._is_over = images, is_over
+        self._ranges = ranges[np.argsort(ranges[:, 0])]
+        self._offsets = np.concatenate([[0], np.cumsum(self._ranges[:, 1] - self._ranges[:, 0])])
+        self._rows = np.empty(self._offsets[-1], ROW)
+        self._addresses = np.empty(self._offsets[-1], np.uint64)
+        self._is_there = np.zeros(len(ranges), bool)
+        self.owners: list[object] = []
+        self.damaged: dict[int, str] = {}
+        seen, at = np.unique(self._blocks_of(first_ids), return_index=True)
+        in_use = seen[np.argsort(at)]
+        in_order = np.concatenate([in_use, np.setdiff1d(np.arange(len(ranges)), in_use)])
+        self._pieces: dict[int, list[Future[Piece]]] = {
+            block: [images.files.submit(*span) for span in images.spans(*self._ranges[block].tolist())]
+            for block in in_order.tolist()
+        }
+
+    def fill(self, ids: np.ndarray, rows: np.ndarray, addresses: np.ndarray) -> np.ndarray:
+        """Fill in what lies in this window, and wait for it where it has not arrived; returns its positions in ids."""
+        blocks = self._blocks_of(ids)
+        positions = np.flatnonzero(ids < self._ranges[blocks, 1]) if len(self._ranges) else ids[:0]
+        positions = positions[blocks[positions] >= 0]
+        blocks = blocks[positions]
+        for block in np.unique(blocks[~self._is_there[blocks]]).tolist():
+            self._take(block)
+        places = self._offsets[blocks] + ids[positions] - self._ranges[blocks, 0]
+        rows[positions], addresses[positions] = self._rows[places], self._addresses[places]
+        return positions
+
+    def drop(self) -> None:
+        """The samples are not needed any more in this epoch."""
+        for first, stop in self._ranges.tolist():
+            for span in self._images.spans(first, stop):
+                self._images.files.drop(*span)
+
+    def cancel(self) -> None:
+        """Do not read what has not begun."""
+        for pieces in self._pieces.values():
+            for piece in pieces:
+                piece.cancel()
+
+    def _blocks_of(self, ids: np.ndarray) -> np.ndarray:
+        """Index of the last block that begins at or before each id; -1: none."""
+        return np.searchsorted(self._ranges[:, 0], ids, side="right") - 1
+
+    def _wait_for(self, future: Future[Piece]) -> Piece:
+        """A request may be repeated for a minute; who ends the epoch does not wait for that."""
+        while not self._is_over.is_set():
+            with suppress(TimeoutError):
+                return future.result(timeout=_POLL_S)
+        raise RuntimeError(_ENDED)
+
+    def _take(self, block: int) -> None:
+        """Wait for one block and put it into the tables."""
+        at, first = int(self._offsets[block]), int(self._ranges[block, 0])
+        for future in self._pieces.pop(block):
+            piece = self._wait_for(future)
+            stop = at + len(piece.rows)
+            self._rows[at:stop], self._addresses[at:stop] = piece.rows, piece.addresses
+            self.owners.append(piece.owners)
+            self.damaged |= {first + position: reason for position, reason in piece.damaged.items()}
+            first, at = first + len(piece.rows), stop
+        self._is_there[block] = True

@@ -1,0 +1,335 @@
+"""Reads consecutive samples of a shard: from a memory map, or by ranges from object storage."""
+
+# n samples
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import pairwise
+from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from pipelines.beton.bus_error import report_bus_errors
+from pipelines.beton.format import MAX_LABEL
+from pipelines.errors import DataChangedError, DataError
+from pipelines.remote.cache import BlockCache
+from pipelines.remote.store import RemoteError, RemoteStore
+from pipelines.shards.manifest import Manifest, Shard
+from pipelines.shards.rows import HEAD_BYTES, ROW, first_bad_row, num_bytes_of, row_crc32, rows_path
+
+T = TypeVar("T")
+
+WRONG_CHECKSUM = "has another checksum than its rows file says"
+_MAX_GAP_BYTES = 128 << 10  # between images: smaller gaps are read too, rather than asking twice
+_NUM_FETCHES = 3  # of a range whose bytes turn out to be wrong
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive samples of one shard, with their bytes in memory.
+
+    Attributes:
+        rows: ROW [n].
+        addresses: uint64 [n], where the bytes of each image begin.
+        owners: What keeps the memory valid.
+        damaged: Position and reason of each image whose stored bytes are not those that were converted.
+    """
+
+    rows: np.ndarray
+    addresses: np.ndarray
+    owners: tuple[object, ...]
+    damaged: dict[int, str] = field(default_factory=dict)
+
+
+class ShardFiles(Protocol):
+    """The files of a manifest's shards; may be used from several threads."""
+
+    def read(self, shard: int, first: int, stop: int) -> Piece:
+        """Samples first..stop-1 of a shard.
+
+        Raises:
+            DataError: the shard is missing, cut short, or not the one of the manifest.
+        """
+        ...
+
+    def rows(self, shard: int, first: int, stop: int) -> np.ndarray:
+        """Rows of the samples first..stop-1 of a shard, ROW [n]; their checksums are not compared."""
+        ...
+
+    def submit(self, shard: int, first: int, stop: int) -> Future[Piece]:
+        """`read` in a thread, ahead of its use."""
+        ...
+
+    def drop(self, shard: int, first: int, stop: int) -> None:
+        """These samples are not needed for a while: the system need not keep their pages."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raise DataChangedError if an open file has changed."""
+        ...
+
+    def close(self) -> None:
+        """Cancel what is under way."""
+        ...
+
+
+class LocalFiles:
+    """Memory maps of local shards, opened when they are first needed.
+
+    The checksums of images are not compared, as for a single file: the decoder finds damage, `fastssl verify`
+    all of it.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._shards = folder, manifest.shards
+        self._maps: dict[int, _Maps] = {}
+        self._lock = threading.Lock()
+        self._last_checked = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastssl-read-ahead")
+
+    def read(self, shard: int, first: int, stop: int) -> Piece:
+        """See `ShardFiles.read`."""
+        found = self.maps(shard)
+        rows = found.rows(first, stop)
+        return Piece(rows, rows["ptr"] + found.address, (found.mmap,))
+
+    def rows(self, shard: int, first: int, stop: int) -> np.ndarray:
+        """See `ShardFiles.rows`."""
+        return self.maps(shard).rows(first, stop)
+
+    def submit(self, shard: int, first: int, stop: int) -> Future[Piece]:
+        """See `ShardFiles.submit`; the system is asked for the images, which need not have arrived."""
+        return self._thread.submit(self._ask, shard, first, stop)
+
+    def drop(self, shard: int, first: int, stop: int) -> None:
+        """See `ShardFiles.drop`."""
+        self._thread.submit(self._drop, shard, first, stop)
+
+    def _ask(self, shard: int, first: int, stop: int) -> Piece:
+        piece = self.read(shard, first, stop)
+        for start, end, _ in _ranges(piece.rows, num_bytes_of(piece.rows)):
+            os.posix_fadvise(self.maps(shard).descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+        return piece
+
+    def _drop(self, shard: int, first: int, stop: int) -> None:
+        rows, found = self.rows(shard, first, stop), self.maps(shard)
+        for start, end, _ in _ranges(rows, num_bytes_of(rows)):
+            page = start - start % PAGESIZE
+            num_bytes = min(-(-end // PAGESIZE) * PAGESIZE, len(found.mmap)) - page
+            found.file_map.madvise(MADV_DONTNEED, page, num_bytes)  # a mapped page stays in the cache
+            os.posix_fadvise(found.descriptor, page, num_bytes, os.POSIX_FADV_DONTNEED)
+
+    def check_unchanged(self) -> None:
+        """Look at one open shard after the other, one per call."""
+        with self._lock:
+            opened = list(self._maps.values())
+        if opened:
+            self._last_checked = (self._last_checked + 1) % len(opened)
+            opened[self._last_checked].check_unchanged()
+
+    def close(self) -> None:
+        """Maps are closed with the last array of them."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable[[int], T], numbers: Iterable[int]) -> Iterator[tuple[int, T]]:
+        """Work on some numbers, one after the other: a map does not wait for requests."""
+        return ((number, work(number)) for number in numbers)
+
+    def maps(self, shard: int) -> _Maps:
+        """The maps of one shard.
+
+        Raises:
+            DataError: it is missing, or not the one of the manifest.
+        """
+        found = self._maps.get(shard)
+        if found is None:
+            with self._lock:
+                found = self._maps.get(shard)
+                if found is None:
+                    found = self._maps[shard] = _Maps(self._folder, self._shards[shard])
+        return found
+
+
+class _Maps:
+    """One shard, mapped, and its open rows file; not to be changed while in use.
+
+    Attributes:
+        path: The shard.
+        mmap: uint8, the whole file.
+        file_map: What `mmap` is a view of.
+        address: Of its first byte.
+        descriptor: The open file.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.path = folder / shard.name
+        self._shard, self._rows_path = shard, rows_path(self.path)
+        try:
+            self.descriptor, self._rows_descriptor = _opened(self, self.path), _opened(self, self._rows_path)
+            self._state = _state_of(self.descriptor)
+            num_rows = _state_of(self._rows_descriptor)[0] / ROW.itemsize
+            if self._state[0] != shard.num_bytes:
+                raise _not_the_one(self.path, f"{self._state[0]:,} bytes instead of {shard.num_bytes:,}")
+            if num_rows != shard.num_images:
+                raise _not_the_one(self._rows_path, f"{num_rows:g} rows instead of {shard.num_images:,}")
+            self.file_map = mmap(self.descriptor, 0, access=ACCESS_READ)
+            self.mmap = np.frombuffer(self.file_map, np.uint8)
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename}: no such file, but the manifest of its data set lists it") from error
+        except OSError as error:
+            raise DataError(f"{error.filename or self.path}: cannot be read ({error.strerror})") from error
+        self.address = np.uint64(self.mmap.ctypes.data)
+        report_bus_errors(self)
+
+    def rows(self, first: int, stop: int) -> np.ndarray:
+        """Rows of the samples first..stop-1, ROW [n]."""
+        rows = np.empty(stop - first, ROW)
+        left, start = rows.view(np.uint8).data, first * ROW.itemsize
+        while left:
+            num_read = os.preadv(self._rows_descriptor, [left], start)
+            if not num_read:
+                raise _not_the_one(self._rows_path, "cut short")
+            left, start = left[num_read:], start + num_read
+        if (bad := first_bad_row(rows, self._shard.num_bytes, MAX_LABEL)) is not None:
+            raise _not_the_one(self._rows_path, f"row {first + bad} describes no image of the file")
+        return rows
+
+    @cached_property
+    def all_rows(self) -> np.ndarray:
+        """Rows of all samples, ROW [N]: 24 bytes each stay in memory."""
+        return self.rows(0, self._shard.num_images)
+
+    def check_unchanged(self) -> None:
+        """See `ImageSet.check_unchanged`."""
+        now = _state_of(self.descriptor)
+        if now != self._state:
+            what = "was written to" if now[0] == self._state[0] else f"went from {self._state[0]} to {now[0]} bytes"
+            raise DataChangedError(
+                f"{self.path}: {what} while in use: restore it, then start again (run.resume=auto resumes a training)"
+            )
+
+
+class RemoteFiles:
+    """Shards under a URL, read by ranges; every image's checksum is compared."""
+
+    def __init__(self, store: RemoteStore, manifest: Manifest, cache: BlockCache | None, num_threads: int = 16) -> None:
+        self.store, self._shards, self._cache = store, manifest.shards, cache
+        # A task of these threads waits for requests of the store, whose own threads must not wait for each other.
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-fetch")
+
+    def map(self, work: Callable[[int], T], numbers: Iterable[int]) -> Iterator[tuple[int, T]]:
+        """Work on some numbers side by side; results in order."""
+        listed = list(numbers)
+        return zip(listed, self._threads.map(work, listed), strict=True)
+
+    def submit(self, shard: int, first: int, stop: int) -> Future[Piece]:
+        """`read` in a thread."""
+        return self._threads.submit(self.read, shard, first, stop)
+
+    def read(self, shard: int, first: int, stop: int) -> Piece:
+        """See `ShardFiles.read`. Bytes that are wrong are fetched again; what stays wrong is damaged."""
+        for num_tries in range(1, _NUM_FETCHES + 1):
+            piece = self._read_once(shard, first, stop)
+            if not piece.damaged or num_tries == _NUM_FETCHES:
+                return piece
+            self._forget(shard, first, stop, piece.rows)
+            self.store.retries["wrong checksum"] += 1
+        raise AssertionError
+
+    def rows(self, shard: int, first: int, stop: int) -> np.ndarray:
+        """See `ShardFiles.rows`."""
+        found, about = self._get(shard, True, first * ROW.itemsize, stop * ROW.itemsize), self._shards[shard]
+        rows = np.frombuffer(found, ROW)
+        if first_bad_row(rows, about.num_bytes, MAX_LABEL) is None:
+            return rows
+        self._forget_range(shard, True, first * ROW.itemsize, stop * ROW.itemsize)
+        self.store.retries["wrong checksum"] += 1
+        rows = np.frombuffer(self._get(shard, True, first * ROW.itemsize, stop * ROW.itemsize), ROW)
+        if (bad := first_bad_row(rows, about.num_bytes, MAX_LABEL)) is not None:
+            raise _not_the_one(f"{self.store.shown}/{about.name}.rows", f"row {first + bad} describes no image")
+        return rows
+
+    def drop(self, shard: int, first: int, stop: int) -> None:
+        """See `ShardFiles.drop`; the bytes go with their piece."""
+
+    def check_unchanged(self) -> None:
+        """Each range is asked for with the version of the object."""
+
+    def close(self) -> None:
+        """See `ShardFiles.close`."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
+
+    def _read_once(self, shard: int, first: int, stop: int) -> Piece:
+        rows = self.rows(shard, first, stop)
+        num_bytes = num_bytes_of(rows)
+        addresses, buffers = np.zeros(len(rows), np.uint64), []
+        damaged: dict[int, str] = {}
+        for start, end, positions in _ranges(rows, num_bytes):
+            buffer = np.frombuffer(self._get(shard, False, start, end), np.uint8)
+            buffers.append(buffer)
+            for position in positions.tolist():
+                offset = int(rows["ptr"][position]) - start
+                image = buffer[offset : offset + int(num_bytes[position])]
+                addresses[position] = image.ctypes.data
+                row = rows[position : position + 1].view(np.uint8)
+                if row_crc32(row[:HEAD_BYTES].data, image.data) != rows["crc32"][position]:
+                    damaged[position] = WRONG_CHECKSUM
+        return Piece(rows, addresses, tuple(buffers), damaged)
+
+    def _get(self, shard: int, of_rows: bool, start: int, stop: int) -> bytes:
+        about = self._shards[shard]
+        name = f"{about.name}.rows" if of_rows else about.name
+        fetch = partial(self.store.get, name, start, stop, None if of_rows else about.etag)
+        try:
+            if self._cache is None:
+                return fetch()
+            return self._cache.get(self._key(shard, of_rows, start, stop), stop - start, fetch)
+        except RemoteError as error:
+            raise DataError(f"{error}; run.resume=auto resumes a training") from None
+
+    def _key(self, shard: int, of_rows: bool, start: int, stop: int) -> str:
+        return f"{self._shards[shard].rows_sha256} {'rows' if of_rows else 'images'} {start} {stop}"
+
+    def _forget(self, shard: int, first: int, stop: int, rows: np.ndarray) -> None:
+        self._forget_range(shard, True, first * ROW.itemsize, stop * ROW.itemsize)
+        for start, end, _ in _ranges(rows, num_bytes_of(rows)):
+            self._forget_range(shard, False, start, end)
+
+    def _forget_range(self, shard: int, of_rows: bool, start: int, stop: int) -> None:
+        if self._cache is not None:
+            self._cache.forget(self._key(shard, of_rows, start, stop))
+
+
+def _ranges(rows: np.ndarray, num_bytes: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """Byte ranges that hold the images, with the positions of the images in each; one where they lie side by side."""
+    order = np.argsort(rows["ptr"], kind="stable")
+    starts = rows["ptr"].astype(np.int64)[order]
+    ends = np.maximum.accumulate(starts + num_bytes[order])
+    bounds = [0, *(np.flatnonzero(starts[1:] - ends[:-1] > _MAX_GAP_BYTES) + 1).tolist(), len(rows)]
+    return [(int(starts[a]), int(ends[b - 1]), order[a:b]) for a, b in pairwise(bounds) if b > a]
+
+
+def _opened(owner: object, path: Path) -> int:
+    """A descriptor that is closed with its owner."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    weakref.finalize(owner, os.close, descriptor)
+    return descriptor
+
+
+def _state_of(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
+
+
+def _not_the_one(path: Path | str, what: str) -> DataError:
+    return DataError(f"{path}: not the file of the manifest ({what}): copy it again, or write `fastssl manifest` again")

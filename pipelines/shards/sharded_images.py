@@ -1,0 +1,237 @@
+"""A data set of many shards as one: random access by id, and what is known of all images from the manifest alone."""
+
+# N samples, n of a call, S shards
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.errors import DataError
+from pipelines.remote.cache import BlockCache
+from pipelines.remote.store import RemoteError, RemoteStore, is_url
+from pipelines.samples import Samples
+from pipelines.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from pipelines.shards.pieces import LocalFiles, Piece, RemoteFiles
+from pipelines.shards.rows import ROW, modes_of, num_bytes_of
+from pipelines.shards.store import LocalStore
+
+MAX_LISTED = 1 << 26  # samples whose sizes and labels may be held in memory at once, for evaluation
+BLOCK_BYTES = 4 << 20  # of images: large enough that a disk or a network spends its time with transfer
+_MIN_BLOCKS_OF_LANE = 32
+_KEPT_BYTES = 256 << 20  # of remote images for random access
+
+
+class ShardedImages:
+    """`samples.ImageSet` of a manifest; nothing here is as long as the data set, but what says so.
+
+    Attributes:
+        path: The manifest's folder, or its URL without anything secret.
+        manifest: Which shards there are.
+        files: Their contents.
+        is_remote: Whether they are fetched.
+        num_samples: N.
+        identity: See `Manifest.identity`.
+        stored_modes: The modes that occur.
+        class_names: Names by label; None if unknown.
+        hashes: None; images are not compared across shards.
+    """
+
+    hashes: np.ndarray | None = None
+
+    def __init__(self, place: str, manifest: Manifest, files: LocalFiles | RemoteFiles) -> None:
+        self.path: Path | str = place
+        self.manifest, self.files = manifest, files
+        self.is_remote = isinstance(files, RemoteFiles)
+        self.num_samples, self.identity = manifest.num_images, manifest.identity
+        self.stored_modes, self.class_names = manifest.modes, manifest.class_names
+        self._kept: OrderedDict[int, list[Piece]] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def retries(self) -> dict[str, int]:
+        """How often a remote request was repeated, by reason."""
+        return dict(self.files.store.retries) if isinstance(self.files, RemoteFiles) else {}
+
+    @property
+    def block_samples(self) -> int:
+        """K for random access: as many samples as have about `BLOCK_BYTES` on average."""
+        return max(1, round(BLOCK_BYTES * self.num_samples / max(self.manifest.image_bytes, 1)))
+
+    def block_samples_of(self, num_lanes: int) -> int:
+        """K for lanes: fewer where the data set is so small that an epoch would leave out much of it."""
+        return max(1, min(self.block_samples, self.num_samples // (num_lanes * _MIN_BLOCKS_OF_LANE)))
+
+    @property
+    def num_labelled_classes(self) -> int:
+        """Number of labels that occur."""
+        return int(np.count_nonzero(self.manifest.label_counts))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N], -1 = no label; for evaluation, which holds features of all images as well.
+
+        Raises:
+            DataError: too many images for that.
+        """
+        return self._all_labels
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int32 [N, 2], (height, width) in pixels; as `labels`."""
+        return self._all_sizes
+
+    def samples(self, ids: np.ndarray) -> Samples:
+        """See `ImageSet.samples`; a remote image with a wrong checksum ends here, `LaneReader` replaces it.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        ids = np.asarray(ids, np.int64)
+        rows, addresses = np.empty(len(ids), ROW), np.empty(len(ids), np.uint64)
+        owners: list[object] = []
+        if isinstance(self.files, LocalFiles):
+            for shard, positions, local in self._by_shard(ids):
+                maps = self.files.maps(shard)
+                if self.num_samples <= MAX_LISTED:
+                    rows[positions] = maps.all_rows[local]
+                else:
+                    rows[positions] = np.concatenate([maps.rows(i, i + 1) for i in local.tolist()])
+                addresses[positions] = rows["ptr"][positions] + maps.address
+                owners.append(maps.mmap)
+        else:
+            self._fetch(ids, rows, addresses, owners)
+        return to_samples(ids, rows, addresses, tuple(owners))
+
+    def read(self, first: int, stop: int) -> list[Piece]:
+        """Consecutive samples first..stop-1, one piece for each shard that they lie in."""
+        return [self.files.read(shard, a, b) for shard, a, b in self.spans(first, stop)]
+
+    def spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, first, stop) of consecutive samples, with their numbers in the shard."""
+        starts = self.manifest.starts
+        shard = int(np.searchsorted(starts, first, side="right")) - 1
+        while first < stop:
+            end = min(stop, int(starts[shard + 1]))
+            yield shard, first - int(starts[shard]), end - int(starts[shard])
+            first, shard = end, shard + 1
+
+    def check_unchanged(self) -> None:
+        """See `ImageSet.check_unchanged`."""
+        self.files.check_unchanged()
+
+    def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Shard, positions in `ids`, and numbers in the shard."""
+        shard_of = np.searchsorted(self.manifest.starts, ids, side="right") - 1
+        order = np.argsort(shard_of, kind="stable")
+        for positions in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
+            if len(positions):
+                shard = int(shard_of[positions[0]])
+                yield shard, positions, ids[positions] - self.manifest.starts[shard]
+
+    def _fetch(self, ids: np.ndarray, rows: np.ndarray, addresses: np.ndarray, owners: list[object]) -> None:
+        """Fetch the blocks of some ids, side by side, and fill in rows and addresses."""
+        assert isinstance(self.files, RemoteFiles)
+        size = self.block_samples
+        numbers = np.unique(ids // size).tolist()
+        blocks = [(b * size, list(pieces)) for b, pieces in self.files.map(self._block, numbers)]
+        for first, pieces in blocks:
+            for piece in pieces:
+                positions = np.flatnonzero((ids >= first) & (ids < first + len(piece.rows)))
+                within = ids[positions] - first
+                if bad := sorted(piece.damaged.keys() & set(within.tolist())):
+                    raise DataError(
+                        f"{self.path}: image {first + bad[0]} {piece.damaged[bad[0]]}: copy its shard again"
+                    )
+                rows[positions], addresses[positions] = piece.rows[within], piece.addresses[within]
+                owners.extend(piece.owners)
+                first += len(piece.rows)
+
+    def _block(self, number: int) -> list[Piece]:
+        """One block, kept for the next call: batches in order of ids share blocks."""
+        with self._lock:
+            if (found := self._kept.get(number)) is not None:
+                self._kept.move_to_end(number)
+                return found
+        pieces = self.read(number * self.block_samples, min((number + 1) * self.block_samples, self.num_samples))
+        with self._lock:
+            if number not in self._kept:
+                self._kept[number] = pieces
+                self._kept_bytes += _num_bytes(pieces)
+            while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
+                self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+        return pieces
+
+    @cached_property
+    def _all_labels(self) -> np.ndarray:
+        return self._all_rows["label"].astype(np.int64)
+
+    @cached_property
+    def _all_sizes(self) -> np.ndarray:
+        return np.stack([self._all_rows["height"], self._all_rows["width"]], axis=1).astype(np.int32)
+
+    @cached_property
+    def _all_rows(self) -> np.ndarray:
+        if self.num_samples > MAX_LISTED:
+            raise DataError(
+                f"{self.path}: {self.num_samples:,} images are too many to evaluate on all of them (at most "
+                f"{MAX_LISTED:,}): name a smaller labelled data set, as data.test or by --on"
+            )
+        counts = [shard.num_images for shard in self.manifest.shards]
+        parts = self.files.map(lambda shard: self.files.rows(shard, 0, counts[shard]), range(len(counts)))
+        return np.concatenate([rows for _, rows in parts])
+
+
+def to_samples(ids: np.ndarray, rows: np.ndarray, addresses: np.ndarray, owners: tuple[object, ...]) -> Samples:
+    """Samples from their rows."""
+    return Samples(
+        ids=ids,
+        addresses=addresses,
+        num_bytes=num_bytes_of(rows),
+        modes=modes_of(rows),
+        sizes=np.stack([rows["height"], rows["width"]], axis=1).astype(np.int32),
+        labels=rows["label"].astype(np.int64),
+        owners=owners,
+    )
+
+
+def open_sharded(
+    place: str, *, cache_dir: str | None = None, cache_bytes: int = 0, num_threads: int = 16
+) -> ShardedImages:
+    """Open the data set of a manifest.
+
+    Args:
+        place: The manifest, its folder, or its URL.
+        cache_dir: For remote shards: folder on this node's disk for what was fetched; None: nothing is kept.
+        cache_bytes: Most bytes in it.
+        num_threads: Requests at a time.
+    Raises:
+        DataError: there is no manifest, it is damaged, or the store cannot be used.
+    """
+    if not is_url(place):
+        path = Path(place)
+        folder = path if path.is_dir() else path.parent
+        text, _ = LocalStore(folder).get_whole(MANIFEST_NAME if path.is_dir() else path.name, MAX_MANIFEST_BYTES)
+        manifest = Manifest.from_json(text, str(path))
+        return ShardedImages(str(folder), manifest, LocalFiles(folder, manifest))
+    prefix, _, name = place.rpartition("/")
+    if not name.endswith(".json"):
+        prefix, name = place.rstrip("/"), MANIFEST_NAME
+    store = RemoteStore(prefix, num_threads=num_threads)
+    try:
+        text, _ = store.get_whole(name, MAX_MANIFEST_BYTES)
+    except RemoteError as error:
+        raise DataError(f"{error} (`fastssl manifest URL` writes one)") from None
+    manifest = Manifest.from_json(text, f"{store.shown}/{name}")
+    cache = BlockCache(Path(cache_dir), cache_bytes) if cache_dir else None
+    return ShardedImages(store.shown, manifest, RemoteFiles(store, manifest, cache))
+
+
+def _num_bytes(pieces: list[Piece]) -> int:
+    return sum(int(num_bytes_of(piece.rows).sum()) for piece in pieces)
