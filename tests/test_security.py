@@ -93,7 +93,7 @@ def test_members_of_an_archive_stay_inside(tmp_path):
             tar.addfile(info, io.BytesIO(data))
     report = convert("webdataset", str(inside / "x.tar"), inside / "x.beton")
     assert report.num_images == 3  # the regular files
-    written = {"inside/x.beton", "inside/x.beton.json", "inside/x.beton.hashes"}
+    written = {"inside/x.beton", "inside/x.beton.json", "inside/x.beton.hashes", "inside/x.beton.rows"}
     assert files_below(tmp_path) == {"secret.png", "inside", "inside/x.tar", *written}
 
 

@@ -132,6 +132,7 @@ def test_images_are_found_in_every_form_and_are_the_same(data, tmp_path):
         "cifar10_train.beton",
         "cifar10_train.beton.hashes",
         "cifar10_train.beton.json",
+        "cifar10_train.beton.rows",
     ]
 
 

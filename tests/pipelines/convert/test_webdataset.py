@@ -99,7 +99,7 @@ def test_members_never_touch_the_file_system(tmp_path):
     assert report.num_images == 2
     assert set(tmp_path.rglob("*")) - before == {
         report.out,
-        *map(report.out.with_name, ("x.beton.json", "x.beton.hashes")),
+        *map(report.out.with_name, ("x.beton.json", "x.beton.hashes", "x.beton.rows")),
     }
 
 
