@@ -16,7 +16,7 @@ from pipelines.epoch_order import num_together
 from pipelines.errors import DataError
 from pipelines.order.lanes import LaneOrder
 from pipelines.samples import Samples
-from pipelines.shards.pieces import Piece
+from pipelines.shards.pieces import LocalFiles, Piece, RemoteFiles
 from pipelines.shards.rows import ROW
 from pipelines.shards.sharded_images import ShardedImages, to_samples
 
@@ -135,7 +135,7 @@ class LaneEpoch:
         self._images, self._order, self._size = images, order, global_batch_size
         self._first_batch, self._rank, self._world_size = first_batch, rank, world_size
         self._bad_samples, self._drop_behind = bad_samples, drop_behind
-        self._windows: dict[int, Window] = {}
+        self._windows: dict[int, Window | LocalWindow] = {}
         self._lock = threading.Lock()
         self._is_over = threading.Event()
 
@@ -171,39 +171,42 @@ class LaneEpoch:
                 window.cancel()
             self._windows.clear()
 
-    def _window(self, number: int) -> Window | None:
+    def _window(self, number: int) -> Window | LocalWindow | None:
         """The window, which is read from now on; None past the last one."""
         if number >= self._order.num_windows:
             return None
         with self._lock:
             if number not in self._windows and not self._is_over.is_set():
-                steps = self._order.steps_of(number, self._size)
-                looked_at = range(steps.start, min(steps.stop, steps.start + _STEPS_LOOKED_AT))
-                ids = [self._order.batch(step, self._size, self._rank, self._world_size) for step in looked_at]
-                self._windows[number] = Window(
-                    self._images,
-                    np.concatenate(
-                        [
-                            self._order.block_ranges(lane, number)
-                            for lane in self._order.lanes_of(self._rank, self._world_size)
-                        ]
-                    ),
-                    np.concatenate([*ids, np.empty(0, np.int64)]),
-                    self._is_over,
-                )
+                ranges = [
+                    self._order.block_ranges(lane, number)
+                    for lane in self._order.lanes_of(self._rank, self._world_size)
+                ]
+                self._windows[number] = self._read(number, np.concatenate(ranges))
             return self._windows.get(number)
 
-    def _gather(self, ids: np.ndarray, windows: list[Window | None]) -> Samples:
+    def _read(self, number: int, ranges: np.ndarray) -> Window | LocalWindow:
+        if isinstance(self._images.files, LocalFiles):
+            return LocalWindow(self._images, self._images.files, ranges)
+        steps = self._order.steps_of(number, self._size)
+        looked_at = range(steps.start, min(steps.stop, steps.start + _STEPS_LOOKED_AT))
+        ids = [self._order.batch(step, self._size, self._rank, self._world_size) for step in looked_at]
+        return Window(self._images, ranges, np.concatenate([*ids, np.empty(0, np.int64)]), self._is_over)
+
+    def _gather(self, ids: np.ndarray, windows: list[Window | LocalWindow | None]) -> Samples:
+        if not self._images.is_remote:
+            return self._images.samples(ids)
         rows, addresses = np.empty(len(ids), ROW), np.empty(len(ids), np.uint64)
         is_missing = np.ones(len(ids), bool)
         owners: list[object] = []
         for window in windows:
-            if window is not None:
+            if isinstance(window, Window):
                 is_missing[window.fill(ids, rows, addresses)] = False
                 owners.append(window.owners)
         if is_missing.any():
             raise RuntimeError(_ENDED)
-        damaged = {i: reason for window in windows if window for i, reason in window.damaged.items()}
+        damaged = {
+            i: reason for window in windows if isinstance(window, Window) for i, reason in window.damaged.items()
+        }
         positions = np.flatnonzero(np.isin(ids, list(damaged))) if damaged else ids[:0]
         for position in positions.tolist():
             ids[position], piece = self._substitute(int(ids[position]), damaged[int(ids[position])])
@@ -221,8 +224,24 @@ class LaneEpoch:
             reason = piece.damaged[0]
 
 
+class LocalWindow:
+    """The blocks of one window of a rank's lanes on a local disk, which the system is asked for."""
+
+    def __init__(self, images: ShardedImages, files: LocalFiles, ranges: np.ndarray) -> None:
+        self._files = files
+        self._spans = [span for first, stop in ranges.tolist() for span in images.spans(first, stop)]
+        files.will_need(self._spans)
+
+    def drop(self) -> None:
+        """Drop its pages from the page cache."""
+        self._files.drop(self._spans)
+
+    def cancel(self) -> None:
+        """What the system was asked for, it reads."""
+
+
 class Window:
-    """The blocks of one window of a rank's lanes, which are being read.
+    """The blocks of one window of a rank's lanes, which are being fetched.
 
     Attributes:
         owners: What keeps the memory of what was read valid.
@@ -232,7 +251,7 @@ class Window:
     def __init__(
         self, images: ShardedImages, ranges: np.ndarray, first_ids: np.ndarray, is_over: threading.Event
     ) -> None:
-        """Begin to read.
+        """Begin to fetch.
 
         Args:
             images: The data set.
@@ -240,7 +259,8 @@ class Window:
             first_ids: Samples in the order of their use, as far as known.
             is_over: Set when nobody needs them any more.
         """
-        self._images, self._is_over = images, is_over
+        assert isinstance(images.files, RemoteFiles)
+        files, self._is_over = images.files, is_over
         self._ranges = ranges[np.argsort(ranges[:, 0])]
         self._offsets = np.concatenate([[0], np.cumsum(self._ranges[:, 1] - self._ranges[:, 0])])
         self._rows = np.empty(self._offsets[-1], ROW)
@@ -252,7 +272,7 @@ class Window:
         in_use = seen[np.argsort(at)]
         in_order = np.concatenate([in_use, np.setdiff1d(np.arange(len(ranges)), in_use)])
         self._pieces: dict[int, list[Future[Piece]]] = {
-            block: [images.files.submit(*span) for span in images.spans(*self._ranges[block].tolist())]
+            block: [files.submit(*span) for span in images.spans(*self._ranges[block].tolist())]
             for block in in_order.tolist()
         }
 
@@ -269,10 +289,7 @@ class Window:
         return positions
 
     def drop(self) -> None:
-        """The samples are not needed any more in this epoch."""
-        for first, stop in self._ranges.tolist():
-            for span in self._images.spans(first, stop):
-                self._images.files.drop(*span)
+        """The memory goes with the last batch."""
 
     def cancel(self) -> None:
         """Do not read what has not begun."""

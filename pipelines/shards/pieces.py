@@ -7,14 +7,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -24,12 +24,14 @@ from pipelines.errors import DataChangedError, DataError
 from pipelines.remote.cache import BlockCache
 from pipelines.remote.store import RemoteError, RemoteStore
 from pipelines.shards.manifest import Manifest, Shard
-from pipelines.shards.rows import HEAD_BYTES, ROW, first_bad_row, num_bytes_of, row_crc32, rows_path
+from pipelines.shards.rows import HEAD_BYTES, MAX_IMAGE_BYTES, ROW, first_bad_row, num_bytes_of, row_crc32, rows_path
 
 T = TypeVar("T")
+Span: TypeAlias = tuple[int, int, int]  # shard, and its first sample and the one after the last
 
 WRONG_CHECKSUM = "has another checksum than its rows file says"
 _MAX_GAP_BYTES = 128 << 10  # between images: smaller gaps are read too, rather than asking twice
+_NUM_PROBES = 16
 _NUM_FETCHES = 3  # of a range whose bytes turn out to be wrong
 
 
@@ -65,14 +67,6 @@ class ShardFiles(Protocol):
         """Rows of the samples first..stop-1 of a shard, ROW [n]; their checksums are not compared."""
         ...
 
-    def submit(self, shard: int, first: int, stop: int) -> Future[Piece]:
-        """`read` in a thread, ahead of its use."""
-        ...
-
-    def drop(self, shard: int, first: int, stop: int) -> None:
-        """These samples are not needed for a while: the system need not keep their pages."""
-        ...
-
     def check_unchanged(self) -> None:
         """Raise DataChangedError if an open file has changed."""
         ...
@@ -94,6 +88,7 @@ class LocalFiles:
         self._maps: dict[int, _Maps] = {}
         self._lock = threading.Lock()
         self._last_checked = 0
+        self._is_over = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastssl-read-ahead")
 
     def read(self, shard: int, first: int, stop: int) -> Piece:
@@ -106,27 +101,45 @@ class LocalFiles:
         """See `ShardFiles.rows`."""
         return self.maps(shard).rows(first, stop)
 
-    def submit(self, shard: int, first: int, stop: int) -> Future[Piece]:
-        """See `ShardFiles.submit`; the system is asked for the images, which need not have arrived."""
-        return self._thread.submit(self._ask, shard, first, stop)
+    def will_need(self, spans: Sequence[Span]) -> None:
+        """Ask the system, in a thread, for these samples, unless they seem to be in the page cache already."""
+        if spans:
+            self._thread.submit(self._ask, spans)
 
-    def drop(self, shard: int, first: int, stop: int) -> None:
-        """See `ShardFiles.drop`."""
-        self._thread.submit(self._drop, shard, first, stop)
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Drop the pages of these samples from the page cache, in a thread."""
+        self._thread.submit(self._drop, spans)
 
-    def _ask(self, shard: int, first: int, stop: int) -> Piece:
-        piece = self.read(shard, first, stop)
-        for start, end, _ in _ranges(piece.rows, num_bytes_of(piece.rows)):
-            os.posix_fadvise(self.maps(shard).descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
-        return piece
+    def _ask(self, spans: Sequence[Span]) -> None:
+        some = spans[:: -(-len(spans) // _NUM_PROBES)]
+        if all(self._is_cached(*span) for span in some):
+            return
+        for shard, first, stop in spans:
+            if self._is_over:
+                return
+            rows, found = self.rows(shard, first, stop), self.maps(shard)
+            for start, end, _ in _ranges(rows, num_bytes_of(rows)):
+                os.posix_fadvise(found.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
-    def _drop(self, shard: int, first: int, stop: int) -> None:
-        rows, found = self.rows(shard, first, stop), self.maps(shard)
-        for start, end, _ in _ranges(rows, num_bytes_of(rows)):
-            page = start - start % PAGESIZE
-            num_bytes = min(-(-end // PAGESIZE) * PAGESIZE, len(found.mmap)) - page
-            found.file_map.madvise(MADV_DONTNEED, page, num_bytes)  # a mapped page stays in the cache
-            os.posix_fadvise(found.descriptor, page, num_bytes, os.POSIX_FADV_DONTNEED)
+    def _is_cached(self, shard: int, first: int, stop: int) -> bool:
+        """Whether the middle of a sample is in the page cache (if the file system can tell)."""
+        row, found = self.rows(shard, (first + stop) // 2, (first + stop) // 2 + 1)[0], self.maps(shard)
+        try:
+            middle = int(row["ptr"]) + (int(row["num_bytes"]) & MAX_IMAGE_BYTES) // 2
+            return bool(os.preadv(found.descriptor, [bytearray(1)], middle, os.RWF_NOWAIT))
+        except OSError:  # BlockingIOError: not in the cache; others: the file system cannot tell
+            return False
+
+    def _drop(self, spans: Sequence[Span]) -> None:
+        for shard, first, stop in spans:
+            if self._is_over:
+                return
+            rows, found = self.rows(shard, first, stop), self.maps(shard)
+            for start, end, _ in _ranges(rows, num_bytes_of(rows)):
+                page = start - start % PAGESIZE
+                num_bytes = min(-(-end // PAGESIZE) * PAGESIZE, len(found.mmap)) - page
+                found.file_map.madvise(MADV_DONTNEED, page, num_bytes)  # a mapped page stays in the cache
+                os.posix_fadvise(found.descriptor, page, num_bytes, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Look at one open shard after the other, one per call."""
@@ -138,6 +151,7 @@ class LocalFiles:
 
     def close(self) -> None:
         """Maps are closed with the last array of them."""
+        self._is_over = True
         self._thread.shutdown(cancel_futures=True)
 
     def map(self, work: Callable[[int], T], numbers: Iterable[int]) -> Iterator[tuple[int, T]]:
@@ -203,9 +217,21 @@ class _Maps:
             raise _not_the_one(self._rows_path, f"row {first + bad} describes no image of the file")
         return rows
 
+    def some_rows(self, samples: np.ndarray, *, keep: bool) -> np.ndarray:
+        """Rows of some samples, ROW [n]; `keep`: all rows of the shard, 24 bytes a sample, stay in memory."""
+        if keep:
+            return self._all_rows[samples]
+        rows = np.empty(len(samples), ROW)
+        stored = rows.view(np.uint8).reshape(-1, ROW.itemsize)
+        for position, sample in enumerate(samples.tolist()):
+            if os.preadv(self._rows_descriptor, [stored[position].data], sample * ROW.itemsize) != ROW.itemsize:
+                raise _not_the_one(self._rows_path, "cut short")
+        if (bad := first_bad_row(rows, self._shard.num_bytes, MAX_LABEL)) is not None:
+            raise _not_the_one(self._rows_path, f"row {samples[bad]} describes no image of the file")
+        return rows
+
     @cached_property
-    def all_rows(self) -> np.ndarray:
-        """Rows of all samples, ROW [N]: 24 bytes each stay in memory."""
+    def _all_rows(self) -> np.ndarray:
         return self.rows(0, self._shard.num_images)
 
     def check_unchanged(self) -> None:
@@ -257,9 +283,6 @@ class RemoteFiles:
         if (bad := first_bad_row(rows, about.num_bytes, MAX_LABEL)) is not None:
             raise _not_the_one(f"{self.store.shown}/{about.name}.rows", f"row {first + bad} describes no image")
         return rows
-
-    def drop(self, shard: int, first: int, stop: int) -> None:
-        """See `ShardFiles.drop`; the bytes go with their piece."""
 
     def check_unchanged(self) -> None:
         """Each range is asked for with the version of the object."""

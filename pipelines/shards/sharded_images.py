@@ -23,6 +23,7 @@ from pipelines.shards.store import LocalStore
 
 MAX_LISTED = 1 << 26  # samples whose sizes and labels may be held in memory at once, for evaluation
 BLOCK_BYTES = 4 << 20  # of images: large enough that a disk or a network spends its time with transfer
+_MAX_KEPT_ROWS = 1 << 22  # of local shards: 100 MB in each process
 _MIN_BLOCKS_OF_LANE = 32
 _KEPT_BYTES = 256 << 20  # of remote images for random access
 
@@ -99,10 +100,7 @@ class ShardedImages:
         if isinstance(self.files, LocalFiles):
             for shard, positions, local in self._by_shard(ids):
                 maps = self.files.maps(shard)
-                if self.num_samples <= MAX_LISTED:
-                    rows[positions] = maps.all_rows[local]
-                else:
-                    rows[positions] = np.concatenate([maps.rows(i, i + 1) for i in local.tolist()])
+                rows[positions] = maps.some_rows(local, keep=self.num_samples <= _MAX_KEPT_ROWS)
                 addresses[positions] = rows["ptr"][positions] + maps.address
                 owners.append(maps.mmap)
         else:

@@ -35,9 +35,9 @@ from fastssl.tracking import plots
 from fastssl.tracking.report import Report
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import best_held_out, training_time
-from pipelines.shards.open_images import AnyImages
 from pipelines.printable import printable
 from pipelines.progress import Progress
+from pipelines.shards.open_images import AnyImages
 from pipelines.views import build_eval_spec
 
 TRAINED = "pre-trained encoder"  # name in the results
@@ -227,7 +227,7 @@ def _features(cfg: Config, encoder: Encoder, part: Part, device: torch.device, f
 
     def encode() -> Iterator[np.ndarray]:
         loader = build_plain_loader(cfg.eval, cfg.data, cfg.views, part.reader, device)
-        what = f"{encoder.name}: features of {part.reader.path.name}"
+        what = f"{encoder.name}: features of {Path(part.reader.path).name}"
         with closing(loader), Progress(what, part.reader.num_samples, file=sys.stderr, leave=False) as progress:
             for features in encode_batches(encoder.module, loader):
                 yield features
@@ -236,7 +236,7 @@ def _features(cfg: Config, encoder: Encoder, part: Part, device: torch.device, f
     if encoder.identity is None:
         features = np.concatenate(list(encode()))
     else:
-        name = f"{encoder.name.split()[0]}_{part.reader.path.stem}"
+        name = f"{encoder.name.split()[0]}_{Path(part.reader.path).stem}"
         key = _feature_key(cfg, encoder, part.reader, device)
         features = cached_features(folder, name, key, part.reader.num_samples, encode)
     if len(part.ids) < part.reader.num_samples:
