@@ -18,7 +18,9 @@ from pipelines.philox import uniform
 from pipelines.view_spec import EvalViewSpec, ViewSpec
 
 
-def draw(specs: Sequence[ViewSpec], seed: int, epoch: int, sample_ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def draw(
+    specs: Sequence[ViewSpec], seed: int, epoch: int | np.ndarray, sample_ids: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
     """Draw the parameters of every view of every sample of a batch.
 
     Row i depends only on (specs, seed, epoch, sample_ids[i], sizes[i]).
@@ -26,7 +28,7 @@ def draw(specs: Sequence[ViewSpec], seed: int, epoch: int, sample_ids: np.ndarra
     Args:
         specs: One per view; the index is part of the random number's address.
         seed: The run's seed, in [0, 2**64).
-        epoch: In [0, 2**32).
+        epoch: In [0, 2**32), of all samples, or of each, int64 [B].
         sample_ids: int64 [B].
         sizes: Height and width of the source images in pixels, [B, 2], >= 1.
     Returns:
@@ -41,7 +43,8 @@ def draw(specs: Sequence[ViewSpec], seed: int, epoch: int, sample_ids: np.ndarra
     for view, (spec, out) in enumerate(zip(specs, params.T, strict=True)):
 
         def u_of_crop(num: int, first_block: int = 0, rows: Any = slice(None), view: int = view) -> np.ndarray:
-            return uniform(seed, epoch, sample_ids[rows], view, CROP.number, num, first_block)
+            at = epoch[rows] if isinstance(epoch, np.ndarray) else epoch
+            return uniform(seed, at, sample_ids[rows], view, CROP.number, num, first_block)
 
         out["crop_box"] = draw_boxes(spec, u_of_crop, sizes)
         for op in OPS:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,10 +19,17 @@ _TOGETHER = 2048  # samples
 _KEYED_STREAM = (1 << 32) - 2  # not one of `order.lanes`
 
 
+class Group(NamedTuple):
+    """Samples of some whole local batches, and the epoch of their views: one, or that of each sample, int64 [n]."""
+
+    samples: Samples
+    epoch: int | np.ndarray
+
+
 class EpochSamples(Protocol):
     """One rank's samples of one epoch, from some batch on."""
 
-    def groups(self) -> Iterator[Samples]:
+    def groups(self) -> Iterator[Group]:
         """The samples in order: whole local batches, several of them where batches are small."""
         ...
 
@@ -94,7 +101,7 @@ class FileOrder:
         read_ahead = None
         if self._reads_ahead and isinstance(images, BetonReader):
             read_ahead = ReadAhead(images, rows.reshape(-1), windows, drop_behind=self._drop_behind)
-        return _FileEpoch(images, rows, read_ahead)
+        return _FileEpoch(images, epoch, rows, read_ahead)
 
 
 class KeyedOrder:
@@ -128,12 +135,12 @@ class _KeyedEpoch:
         self._order, self._epoch, self._first_batch = order, epoch, first_batch
         self._rank, self._world_size = rank, world_size
 
-    def groups(self) -> Iterator[Samples]:
+    def groups(self) -> Iterator[Group]:
         """See `EpochSamples.groups`."""
         num, stop = self._order.together(self._world_size), self._order.num_batches
         for first in range(self._first_batch, stop, num):
             steps = range(first, min(first + num, stop))
-            yield self._order.samples(self._epoch, steps, self._rank, self._world_size)
+            yield Group(self._order.samples(self._epoch, steps, self._rank, self._world_size), self._epoch)
 
     def end(self, num_batches: int) -> None:
         """Nothing is read ahead."""
@@ -145,17 +152,17 @@ class _KeyedEpoch:
 class _FileEpoch:
     """See `EpochSamples`."""
 
-    def __init__(self, images: ImageSet, rows: np.ndarray, read_ahead: ReadAhead | None) -> None:
-        self._images, self._rows, self._read_ahead = images, rows, read_ahead
+    def __init__(self, images: ImageSet, epoch: int, rows: np.ndarray, read_ahead: ReadAhead | None) -> None:
+        self._images, self._epoch, self._rows, self._read_ahead = images, epoch, rows, read_ahead
 
-    def groups(self) -> Iterator[Samples]:
+    def groups(self) -> Iterator[Group]:
         """See `EpochSamples.groups`."""
         size = self._rows.shape[1]
         num = num_together(size)
         for first in range(0, len(self._rows), num):
             if self._read_ahead:
                 self._read_ahead.begin(first * size)
-            yield self._images.samples(self._rows[first : first + num].reshape(-1))
+            yield Group(self._images.samples(self._rows[first : first + num].reshape(-1)), self._epoch)
 
     def end(self, num_batches: int) -> None:
         """See `EpochSamples.end`."""

@@ -18,12 +18,13 @@ from pipelines.beton import BetonReader, Identity
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.config_field import Section, setting
 from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
-from pipelines.epoch_order import EpochOrder, FileOrder, KeyedOrder
+from pipelines.epoch_order import EpochOrder, FileOrder, Group, KeyedOrder
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
 from pipelines.read_ahead import read_whole
-from pipelines.samples import ImageSet, Samples
+from pipelines.samples import ImageSet
 from pipelines.shards.lane_reader import LanesOrder
+from pipelines.shards.mixed_images import MixedImages, MixedOrder
 from pipelines.shards.open_images import AnyImages, open_images
 from pipelines.shards.sharded_images import ShardedImages
 from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
@@ -43,12 +44,31 @@ _READING_ENGINES = ("ffcv", "dali", "torch")  # engines that read from the file 
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightedImages(Section):
+    """One of several data sets to train on.
+
+    Attributes:
+        path: As data.train.
+        weight: Its share of the samples, relative to the others' weights; not of its number of images.
+    """
+
+    path: str
+    weight: float = setting(1.0, "(0, 1e9]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if reason := why_no_path(self.path):
+            raise ValueError(f"path: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     """The source of the images and how they are read.
 
     Attributes:
         train: What to train on: a .beton file, or a data set of many (`fastssl manifest`): its folder, the
-            `dataset.json` in it, a pattern such as "shards/*.beton", or a URL.
+            `dataset.json` in it, a pattern such as "shards/*.beton", or a URL. Or several of these, each with a weight
+            (`WeightedImages`): an epoch has as many samples as all have images, mixed by the weights.
         test: The .beton file to evaluate on; None: a hold-out of the training file.
         engine: The engine that decodes, crops and resizes.
         global_batch_size: Number of images per step, over all processes.
@@ -75,7 +95,7 @@ class DataConfig(Section):
             another and reported; exceeding the fraction ends the run.
     """
 
-    train: str = ""
+    train: str | tuple[WeightedImages, ...] = ""
     test: str | None = None
     engine: EngineName = "ffcv"
     global_batch_size: int = setting(256, "[1, 1e6]")
@@ -93,8 +113,21 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("train", "test", "cache_dir"):
-            if reason := why_no_path(getattr(self, name) or ""):
+            value = getattr(self, name) or ""
+            if isinstance(value, str) and (reason := why_no_path(value)):
                 raise ValueError(f"{name}: {reason}")
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """What data.train names, without weights; empty if it is not set."""
+        if isinstance(self.train, str):
+            return (self.train,) if self.train else ()
+        return tuple(each.path for each in self.train)
+
+    @property
+    def train_name(self) -> str:
+        """data.train as a text."""
+        return " + ".join(self.train_paths)
 
 
 class Loader:
@@ -169,7 +202,7 @@ class Loader:
     def _iterate(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
         size = self._local_batch_size
         samples = self._order.epoch(epoch, first_batch, self._rank, self._world_size)
-        plans = self.plans(epoch, samples.groups())
+        plans = self.plans(samples.groups())
         if self._is_reading:
             plans = _while_unchanged(self._images, plans)
         # Reading ahead is ended first: the engine may wait for it.
@@ -179,10 +212,10 @@ class Loader:
                 samples.end(num_done)
                 yield batch
 
-    def plans(self, epoch: int, groups: Iterable[Samples]) -> Iterator[BatchPlan]:
+    def plans(self, groups: Iterable[Group]) -> Iterator[BatchPlan]:
         """Plan the batches of `EpochSamples.groups`."""
         size = self._local_batch_size
-        for samples in groups:
+        for samples, epoch in groups:
             params = draw(self._specs, self._seed, epoch, samples.ids, samples.sizes)
             for first in range(0, len(samples), size):
                 rows = slice(first, first + size)
@@ -251,8 +284,15 @@ def open_train_images(cfg: DataConfig) -> AnyImages:
     """
     if not cfg.train:
         raise DataError("data.train is not set: give a .beton file (`fastssl convert` writes one)")
+    if not isinstance(cfg.train, str):
+        sources = [_open_source(cfg, each.path) for each in cfg.train]
+        return MixedImages(sources, [each.weight for each in cfg.train])
+    return _open_source(cfg, cfg.train)
+
+
+def _open_source(cfg: DataConfig, place: str) -> BetonReader | ShardedImages:
     cache_bytes = round(cfg.cache_gb * 1e9)
-    images = open_images(cfg.train, cache_dir=cfg.cache_dir, cache_bytes=cache_bytes)
+    images = open_images(place, cache_dir=cfg.cache_dir, cache_bytes=cache_bytes)
     if isinstance(images, ShardedImages) and images.is_remote and cfg.cache_dir is not None:
         window_bytes = cfg.window_mb * 1_000_000
         if cache_bytes < 2 * window_bytes and cache_bytes < images.manifest.image_bytes:
@@ -302,12 +342,11 @@ def build_loader(
     num_workers = cfg.num_workers or cores_per_process()
     bad_samples = BadSamples(images.path, images.num_samples, cfg.max_bad_fraction)
     order = build_order(images, cfg, seed, bad_samples)
-    if isinstance(order, LanesOrder):
+    if isinstance(order, LanesOrder | MixedOrder):
         order.check_ranks(world_size)
-    if isinstance(images, BetonReader):
-        if cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
-            read_whole(images, int(os.environ.get("LOCAL_RANK", "0")), _local_world_size())
-        report_bus_errors(images)
+    if isinstance(images, BetonReader) and cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
+        read_whole(images, int(os.environ.get("LOCAL_RANK", "0")), _local_world_size())
+    _report_bus_errors(images)
     engine = build_engine(
         cfg.engine,
         images,
@@ -334,7 +373,7 @@ def build_loader(
 
 def build_order(
     images: AnyImages, cfg: DataConfig, seed: int, bad_samples: BadSamples
-) -> FileOrder | LanesOrder | KeyedOrder:
+) -> FileOrder | LanesOrder | KeyedOrder | MixedOrder:
     """The order that `data.order` names.
 
     Raises:
@@ -353,6 +392,20 @@ def build_order(
             drop_behind=drop_behind,
             reads_ahead=is_reading,
         )
+    if cfg.cache == "ram":
+        raise DataError("data.cache=ram is for one file: leave it out; the system keeps what fits into memory")
+    lanes: dict[str, Any] = {
+        "global_batch_size": size,
+        "num_lanes": cfg.lanes or math.gcd(size, _DEFAULT_LANES),
+        "window_bytes": window_bytes,
+        "seed": seed,
+        "bad_samples": bad_samples,
+        "drop_behind": drop_behind,
+    }
+    if isinstance(images, MixedImages):
+        if cfg.order not in ("auto", "lanes"):
+            raise DataError(f"data.order={cfg.order}: several data sets are mixed in lanes: leave it out")
+        return MixedOrder(images, **lanes)
     if cfg.order == "quasi_random":
         raise DataError(f"data.order=quasi_random: {images.path} is a data set of many files: take lanes")
     if cfg.order == "random":
@@ -363,17 +416,14 @@ def build_order(
                 "data.cache_dir with a data.cache_gb that holds all of it"
             )
         return KeyedOrder(images, global_batch_size=size, seed=seed)
-    if cfg.cache == "ram":
-        raise DataError("data.cache=ram is for one file: leave it out; the system keeps what fits into memory")
-    return LanesOrder(
-        images,
-        global_batch_size=size,
-        num_lanes=cfg.lanes or math.gcd(size, _DEFAULT_LANES),
-        window_bytes=window_bytes,
-        seed=seed,
-        bad_samples=bad_samples,
-        drop_behind=drop_behind,
-    )
+    return LanesOrder(images, **lanes)
+
+
+def _report_bus_errors(images: AnyImages) -> None:
+    """Of files that are open; those of shards are reported as they are opened."""
+    for source in images.sources if isinstance(images, MixedImages) else (images,):
+        if isinstance(source, BetonReader):
+            report_bus_errors(source)
 
 
 def build_eval_loader(
@@ -405,8 +455,7 @@ def build_eval_loader(
     if len(ids) and not 0 <= ids.min() <= ids.max() < images.num_samples:
         raise ValueError(f"sample_ids must be in [0, {images.num_samples}), got {ids.min()}..{ids.max()}")
     num_threads = num_workers or cores_per_process()
-    if isinstance(images, BetonReader):
-        report_bus_errors(images)
+    _report_bus_errors(images)
     return EvalLoader(
         build_engine(engine, images, num_workers=num_threads, prefetch_batches=2, device=device),
         views,

@@ -32,13 +32,19 @@ def philox4x32(counter: Sequence[np.ndarray], key: tuple[int, int]) -> tuple[np.
 
 
 def random_words(
-    seed: int, epoch: int, sample_ids: np.ndarray, view: int, op: int, num_blocks: int, first_block: int = 0
+    seed: int,
+    epoch: int | np.ndarray,
+    sample_ids: np.ndarray,
+    view: int,
+    op: int,
+    num_blocks: int,
+    first_block: int = 0,
 ) -> np.ndarray:
     """Random 32-bit words of one op of one view, addressed by sample.
 
     Args:
         seed: The run's seed, in [0, 2**64).
-        epoch: In [0, 2**32).
+        epoch: In [0, 2**32), of all samples, or of each, int64 [B].
         sample_ids: Non-negative integers [B].
         view: In [0, 2**16).
         op: In [0, 2**8).
@@ -53,15 +59,16 @@ def random_words(
     from pipelines.philox_kernel import philox4x32_in_place
 
     ids = np.asarray(sample_ids).astype(np.uint64)[:, None]
+    at = epoch[:, None] if isinstance(epoch, np.ndarray) else epoch
     words = np.empty((len(ids), num_blocks, 4), np.uint64)  # first contains the counters
-    words[..., 0], words[..., 1], words[..., 2] = ids & _LOW_WORD, ids >> _WORD_BITS, epoch
+    words[..., 0], words[..., 1], words[..., 2] = ids & _LOW_WORD, ids >> _WORD_BITS, at
     words[..., 3] = (view << 16 | op << 8 | first_block) + np.arange(num_blocks)
     philox4x32_in_place(words.reshape(-1, 4), np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32))
     return words.reshape(len(ids), 4 * num_blocks)
 
 
 def uniform(
-    seed: int, epoch: int, sample_ids: np.ndarray, view: int, op: int, num: int, first_block: int = 0
+    seed: int, epoch: int | np.ndarray, sample_ids: np.ndarray, view: int, op: int, num: int, first_block: int = 0
 ) -> np.ndarray:
     """Uniform numbers of one op of one view, addressed by sample; arguments as in `random_words`.
 
@@ -72,8 +79,12 @@ def uniform(
     return words[:, :num] * 2.0**-32
 
 
-def _check_address(seed: int, epoch: int, view: int, op: int, end_block: int) -> None:
-    limits = {"seed": (seed, 64), "epoch": (epoch, 32), "view": (view, 16), "op": (op, 8), "block": (end_block - 1, 8)}
+def _check_address(seed: int, epoch: int | np.ndarray, view: int, op: int, end_block: int) -> None:
+    epochs = np.unique(epoch).tolist() if isinstance(epoch, np.ndarray) else [epoch]
+    for each in epochs:
+        if not 0 <= each < 1 << 32:
+            raise ValueError(f"epoch must be in [0, 2**32), got {each}")
+    limits = {"seed": (seed, 64), "view": (view, 16), "op": (op, 8), "block": (end_block - 1, 8)}
     for name, (value, num_bits) in limits.items():
         if not 0 <= value < 1 << num_bits:
             raise ValueError(f"{name} must be in [0, 2**{num_bits}), got {value}")

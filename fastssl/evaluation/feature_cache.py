@@ -16,6 +16,7 @@ import numpy as np
 
 from fastssl.errors import ConfigError
 from fastssl.machine.files import lock_file
+from pipelines.beton import BetonReader
 from pipelines.printable import printable
 from pipelines.shards.open_images import AnyImages
 from pipelines.shards.sharded_images import ShardedImages
@@ -68,6 +69,8 @@ def data_identity(reader: AnyImages) -> dict[str, Any]:
             "file_bytes": reader.manifest.num_bytes,
             "digest": reader.manifest.digest,
         }
+    if not isinstance(reader, BetonReader):
+        return {"identity": reader.identity}
     checksum = reader.sidecar.get("sha256") or f"changed {os.fstat(reader.descriptor).st_mtime_ns}"
     num_images, file_bytes, tables, images = reader.identity
     crc32 = {"tables_crc32": tables, "some_images_crc32": images}

@@ -3,6 +3,7 @@
 import numpy as np
 
 from fastssl.errors import ConfigError
+from pipelines.shards.mixed_images import MixedImages
 from pipelines.shards.open_images import AnyImages
 from pipelines.shards.sharded_images import ShardedImages
 
@@ -47,4 +48,7 @@ def check_same_classes(train: AnyImages, test: AnyImages, test_key: str) -> None
 def _classes(reader: AnyImages) -> np.ndarray:
     if isinstance(reader, ShardedImages):  # the manifest knows, however many images there are
         return np.flatnonzero(reader.manifest.label_counts)
+    if isinstance(reader, MixedImages):
+        of_sources = [_classes(source) for source in reader.sources] if reader.has_labels else []
+        return np.unique(np.concatenate([np.empty(0, np.int64), *of_sources]))
     return np.unique(reader.labels[reader.labels >= 0])

@@ -173,9 +173,9 @@ def _images(cfg: Config) -> str:
     try:
         reader = open_train_images(cfg.data)
     except DataError:
-        return f"{_text(Path(cfg.data.train).name)}, which is not there any more"
+        return f"{_text(Path(cfg.data.train_name).name)}, which is not there any more"
     classes = f", {len(reader.class_names)} classes (labels were not used)" if reader.class_names else ""
-    return f"{reader.num_samples:,} from {_text(Path(cfg.data.train).name)}{classes}"
+    return f"{reader.num_samples:,} from {_text(Path(cfg.data.train_name).name)}{classes}"
 
 
 def _environment(run: RunFolder) -> dict[str, Any]:

@@ -72,14 +72,14 @@ def check_same_data(cfg: Config, found: Mapping[str, Identity], saved: Mapping[s
             )
     if "data.train" in found and len(saved["data.train"]) < len(found["data.train"]):
         return (
-            f"data.train: the checkpoint is of an older version, so only the size of {cfg.data.train} and its number "
-            "of images could be compared"
+            f"data.train: the checkpoint is of an older version, so only the size of {cfg.data.train_name} and its "
+            "number of images could be compared"
         )
     return None
 
 
 def _path_of(cfg: Config, key: str) -> str | None:
-    return cfg.data.test if key == "data.test" else cfg.data.train
+    return cfg.data.test if key == "data.test" else cfg.data.train_name
 
 
 def check_shared_folder(folder: RunFolder, mark: str) -> None:

@@ -77,6 +77,8 @@ class RunFolder:
                 "run.dir"
             )
         differences = differing_keys(to_dict(self.load_config()), to_dict(cfg), ignore=free_keys())
+        # Runs of older versions have the default's old name: "auto" of their one file is "random".
+        differences = [line for line in differences if line != "data.order: random -> auto"]
         if differences:
             raise ConfigError(
                 f"run.dir: {self.path} was started with a different configuration: {'; '.join(differences)}; resume "

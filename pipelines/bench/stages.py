@@ -18,7 +18,7 @@ import numpy as np
 from pipelines.bad_samples import BadSamples
 from pipelines.bench.streams import Job, JpegSamples, RepeatedImages, build_job_loader
 from pipelines.beton import JPG, BetonReader
-from pipelines.epoch_order import num_together
+from pipelines.epoch_order import Group, num_together
 from pipelines.sampler import global_batches
 from pipelines.views import build_view_specs, size_groups
 
@@ -100,7 +100,7 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
     def draw() -> list[np.ndarray]:
         num = num_together(job.batch_size)
         together = (batches[first : first + num].reshape(-1) for first in range(0, len(batches), num))
-        return [plan.params for plan in loader.plans(0, map(images.samples, together))]
+        return [plan.params for plan in loader.plans(Group(images.samples(ids), 0) for ids in together)]
 
     params = draw()
 

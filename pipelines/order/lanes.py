@@ -116,15 +116,33 @@ class LaneOrder:
         Raises:
             ValueError: a number is out of range, or does not divide the other.
         """
-        lanes = self.lanes_of(rank, world_size)
-        windows = self.window_of(step, global_batch_size)
-        size, window_size = self._slice_size(global_batch_size), self.window_blocks * self.block_samples
-        start, stop = step * size, (step + 1) * size  # places in each lane
+        self.window_of(step, global_batch_size)  # checks the step
+        size = self._slice_size(global_batch_size)
+        return self.places(self.lanes_of(rank, world_size), step * size, (step + 1) * size).reshape(-1)
+
+    @property
+    def places_per_lane(self) -> int:
+        """Number of samples of each lane in the epoch."""
+        return self.blocks_per_lane * self.block_samples
+
+    def places(self, lanes: range, start: int, stop: int) -> np.ndarray:
+        """Return the samples at places start..stop-1 of some lanes, int64 [lanes, stop - start]."""
+        window_size = self.window_blocks * self.block_samples
         parts = []
-        for window in windows:
+        for window in self.windows_of(start, stop):
             first = window * window_size
             parts.append(self.window_samples(lanes, window, max(start - first, 0), min(stop - first, window_size)))
-        return np.concatenate(parts, axis=1).reshape(-1)
+        return np.concatenate(parts, axis=1)
+
+    def windows_of(self, start: int, stop: int) -> range:
+        """The windows of places start..stop-1."""
+        window_size = self.window_blocks * self.block_samples
+        return range(start // window_size, (stop - 1) // window_size + 1)
+
+    def window_places(self, window: int) -> range:
+        """The places of a window in its lane."""
+        first, stop = self._blocks_in(window)
+        return range(first * self.block_samples, stop * self.block_samples)
 
     def window_of(self, step: int, global_batch_size: int) -> range:
         """The windows that a global batch takes samples from, the same in every lane; often only one.

@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 
 from pipelines.bad_samples import BadSamples
-from pipelines.epoch_order import num_together
+from pipelines.epoch_order import Group, num_together
 from pipelines.errors import DataError
 from pipelines.order.lanes import LaneOrder
 from pipelines.samples import Samples
@@ -95,16 +96,25 @@ class LanesOrder:
 
     def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> LaneEpoch:
         """See `EpochOrder.epoch`."""
-        return LaneEpoch(
+        return LaneEpoch(self, epoch, first_batch, self.stream(rank, world_size, goes_on=False))
+
+    def stream(self, rank: int, world_size: int, *, goes_on: bool) -> LaneStream:
+        """What reads one rank's lanes; `goes_on`: after the last window of an epoch it reads the next epoch's first."""
+        lanes = self._order_of(0).lanes_of(rank, world_size)
+        return LaneStream(
             self._images,
-            self._order_of(epoch),
-            self._size,
-            first_batch,
-            rank,
-            world_size,
+            self._order_of,
+            lanes,
             self._bad_samples,
+            slice_size=self.slice_size,
             drop_behind=self._drop_behind,
+            goes_on=goes_on,
         )
+
+    @property
+    def slice_size(self) -> int:
+        """Samples of a lane in a global batch."""
+        return self._size // self._num_lanes
 
     def _order_of(self, epoch: int) -> LaneOrder:
         return LaneOrder(
@@ -118,95 +128,134 @@ class LanesOrder:
 
 
 class LaneEpoch:
-    """`epoch_order.EpochSamples` of one rank: at most two windows are read at a time, and what is used of a third."""
+    """`epoch_order.EpochSamples` of one rank."""
+
+    def __init__(self, order: LanesOrder, epoch: int, first_batch: int, stream: LaneStream) -> None:
+        self._epoch, self._first_batch, self._stream = epoch, first_batch, stream
+        self._num_batches, self._size = order.num_batches, order.slice_size
+
+    def groups(self) -> Iterator[Group]:
+        """See `EpochSamples.groups`."""
+        size, num_lanes = self._size, len(self._stream.lanes)
+        for steps in step_groups(self._first_batch, self._num_batches, size * num_lanes):
+            places = range(steps.start * size, steps.stop * size)
+            ids = self._stream.ids(self._epoch, places)  # of each lane: all its places
+            ids = ids.reshape(num_lanes, len(steps), size).swapaxes(0, 1).reshape(-1)
+            yield Group(self._stream.samples(self._epoch, places, ids), self._epoch)
+
+    def end(self, num_batches: int) -> None:
+        """See `EpochSamples.end`."""
+        self._stream.end(self._epoch, (self._first_batch + num_batches) * self._size)
+
+    def close(self) -> None:
+        """See `EpochSamples.close`."""
+        self._stream.close()
+
+
+def step_groups(first: int, stop: int, local_batch_size: int) -> Iterator[range]:
+    """Steps that are planned together; the first batch does not wait for what others need."""
+    num = 1
+    while first < stop:
+        yield (steps := range(first, min(first + num, stop)))
+        first, num = steps.stop, num_together(local_batch_size)
+
+
+class LaneStream:
+    """Reads some lanes of a data set: at most two windows at a time, and what is used of a third.
+
+    Attributes:
+        lanes: The lanes.
+    """
 
     def __init__(
         self,
         images: ShardedImages,
-        order: LaneOrder,
-        global_batch_size: int,
-        first_batch: int,
-        rank: int,
-        world_size: int,
+        order_of: Callable[[int], LaneOrder],
+        lanes: range,
         bad_samples: BadSamples,
         *,
+        slice_size: int,
         drop_behind: bool,
+        goes_on: bool,
     ) -> None:
-        self._images, self._order, self._size = images, order, global_batch_size
-        self._first_batch, self._rank, self._world_size = first_batch, rank, world_size
-        self._bad_samples, self._drop_behind = bad_samples, drop_behind
-        self._windows: dict[int, Window | LocalWindow] = {}
+        self._images, self._order_of, self.lanes = images, cache(order_of), lanes
+        self._bad_samples, self._slice_size = bad_samples, slice_size
+        self._drop_behind, self._goes_on = drop_behind, goes_on
+        self._windows: dict[tuple[int, int], Window | LocalWindow] = {}  # by epoch and number
         self._lock = threading.Lock()
         self._is_over = threading.Event()
 
-    def groups(self) -> Iterator[Samples]:
-        """See `EpochSamples.groups`."""
-        order, num_batches = self._order, self._order.num_batches(self._size)
-        first, num = self._first_batch, 1  # the first batch does not wait for what others need
-        while first < num_batches:
-            steps = range(first, min(first + num, num_batches))
-            first, num = steps.stop, num_together(self._size // self._world_size)
-            batches = [order.batch(step, self._size, self._rank, self._world_size) for step in steps]
-            windows = [order.window_of(step, self._size) for step in steps]
-            numbers = range(windows[0].start, windows[-1].stop)
-            opened = [self._window(number) for number in numbers]
-            self._window(numbers.stop)  # ahead
-            yield self._gather(np.concatenate(batches), opened)
+    @property
+    def places_per_lane(self) -> int:
+        """Number of samples of each lane in an epoch."""
+        return self._order_of(0).places_per_lane
 
-    def end(self, num_batches: int) -> None:
-        """See `EpochSamples.end`."""
-        step = self._first_batch + num_batches
+    def ids(self, epoch: int, places: range) -> np.ndarray:
+        """Samples at some places, int64 [lanes, places]."""
+        return self._order_of(epoch).places(self.lanes, places.start, places.stop)
+
+    def samples(self, epoch: int, places: range, ids: np.ndarray) -> Samples:
+        """The samples `ids` of these places, in their order; damaged ones are replaced."""
+        windows = self._order_of(epoch).windows_of(places.start, places.stop)
+        opened = [self._window(epoch, number) for number in windows]
+        self._window(epoch, windows.stop)  # ahead
+        return self._gather(ids, opened)
+
+    def end(self, epoch: int, place: int) -> None:
+        """All places before this one have been used."""
         with self._lock:
-            done = [number for number in self._windows if self._order.steps_of(number, self._size).stop <= step]
-            dropped = [self._windows.pop(number) for number in done]
+            done = [
+                key
+                for key in self._windows
+                if (key[0], self._order_of(key[0]).window_places(key[1]).stop) <= (epoch, place)
+            ]
+            dropped = [self._windows.pop(key) for key in done]
         if self._drop_behind:
             for window in dropped:
                 window.drop()
 
     def close(self) -> None:
-        """See `EpochSamples.close`."""
+        """Stop reading ahead."""
         with self._lock:
             self._is_over.set()
             for window in self._windows.values():
                 window.cancel()
             self._windows.clear()
 
-    def _window(self, number: int) -> Window | LocalWindow | None:
+    def _window(self, epoch: int, number: int) -> Window | LocalWindow | None:
         """The window, which is read from now on; None past the last one."""
-        if number >= self._order.num_windows:
-            return None
+        if number >= self._order_of(epoch).num_windows:
+            if not self._goes_on:
+                return None
+            epoch, number = epoch + 1, 0
         with self._lock:
-            if number not in self._windows and not self._is_over.is_set():
-                ranges = [
-                    self._order.block_ranges(lane, number)
-                    for lane in self._order.lanes_of(self._rank, self._world_size)
-                ]
-                self._windows[number] = self._read(number, np.concatenate(ranges))
-            return self._windows.get(number)
+            if (epoch, number) not in self._windows and not self._is_over.is_set():
+                self._windows[epoch, number] = self._read(self._order_of(epoch), number)
+            return self._windows.get((epoch, number))
 
-    def _read(self, number: int, ranges: np.ndarray) -> Window | LocalWindow:
+    def _read(self, order: LaneOrder, number: int) -> Window | LocalWindow:
+        ranges = np.concatenate([order.block_ranges(lane, number) for lane in self.lanes])
         if isinstance(self._images.files, LocalFiles):
             return LocalWindow(self._images, self._images.files, ranges)
-        steps = self._order.steps_of(number, self._size)
-        looked_at = range(steps.start, min(steps.stop, steps.start + _STEPS_LOOKED_AT))
-        ids = [self._order.batch(step, self._size, self._rank, self._world_size) for step in looked_at]
-        return Window(self._images, ranges, np.concatenate([*ids, np.empty(0, np.int64)]), self._is_over)
+        places = order.window_places(number)
+        stop = min(places.stop, places.start + _STEPS_LOOKED_AT * self._slice_size)
+        return Window(self._images, ranges, order.places(self.lanes, places.start, stop).T.reshape(-1), self._is_over)
 
     def _gather(self, ids: np.ndarray, windows: list[Window | LocalWindow | None]) -> Samples:
         if not self._images.is_remote:
             return self._images.samples(ids)
+        ids = ids.copy()
         rows, addresses = np.empty(len(ids), ROW), np.empty(len(ids), np.uint64)
         is_missing = np.ones(len(ids), bool)
         owners: list[object] = []
+        damaged: dict[int, str] = {}
         for window in windows:
             if isinstance(window, Window):
                 is_missing[window.fill(ids, rows, addresses)] = False
                 owners.append(window.owners)
+                damaged |= window.damaged
         if is_missing.any():
             raise RuntimeError(_ENDED)
-        damaged = {
-            i: reason for window in windows if isinstance(window, Window) for i, reason in window.damaged.items()
-        }
         positions = np.flatnonzero(np.isin(ids, list(damaged))) if damaged else ids[:0]
         for position in positions.tolist():
             ids[position], piece = self._substitute(int(ids[position]), damaged[int(ids[position])])

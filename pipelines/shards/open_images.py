@@ -10,14 +10,17 @@ from pipelines.errors import DataError
 from pipelines.remote.store import is_url
 from pipelines.shards.build import manifest_of
 from pipelines.shards.manifest import MANIFEST_NAME
+from pipelines.shards.mixed_images import MixedImages
 from pipelines.shards.pieces import LocalFiles
 from pipelines.shards.sharded_images import ShardedImages, open_sharded
 from pipelines.shards.store import LocalStore
 
-AnyImages: TypeAlias = BetonReader | ShardedImages
+AnyImages: TypeAlias = BetonReader | ShardedImages | MixedImages
 
 
-def open_images(place: str | Path, *, cache_dir: str | None = None, cache_bytes: int = 0) -> AnyImages:
+def open_images(
+    place: str | Path, *, cache_dir: str | None = None, cache_bytes: int = 0
+) -> BetonReader | ShardedImages:
     """Open a .beton file or a data set of many.
 
     Args:

@@ -42,7 +42,7 @@ def examine(cfg: Config | None = None, data: Path | None = None) -> Iterator[Fin
         cfg: The planned run: its device, files and folder are also checked.
         data: A folder or .beton file whose disk is measured (default: data.train of cfg).
     """
-    node = Node(cfg=cfg, data=data or (Path(cfg.data.train) if cfg and cfg.data.train else None))
+    node = Node(cfg=cfg, data=data or (Path(cfg.data.train_paths[0]) if cfg and cfg.data.train_paths else None))
     for name, check in CHECKS.items():
         with contextlib.redirect_stdout(io.StringIO()):
             found = _examined(name, check, node)

@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 from fastssl.commands.doctor.finding import Finding, Node
+from pipelines.loader import DataConfig
 from pipelines.read_ahead import available_memory_bytes
 
 _MIN_SHM_BYTES = 1 << 30  # Docker gives 64 MB; NCCL and DALI take tens of MB for each GPU
@@ -48,7 +49,7 @@ def check_memory(node: Node) -> Finding:
             "warn", detail, "a process takes about 1 GB before its first image: free memory, or raise the limit"
         )
     cfg = node.cfg.data if node.cfg else None
-    if cfg and Path(cfg.train).is_file() and cfg.order == "random" and cfg.cache != "none":
+    if cfg and isinstance(cfg.train, str) and Path(cfg.train).is_file() and _reads_at_random(cfg):
         num_bytes = Path(cfg.train).stat().st_size
         if num_bytes > free_bytes:
             detail += f"; {cfg.train} is {num_bytes / 1e9:.1f} GB"
@@ -93,3 +94,7 @@ def check_locked_memory(node: Node) -> Finding:
 def _limit(value: int, unit: str = "") -> str:
     number = "any number of" if value == resource.RLIM_INFINITY else f"{value:,}"
     return f"{number} {unit}".strip()
+
+
+def _reads_at_random(cfg: DataConfig) -> bool:
+    return cfg.order in ("auto", "random") and cfg.cache != "none"

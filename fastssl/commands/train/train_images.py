@@ -25,11 +25,11 @@ from fastssl.tracking.json_lines import read_rows
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.trackers import check_installed
 from fastssl.trainer import train
-from pipelines.beton import BetonReader
 from pipelines.convert import ConvertReport, SourceKind, convert
 from pipelines.convert.infer_kind import infer_kind
 from pipelines.errors import DataError, SourceChangedError
 from pipelines.files import read_file
+from pipelines.loader import open_train_images
 from pipelines.printable import printable
 
 MAX_PX = 512  # of the longer side of a stored image: decoding larger ones takes time, and views have at most 224 px
@@ -215,7 +215,7 @@ def _train(settings: Path, num_processes: int, stop_request: StopRequest | None)
 
 def _evaluate(folder: RunFolder) -> None:
     """Print the accuracy where there are labels; an evaluation that is there already is not repeated."""
-    if num_labelled_classes(BetonReader(folder.load_config().data.train)) < 2:
+    if num_labelled_classes(open_train_images(folder.load_config().data)) < 2:
         _say("no labels, so no accuracy: look at neighbours instead")
         return
     if _is_evaluated(folder):
