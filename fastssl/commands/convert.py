@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastssl.commands.options import SOURCE_KINDS, Commands, add_command, add_kind, add_max_bad
@@ -26,7 +25,15 @@ def add_parser(commands: Commands) -> None:
         "as CIFAR10. npz: the file. digits: leave SRC out. Several are written one after the other, and classes of "
         "one name become one",
     )
-    convert.add_argument("out", type=Path, metavar="OUT.beton", help="the file to write")
+    convert.add_argument(
+        "out", metavar="OUT.beton", help="the file to write, or its URL in object storage: s3://bucket/photos/x.beton"
+    )
+    convert.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="with a URL: a folder for the file until it is there; with the same folder and --resume, a conversion "
+        "that was killed continues (default: the system's temporary folder, and a new start)",
+    )
     convert.add_argument("--classes", metavar="FILE", help="folder: read only the sub-folders named in this file")
     convert.add_argument(
         "--labels",
@@ -91,7 +98,7 @@ def _convert(args: argparse.Namespace) -> None:
         print_json(lambda: {"files": [asdict(done) for done in _converted(args)]})
         return
     for done in _converted(args):
-        line = f"{printable(done.out)}: {done.num_images:,} images"
+        line = f"{printable(done.url or done.out)}: {done.num_images:,} images"
         if done.num_images == done.num_passed + done.num_encoded + done.num_raw:  # else it was finished before
             line += (
                 f" in {done.wall_s:.1f} s "
@@ -117,6 +124,7 @@ def _converted(args: argparse.Namespace) -> "list[ConvertReport]":
         "split",
         "root",
         "shuffle",
+        "work_dir",
     )
     options = {name: getattr(args, name) for name in (*names, "download", "image_column", "label_column")} | {
         "num_workers": args.workers

@@ -9,13 +9,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipelines.beton import BetonWriter
-from pipelines.beton.format import checkpoint_path, partial_path, sidecar_path
+from pipelines.beton.format import checkpoint_path, hashes_path, partial_path, sidecar_path
 from pipelines.beton.sidecar import read_sidecar
 from pipelines.convert.image_files import left_out_lines
 from pipelines.convert.images import (
@@ -30,9 +30,12 @@ from pipelines.convert.infer_kind import infer_kind
 from pipelines.convert.shuffle import shuffled
 from pipelines.convert.source import MAX_ITEMS, Item, Source
 from pipelines.convert.sources import SourceKind, SourceOptions, build_source, join_sources
+from pipelines.convert.upload import Destination, identity_in, work_folder
 from pipelines.errors import DataError, SourceChangedError
 from pipelines.printable import printable
 from pipelines.progress import Progress
+from pipelines.remote import is_url
+from pipelines.shards.rows import rows_path
 
 __all__ = ["ConvertReport", "SourceKind", "convert", "convert_shards", "infer_kind"]
 
@@ -56,7 +59,7 @@ class ConvertReport:
     """Result of a conversion.
 
     Attributes:
-        out: The .beton file.
+        out: The .beton file; in object storage, its name in the folder there.
         num_images: Number of images in the file: the sum of the next three, where they are known. Of a file that was
             finished already, num_passed, num_encoded and num_skipped are 0, as the file does not tell them.
         num_passed: JPEG files whose bytes were kept unchanged.
@@ -70,6 +73,7 @@ class ConvertReport:
         errors_path: List of the skipped images, one `path<TAB>reason` per line; None if there are none.
         left_out_path: List of what was left out, one `path<TAB>kind` per line; None if there is nothing.
         wall_s: Duration of this process in seconds.
+        url: Of the file in object storage, next to which are the lists; None: the file is local.
     """
 
     out: Path
@@ -85,6 +89,7 @@ class ConvertReport:
     errors_path: Path | None
     left_out_path: Path | None
     wall_s: float
+    url: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,7 @@ class _Options:
     resume: bool = False
     num_workers: int = 0
     shuffle: int | None = None
+    work_dir: str | Path | None = None
 
     @property
     def max_bad_fraction(self) -> float:
@@ -147,6 +153,7 @@ def convert(
     resume: bool = False,
     num_workers: int = 0,
     shuffle: int | None = None,
+    work_dir: str | Path | None = None,
     **source_options: Any,
 ) -> ConvertReport:
     """Write a .beton file and its sidecar. Every image is decoded once, so that corrupt images are found.
@@ -158,7 +165,8 @@ def convert(
         source_kind: See `sources.build_source`; None: see `infer_kind`.
         src: The folder, file, file pattern or name; None for "digits". Several sources are written one after the other,
             and classes of one name are one class; see `sources.join_sources`.
-        out: The .beton file; its folder is created.
+        out: The .beton file, whose folder is created; or its URL in object storage, such as s3://bucket/x.beton: it is
+            written in a local folder and then put, see `pipelines.convert.upload`.
         max_px: Downscale images whose longer side exceeds this.
         on_error: "fail" is max_bad=0, and "skip" max_bad=1.
         max_bad: The conversion fails when more than this fraction of the images is corrupt (default: 0.1). Resumed with
@@ -169,12 +177,14 @@ def convert(
             uninterrupted conversion. If the conversion is already finished, nothing is done.
         num_workers: Processes that read, check and encode; 0: one thread of this process per core.
         shuffle: Write the images in a random order, which this seed gives; None: in the source's order.
+        work_dir: With a URL: where the local folder is created; see `upload.work_folder`.
         source_options: Fields of `sources.SourceOptions`, e.g. split.
     Raises:
         ValueError: an option is out of range, or the source does not support it.
         DataError: bad source, too many corrupt images, only corrupt images, `out` exists, the partial files belong to
             another source or other options, or a source to be shuffled can only be read in order.
     """
+    _check_out(out, work_dir)
     source, options, about = _prepare(
         source_kind,
         src,
@@ -187,10 +197,11 @@ def convert(
             "resume": resume,
             "num_workers": num_workers,
             "shuffle": shuffle,
+            "work_dir": work_dir,
             **source_options,
         },
     )
-    return _convert_range(source, Path(out), 0, source.num_items, options, about)
+    return _convert_part(source, out, 0, source.num_items, options, about)
 
 
 def convert_shards(
@@ -223,6 +234,7 @@ def convert_shards(
         raise ValueError(f"shards must be 1..{MAX_SHARDS}, not {num_shards}")
     if shard is not None and not 0 <= shard < num_shards:
         raise ValueError(f"shard must be 0..{num_shards - 1}, not {shard}")
+    _check_out(out, options.get("work_dir"))
     source, checked, about = _prepare(source_kind, src, options)
     if source.num_items < num_shards:
         raise DataError(f"{source.name}: {source.num_items} images are too few for {num_shards} shards")
@@ -230,7 +242,7 @@ def convert_shards(
     reports = []
     for k in range(num_shards) if shard is None else (shard,):
         start, stop = source.num_items * k // num_shards, source.num_items * (k + 1) // num_shards
-        reports.append(_convert_range(source, shard_path(out, k, num_shards), start, stop, checked, about))
+        reports.append(_convert_part(source, _shard_out(out, k, num_shards), start, stop, checked, about))
     return reports
 
 
@@ -238,6 +250,23 @@ def shard_path(out: str | Path, shard: int, num_shards: int) -> Path:
     """`x.beton` -> `x-00000-of-00004.beton`."""
     out = Path(out)
     return out.with_name(f"{out.stem}-{shard:05d}-of-{num_shards:05d}{out.suffix}")
+
+
+def _shard_out(out: str | Path, shard: int, num_shards: int) -> str | Path:
+    """`shard_path`, also for a URL."""
+    if not is_url(str(out)):
+        return shard_path(out, shard, num_shards)
+    folder, _, name = str(out).rpartition("/")
+    return f"{folder}/{shard_path(name, shard, num_shards)}"
+
+
+def _check_out(out: str | Path, work_dir: str | Path | None) -> None:
+    """Refuse a destination that cannot be one, before the source is read."""
+    if is_url(str(out)):
+        with Destination(str(out)):
+            pass
+    elif work_dir is not None:
+        raise ValueError("work_dir is for an OUT in object storage, such as s3://bucket/x.beton")
 
 
 def _prepare(
@@ -262,16 +291,97 @@ def _prepare(
     return source, checked, about
 
 
-def _convert_range(
-    source: Source, out: Path, start: int, stop: int, options: _Options, about: dict[str, Any]
+@dataclass(frozen=True)
+class _Place:
+    """What messages say about files that are moved or removed after a conversion.
+
+    Attributes:
+        destination: Where they are put; None: they stay where they are.
+        is_kept: Whether they stay where they are if the conversion fails.
+    """
+
+    destination: Destination | None = None
+    is_kept: bool = True
+
+    def shown(self, path: Path) -> str:
+        """A file, where it will be."""
+        return self.destination.shown(path.name) if self.destination else str(path)
+
+    def see(self, errors_path: Path | None) -> str:
+        """Where the list of errors of a conversion that failed is."""
+        return f"see {errors_path}" if self.is_kept else "--work-dir DIR keeps their list"
+
+
+def _convert_part(
+    source: Source, out: str | Path, start: int, stop: int, options: _Options, about: dict[str, Any]
 ) -> ConvertReport:
-    """Write items start..stop-1 of a source."""
-    start_s = time.monotonic()
+    """Write items start..stop-1 of a source to a local file or to object storage."""
     about = about | {"max_px": options.max_px, "quality": options.quality}  # not max_bad: a resumed run may change it
     identity = f"{source.fingerprint} {start} {stop} {json.dumps(about, sort_keys=True)}"
+    if not is_url(str(out)):
+        return _convert_range(source, Path(out), start, stop, options, about, identity, _Place())
+    with Destination(str(out)) as destination:
+        return _convert_and_put(source, destination, start, stop, options, about, identity)
+
+
+def _convert_and_put(
+    source: Source,
+    destination: Destination,
+    start: int,
+    stop: int,
+    options: _Options,
+    about: dict[str, Any],
+    identity: str,
+) -> ConvertReport:
+    start_s = time.monotonic()
+    if not options.overwrite:
+        found = destination.find()
+        if found is not None and not options.resume:
+            raise DataError(f"{destination.url}: exists already; choose another name or pass --overwrite")
+        if found is not None:
+            destination.check_identity(found, identity, is_finished=True)
+            print(f"{printable(destination.url)}: finished already")
+            done = _Done(fingerprint=identity)
+            report = _report(Path(destination.name), done, found, source, start_s, has=destination.holds)
+            return replace(report, url=destination.url)
+        if (found := destination.sidecar()) is not None:
+            destination.check_identity(found, identity, is_finished=False)
+    with work_folder(options.work_dir, destination) as folder:
+        out = folder / destination.name
+        place = _Place(destination, is_kept=options.work_dir is not None)
+        report = _convert_range(source, out, start, stop, options, about, identity, place)
+        lists = _errors_path(out), _left_out_path(out)
+        try:
+            is_own = destination.put(out, [rows_path(out), hashes_path(out), *lists], overwrite=options.overwrite)
+        except OSError as error:
+            raise DataError(f"{error.filename or out}: cannot be read ({error.strerror})") from error
+        if not is_own:
+            print(f"{printable(destination.url)}: another task has finished it meanwhile")
+        return replace(
+            report,
+            out=Path(destination.name),
+            errors_path=report.errors_path and Path(report.errors_path.name),
+            left_out_path=report.left_out_path and Path(report.left_out_path.name),
+            wall_s=time.monotonic() - start_s,
+            url=destination.url,
+        )
+
+
+def _convert_range(
+    source: Source,
+    out: Path,
+    start: int,
+    stop: int,
+    options: _Options,
+    about: dict[str, Any],
+    identity: str,
+    place: _Place,
+) -> ConvertReport:
+    """Write items start..stop-1 of a source to a local file."""
+    start_s = time.monotonic()
     if options.resume and out.exists() and not options.overwrite:
         found = _sidecar_of(out)
-        if _part(found, "options").get("identity") != identity:
+        if identity_in(found) != identity:
             raise SourceChangedError(
                 f"{out}: exists already, of another source or other options; convert again under another name, or with "
                 "--overwrite"
@@ -300,37 +410,39 @@ def _convert_range(
                     f"{partial_path(out)}: of another source or other options; convert again under another name, or "
                     "with --overwrite"
                 )
-            _write_all(writer, source, start, stop, options, done)
+            _write_all(writer, source, start, stop, options, done, place)
             errors_path = _write_list(_errors_path(out), done.errors)
             if not writer.num_samples:
-                raise DataError(f"{source.name}: all {len(done.errors)} images are corrupt; see {errors_path}")
+                raise DataError(f"{source.name}: all {len(done.errors)} images are corrupt; {place.see(errors_path)}")
             _write_list(_left_out_path(out), source.left_out if not start else ())  # with the first shard
     except BrokenExecutor as error:
         raise DataError(f"{out}: a worker process died, perhaps for lack of memory; try fewer workers") from error
     except MemoryError as error:
         raise DataError(f"{source.name}: its images need more memory than there is; try fewer workers") from error
     except OSError as error:
-        free = "; free space, then repeat the command (of convert: with --resume)" if error.errno in DISK_FULL else ""
+        choice = " or choose another --work-dir" if place.destination else ""
+        free = f"; free space{choice}, then repeat the command (of convert: with --resume)"
+        free = free if error.errno in DISK_FULL else ""
         raise DataError(f"{error.filename or out}: cannot be written ({error.strerror}){free}") from error
     report = _report(out, done, read_sidecar(sidecar_path(out)), source, start_s)
-    for line in _summary(report, done, source, stop - start):
+    for line in _summary(report, done, source, stop - start, place):
         print(printable(line))
     return report
 
 
-def _summary(report: ConvertReport, done: _Done, source: Source, num_items: int) -> Iterator[str]:
+def _summary(report: ConvertReport, done: _Done, source: Source, num_items: int, place: _Place) -> Iterator[str]:
     """Lines about what is not in the file, and what is in it twice."""
     for line in left_out_lines(source.name, source.num_left_out):
-        yield line + (f"; see {report.left_out_path}" if report.left_out_path else "")
-    if done.errors:
+        yield line + (f"; see {place.shown(report.left_out_path)}" if report.left_out_path else "")
+    if done.errors and report.errors_path:
         reasons = _by_reason(done.errors)
         yield (
             f"{len(done.errors):,} of {num_items:,} images are corrupt and were left out: {reasons}; "
-            f"see {report.errors_path}"
+            f"see {place.shown(report.errors_path)}"
         )
     if report.num_copies or report.num_similar:
         similar = "" if report.num_similar is None else f", {report.num_similar:,} more look almost like another"
-        yield f"{report.out}: {report.num_copies:,} images are copies of others{similar}"
+        yield f"{place.shown(report.out)}: {report.num_copies:,} images are copies of others{similar}"
 
 
 def _by_reason(errors: Sequence[tuple[str, str]]) -> str:
@@ -369,8 +481,18 @@ def _count(found: dict[str, Any], key: str, name: str) -> int | None:
     return number if type(number) is int else None
 
 
-def _report(out: Path, done: _Done, found: dict[str, Any], source: Source, start_s: float) -> ConvertReport:
-    """The report on a file with this sidecar; `done.how` is empty if the file was finished already."""
+def _report(
+    out: Path,
+    done: _Done,
+    found: dict[str, Any],
+    source: Source,
+    start_s: float,
+    has: Callable[[Path], bool] = Path.exists,
+) -> ConvertReport:
+    """The report on a file with this sidecar; `done.how` is empty if the file was finished already.
+
+    `has` says whether there is a list.
+    """
     errors, left_out = _errors_path(out), _left_out_path(out)
     how = done.how or {"raw": _count(found, "modes", "raw") or 0}
     return ConvertReport(
@@ -384,13 +506,15 @@ def _report(out: Path, done: _Done, found: dict[str, Any], source: Source, start
         left_out=dict(source.num_left_out),
         num_copies=_count(found, "duplicates", "copies") or 0,
         num_similar=_count(found, "duplicates", "similar"),
-        errors_path=errors if errors.exists() else None,
-        left_out_path=left_out if left_out.exists() else None,
+        errors_path=errors if has(errors) else None,
+        left_out_path=left_out if has(left_out) else None,
         wall_s=time.monotonic() - start_s,
     )
 
 
-def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, options: _Options, done: _Done) -> None:
+def _write_all(
+    writer: BetonWriter, source: Source, start: int, stop: int, options: _Options, done: _Done, place: _Place
+) -> None:
     """Write every valid image; corrupt ones are added to `done.errors`, and raise DataError if they are too many."""
     how = Counter(done.how)
     noted_s = time.monotonic()
@@ -413,7 +537,7 @@ def _write_all(writer: BetonWriter, source: Source, start: int, stop: int, optio
                 done.how = dict(how)
                 if checkpoint_path(writer.path).exists():  # else it takes seconds to convert again
                     writer.checkpoint(asdict(done))
-                raise DataError(_too_many(writer.path, done, stop - start, options.max_bad_fraction))
+                raise DataError(_too_many(writer.path, done, stop - start, options.max_bad_fraction, place))
             progress.advance()
             if time.monotonic() - noted_s >= CHECKPOINT_EVERY_S:
                 done.how = dict(how)
@@ -482,13 +606,13 @@ def _write(writer: BetonWriter, image: StoredImage, label: int) -> None:
         writer.write_raw(image.data, label=label, hashes=image.hashes)
 
 
-def _too_many(out: Path, done: _Done, num_items: int, max_bad: float) -> str:
+def _too_many(out: Path, done: _Done, num_items: int, max_bad: float, place: _Place) -> str:
     """The line about too many corrupt images, whose list it writes."""
     path = _write_list(_errors_path(out), done.errors)
     return (
         f"{len(done.errors):,} of the first {done.num_read:,} images are corrupt, more than --max-bad {max_bad:g} of "
-        f"all {num_items:,}: {_by_reason(done.errors)}; see {path}, and repeat the command with a larger --max-bad "
-        "(of convert: with --resume)"
+        f"all {num_items:,}: {_by_reason(done.errors)}; {place.see(path)}, and repeat the command with a larger "
+        "--max-bad (of convert: with --resume)"
     )
 
 

@@ -259,6 +259,35 @@ class RemoteStore:
 
         return self._create(path, data, action)
 
+    def holds(self, path: str, data: bytes | Path) -> bool:
+        """Whether an object has this content: bytes, or those of a local file.
+
+        Raises:
+            RemoteError: as `get`.
+            OSError: the local file cannot be read.
+        """
+        if isinstance(data, Path):
+            with data.open("rb") as file:
+                return all(file.read(len(piece)) == piece for piece in self.stream(path)) and not file.read(1)
+        position = 0
+        for piece in self.stream(path):
+            if data[position : position + len(piece)] != piece:
+                return False
+            position += len(piece)
+        return position == len(data)
+
+    def remove(self, path: str) -> None:
+        """Remove an object, if there is one of this name.
+
+        Raises:
+            RemoteError: as `get`; or it must not be removed.
+        """
+
+        def action(store: Any) -> None:
+            store.delete(self._path(path))
+
+        self._call(path, action, kind="write", otherwise={404: None})
+
     def stream(self, path: str, start: int = 0) -> Iterator[bytes]:
         """A whole object from byte `start` on, in pieces, fetched ahead by the store's threads.
 
@@ -302,32 +331,18 @@ class RemoteStore:
             store.copy(self._path(target), self._path(path), overwrite=False)
             return True
 
-        def remove(store: Any) -> None:
-            store.delete(self._path(target))
-
         try:
             self._call(path, upload, kind="parts")
             return self._create(path, data, create)
         finally:
             with suppress(RemoteError):
-                self._call(target, remove)
+                self.remove(target)
 
     def _create(self, path: str, data: bytes | Path, action: Callable[[Any], bool]) -> bool:
         before = self.retries.total()
         created = self._call(path, action, kind="write", otherwise={_EXISTS: False, 412: False})
         # If an answer was lost, what exists may be our own.
-        return created or (self.retries.total() > before and self._holds(path, data))
-
-    def _holds(self, path: str, data: bytes | Path) -> bool:
-        if isinstance(data, Path):
-            with data.open("rb") as file:
-                return all(file.read(len(piece)) == piece for piece in self.stream(path)) and not file.read(1)
-        position = 0
-        for piece in self.stream(path):
-            if data[position : position + len(piece)] != piece:
-                return False
-            position += len(piece)
-        return position == len(data)
+        return created or (self.retries.total() > before and self.holds(path, data))
 
     def _submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         is_over = self._is_over.is_set()

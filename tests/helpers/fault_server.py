@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.owner.files[path] = body
         if fault in ("silence", "cut"):  # written, and the client does not learn of it
             return self.cut() if fault == "cut" else self.wait()
-        return self.send_head(201, 0)
+        return self.send_head(201, 0, ETag=self.owner.etag(path) or "")
 
     def do_PROPFIND(self) -> None:
         self.begin()
