@@ -21,9 +21,9 @@ def add_parser(commands: Commands) -> None:
         nargs="*",
         metavar="SRC",
         help="folder: a folder of images. csv: a table with the columns path and, if labelled, label. webdataset, "
-        "parquet: a folder, a file, or a pattern such as x-{000..012}.tar. torchvision: name of the data set, such "
-        "as CIFAR10. npz: the file. digits: leave SRC out. Several are written one after the other, and classes of "
-        "one name become one",
+        "parquet: a folder, a file, a pattern such as x-{000..012}.tar, or a URL of these. torchvision: name of the "
+        "data set, such as CIFAR10. npz: the file. digits: leave SRC out. Several are written one after the other, and "
+        "classes of one name become one",
     )
     convert.add_argument(
         "out", metavar="OUT.beton", help="the file to write, or its URL in object storage: s3://bucket/photos/x.beton"

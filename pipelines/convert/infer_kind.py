@@ -5,9 +5,11 @@ from glob import glob
 from pathlib import Path
 
 from pipelines.convert.content import has_image_extension
-from pipelines.convert.sources import BRACE_RANGE, PARQUET_SUFFIXES, TAR_SUFFIXES, SourceKind
+from pipelines.convert.remote_source import find_objects, open_source, shown_url
+from pipelines.convert.sources import BRACE_RANGE, PARQUET_SUFFIXES, TAR_SUFFIXES, SourceKind, expand_braces
 from pipelines.errors import DataError
 from pipelines.files import open_regular
+from pipelines.remote import is_url
 
 _SUFFIXES: tuple[tuple[tuple[str, ...], SourceKind], ...] = (
     ((".csv",), "csv"),
@@ -28,7 +30,7 @@ def infer_kind(src: str | os.PathLike[str] | None) -> SourceKind:
     inferred.
 
     Args:
-        src: The folder, file or file pattern.
+        src: The folder, file or file pattern, or its URL: only of tar archives or parquet files.
     Raises:
         DataError: nothing is there, it is a .beton file already, it is of no known kind, or it could be read in more
             than one way; the line names the choice.
@@ -36,6 +38,8 @@ def infer_kind(src: str | os.PathLike[str] | None) -> SourceKind:
     if src is None:
         raise DataError("--from is missing: without SRC there is only --from digits")
     text = os.fspath(src)
+    if is_url(text):
+        return _kind_of_url(text)
     if os.path.isdir(text):
         return _kind_of_folder(text)
     kind: SourceKind | None = next((kind for suffixes, kind in _SUFFIXES if text.lower().endswith(suffixes)), None)
@@ -46,6 +50,22 @@ def infer_kind(src: str | os.PathLike[str] | None) -> SourceKind:
     if found := sorted(glob(text)):
         return kind or infer_kind(found[0])
     raise DataError(f"{text}: no such file or folder; {_NAMES}")
+
+
+def _kind_of_url(url: str) -> SourceKind:
+    suffixes = TAR_SUFFIXES + PARQUET_SUFFIXES
+    path = shown_url(url).lower()
+    for kind, own in (("webdataset", TAR_SUFFIXES), ("parquet", PARQUET_SUFFIXES)):
+        if path.endswith(own):
+            return kind  # pyright: ignore[reportReturnType]
+    found, _ = find_objects(url, suffixes, expand_braces)
+    kinds = {"parquet" if one.path.lower().endswith(PARQUET_SUFFIXES) else "webdataset" for one in found}
+    if len(kinds) > 1:
+        raise DataError(f"{shown_url(url)}: holds tar archives and parquet files; choose --from webdataset or parquet")
+    if found[0].path.lower().endswith(suffixes):
+        return "webdataset" if "webdataset" in kinds else "parquet"
+    with open_source(found[0], is_sparse=True) as file:
+        return _kind_of_head(file.read(512), str(found[0]))
 
 
 def _kind_of_folder(folder: str) -> SourceKind:
@@ -84,6 +104,11 @@ def _kind_of_file(path: str) -> SourceKind:
             head = file.read(512)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return _kind_of_head(head, path)
+
+
+def _kind_of_head(head: bytes, path: str) -> SourceKind:
+    """By the first bytes of a file without a telling extension."""
     if _is_beton(path):
         raise DataError(f"{path}: is a .beton file already; there is nothing to convert")
     if head[:4] == b"PAR1":

@@ -3,14 +3,16 @@
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from typing import IO, Any
 
 from pipelines.convert.parquet_sizes import Column, check_footer, columns_of, pages_of
+from pipelines.convert.remote_source import NUM_THREADS, SourcePath, name_of, open_source
 from pipelines.convert.source import MAX_LABEL, Item, Source, checked_label, fingerprint
 from pipelines.errors import DataError, one_line
-from pipelines.files import check_inflation, open_regular
+from pipelines.files import check_inflation
 
 ROWS_AT_ONCE = 64  # rows decoded from a row group at a time
 ROWS_BYTES = 64 << 20  # fewer rows at a time, if all of them could be the same long entry of a dictionary
@@ -21,7 +23,7 @@ MAX_STRUCTURES = 500_000
 SMALL_FOOTER_BYTES = 1 << 20
 
 
-def parquet_source(files: list[str], image_column: str | None, label_column: str | None) -> Source:
+def parquet_source(files: list[SourcePath], image_column: str | None, label_column: str | None) -> Source:
     """Rows of parquet files that share one schema.
 
     The images are binary, or structs with a binary field `bytes`. A path stored with the bytes is not read: files that
@@ -39,7 +41,7 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
     image_column = _image_column(schema, image_column, files[0])
     label_column = _label_column(schema, label_column, files[0])
     columns = [image_column] + ([label_column] if label_column else [])
-    counts = [_count(path, columns, schema) for path in files]
+    counts = _counts(files, columns, schema)
     if not sum(counts):
         raise DataError(f"{files[0]}: no rows")
 
@@ -59,7 +61,7 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
         )
 
     return Source(
-        name=os.path.abspath(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
+        name=name_of(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else ""),
         num_items=sum(counts),
         read=read,
         pick=pick,
@@ -68,10 +70,10 @@ def parquet_source(files: list[str], image_column: str | None, label_column: str
     )
 
 
-def _read_file(path: str, image_column: str, label_column: str | None, start: int) -> Iterator[Item]:
+def _read_file(path: SourcePath, image_column: str, label_column: str | None, start: int) -> Iterator[Item]:
     """Yield the rows from `start` on; row groups before it are not read."""
     row = 0
-    with open_parquet(path) as file, open_regular(path) as own:
+    with open_parquet(path) as file, open_source(path, is_sparse=True) as own:
         leaves = _leaves(file.schema_arrow, image_column, label_column)
         for group, columns in enumerate(columns_of(_footer(own))):
             num_rows = file.metadata.row_group(group).num_rows
@@ -97,7 +99,7 @@ def _leaves(schema: Any, image_column: str, label_column: str | None) -> list[st
     return [f"{image_column}.bytes" if is_struct else image_column] + ([label_column] if label_column else [])
 
 
-def _rows_at_once(path: str, file: IO[bytes], columns: list[Column]) -> int:
+def _rows_at_once(path: SourcePath, file: IO[bytes], columns: list[Column]) -> int:
     """Number of rows of a row group to decode at a time, so that a small file cannot fill the memory.
 
     A row has at most the bytes of one page: all rows could be the longest entry of a dictionary, or, in the encoding
@@ -111,9 +113,9 @@ def _rows_at_once(path: str, file: IO[bytes], columns: list[Column]) -> int:
         num_bytes = in_file = 0
         for page in pages_of(file, column):
             num_bytes, in_file = num_bytes + page.num_bytes, in_file + page.in_file
-            check_inflation(path, page.in_file, page.num_bytes)
+            check_inflation(str(path), page.in_file, page.num_bytes)
             longest_bytes = max(longest_bytes, page.num_bytes)
-        check_inflation(path, in_file, num_bytes)
+        check_inflation(str(path), in_file, num_bytes)
     return min(ROWS_AT_ONCE, max(ROWS_BYTES // longest_bytes, 1))
 
 
@@ -124,22 +126,20 @@ def _image_bytes(value: Any) -> bytes:
 
 
 @contextmanager
-def open_parquet(path: str) -> Iterator[Any]:
+def open_parquet(path: SourcePath) -> Iterator[Any]:
     """An open `pyarrow.parquet.ParquetFile`.
 
     Raises:
         DataError: the file cannot be read, also in the `with` block.
     """
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError("parquet needs pyarrow: pip install pyarrow") from error
     try:
         _check_footer(path)
-        # Bytes, because pyarrow refuses names that are not UTF-8.
         with (
-            pa.OSFile(os.fsencode(path)) as file,
+            _pyarrow_file(path) as file,
             pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as opened,
         ):
             yield opened
@@ -150,8 +150,17 @@ def open_parquet(path: str) -> Iterator[Any]:
         raise DataError(message) from error
 
 
-def _check_footer(path: str) -> None:
-    with open_regular(path) as file:
+def _pyarrow_file(path: SourcePath) -> Any:
+    """A file that pyarrow reads; a local one without Python in between."""
+    import pyarrow as pa
+
+    if isinstance(path, str):
+        return pa.OSFile(os.fsencode(path))  # bytes, because pyarrow refuses names that are not UTF-8
+    return pa.PythonFile(open_source(path), mode="r")
+
+
+def _check_footer(path: SourcePath) -> None:
+    with open_source(path, is_sparse=True) as file:
         footer = _footer(file)
     if len(footer) > SMALL_FOOTER_BYTES:
         check_footer(footer, MAX_STRUCTURES)
@@ -159,7 +168,7 @@ def _check_footer(path: str) -> None:
 
 def _footer(file: IO[bytes]) -> bytes:
     """A file's metadata; empty if there are none, which pyarrow will name."""
-    end = max(os.fstat(file.fileno()).st_size - 8, 0)
+    end = max(file.seek(0, os.SEEK_END) - 8, 0)
     file.seek(end)
     num_bytes = int.from_bytes(file.read(4), "little")
     if file.read(4) != b"PAR1" or num_bytes > end:
@@ -170,7 +179,15 @@ def _footer(file: IO[bytes]) -> bytes:
     return file.read(num_bytes)
 
 
-def _count(path: str, columns: list[str], schema: Any) -> int:
+def _counts(files: list[SourcePath], columns: list[str], schema: Any) -> list[int]:
+    """Number of rows of each file, from the footers."""
+    if all(isinstance(path, str) for path in files):
+        return [_count(path, columns, schema) for path in files]
+    with ThreadPoolExecutor(NUM_THREADS) as threads:  # which wait for the server
+        return list(threads.map(lambda path: _count(path, columns, schema), files))
+
+
+def _count(path: SourcePath, columns: list[str], schema: Any) -> int:
     with open_parquet(path) as file:
         for column in columns:
             if file.schema_arrow.names.count(column) > 1:
@@ -181,7 +198,7 @@ def _count(path: str, columns: list[str], schema: Any) -> int:
         return file.metadata.num_rows
 
 
-def _image_column(schema: Any, wanted: str | None, path: str) -> str:
+def _image_column(schema: Any, wanted: str | None, path: SourcePath) -> str:
     found = [field.name for field in schema if _holds_images(field.type)]
     if wanted is not None:
         if wanted not in found:
@@ -208,7 +225,7 @@ def _is_binary(kind: Any) -> bool:
     return kinds.is_binary(kind) or kinds.is_large_binary(kind)
 
 
-def _label_column(schema: Any, wanted: str | None, path: str) -> str | None:
+def _label_column(schema: Any, wanted: str | None, path: SourcePath) -> str | None:
     import pyarrow.types as kinds
 
     integers = [field.name for field in schema if kinds.is_integer(field.type)]

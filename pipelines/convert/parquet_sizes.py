@@ -69,7 +69,7 @@ def pages_of(file: IO[bytes], column: Column) -> Iterator[Page]:
         file: The parquet file; its position is moved.
         column: From `columns_of`.
     """
-    file_bytes = os.fstat(file.fileno()).st_size
+    file_bytes = file.seek(0, os.SEEK_END)
     at, end = column.start, min(column.start + column.num_bytes, file_bytes)
     while 0 <= at < end:
         header, header_bytes = _page_header(file, at)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.beton.format import MAX_LABEL
+from pipelines.convert.remote_source import RemoteObject, SourcePath
 from pipelines.errors import DataError
 
 MAX_ITEMS = 100_000_000  # of one file; the writer keeps 32 bytes for each in memory
@@ -61,10 +62,16 @@ class Source:
     num_left_out: Counter[str] = field(default_factory=Counter)
 
 
-def fingerprint(paths: Iterable[str], more: bytes = b"") -> str:
-    """SHA-256 over the names, sizes and dates of files, and `more`; of a missing file, only the name is used."""
+def fingerprint(paths: Iterable[SourcePath], more: bytes = b"") -> str:
+    """SHA-256 over the names, sizes and dates of files, and `more`; of a missing file, only the name is used.
+
+    Remote objects have an ETag instead of a date.
+    """
     digest = hashlib.sha256(more)
     for path in paths:
+        if isinstance(path, RemoteObject):
+            digest.update(f"{path.shown}\0{path.num_bytes}\0{path.etag}\n".encode(errors="surrogateescape"))
+            continue
         try:
             stat = os.stat(path)
             facts = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"

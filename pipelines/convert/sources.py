@@ -16,10 +16,12 @@ import numpy as np
 
 from pipelines.convert.content import EXTENSIONS
 from pipelines.convert.image_files import AGAIN, ImageFiles, describe_kinds
+from pipelines.convert.remote_source import SourcePath, find_objects, shown_url
 from pipelines.convert.shuffle import pick_from
 from pipelines.convert.source import Item, Source, array_source, checked_label, fingerprint, path_source
 from pipelines.errors import DataError
 from pipelines.files import open_regular, read_file
+from pipelines.remote import is_url
 
 Labels = Literal["auto", "folders", "none"]
 SourceKind = Literal["folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits"]
@@ -30,6 +32,7 @@ MAX_NAMES = 5  # of folders or classes in one line
 BRACE_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PARQUET_SUFFIXES = (".parquet",)
+REMOTE_KINDS = ("webdataset", "parquet")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
@@ -96,6 +99,10 @@ def build_source(
         return digits_source(options.split)
     if src is None:
         raise ValueError(f"source kind {kind} needs a path" if kind != "torchvision" else "torchvision needs a name")
+    if is_url(src) and kind not in REMOTE_KINDS:
+        raise DataError(
+            f"{shown_url(src)}: by URL only sources of kind {' and '.join(REMOTE_KINDS)} are read; copy it to a disk"
+        )
     if kind == "npz":
         from pipelines.convert.npz import npz_source
 
@@ -103,13 +110,13 @@ def build_source(
     if kind == "webdataset":
         from pipelines.convert.webdataset import webdataset_source
 
-        files = find_files(src, TAR_SUFFIXES)
-        return _with_others(webdataset_source(files), src, files)
+        files, others = _find(src, TAR_SUFFIXES)
+        return _with_others(webdataset_source(files), others)
     if kind == "parquet":
         from pipelines.convert.parquet import parquet_source
 
-        files = find_files(src, PARQUET_SUFFIXES)
-        return _with_others(parquet_source(files, options.image_column, options.label_column), src, files)
+        files, others = _find(src, PARQUET_SUFFIXES)
+        return _with_others(parquet_source(files, options.image_column, options.label_column), others)
     if kind == "torchvision":
         from pipelines.convert.torchvision_sets import torchvision_source
 
@@ -175,13 +182,22 @@ def join_sources(sources: list[Source]) -> Source:
     )
 
 
-def _with_others(source: Source, src: str, files: list[str]) -> Source:
-    """Add what else the folder of a source's files holds."""
+def _find(src: str, suffixes: tuple[str, ...]) -> tuple[list[SourcePath], list[str]]:
+    """The files of a source, and what else is in its folder."""
+    if is_url(src):
+        found, others = find_objects(src, suffixes, expand_braces)
+        return list(found), [f"{found[0].shown.rpartition('/')[0]}/{name}" for name in others]
+    files = find_files(src, suffixes)
     if not os.path.isdir(src):
-        return source
-    others = sorted(set(os.listdir(src)) - {os.path.basename(path) for path in files})
-    kinds = [os.path.splitext(name)[1].lower() or "without extension" for name in others]
-    left_out = [(os.path.join(src, name), kind) for name, kind in zip(others, kinds, strict=True)]
+        return list(files), []
+    names = sorted(set(os.listdir(src)) - {os.path.basename(path) for path in files})
+    return list(files), [os.path.join(src, name) for name in names]
+
+
+def _with_others(source: Source, others: list[str]) -> Source:
+    """Add what else the folder of a source's files holds."""
+    kinds = [os.path.splitext(path)[1].lower() or "without extension" for path in others]
+    left_out = list(zip(others, kinds, strict=True))
     return replace(source, left_out=left_out, num_left_out=source.num_left_out + Counter(kinds))
 
 
@@ -194,14 +210,9 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     Raises:
         DataError: no files found, or a file of a brace range is missing.
     """
-    brace = BRACE_RANGE.search(pattern)
-    if brace:
-        first, last = int(brace[1]), int(brace[2])
-        if not 0 <= last - first < MAX_BRACE_NUMBERS:
-            raise DataError(f"{pattern}: the range must rise, by less than {MAX_BRACE_NUMBERS:,}")
-        width = len(brace[1])
-        numbers = range(first, last + 1)
-        found = [f"{pattern[: brace.start()]}{k:0{width}d}{pattern[brace.end() :]}" for k in numbers]
+    expanded = expand_braces(pattern)
+    if expanded is not None:
+        found = expanded
     elif os.path.isdir(pattern):
         found = sorted(entry.path for entry in os.scandir(pattern) if entry.name.endswith(suffixes))
     else:
@@ -212,6 +223,22 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
         if not os.path.isfile(path):
             raise DataError(f"{path}: no such file")
     return found
+
+
+def expand_braces(pattern: str) -> list[str] | None:
+    """The names that a numbered brace pattern stands for; None: it is none.
+
+    Raises:
+        DataError: the range does not rise, or has too many numbers.
+    """
+    brace = BRACE_RANGE.search(pattern)
+    if brace is None:
+        return None
+    first, last = int(brace[1]), int(brace[2])
+    if not 0 <= last - first < MAX_BRACE_NUMBERS:
+        raise DataError(f"{pattern}: the range must rise, by less than {MAX_BRACE_NUMBERS:,}")
+    width = len(brace[1])
+    return [f"{pattern[: brace.start()]}{k:0{width}d}{pattern[brace.end() :]}" for k in range(first, last + 1)]
 
 
 def read_class_list(path: Path) -> list[str]:

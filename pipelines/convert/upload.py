@@ -134,7 +134,7 @@ class Destination:
 
     def _other(self, name: str) -> SourceChangedError:
         return SourceChangedError(
-            f"{self.shown(name)}: of another conversion to this name, which is running or was not finished; {_CHOICE}"
+            f"{self.shown(name)}: of another conversion to this name, at the same time or before; {_CHOICE}"
         )
 
 

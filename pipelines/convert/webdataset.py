@@ -9,7 +9,7 @@ import os
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from multiprocessing import get_context
@@ -18,9 +18,10 @@ from typing import IO, Self, TypeVar
 import numpy as np
 
 from pipelines.convert.content import has_image_extension
+from pipelines.convert.remote_source import NUM_THREADS, SourcePath, name_of, open_source, size_of
 from pipelines.convert.source import Item, Source, checked_label, fingerprint
 from pipelines.errors import DataError, one_line
-from pipelines.files import MAX_FILE_BYTES, check_inflation, open_regular
+from pipelines.files import MAX_FILE_BYTES, check_inflation
 
 LABEL_PARTS = ("cls", "json")
 MAX_LABEL_BYTES = 1 << 20
@@ -41,7 +42,7 @@ T = TypeVar("T")
 Member = tuple[str, str, tarfile.TarInfo, tarfile.TarFile]  # key, part, member, archive
 
 
-def webdataset_source(archives: list[str]) -> Source:
+def webdataset_source(archives: list[SourcePath]) -> Source:
     """Samples of tar archives, plain or compressed (gz, bz2, xz), in the archives' order.
 
     A sample is a sequence of adjacent members with the same key: the path up to the first dot of the file name. Its
@@ -72,7 +73,7 @@ def webdataset_source(archives: list[str]) -> Source:
         return _pick(archives, indexes, numbers)
 
     return Source(
-        name=os.path.abspath(archives[0]) + (f" and {len(archives) - 1} more" if len(archives) > 1 else ""),
+        name=name_of(archives[0]) + (f" and {len(archives) - 1} more" if len(archives) > 1 else ""),
         num_items=num_images,
         read=read,
         pick=pick,
@@ -81,7 +82,7 @@ def webdataset_source(archives: list[str]) -> Source:
     )
 
 
-def count_archive(archive: str) -> tuple[int, int]:
+def count_archive(archive: SourcePath) -> tuple[int, int]:
     """Count the samples with an image and those without."""
     num_with, num_without = 0, 0
     with _one_line(archive):
@@ -93,7 +94,7 @@ def count_archive(archive: str) -> tuple[int, int]:
     return num_with, num_without
 
 
-def read_archive(archive: str, start: int, stop: int) -> Iterator[Item]:
+def read_archive(archive: SourcePath, start: int, stop: int) -> Iterator[Item]:
     """Yield samples start..stop-1 among those with an image; for the others, only the headers are read."""
     number = 0
     with _one_line(archive):
@@ -118,7 +119,7 @@ def _read_sample(members: Iterator[Member], where: str) -> Item | None:
     return None if image is None else Item(where, image, checked_label(label, where))
 
 
-def index_archive(archive: str) -> np.ndarray:
+def index_archive(archive: SourcePath) -> np.ndarray:
     """Find the samples with an image: offset of the first header of each, int64 [N].
 
     Raises:
@@ -126,7 +127,7 @@ def index_archive(archive: str) -> np.ndarray:
     """
     offsets: list[int] = []
     with _one_line(archive):
-        with open_regular(archive) as file:
+        with open_source(archive, is_sparse=True) as file:
             if _reader_of(file) is not None:
                 raise DataError(
                     f"{archive}: a compressed archive cannot be read in random order: decompress it to a plain .tar, "
@@ -142,7 +143,7 @@ def index_archive(archive: str) -> np.ndarray:
     return np.array(offsets, np.int64)
 
 
-def _pick(archives: list[str], indexes: list[np.ndarray], numbers: Iterator[int]) -> Iterator[Item]:
+def _pick(archives: list[SourcePath], indexes: list[np.ndarray], numbers: Iterator[int]) -> Iterator[Item]:
     """Yield samples by number; the archives used last stay open."""
     stops = np.cumsum([len(index) for index in indexes])
     opened: OrderedDict[int, tuple[tarfile.TarFile, ExitStack]] = OrderedDict()
@@ -155,7 +156,7 @@ def _pick(archives: list[str], indexes: list[np.ndarray], numbers: Iterator[int]
                     if len(opened) == MAX_OPEN_ARCHIVES:
                         opened.popitem(last=False)[1][1].close()
                     stack = ExitStack()
-                    opened[k] = stack.enter_context(_open(archives[k])), stack
+                    opened[k] = stack.enter_context(_open(archives[k], is_sparse=True)), stack
                 opened.move_to_end(k)
                 tar, _ = opened[k]
                 key, members = next(groupby(_members_from(tar, offset), key=lambda found: found[0]))
@@ -177,7 +178,7 @@ def _members_from(tar: tarfile.TarFile, offset: int) -> Iterator[Member]:
 
 
 @contextmanager
-def _one_line(archive: str) -> Iterator[None]:
+def _one_line(archive: SourcePath) -> Iterator[None]:
     """Name the archive in the error."""
     try:
         yield
@@ -217,7 +218,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
-def _members(archive: str) -> Iterator[Member]:
+def _members(archive: SourcePath) -> Iterator[Member]:
     """Yield (key, part, member, archive) of the regular files; a member must be read before the next is requested."""
     with _open(archive) as tar:
         yield from _parts(tar, iter(tar))
@@ -244,7 +245,7 @@ class _Stream(io.BufferedIOBase):
     Past its end, tarfile goes on reading for every block of a size that a header claims.
     """
 
-    def __init__(self, stream: IO[bytes], file: IO[bytes], archive: str) -> None:
+    def __init__(self, stream: IO[bytes], file: IO[bytes], archive: SourcePath) -> None:
         """Read `stream`, which decompresses `file`."""
         self._stream, self._file, self._archive = stream, file, archive
         self._num_bytes, self._is_at_end = 0, False
@@ -255,17 +256,17 @@ class _Stream(io.BufferedIOBase):
             raise EOFError("it ends within a member")
         self._is_at_end = not data
         self._num_bytes += len(data)
-        check_inflation(self._archive, self._file.tell(), self._num_bytes)
+        check_inflation(str(self._archive), self._file.tell(), self._num_bytes)
         return data
 
 
 @contextmanager
-def _open(archive: str) -> Iterator[tarfile.TarFile]:
+def _open(archive: SourcePath, *, is_sparse: bool = False) -> Iterator[tarfile.TarFile]:
     """Open an archive: plain ones with seeking, so that skipped members are not read; compressed ones as a stream.
 
     A compressed archive is read to the end of the file, where its checksum is.
     """
-    with open_regular(archive) as file:
+    with open_source(archive, is_sparse=is_sparse) as file:
         reader = _reader_of(file)
         if reader is None:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictTarInfo) as tar:
@@ -323,10 +324,13 @@ def _label(part: str, data: bytes, where: str) -> object:
         raise DataError(f"{where}.{part}: not a label ({data[:40]!r})") from error
 
 
-def _map_archives(function: Callable[[str], T], archives: list[str]) -> list[T]:
+def _map_archives(function: Callable[[SourcePath], T], archives: list[SourcePath]) -> list[T]:
     """Call a function that reads the headers of an archive for all of them, several at once."""
     num_processes = min(len(archives), len(os.sched_getaffinity(0)))
-    num_bytes = sum(os.path.getsize(archive) for archive in archives)
+    num_bytes = sum(size_of(archive) for archive in archives)
+    if num_bytes < MIN_POOL_BYTES and not all(isinstance(archive, str) for archive in archives):
+        with ThreadPoolExecutor(NUM_THREADS) as threads:  # which wait for the server
+            return list(threads.map(function, archives))
     if num_processes == 1 or num_bytes < MIN_POOL_BYTES:
         return [function(archive) for archive in archives]
     with ProcessPoolExecutor(num_processes, get_context("forkserver")) as pool:

@@ -184,16 +184,15 @@ def test_a_task_with_other_options_that_comes_second_is_refused(images, store, t
     """And adds nothing to the files of the first."""
     url = f"{store.shown}/x.beton"
     local = convert("folder", str(images), tmp_path / "x.beton")
-    find = upload.Destination.find
+    put_all = upload.Destination.put
 
-    def late(self):
-        found = find(self)
+    def late(self, *arguments, **options):
         for name in NAMES[:num_puts]:
             store.put(name, tmp_path / name)
-        return found
+        return put_all(self, *arguments, **options)
 
-    monkeypatch.setattr(upload.Destination, "find", late)
-    with pytest.raises(SourceChangedError, match=r"json: of another conversion to this name, which is running or was"):
+    monkeypatch.setattr(upload.Destination, "put", late)
+    with pytest.raises(SourceChangedError, match=r"json: of another conversion to this name, at the same"):
         convert("folder", str(images), url, quality=9, max_px=8)
     assert names(store) == sorted(NAMES[:num_puts])
     for name in NAMES[:num_puts]:
