@@ -88,9 +88,9 @@ class _Failure:
     asked_wait_s: float = 0.0
 
 
-def is_url(text: str) -> bool:
+def is_url(text: str | Path) -> bool:
     """Whether a user means a URL, such as s3://bucket/prefix or https://host/folder, and not a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(text)) is not None
 
 
 class RemoteStore:

@@ -170,7 +170,8 @@ def test_overrides_are_a_mapping_or_texts(tmp_path):
 def test_keys_that_may_change_on_resume_are_declared_where_they_are_defined():
     keys = free_keys()
     assert len(keys) == len(set(keys)) == 33
-    assert {"run.dir", "data.num_workers", "data.cache_dir", "train.compile", "model.activation_checkpointing"} <= set(keys)
+    assert {"run.dir", "data.num_workers", "data.cache_dir", "train.compile"} <= set(keys)
+    assert "model.activation_checkpointing" in keys
     assert not {"run.seed", "data.global_batch_size", "train.precision", "loss.name", "optim.base_lr"} & set(keys)
 
 
