@@ -1,11 +1,14 @@
 """Small data sets of several shards, and a store that counts what is read."""
 
+import io
 import threading
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from pipelines.beton import BetonWriter
+from pipelines.shards.build import write_manifest
 from pipelines.shards.store import LocalInfo, LocalStore
 
 NUM_IMAGES = 6  # of each shard
@@ -66,3 +69,41 @@ class CountingStore(LocalStore):
     def put(self, path: str, data: bytes, *, create_only: bool = False) -> bool:
         self.puts.append(path)
         return super().put(path, data, create_only=create_only)
+
+
+IMAGES_OF_SHARDS = (203, 7, 305)  # no multiple of a block
+
+
+def write_image_shards(folder: Path, whole: Path | None = None) -> Path:
+    """Three shards of 515 images that decode, with a manifest: a quarter JPEGs, of several sizes, labelled by turns.
+
+    Args:
+        folder: For the shards and the manifest.
+        whole: One .beton with the same images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, number = np.random.default_rng(0), 0
+    with BetonWriter(whole or folder / "whole", overwrite=True) as all_images:
+        for shard, num in enumerate(IMAGES_OF_SHARDS):
+            with BetonWriter(folder / f"x-{shard:05d}-of-00003.beton", num) as writer:
+                for _ in range(num):
+                    _write_image((writer, all_images), rng, number)
+                    number += 1
+    if whole is None:
+        for path in folder.glob("whole*"):
+            path.unlink()
+    write_manifest(LocalStore(folder))
+    return folder
+
+
+def _write_image(writers: tuple[BetonWriter, ...], rng: np.random.Generator, number: int) -> None:
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    width_px, height_px = 40 + number % 5, 48
+    image = coarse.resize((width_px, height_px), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    for writer in writers:
+        if number % 4 == 0:
+            writer.write_jpeg(file.getvalue(), height_px=height_px, width_px=width_px, label=number % 3)
+        else:
+            writer.write_raw(np.asarray(image), label=number % 3)
