@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -204,10 +204,12 @@ class Loader:
         samples = self._order.epoch(epoch, first_batch, self._rank, self._world_size)
         plans = self.plans(samples.groups())
         if self._is_reading:
-            plans = _while_unchanged(self._images, plans)
+            plans = _while_unchanged(self._images, plans, _ids_of_plan)
         # Reading ahead is ended first: the engine may wait for it.
         with closing(self._engine.batches(plans, size, self._groups)) as raw_batches, closing(samples):
-            checked = _while_unchanged(self._images, raw_batches) if self._is_reading else raw_batches
+            checked = raw_batches
+            if self._is_reading:
+                checked = _while_unchanged(self._images, raw_batches, _ids_of_batch)
             for num_done, batch in enumerate(self._pixel_op.each(checked), 1):
                 samples.end(num_done)
                 yield batch
@@ -249,7 +251,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         with closing(self._engine.batches(self._plans(), self._local_batch_size, self._groups)) as raw_batches:
-            yield from self._pixel_op.each(_while_unchanged(self._images, raw_batches))
+            yield from self._pixel_op.each(_while_unchanged(self._images, raw_batches, _ids_of_batch))
 
     def close(self) -> None:
         """Stop the engine's threads."""
@@ -261,19 +263,27 @@ class EvalLoader:
             yield BatchPlan(samples, eval_params(self._spec, samples.sizes))
 
 
-def _while_unchanged(images: ImageSet, items: Iterator[T]) -> Iterator[T]:
-    """Pass on plans of batches, or batches of an engine, as long as the file has not changed.
+def _while_unchanged(images: ImageSet, items: Iterator[T], ids_of: Callable[[T], np.ndarray]) -> Iterator[T]:
+    """Pass on plans of batches, or batches of an engine, as long as their files have not changed.
 
     Raises:
-        DataChangedError: it was changed in place, which may also look like damaged images.
+        DataChangedError: one was changed in place, which may also look like damaged images.
     """
     try:
         for item in items:
-            images.check_unchanged()
+            images.check_unchanged(ids_of(item))
             yield item
     except DataError:
         images.check_unchanged()
         raise
+
+
+def _ids_of_plan(plan: BatchPlan) -> np.ndarray:
+    return plan.samples.ids
+
+
+def _ids_of_batch(batch: RawBatch) -> np.ndarray:
+    return batch.sample_ids
 
 
 def open_train_images(cfg: DataConfig) -> AnyImages:

@@ -106,8 +106,12 @@ class ImageSet(Protocol):
         """
         ...
 
-    def check_unchanged(self) -> None:
-        """Raise DataChangedError if its files have changed since they were opened; takes about a microsecond."""
+    def check_unchanged(self, ids: np.ndarray | None = None) -> None:
+        """Raise DataChangedError if its files have changed since they were opened; about a microsecond a file.
+
+        Args:
+            ids: Only files that hold these samples are looked at, int64 [n]; None: all that are open.
+        """
         ...
 
 

@@ -199,9 +199,9 @@ class RepeatedImages:
         """See `ImageSet.samples`."""
         return replace(self._images.samples(ids % self._images.num_samples), ids=ids)
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, ids: np.ndarray | None = None) -> None:
         """See `ImageSet.check_unchanged`."""
-        self._images.check_unchanged()
+        self._images.check_unchanged(None if ids is None else ids % self._images.num_samples)
 
 
 def chained(epoch: Callable[[int], Iterator[Any]]) -> Iterator[Any]:

@@ -89,7 +89,7 @@ class BetonReader:
             return None  # of another file of the same name
         return np.frombuffer(stored, "<u8").reshape(-1, 2)
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, ids: np.ndarray | None = None) -> None:
         """Compare size and modification time with those at opening; takes about a microsecond.
 
         Raises:

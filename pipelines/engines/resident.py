@@ -125,7 +125,7 @@ class _Decoded:
             owners=(self.pixels,),
         )
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, ids: np.ndarray | None = None) -> None:
         """Memory is nobody else's."""
 
 

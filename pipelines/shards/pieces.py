@@ -67,10 +67,6 @@ class ShardFiles(Protocol):
         """Rows of the samples first..stop-1 of a shard, ROW [n]; their checksums are not compared."""
         ...
 
-    def check_unchanged(self) -> None:
-        """Raise DataChangedError if an open file has changed."""
-        ...
-
     def close(self) -> None:
         """Cancel what is under way."""
         ...
@@ -87,7 +83,6 @@ class LocalFiles:
         self._folder, self._shards = folder, manifest.shards
         self._maps: dict[int, _Maps] = {}
         self._lock = threading.Lock()
-        self._last_checked = 0
         self._is_over = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastssl-read-ahead")
 
@@ -141,13 +136,13 @@ class LocalFiles:
                 found.file_map.madvise(MADV_DONTNEED, page, num_bytes)  # a mapped page stays in the cache
                 os.posix_fadvise(found.descriptor, page, num_bytes, os.POSIX_FADV_DONTNEED)
 
-    def check_unchanged(self) -> None:
-        """Look at one open shard after the other, one per call."""
+    def check_unchanged(self, shards: Sequence[int] | None = None) -> None:
+        """Raise DataChangedError if one of these shards has changed since it was opened; None: any."""
         with self._lock:
-            opened = list(self._maps.values())
-        if opened:
-            self._last_checked = (self._last_checked + 1) % len(opened)
-            opened[self._last_checked].check_unchanged()
+            opened = list(self._maps.values()) if shards is None else [self._maps.get(shard) for shard in shards]
+        for found in opened:
+            if found is not None:
+                found.check_unchanged()
 
     def close(self) -> None:
         """Maps are closed with the last array of them."""
@@ -283,9 +278,6 @@ class RemoteFiles:
         if (bad := first_bad_row(rows, about.num_bytes, MAX_LABEL)) is not None:
             raise _not_the_one(f"{self.store.shown}/{about.name}.rows", f"row {first + bad} describes no image")
         return rows
-
-    def check_unchanged(self) -> None:
-        """Each range is asked for with the version of the object."""
 
     def close(self) -> None:
         """See `ShardFiles.close`."""

@@ -120,9 +120,11 @@ class ShardedImages:
             yield shard, first - int(starts[shard]), end - int(starts[shard])
             first, shard = end, shard + 1
 
-    def check_unchanged(self) -> None:
-        """See `ImageSet.check_unchanged`."""
-        self.files.check_unchanged()
+    def check_unchanged(self, ids: np.ndarray | None = None) -> None:
+        """See `ImageSet.check_unchanged`; remote ranges are asked for with the version of the object."""
+        if isinstance(self.files, LocalFiles):
+            shards = None if ids is None else np.unique(np.searchsorted(self.manifest.starts, ids, side="right") - 1)
+            self.files.check_unchanged(None if shards is None else shards.tolist())
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Shard, positions in `ids`, and numbers in the shard."""

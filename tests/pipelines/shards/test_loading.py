@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
-from pipelines.errors import DataError
+from pipelines.errors import DataChangedError, DataError
 from pipelines.loader import DataConfig, Loader, build_loader, open_train_images
 from pipelines.remote import BlockCache, RemoteStore
 from pipelines.remote import cache as cache_module
@@ -603,6 +604,24 @@ def test_what_is_no_data_set(tmp_path):
 
 
 # ------------------------------------------------------------------ files that change while in use
+
+
+@pytest.mark.parametrize("order", ["lanes", "random"])
+@pytest.mark.parametrize("engine", ["ffcv", "torch", "dali"])
+def test_no_batch_of_a_shard_that_was_overwritten_is_given(build, folder, tmp_path, engine, order):
+    copy = local_copy(folder, tmp_path)
+    settings = {"engine": engine, "order": order, "prefetch_batches": 1}
+    right = batches_of(build(folder, **settings))
+    found = []
+    with closing(build(copy, **settings).epoch(0)) as epoch:
+        batches = ((batch.sample_ids, batch.labels, *(view.clone() for view in batch.views)) for batch in epoch)
+        found += islice(batches, 4)
+        with (copy / THIRD).open("r+b") as file:
+            file.write(bytes((copy / THIRD).stat().st_size))
+        with pytest.raises(DataChangedError, match=rf"{THIRD}: was written to while in use: restore it, then start"):
+            found.extend(batches)
+    assert 4 <= len(found) < NUM_BATCHES
+    assert_same(found, right[: len(found)])
 
 
 # Reads shards through one engine, without the loader's checks, and cuts one short after the first batch.
