@@ -22,6 +22,7 @@ from pipelines.epoch_order import EpochOrder, FileOrder, Group, KeyedOrder
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
 from pipelines.read_ahead import read_whole
+from pipelines.remote.store import why_not_to_write_down
 from pipelines.samples import ImageSet
 from pipelines.shards.lane_reader import LanesOrder
 from pipelines.shards.mixed_images import MixedImages, MixedOrder
@@ -57,7 +58,7 @@ class WeightedImages(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if reason := why_no_path(self.path):
+        if reason := why_no_path(self.path) or why_not_to_write_down(self.path):
             raise ValueError(f"path: {reason}")
 
 
@@ -114,7 +115,7 @@ class DataConfig(Section):
         super().__post_init__()
         for name in ("train", "test", "cache_dir"):
             value = getattr(self, name) or ""
-            if isinstance(value, str) and (reason := why_no_path(value)):
+            if isinstance(value, str) and (reason := why_no_path(value) or why_not_to_write_down(value)):
                 raise ValueError(f"{name}: {reason}")
 
     @property

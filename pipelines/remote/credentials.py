@@ -1,4 +1,5 @@
-"""What obstore does not read by itself: the keys of an AWS profile. And whether keys are new since they were read.
+"""What obstore does not read by itself: the keys of an AWS profile, and passwords of web servers from ~/.netrc. And
+whether keys are new since they were read.
 
 From the environment obstore takes all credentials of AWS_*, GOOGLE_* and AZURE_*. These it renews by itself before they
 end: a web identity (AWS_WEB_IDENTITY_TOKEN_FILE), the task's or pod's (AWS_CONTAINER_CREDENTIALS_*), the machine's (the
@@ -7,6 +8,7 @@ metadata server), and everything of Google and of Azure but a SAS token. Keys th
 """
 
 import configparser
+import netrc
 import os
 from pathlib import Path
 
@@ -53,6 +55,25 @@ def profile_options() -> dict[str, str]:
     return options
 
 
+def web_user(host: str) -> tuple[str, str] | None:
+    """Name and password for a web server in ~/.netrc, or in the file that NETRC names; None: there are none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = _netrc_path()
+    is_damaged = False
+    try:
+        found = netrc.netrc(str(path)).authenticators(host)
+    except OSError:
+        return None
+    except (netrc.NetrcParseError, UnicodeError):  # its message may hold the line
+        found, is_damaged = None, True
+    if is_damaged:
+        raise DataError(f"{path}: not a .netrc file: its lines are `machine HOST login NAME password PASSWORD`")
+    return (found[0], found[2] or "") if found else None
+
+
 def uses_plain_http() -> bool:
     """Whether the environment names an endpoint without TLS."""
     return any(os.environ.get(name, "").lower().startswith("http://") for name in _ENDPOINTS)
@@ -65,7 +86,12 @@ def snapshot() -> tuple[object, ...]:
         profile = profile_options()
     except DataError:
         profile = {}
-    return *variables, *sorted(profile.items()), _changed_ns(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"))
+    files = (os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"), str(_netrc_path()))
+    return *variables, *sorted(profile.items()), *map(_changed_ns, files)
+
+
+def _netrc_path() -> Path:
+    return Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
 
 
 def _section(path: Path, name: str) -> dict[str, str]:

@@ -93,6 +93,26 @@ def is_url(text: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(text)) is not None
 
 
+def why_not_to_write_down(text: str) -> str | None:
+    """Why a URL must not stand in a file that others read, in words without anything secret; None: it may.
+
+    Args:
+        text: A URL, or a path.
+    """
+    if not is_url(text):
+        return None
+    parts = _split(text)
+    scheme = text.partition("://")[0].lower()
+    # Where a URL ends its host is a matter of opinion if a password has special characters: no @ at all but Azure's.
+    has_user = "@" in text if parts is None or scheme not in _AZURE else parts.password is not None
+    if not has_user and (parts is None or not parts.query):
+        return None
+    return (
+        f"{scheme}://…: the run's folder keeps this URL, so it must not hold a user, a password or a query: name and "
+        "password of a web server belong into ~/.netrc, keys and tokens of object storage into the environment"
+    )
+
+
 class RemoteStore:
     """The objects under a URL. Safe to use from several threads; a context manager.
 
@@ -461,9 +481,10 @@ class RemoteStore:
         if scheme == "http" or credentials.uses_plain_http():
             options["allow_http"] = True
         parts = self._parts
-        if scheme in ("http", "https") and parts.username is not None:
-            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            options["default_headers"] = {"authorization": f"Basic {b64encode(user.encode()).decode()}"}
+        if scheme in ("http", "https"):
+            if (user := self._web_user()) is not None:
+                encoded = b64encode(":".join(user).encode()).decode()
+                options["default_headers"] = {"authorization": f"Basic {encoded}"}
             parts = parts._replace(netloc=_host(parts))
         config: dict[str, Any] = {"config": keys} if keys else {}
         if scheme in ("s3", "s3a") and not os.environ.get("AWS_COPY_IF_NOT_EXISTS"):
@@ -473,6 +494,12 @@ class RemoteStore:
         with suppress(BaseError, OSError, ValueError):
             return from_url(parts.geturl(), client_options=options, retry_config=retry, **config)  # type: ignore
         raise RemoteError(f"{self.shown}: cannot be opened: check the URL, and the credentials in the environment")
+
+    def _web_user(self) -> tuple[str, str] | None:
+        """Name and password for a web server: those of the URL, else those of ~/.netrc."""
+        if self._parts.username is not None:
+            return unquote(self._parts.username), unquote(self._parts.password or "")
+        return credentials.web_user(self._parts.hostname or "")
 
     def _path(self, path: str) -> str:
         """The path that obstore's store knows: of a local file, from the root."""

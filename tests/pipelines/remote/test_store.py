@@ -416,6 +416,30 @@ def test_a_user_and_a_password_are_sent():
             store.get("x", 0, 9)
 
 
+def test_name_and_password_of_a_web_server_are_read_from_netrc(tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with FaultServer({"x": DATA}, user="user-7f:pa ss") as server:
+        with RemoteStore(server.url, **QUICK) as store:
+            with pytest.raises(RemoteError, match=r"not allowed \(401\)"):
+                store.get("x", 0, 9)
+            (tmp_path / "netrc").write_text('machine 127.0.0.1 login user-7f password "pa ss"\n')
+            assert store.get("x", 0, 9) == DATA[:9]  # they are new: no other start is needed
+            assert store.retries == {"new credentials": 1}
+        host = server.url.removeprefix("http://")
+        with (
+            RemoteStore(f"http://other:word-7f@{host}", **QUICK) as store,
+            pytest.raises(RemoteError, match=r"not allowed \(401\)"),
+        ):
+            store.get("x", 0, 9)  # the URL's own come first
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 word-7f\n")
+        with (
+            RemoteStore(server.url, **QUICK) as store,
+            pytest.raises(DataError, match=r"netrc: not a \.netrc file") as caught,
+        ):
+            store.get("x", 0, 9)
+        assert not any(secret in everything_of(caught.value) for secret in SECRETS)
+
+
 # ------------------------------------------------------------------ processes
 
 

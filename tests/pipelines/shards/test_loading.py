@@ -603,6 +603,30 @@ def test_what_is_no_data_set(tmp_path):
         open_images(f"{server.url}/x")
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user-7f:word-7f@host/p",
+        "https://user-7f@host/p",
+        "https://host/p?X-Amz-Signature=sig-7f",
+        "http://user-7f:wo/rd-7f@host/p",
+        "http://user-7f:word-7f@[::1/p",
+        "http://user-7f:word-7f@host:port/p",
+        "s3://key-7f:word-7f@bucket/p",
+        "S3://bucket/p?token=token-7f",
+        "abfss://container:word-7f@account.dfs.core.windows.net/p",
+    ],
+)
+@pytest.mark.parametrize("field", ["train", "test"])
+def test_a_url_with_something_secret_is_no_part_of_a_configuration(url, field):
+    with pytest.raises(ValueError, match=rf"^{field}: \w+://…: .* belong into ~/\.netrc, keys and tokens of") as caught:
+        DataConfig(**{field: url})
+    assert "7f" not in str(caught.value)
+    for good in ("s3://bucket/a@b".replace("@", "%40"), "https://host/p", "abfss://c@account.dfs.core.windows.net/p"):
+        DataConfig(**{field: good})
+    DataConfig(**{field: "/data/a@b?c/x.beton"})
+
+
 # ------------------------------------------------------------------ files that change while in use
 
 
