@@ -2,12 +2,14 @@
 
 import io
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipelines.beton import BetonWriter
+from pipelines.beton import BetonReader, BetonWriter
+from pipelines.samples import RAW
 from pipelines.shards.build import write_manifest
 from pipelines.shards.store import LocalInfo, LocalStore
 
@@ -107,3 +109,21 @@ def _write_image(writers: tuple[BetonWriter, ...], rng: np.random.Generator, num
             writer.write_jpeg(file.getvalue(), height_px=height_px, width_px=width_px, label=number % 3)
         else:
             writer.write_raw(np.asarray(image), label=number % 3)
+
+
+def split(whole: Path, folder: Path, num: int = 3) -> Path:
+    """The images of one .beton as a data set of shards that are not of one size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reader = BetonReader(whole)
+    bounds = np.linspace(0, reader.num_samples**0.5, num + 1) ** 2
+    for shard, (first, stop) in enumerate(pairwise(bounds.round().astype(int).tolist())):
+        samples = reader.samples(np.arange(first, stop))
+        with BetonWriter(folder / f"x-{shard:05d}-of-{num:05d}.beton", class_names=reader.class_names) as writer:
+            for i, (height_px, width_px) in enumerate(samples.sizes.tolist()):
+                label, stored = int(samples.labels[i]), samples.image_bytes(i)
+                if samples.modes[i] == RAW:
+                    writer.write_raw(stored.reshape(height_px, width_px, 3), label=label)
+                else:
+                    writer.write_jpeg(stored.tobytes(), height_px=height_px, width_px=width_px, label=label)
+    write_manifest(LocalStore(folder))
+    return folder
