@@ -94,18 +94,18 @@ def test_a_training_through_two_hundred_faults_ends_bit_for_bit_the_same(tiny_co
     whole = Training(tiny_config, "whole", f"data.train={shards}")
     whole.start()
     assert whole.end() == {0}, whole.output()
-    kinds = ("cut", "429", "500", "503", "flip", "short")
-    with FaultServer(shards, seed=3, share=0.06, kinds=("cut", "429", "500", "503", "flip"), max_in_a_row=2) as server:
+    kinds = ("cut", "429", "500", "503", "flip")
+    with FaultServer(shards, seed=3, share=0.06, kinds=kinds, max_in_a_row=2) as server:
         server.plan(MANIFEST_NAME, *["ok"] * 8)  # its own checksum has no second try
         faulty = Training(tiny_config, "faulty", f"data.train={server.url}")
         faulty.start()
         assert faulty.end() == {0}, faulty.output()
         outcomes = [request.outcome for request in server.requests]
-    met = {kind: outcomes.count(kind) for kind in kinds if kind in outcomes}
+    met = {kind: outcomes.count(kind) for kind in kinds}
     print(met, len(outcomes))
-    assert len(met) == 5
+    assert min(met.values()) > 20
     assert sum(met.values()) >= 200
-    assert "image" not in "".join(line for line in faulty.output().splitlines() if "takes its place" in line)
+    assert "takes its place" not in faulty.output()
     assert_same_end(whole.run, faulty.run)
 
 
