@@ -91,10 +91,14 @@ class MixedImages:
         labels = samples.labels if self.has_labels else np.full(len(samples), -1)
         return replace(samples, ids=samples.ids + self._starts[number], labels=labels)
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, ids: np.ndarray | None = None) -> None:
         """See `ImageSet.check_unchanged`."""
-        for source in self.sources:
-            source.check_unchanged()
+        source_of = None if ids is None else np.searchsorted(self._starts, ids, side="right") - 1
+        for number, source in enumerate(self.sources):
+            if ids is None or source_of is None:
+                source.check_unchanged()
+            elif len(own := ids[source_of == number]):
+                source.check_unchanged(own - self._starts[number])
 
 
 def together(num: int, parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
