@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastssl.commands.options import Commands, add_command
@@ -12,6 +11,8 @@ from pipelines.printable import printable
 if TYPE_CHECKING:
     from pipelines.shards.build import ManifestReport
 
+_REMOTE_THREADS = 16  # which wait for requests most of the time
+
 
 def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
@@ -19,10 +20,10 @@ def add_parser(commands: Commands) -> None:
         commands, "manifest", "write dataset.json, which makes a folder of .beton files one data set"
     )
     manifest.add_argument(
-        "folder",
-        type=Path,
-        metavar="FOLDER",
-        help="folder with the .beton files; of numbered ones, such as x-00000-of-00004.beton, all must be there",
+        "place",
+        metavar="FOLDER|URL",
+        help="folder with the .beton files, or its URL (s3://, gs://, az://, or https:// with a list of files); of "
+        "numbered files, such as x-00000-of-00004.beton, all must be there",
     )
     manifest.add_argument(
         "--verify", action="store_true", help="read all images and compare them with their checksums in X.beton.rows"
@@ -52,7 +53,10 @@ def _manifest(args: argparse.Namespace) -> None:
 
 
 def _written(args: argparse.Namespace) -> "ManifestReport":
+    from pipelines.remote.store import is_url
     from pipelines.shards.build import check_manifest, write_manifest
-    from pipelines.shards.store import LocalStore
+    from pipelines.shards.store import opened_store
 
-    return (check_manifest if args.check else write_manifest)(LocalStore(args.folder), verify=args.verify)
+    num_threads = _REMOTE_THREADS if is_url(args.place) else None
+    with opened_store(args.place) as store:
+        return (check_manifest if args.check else write_manifest)(store, verify=args.verify, num_threads=num_threads)

@@ -10,7 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from pipelines.beton.tables import BetonTables, truncated
 from pipelines.errors import DataError
 from pipelines.printable import printable
 from pipelines.progress import Progress
+from pipelines.remote.store import RemoteError
 from pipelines.shards.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -44,6 +45,7 @@ from pipelines.shards.store import ObjectInfo, Store
 
 RANGE_BYTES = 8 << 20  # the images of a shard are read in ranges of at most this size
 NUM_AHEAD = 2  # ranges per thread that are under way or waiting
+_NUM_ASKED = 16  # requests at a time
 NUM_NAMED = 5  # number of shards or images listed in a message
 T = TypeVar("T")
 R = TypeVar("R")
@@ -119,10 +121,12 @@ def check_manifest(store: Store, *, verify: bool = False, num_threads: int | Non
         DataError: no manifest, a damaged one, or shards are missing, new or not those that it describes.
     """
     where = _where(store, MANIFEST_NAME)
-    files = {info.path: info for info in store.list()}
-    if MANIFEST_NAME not in files:
+    files = _listed(store)
+    if files is not None and MANIFEST_NAME not in files:
         raise DataError(f"{where}: no such file; write it with `fastssl manifest`")
     manifest = Manifest.from_json(store.get_whole(MANIFEST_NAME, MAX_MANIFEST_BYTES)[0], where)
+    if files is None:
+        files = _named(store, [shard.name for shard in manifest.shards])
     listed = {shard.name: shard for shard in manifest.shards}
     faults = {name: "is missing" for name in listed if name not in files}
     faults |= {
@@ -136,6 +140,7 @@ def check_manifest(store: Store, *, verify: bool = False, num_threads: int | Non
     _check_faults(where, faults)
     with _Examiner(store, files, verify=verify, num_threads=num_threads, is_check=True) as examiner:
         found = examiner.manifest([files[name] for name in listed])
+    found = replace(found, shards=tuple(map(_same_place, found.shards, manifest.shards)))
     faults = {
         shard.name: "was replaced" if found_shard.rows_sha256 == shard.rows_sha256 else "holds other images or labels"
         for shard, found_shard in zip(manifest.shards, found.shards, strict=True)
@@ -147,6 +152,28 @@ def check_manifest(store: Store, *, verify: bool = False, num_threads: int | Non
             f"{where}: does not match the class names or labels of the shards; write it again with `fastssl manifest`"
         )
     return _report(where, manifest, examiner)
+
+
+def _listed(store: Store) -> dict[str, ObjectInfo] | None:
+    """The files by name; None: a web server without a list of its files."""
+    try:
+        return {info.path: info for info in store.list()}
+    except RemoteError:
+        if store.shown.startswith("http"):
+            return None
+        raise
+
+
+def _named(store: Store, shards: Sequence[str]) -> dict[str, ObjectInfo]:
+    """The files of some shards, each asked for by name; without those that do not exist."""
+    names = [f"{shard}{end}" for shard in shards for end in ("", ".rows", ".json")]
+    with ThreadPoolExecutor(_NUM_ASKED) as pool:
+        return {info.path: info for info in pool.map(store.info, names) if info is not None}
+
+
+def _same_place(found: Shard, listed: Shard) -> Shard:
+    """Without the object's version where the manifest was written elsewhere: a copy is the same data set."""
+    return found if found.etag and listed.etag else replace(found, etag=listed.etag)
 
 
 def _report(where: str, manifest: Manifest, examiner: "_Examiner") -> ManifestReport:

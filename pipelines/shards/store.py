@@ -1,13 +1,16 @@
 """Where the files of a data set are: a folder, or another place with the same methods, such as an object store."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from pipelines.errors import DataError
 from pipelines.files import open_regular
+from pipelines.remote.store import RemoteStore, is_url
+from pipelines.shards.manifest import MANIFEST_NAME
 
 
 class ObjectInfo(Protocol):
@@ -56,6 +59,10 @@ class Store(Protocol):
         Raises:
             DataError: it cannot be read, or is larger.
         """
+        ...
+
+    def info(self, path: str) -> ObjectInfo | None:
+        """Name, size and version of a file; None: there is no such file."""
         ...
 
     def list(self, suffix: str = "") -> Sequence[ObjectInfo]:
@@ -163,3 +170,18 @@ class LocalStore:
 
     def _unreadable(self, path: str, error: OSError) -> DataError:
         return DataError(f"{self.folder / path}: cannot be read ({error.strerror})")
+
+
+@contextmanager
+def opened_store(place: str) -> Iterator[Store]:
+    """The files of a data set, by its folder, its manifest or the URL of either.
+
+    Raises:
+        DataError: there is no such folder, or the URL is none of a store.
+    """
+    place = place.rstrip("/").removesuffix(f"/{MANIFEST_NAME}") if place.strip("/") else place
+    if is_url(place):
+        with RemoteStore(place) as store:
+            yield store
+    else:
+        yield LocalStore("." if place == MANIFEST_NAME else place)

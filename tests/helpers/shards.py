@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
+from pipelines.remote import RemoteStore
 from pipelines.samples import RAW
 from pipelines.shards.build import write_manifest
 from pipelines.shards.store import LocalInfo, LocalStore
@@ -127,3 +128,28 @@ def split(whole: Path, folder: Path, num: int = 3) -> Path:
                     writer.write_jpeg(stored.tobytes(), height_px=height_px, width_px=width_px, label=label)
     write_manifest(LocalStore(folder))
     return folder
+
+
+def write_pictures(folder: Path, num: int = 3, num_each: int = 8, px: int = 40) -> None:
+    """Shards of JPEGs that can be decoded, of two classes, and their manifest."""
+    folder.mkdir(exist_ok=True)
+    for k in range(num):
+        with BetonWriter(folder / f"x-{k:05d}-of-{num:05d}.beton", class_names=["cat", "dog"]) as writer:
+            for i in range(num_each):
+                writer.write_jpeg(picture(k * num_each + i, px), height_px=px, width_px=px + 4, label=i % 2)
+    write_manifest(LocalStore(folder))
+
+
+def picture(seed: int, px: int) -> bytes:
+    """A JPEG of `px` rows and four columns more."""
+    pixels = np.random.default_rng(seed).integers(60, 200, (3, 3, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((px + 4, px), Image.Resampling.BILINEAR).save(file, "JPEG")
+    return file.getvalue()
+
+
+def put_all(folder: Path, url: str) -> None:
+    """Copy the files of a folder to object storage."""
+    with RemoteStore(url) as store:
+        for path in sorted(folder.iterdir()):
+            store.put(path.name, path)
