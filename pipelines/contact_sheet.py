@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.beton import BetonReader
 from pipelines.printable import printable
+from pipelines.samples import decode_sample
+from pipelines.shards.open_images import AnyImages, few_samples
 
 TEXT_PX = 14  # height of the line under each picture
 FONT_PX = 11
@@ -17,12 +18,12 @@ MAX_CAPTION_CHARS = 200
 
 
 def contact_sheet(
-    reader: BetonReader, out_png: str | Path, num_images: int = 64, cell_px: int = 96, seed: int = 0
+    images: AnyImages, out_png: str | Path, num_images: int = 64, cell_px: int = 96, seed: int = 0
 ) -> None:
     """Write a PNG grid of randomly chosen images, each with its class name (or label) under it.
 
     Args:
-        reader: The file.
+        images: The open file or data set.
         out_png: The picture to write.
         num_images: Maximum number of images.
         cell_px: Side of one cell in pixels; images are scaled to fit, and small ones are enlarged without smoothing.
@@ -33,9 +34,13 @@ def contact_sheet(
     """
     if num_images < 1 or cell_px < 1:
         raise ValueError(f"num_images and cell_px must be >= 1, not {num_images} and {cell_px}")
-    num = min(num_images, reader.num_samples)
-    ids = np.sort(np.random.default_rng(seed).choice(reader.num_samples, num, replace=False))
-    cells = [(fit(Image.fromarray(reader.decode(i)), cell_px), _caption(reader, i)) for i in ids]
+    num = min(num_images, images.num_samples)
+    ids = np.sort(np.random.default_rng(seed).choice(images.num_samples, num, replace=False))
+    samples = few_samples(images, ids)
+    cells = [
+        (fit(Image.fromarray(decode_sample(images.path, samples, k)), cell_px), _caption(images, int(label)))
+        for k, label in enumerate(samples.labels)
+    ]
     picture_grid(cells, cell_px).save(out_png, "PNG")
 
 
@@ -66,9 +71,8 @@ def fit(image: Image.Image, cell_px: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
 
 
-def _caption(reader: BetonReader, i: int) -> str:
-    label = int(reader.labels[i])
-    names = reader.class_names or []
+def _caption(images: AnyImages, label: int) -> str:
+    names = images.class_names or []
     return str(names[label] if 0 <= label < len(names) else "" if label < 0 else label)
 
 

@@ -1,11 +1,14 @@
-"""Verifies a whole .beton file: its checksum, and every image with the engines' decoder."""
+"""Verifies a whole .beton file or a data set of many: checksums, and every image with the engines' decoder."""
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from pipelines.beton import RAW, BetonReader
 from pipelines.beton.bus_error import report_bus_errors
@@ -14,9 +17,17 @@ from pipelines.convert.images import CorruptImageError, decode_as_engines_do
 from pipelines.errors import DataError
 from pipelines.printable import printable
 from pipelines.progress import Progress
+from pipelines.remote.store import is_url
+from pipelines.shards.build import check_manifest
+from pipelines.shards.open_images import open_images
+from pipelines.shards.pieces import WRONG_CHECKSUM, Piece
+from pipelines.shards.rows import HEAD_BYTES, row_crc32
+from pipelines.shards.sharded_images import ShardedImages, to_samples
+from pipelines.shards.store import opened_store
 
 NUM_SAMPLES_PER_TASK = 64
 NUM_TASKS_AHEAD = 4
+_REMOTE_THREADS = 16  # which wait for requests most of the time
 NUM_NAMED = 5  # number of bad images listed in the error message
 
 
@@ -81,7 +92,119 @@ def verify(path: str | Path, *, num_threads: int | None = None) -> VerifyReport:
     )
 
 
-def _describe(bad: list[tuple[int, str]], num_samples: int, *, same: bool) -> str:
+@dataclass(frozen=True, kw_only=True)
+class ShardsVerifyReport:
+    """Report on a data set of many files that passed verification.
+
+    Attributes:
+        path: Its folder, pattern or URL.
+        num_shards: Number of .beton files, which are those of the manifest.
+        num_images: Number of images; all match their checksums and can be decoded, at their recorded sizes.
+        num_jpeg: Number of images stored as JPEG.
+        num_raw: Number of images stored as pixels.
+        file_bytes: Size of all files.
+        digest: See `pipelines.shards.manifest.Manifest.digest`.
+    """
+
+    path: str
+    num_shards: int
+    num_images: int
+    num_jpeg: int
+    num_raw: int
+    file_bytes: int
+    digest: str
+
+    def __str__(self) -> str:
+        return (
+            f"{printable(self.path)}: whole; {self.num_shards:,} shards, {self.num_images:,} images "
+            f"({self.num_jpeg:,} JPEG, {self.num_raw:,} raw), {self.file_bytes:,} bytes, digest {self.digest}"
+        )
+
+
+def verify_any(place: str, *, num_threads: int | None = None) -> VerifyReport | ShardsVerifyReport:
+    """`verify` a .beton file, or `verify_shards` of what else `open_images` takes."""
+    path = Path(place)
+    is_pattern = glob.has_magic(place) and not path.exists()
+    if is_url(place) or place.endswith(".json") or path.is_dir() or is_pattern:
+        return verify_shards(place, num_threads=num_threads)
+    return verify(place, num_threads=num_threads)
+
+
+def verify_shards(place: str, *, num_threads: int | None = None) -> ShardsVerifyReport:
+    """Check that the files are those of the manifest, every image's checksum, and that every image can be decoded.
+
+    Args:
+        place: See `open_images`; a pattern has no manifest to compare with, but rows.
+        num_threads: Number of threads; None: one per core, for a URL 16.
+    Raises:
+        DataError: a file is missing or another one, or images are damaged (the message lists the first ones).
+    """
+    num_threads = num_threads or (_REMOTE_THREADS if is_url(place) else len(os.sched_getaffinity(0)))
+    images = open_images(place)
+    assert isinstance(images, ShardedImages)
+    if not glob.has_magic(place) or Path(place).exists():
+        with opened_store(place) as store:
+            check_manifest(store, num_threads=num_threads)
+    bad = _bad_in_shards(images, num_threads)
+    images.files.close()
+    manifest = images.manifest
+    if bad:
+        raise DataError(
+            f"{images.path}: {_describe(bad, images.num_samples, same=True)}; copy these shards again or convert again"
+        )
+    num_raw = sum(shard.num_raw for shard in manifest.shards)
+    return ShardsVerifyReport(
+        path=str(images.path),
+        num_shards=len(manifest.shards),
+        num_images=images.num_samples,
+        num_jpeg=images.num_samples - num_raw,
+        num_raw=num_raw,
+        file_bytes=manifest.num_bytes,
+        digest=manifest.digest,
+    )
+
+
+def _bad_in_shards(images: ShardedImages, num_threads: int) -> list[tuple[str, str]]:
+    """(shard and number in it, reason) of every image that is not as it was written, in order."""
+    shards, num_block = images.manifest.shards, images.block_samples
+
+    def blocks() -> Iterator[tuple[int, int, int]]:
+        for shard, about in enumerate(shards):
+            for first in range(0, about.num_images, num_block):
+                yield shard, first, min(first + num_block, about.num_images)
+
+    def check(block: tuple[int, int, int]) -> tuple[int, list[tuple[str, str]]]:
+        shard, first, stop = block
+        faults = _faults(images.files.read(shard, first, stop))
+        images.check_unchanged()
+        return stop - first, [(f"{shards[shard].name} {first + k}", fault) for k, fault in faults]
+
+    bad: list[tuple[str, str]] = []
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-verify")
+    with Progress(str(images.path), images.num_samples) as progress:
+        for num, found in bounded_map(check, blocks(), pool, max_ahead=2 * num_threads):
+            bad += found
+            progress.advance(num)
+    return bad
+
+
+def _faults(piece: Piece) -> Iterator[tuple[int, str]]:
+    """(position, reason) of damaged images."""
+    rows = piece.rows
+    samples = to_samples(np.arange(len(rows)), rows, piece.addresses, piece.owners)
+    heads = rows.view(np.uint8).reshape(len(rows), -1)[:, :HEAD_BYTES]
+    for k in range(len(rows)):
+        stored = samples.image_bytes(k)
+        if k in piece.damaged or row_crc32(heads[k].tobytes(), stored.data) != rows["crc32"][k]:
+            yield k, WRONG_CHECKSUM
+        elif samples.modes[k] != RAW:
+            try:
+                decode_as_engines_do(stored, *samples.sizes[k].tolist())
+            except CorruptImageError as error:
+                yield k, str(error)
+
+
+def _describe(bad: Sequence[tuple[int | str, str]], num_samples: int, *, same: bool) -> str:
     faults = []
     if bad:
         named = ", ".join(f"{i} ({reason})" for i, reason in bad[:NUM_NAMED])

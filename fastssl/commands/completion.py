@@ -50,8 +50,8 @@ def _files_of(action: argparse.Action) -> dict[str, Any] | None:
     import shtab
 
     metavar = action.metavar if isinstance(action.metavar, str) else ""
-    if metavar in ("RUN", "FOLDER", "OUT"):
+    if metavar in ("RUN", "FOLDER", "FOLDER|URL", "OUT"):
         return shtab.DIRECTORY
-    if found := re.fullmatch(r"\w+\.(beton|yaml)", metavar):
+    if found := re.match(r"\w+\.(beton|yaml)\b", metavar):
         return shtab.glob(*{"beton": ("*.beton",), "yaml": ("*.yaml", "*.yml")}[found[1]])
     return shtab.FILE if action.type is Path or metavar in _FILES else None

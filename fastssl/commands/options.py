@@ -16,6 +16,9 @@ Commands: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"
 SOURCE_KINDS = ("folder", "csv", "webdataset", "parquet", "torchvision", "npz", "digits")
 _NAMED_KINDS = ("torchvision", "digits")  # which no path tells
 INFERRED_KINDS = tuple(kind for kind in SOURCE_KINDS if kind not in _NAMED_KINDS)
+ANY_IMAGES = (
+    "one file; or a data set of many: its folder, the dataset.json in it, a pattern such as 'set/*.beton', or a URL"
+)
 _DEVICES = ("auto", "cpu", "cuda")
 
 

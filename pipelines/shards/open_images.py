@@ -5,9 +5,12 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from pipelines.beton import BetonReader
 from pipelines.errors import DataError
 from pipelines.remote.store import is_url
+from pipelines.samples import Samples
 from pipelines.shards.build import manifest_of
 from pipelines.shards.manifest import MANIFEST_NAME
 from pipelines.shards.mixed_images import MixedImages
@@ -45,6 +48,11 @@ def open_images(
     if glob.has_magic(text) and not path.exists():
         return _open_pattern(path)
     return BetonReader(path)
+
+
+def few_samples(images: AnyImages, ids: np.ndarray) -> Samples:
+    """Some samples from places far apart, such as for a picture; see `ShardedImages.few`."""
+    return images.few(ids) if isinstance(images, ShardedImages) else images.samples(ids)
 
 
 def _open_pattern(pattern: Path) -> ShardedImages:

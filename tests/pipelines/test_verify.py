@@ -10,7 +10,17 @@ from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.errors import DataError
-from pipelines.verify import verify
+from pipelines.shards.build import write_manifest
+from pipelines.shards.rows import ROW
+from pipelines.shards.store import LocalStore
+from pipelines.verify import ShardsVerifyReport, verify, verify_any
+from tests.helpers.fault_server import FaultServer
+from tests.helpers.shards import picture, write_pictures
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
 
 
 def jpeg(seed: int) -> bytes:
@@ -75,3 +85,60 @@ def test_an_image_of_another_size_than_recorded(tmp_path):
         writer.write_jpeg(jpeg(0), height_px=61, width_px=70)
     with pytest.raises(DataError, match=r"1 of 1 images are bad: 0 \(damaged JPEG \(not 61x70 as recorded\)\)"):
         verify(tmp_path / "x.beton")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_pictures(tmp_path / "set")
+    return tmp_path / "set"
+
+
+SECOND = "x-00001-of-00003.beton"
+
+
+def test_a_whole_data_set(folder):
+    for place in (str(folder), f"{folder}/dataset.json", f"{folder}/*.beton"):
+        found = verify_any(place)
+        assert isinstance(found, ShardsVerifyReport)
+        assert (found.num_shards, found.num_images, found.num_jpeg, found.num_raw) == (3, 24, 24, 0)
+        assert found.file_bytes == sum(path.stat().st_size for path in folder.glob("*.beton"))
+        assert "whole; 3 shards, 24 images (24 JPEG, 0 raw)" in str(found)
+
+
+def test_one_changed_byte_of_a_shard_is_found_where_the_image_still_decodes(folder):
+    reader = BetonReader(folder / SECOND)
+    start, size = int(reader.data_ptr[5]), int(reader.data_bytes[5])
+    with (folder / SECOND).open("r+b") as file:
+        file.seek(start + size - 1)
+        file.write(b"\xd8")  # of the marker at the end
+    with pytest.raises(DataError, match=f"1 of 24 images are bad: {SECOND} 5 \\(has another checksum") as caught:
+        verify_any(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_images_that_were_written_damaged_have_the_right_checksum_but_do_not_decode(folder):
+    with BetonWriter(folder / SECOND, class_names=["cat", "dog"], overwrite=True) as writer:
+        for k in range(8):
+            writer.write_jpeg(picture(k + 8, 40)[: 400 if k == 2 else None], height_px=40, width_px=44, label=0)
+    write_manifest(LocalStore(folder))
+    with pytest.raises(DataError, match=f"1 of 24 images are bad: {SECOND} 2 \\((?!has another checksum)"):
+        verify_any(str(folder))
+
+
+def test_shards_that_are_not_those_of_the_manifest(folder):
+    (folder / "x-00002-of-00003.beton").rename(folder / "old")
+    with pytest.raises(DataError, match=r"x-00002-of-00003\.beton is missing"):
+        verify_any(str(folder))
+
+
+def test_a_remote_data_set(folder):
+    with FaultServer(folder) as server:
+        server.always("", "405")  # no list
+        server.plan(SECOND, "ok", "cut", "500")
+        assert verify_any(server.url).num_images == 24
+        rows = np.fromfile(folder / f"{SECOND}.rows", ROW)
+        with (folder / SECOND).open("r+b") as file:
+            file.seek(int(rows["ptr"][3]) + 400)
+            file.write(bytes(2))
+        with pytest.raises(DataError, match=f"1 of 24 images are bad: {SECOND} 3 \\(has another checksum"):
+            verify_any(server.url)

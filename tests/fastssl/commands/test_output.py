@@ -11,6 +11,8 @@ from fastssl.cli import main
 from fastssl.commands.output import print_json, print_report
 from fastssl.tracking.report import Report
 from pipelines.convert import convert
+from tests.helpers.fault_server import FaultServer
+from tests.helpers.shards import write_pictures
 
 
 @pytest.fixture
@@ -86,6 +88,38 @@ def test_inspect_shows_what_a_person_asks_for(beton, tmp_path, capfd):
     assert main(["inspect", str(beton), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["num_images"], found["num_labelled"], found["checksum"]) == (500, 500, "none")
+
+
+def test_inspect_and_verify_take_a_data_set_of_many_shards(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    folder, here = tmp_path / "set", tmp_path / "here"
+    write_pictures(folder)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for place in (folder, folder / "dataset.json", f"{folder}/x-*.beton"):
+        assert main(["inspect", str(place)]) == 0
+        shown = dict(line.split("  ", 1) for line in capfd.readouterr().out.splitlines())
+        assert shown["shards"].strip() == "3"
+        assert shown["images"].strip() == "24 (24 JPEG, 0 raw)"
+        assert shown["classes"].strip() == "2, 12 images each"
+        assert shown["height x width"].strip() == "40 x 44 px, all"
+        (tmp_path / "set.png").rename(tmp_path / "old.png")  # next to the folder
+    with FaultServer(folder) as server:
+        assert main(["inspect", f"{server.url}/", "--json"]) == 0
+        fetched = [each.path for each in server.requests if each.range and each.path.endswith(".beton")]
+        assert 0 < len(fetched) <= 24
+        found = json.loads(capfd.readouterr().out)
+        assert found["class_counts"] == {"cat": 12, "dog": 12}
+        assert found["digest"] == json.loads((folder / "dataset.json").read_text())["digest"]
+        assert found["path"] == server.url
+        assert (here / "127.0.0.1.png").exists()  # in the current folder
+        assert main(["verify", server.url, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["num_images"] == 24
+    (folder / "dataset.json").unlink()
+    assert main(["inspect", str(folder)]) == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    assert "`fastssl manifest " in line
 
 
 def test_verify_and_convert_as_json(beton, tmp_path, capfd):
