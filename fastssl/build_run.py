@@ -32,7 +32,7 @@ from pipelines.batch import BatchSource
 from pipelines.beton import Identity
 from pipelines.hold_out import holdout_table
 from pipelines.iterable_loader import Batches, IterableLoader
-from pipelines.loader import Loader, build_loader, open_train_images
+from pipelines.loader import Loader, build_loader, open_train_images, remote_line
 from pipelines.shards.open_images import AnyImages, open_images
 from pipelines.views import build_view_specs
 
@@ -81,6 +81,9 @@ def build_run(cfg: Config, device: torch.device) -> RunParts:
         device=device,
         num_threads=num_threads_of(cfg.run),
     )
+    line = remote_line(reader, cfg.data, loader, collectives.world_size())
+    if line and collectives.rank() == 0:
+        print(f"fastssl: {line}", file=sys.stderr, flush=True)
     if test_reader:
         check_same_classes(reader, test_reader, "data.test")
     model = build_model(cfg, loader.view_shapes[0][-1])

@@ -239,7 +239,8 @@ class Trainer:
             self.checkpoint_due |= self.checkpoint_rule.is_due_at(self.step)
             self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
             if is_epoch_end:
-                self.epoch_stats.end_epoch(self.step, self.loader.num_bad_samples)
+                retries = getattr(self.loader, "remote_retries", None)  # a user's own loader may lack it
+                self.epoch_stats.end_epoch(self.step, self.loader.num_bad_samples, retries)
                 if not self.must_stop:
                     self.judge_held_out()
             self.checkpoint_due |= self.must_stop

@@ -24,6 +24,7 @@ from pipelines.path_names import why_no_path
 from pipelines.read_ahead import read_whole
 from pipelines.remote.store import why_not_to_write_down
 from pipelines.samples import ImageSet
+from pipelines.shards.expectation import describe_expectation, expect
 from pipelines.shards.lane_reader import LanesOrder
 from pipelines.shards.mixed_images import MixedImages, MixedOrder
 from pipelines.shards.open_images import AnyImages, open_images
@@ -138,6 +139,7 @@ class Loader:
         num_samples: Number of images in the file.
         identity: The file's at the start, which must be the same in a resumed run.
         bad_samples: The damaged samples found so far.
+        order: The order of an epoch.
     """
 
     def __init__(
@@ -159,7 +161,7 @@ class Loader:
         self.identity: Identity = images.identity
         self.bad_samples = bad_samples
         self._engine = engine
-        self._images, self._order = images, order
+        self._images, self.order = images, order
         self._is_reading = cfg.engine in _READING_ENGINES
         self._local_batch_size = cfg.global_batch_size // world_size
         self._specs = build_view_specs(views)
@@ -177,9 +179,15 @@ class Loader:
         """Number of damaged images found so far."""
         return len(self.bad_samples.reasons)
 
+    @property
+    def remote_retries(self) -> dict[str, int] | None:
+        """How often requests were repeated so far, by reason; None: nothing is fetched."""
+        images = self._images
+        return images.retries if isinstance(images, ShardedImages) and images.is_remote else None
+
     def __len__(self) -> int:
         """Number of batches per epoch."""
-        return self._order.num_batches
+        return self.order.num_batches
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of one epoch, which depend only on (seed, epoch, rank, world size).
@@ -202,7 +210,7 @@ class Loader:
 
     def _iterate(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
         size = self._local_batch_size
-        samples = self._order.epoch(epoch, first_batch, self._rank, self._world_size)
+        samples = self.order.epoch(epoch, first_batch, self._rank, self._world_size)
         plans = self.plans(samples.groups())
         if self._is_reading:
             plans = _while_unchanged(self._images, plans, _ids_of_plan)
@@ -380,6 +388,15 @@ def build_loader(
         device=device,
         num_threads=num_threads,
     )
+
+
+def remote_line(images: AnyImages, cfg: DataConfig, loader: Loader, world_size: int) -> str | None:
+    """What a training on remote shards will fetch, as one line; None: nothing."""
+    if not isinstance(images, ShardedImages) or not images.is_remote:
+        return None
+    num_nodes = max(1, world_size // _local_world_size())
+    found = expect(images, loader.order, global_batch_size=cfg.global_batch_size, num_nodes=num_nodes)
+    return describe_expectation(images, found, round(cfg.cache_gb * 1e9) if cfg.cache_dir else None)
 
 
 def build_order(

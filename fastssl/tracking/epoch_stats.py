@@ -5,7 +5,8 @@
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.throughput import CommunicationClock, peak_tflops
 from fastssl.tracking.trackers.tracker import End
 from fastssl.tracking.writers import MetricsWriter, StepTimer
+from pipelines.printable import printable
 
 # Each rank's sum of these describes the global batch; of image counts each rank has only its own part.
 _MEANS = ("loss", "grad_norm", "num_steps")
@@ -68,6 +70,7 @@ class EpochStats:
         self._communication = CommunicationClock(device)
         self._names = (*_MEANS, *counts)
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._names}
+        self._retries = Counter[str]()
         self._window: dict[str, Tensor] = {}
         self._window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
 
@@ -124,12 +127,14 @@ class EpochStats:
         row |= report.settings | {"memory_bytes": self._memory_bytes()}
         self.metrics.step_row(report.step, row)
 
-    def end_epoch(self, step: int, num_bad_samples: int) -> None:
+    def end_epoch(self, step: int, num_bad_samples: int, remote_retries: Mapping[str, int] | None = None) -> None:
         """Write the row of the epoch that ends with this step, and check for a collapse (all ranks).
 
         Args:
             step: Number of the step, starting at 1.
             num_bad_samples: Number of bad samples that this rank has found so far.
+            remote_retries: How often this rank's requests were repeated so far, by reason; None on all ranks: nothing
+                is fetched.
         Raises:
             DivergedError: The representation has collapsed, and train.on_collapse is stop.
         """
@@ -138,12 +143,15 @@ class EpochStats:
             value.zero_()
         window, self._window = collectives.sum_all(self._window), {}
         num_bad = collectives.EXCHANGE.sum_(torch.tensor(float(num_bad_samples), device=self._device))
+        retries = {} if remote_retries is None else self._all_retries(remote_retries)
         epoch = step // self._steps_per_epoch - 1
         signals: list[str] = []
         if self.metrics:
             row = self._step_metrics(sums) | self._throughput()
             if num_bad > 0:
                 row["bad_samples_seen"] = num_bad  # a sample found by two ranks counts twice
+            if retries:
+                row["remote_retries"] = retries
             if window and window["num_rows"] > 0:  # else no step of it was taken
                 found = representation_metrics(window, num_views=self._num_views)
                 signals = update_alarm(self.collapsed_since, found, epoch)
@@ -151,6 +159,19 @@ class EpochStats:
                 row |= {name: window[name].tolist() for name in ("positive_counts", "negative_counts")}
             self.metrics.epoch_row(epoch, step, row)
         self._raise_alarm(signals, step)
+
+    def _all_retries(self, own: Mapping[str, int]) -> dict[str, int]:
+        """The sum over the ranks, on the first one; a line where it has risen. Empty on the others."""
+        total = Counter[str]()
+        for each in collectives.gather_on_first(dict(own)) or ():
+            total.update(each)
+        risen = total - self._retries
+        if risen:
+            reasons = ", ".join(f"{num:,} x {reason}" for reason, num in risen.most_common())
+            line = f"fastssl: {risen.total():,} remote requests of this epoch were repeated: {reasons}"
+            print(printable(line), file=sys.stderr, flush=True)
+        self._retries = total
+        return dict(total.most_common())
 
     def write_held_out(self, step: int, knn_top1: float) -> None:
         """Write the accuracy on held-out images after this step; the time it took is not counted as training."""

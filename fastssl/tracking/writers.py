@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,8 @@ from fastssl.tracking.trackers.tracker import End
 from pipelines.progress import Lines
 
 T = TypeVar("T")
+
+Value: TypeAlias = Tensor | float | int | list[float] | dict[str, int] | None
 
 
 class StepTimer:
@@ -99,11 +101,11 @@ class MetricsWriter:
         shown = f"loss {_shown(row['loss'])}  {row['img_per_s']:.0f} img/s  data wait {row['data_wait_fraction']:.0%}"
         self._bar.set_postfix_str(shown)
 
-    def epoch_row(self, epoch: int, step: int, values: dict[str, Tensor | float | int | list[float] | None]) -> None:
+    def epoch_row(self, epoch: int, step: int, values: dict[str, Value]) -> None:
         """Write the row of an epoch (0-based) and, if there is no terminal, print it as a line.
 
         Loss None: all steps of the epoch were skipped. A list holds the counts of a histogram of similarities, in equal
-        bins from -1 to 1.
+        bins from -1 to 1, a dictionary counts by reason.
         """
         row: dict[str, Any] = {"kind": "epoch", "step": step, "epoch": epoch}
         row |= {k: _plain(v) for k, v in values.items()}
@@ -142,6 +144,8 @@ class MetricsWriter:
         for key, value in row.items():
             if isinstance(value, list):
                 self._write_histogram(f"{prefix}/{key}", value, row["step"])
+            elif isinstance(value, dict):
+                self._tensorboard.add_scalar(f"{prefix}/{key}", sum(value.values()), row["step"])
             elif key not in ("kind", "step", "epoch") and value is not None:
                 self._tensorboard.add_scalar(f"{prefix}/{key}", value, row["step"])
 
@@ -196,8 +200,8 @@ def _shown(loss: Any) -> str:
     return "skipped" if loss is None else f"{loss:.4f}"
 
 
-def _plain(value: Tensor | float | int | list[float] | None) -> float | int | list[float] | None:
-    if value is None or isinstance(value, list):
+def _plain(value: Value) -> float | int | list[float] | dict[str, int] | None:
+    if value is None or isinstance(value, list | dict):
         return value
     number = value.item() if isinstance(value, Tensor) else value
     return number if isinstance(number, int) else float(number)

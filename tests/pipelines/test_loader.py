@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
 from pipelines.errors import DataError
-from pipelines.loader import DataConfig, build_eval_loader, build_loader, open_train_images
+from pipelines.loader import DataConfig, build_eval_loader, build_loader, open_train_images, remote_line
 from pipelines.sampler import quasi_random_windows
+from pipelines.shards.sharded_images import ShardedImages
 from pipelines.views import RECIPES, ViewsConfig, ViewSpec
+from tests.helpers.fault_server import FaultServer
+from tests.helpers.shards import write_pictures
 
 CPU = torch.device("cpu")
 VIEWS = ViewsConfig(recipe="mio_small", size_px=24)
@@ -242,3 +246,36 @@ def test_importing_the_loader_is_light():
     code = "import sys, pipelines.loader; print({'torch', 'ffcv', 'numba', 'torchvision'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_remote_data_set_says_beforehand_what_it_fetches_and_counts_what_it_repeats(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    write_pictures(tmp_path / "set", num=2, num_each=32)
+    with FaultServer(tmp_path / "set") as server:
+        cfg = DataConfig(train=server.url, global_batch_size=8, num_workers=1)
+        images = open_train_images(cfg)
+        assert isinstance(images, ShardedImages)
+        place = {"seed": 0, "rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": 1}
+        loader = build_loader(images, cfg, ViewsConfig(recipe="byol", size_px=16), **place)
+        num_bytes = images.manifest.image_bytes + 24 * 64
+        first = loader.order.first_batch_bytes
+        assert remote_line(images, cfg, loader, 1) == (
+            f"{server.url}: 2 shards, 64 images, {num_bytes / 1e9:.3g} GB; an epoch fetches "
+            f"{num_bytes / 1e9:.3g} GB per node; no cache (data.cache_dir), so each epoch fetches it again; "
+            f"{first / 1e6:,.3g} MB come before the first batch"
+        )
+        kept = replace(cfg, cache_dir=str(tmp_path / "cache"), cache_gb=1)
+        assert "; the cache of 1 GB (data.cache_gb) holds all of it; " in str(remote_line(images, kept, loader, 1))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert f"fetches {num_bytes // 2 / 1e9:.3g} GB per node" in str(remote_line(images, cfg, loader, 4))
+        assert loader.remote_retries == {}
+        server.plan("x-00000-of-00002.beton", "cut")
+        assert len(list(loader.epoch(0))) == len(loader)
+        assert loader.remote_retries == {"connection cut": 1}
+        loader.close()
+    local = replace(cfg, train=str(tmp_path / "set"))
+    images = open_train_images(local)
+    loader = build_loader(images, local, ViewsConfig(recipe="byol", size_px=16), **place)
+    assert remote_line(images, local, loader, 1) is None
+    assert loader.remote_retries is None
+    loader.close()

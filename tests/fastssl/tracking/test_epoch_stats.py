@@ -71,6 +71,28 @@ def take_epoch(stats: EpochStats, epoch: int, *, losses: list[float | None], spr
     stats.end_epoch(step, num_bad_samples=0)
 
 
+def test_repeated_requests_are_counted_by_reason_and_shown_when_they_rise(folder, capsys):
+    stats = open_stats(folder)
+    for step, retries in (
+        (3, {}),
+        (6, {"no connection": 2, "status 503": 5}),
+        (9, {"no connection": 2, "status 503": 5}),
+    ):
+        stats.end_epoch(step, 0, retries)
+    stats.end_epoch(12, 0, {"no connection": 3, "status 503": 5})
+    rows = epochs_of(folder)
+    assert [row.get("remote_retries") for row in rows] == [
+        None,
+        *[{"status 503": 5, "no connection": 2}] * 2,
+        {"status 503": 5, "no connection": 3},
+    ]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "remote requests" in line]
+    assert lines == [
+        "fastssl: 7 remote requests of this epoch were repeated: 5 x status 503, 2 x no connection",
+        "fastssl: 1 remote requests of this epoch were repeated: 1 x no connection",
+    ]
+
+
 def epochs_of(folder: RunFolder) -> list[dict]:
     return [row for row in read_rows(folder.metrics) if row.get("kind") == "epoch"]
 
