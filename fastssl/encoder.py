@@ -22,11 +22,11 @@ from fastssl.evaluation.features import eval_mode
 from fastssl.models.backbones import build_backbone, count_features, without_pretraining
 from fastssl.models.config import ModelConfig
 from fastssl.tracking.run_folder import run_above
-from pipelines.beton import BetonReader
 from pipelines.convert.image_files import ImageFiles, left_out_lines
 from pipelines.errors import DataError, one_line
 from pipelines.loader import build_eval_loader, cores_per_process
 from pipelines.preprocessing import views_from
+from pipelines.shards.open_images import names_dataset, open_images
 from pipelines.transform import EvalTransform, read_image
 from pipelines.views import ViewsConfig
 
@@ -98,8 +98,9 @@ def embed(
 
     Args:
         encoder: From `load_encoder`; it is in eval mode during the call.
-        images: A .beton file; a folder, whose image files (those that `fastssl convert` takes) are read once each, in
-            the order of their paths; levels uint8 [N, H, W, 3]; a sequence of PIL images or of uint8 [H, W, 3]; or a
+        images: A .beton file; a data set of many (the folder of a manifest, the manifest, a pattern or a URL, as text);
+            a folder, whose image files (those that `fastssl convert` takes) are read once each, in the order of their
+            paths; levels uint8 [N, H, W, 3]; a sequence of PIL images or of uint8 [H, W, 3]; or a
             float tensor [N, 3, S, S] that is normalised already, as `encoder.transform` gives it.
         batch_size: Number of images per forward pass.
         device: Device to move the encoder to; None: the encoder is not moved.
@@ -188,8 +189,8 @@ def _views_of(encoder: Encoder, images: Any, batch_size: int, device: torch.devi
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"a float tensor must be [images, 3, height, width], got {list(images.shape)}")
         yield from images.split(batch_size)
-    elif isinstance(images, (str, Path)) and Path(images).suffix == ".beton":
-        yield from _views_of_file(encoder, Path(images), batch_size, device)
+    elif isinstance(images, (str, Path)) and (Path(images).suffix == ".beton" or names_dataset(images)):
+        yield from _views_of_file(encoder, images, batch_size, device)
     elif isinstance(images, (str, Path)):
         yield from _transformed(
             list_images(Path(images))[0], lambda path: encoder.transform(read_image(path)), batch_size
@@ -200,9 +201,9 @@ def _views_of(encoder: Encoder, images: Any, batch_size: int, device: torch.devi
         raise TypeError(f"images must be a path, an array, a tensor or a sequence, got {type(images).__name__}")
 
 
-def _views_of_file(encoder: Encoder, path: Path, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+def _views_of_file(encoder: Encoder, path: str | Path, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     loader = build_eval_loader(
-        BetonReader(path), encoder.views, local_batch_size=batch_size, engine="ffcv", device=device
+        open_images(path), encoder.views, local_batch_size=batch_size, engine="ffcv", device=device
     )
     try:
         for batch in loader:

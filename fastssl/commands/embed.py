@@ -20,8 +20,8 @@ def add_parser(commands: Commands) -> None:
     embed.add_argument(
         "src",
         metavar="IMAGES",
-        help="folder of images, .beton file, or a folder, a file or a pattern of .parquet or .tar files; no conversion "
-        "is needed",
+        help="folder of images, .beton file, data set of many (folder, dataset.json, pattern or URL), or a folder, a "
+        "file or a pattern of .parquet or .tar files; no conversion is needed",
     )
     embed.add_argument(
         "--model",
@@ -38,7 +38,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_device(embed)
     embed.add_argument("--overwrite", action="store_true", help="replace X if it exists")
-    add_kind(embed, ("beton", *SOURCE_KINDS))
+    add_kind(embed, ("beton", "shards", *SOURCE_KINDS))
     embed.add_argument("--split", help="as of fastssl convert, for digits, npz and torchvision")
     embed.add_argument("--root", metavar="FOLDER", help="as of fastssl convert, for torchvision")
     embed.add_argument("--image-column", metavar="NAME", help="as of fastssl convert, for parquet")

@@ -21,7 +21,7 @@ from pipelines.errors import DataError
 from pipelines.printable import printable
 
 CELL_PX = 160
-_REOPENED = ("beton", "webdataset", "parquet", "npz")  # sources whose images are not files of their own
+_REOPENED = ("beton", "shards", "webdataset", "parquet", "npz")  # sources whose images are not files of their own
 _CHARS_PER_LINE = 24
 
 

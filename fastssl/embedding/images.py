@@ -18,13 +18,20 @@ from fastssl.errors import UserError
 from pipelines.beton import RAW, BetonReader
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.convert.image_files import left_out_lines
-from pipelines.convert.images import decode_as_engines_do, read_upright, upright_rgb
+from pipelines.convert.images import CorruptImageError, decode_as_engines_do, read_upright, upright_rgb
 from pipelines.convert.infer_kind import infer_kind
 from pipelines.convert.source import Item, Source, path_source
 from pipelines.convert.sources import SourceKind, SourceOptions, build_source, folder_source
 from pipelines.errors import DataError
+from pipelines.remote.store import is_url
+from pipelines.samples import Samples
+from pipelines.shards.open_images import names_dataset
+from pipelines.shards.open_images import open_images as open_any
+from pipelines.shards.pieces import Piece
+from pipelines.shards.sharded_images import ShardedImages, to_samples
 
-KINDS = ("beton", *get_args(SourceKind))
+_BLOCKS_TOGETHER = 8  # of about 4 MB
+KINDS = ("beton", "shards", *get_args(SourceKind))
 
 
 class Entry(NamedTuple):
@@ -68,8 +75,9 @@ def open_images(src: str, kind: str | None = None, options: Mapping[str, Any] | 
     """List or count the images of a source; paths in it are absolute.
 
     Args:
-        src: A folder, a .beton, .parquet, .tar, .npz or .csv file, a folder or a pattern of parquet or tar files, or
-            what `pipelines.convert.sources.build_source` takes for the kind.
+        src: A folder, a data set of many .beton files (its folder, manifest, pattern or URL), a .beton, .parquet, .tar,
+            .npz or .csv file, a folder or a pattern of parquet or tar files, or what
+            `pipelines.convert.sources.build_source` takes for the kind.
         kind: One of KINDS; None: by the name, and of a folder by the files in it.
         options: Fields of `pipelines.convert.sources.SourceOptions`.
 
@@ -81,12 +89,14 @@ def open_images(src: str, kind: str | None = None, options: Mapping[str, Any] | 
     if kind not in KINDS:
         raise UserError(f"--from must be one of {', '.join(KINDS)}, not {kind!r:.100}")
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    src = src if kind in ("torchvision", "digits") else os.path.abspath(src)
+    src = src if kind in ("torchvision", "digits") or is_url(src) else os.path.abspath(src)
     origin = {"src": src, "kind": kind, "options": given}
-    if kind in ("beton", "folder") and given:
+    if kind in ("beton", "shards", "folder") and given:
         raise UserError(f"{', '.join(given)}: not an option of a source of kind {kind}")
     if kind == "beton":
         return _of_beton(BetonReader(src), origin)
+    if kind == "shards":
+        return _of_shards(src, origin)
     try:
         source = _folder(Path(src)) if kind == "folder" else build_source(kind, src, SourceOptions(**given))  # pyright: ignore[reportArgumentType] it is one of KINDS
     except ValueError as error:
@@ -97,6 +107,8 @@ def open_images(src: str, kind: str | None = None, options: Mapping[str, Any] | 
 
 
 def _kind_of(src: str) -> str:
+    if names_dataset(src):
+        return "shards"
     return "beton" if src.lower().endswith(".beton") and os.path.isfile(src) else infer_kind(src)
 
 
@@ -154,6 +166,49 @@ def _of_beton(reader: BetonReader, origin: Mapping[str, Any]) -> Images:
         class_names=reader.class_names,
         origin=origin,
     )
+
+
+def _of_shards(src: str, origin: Mapping[str, Any]) -> Images:
+    images = open_any(src)
+    if not isinstance(images, ShardedImages):
+        raise UserError(f"{src}: one file, not a data set of many: leave --from out")
+
+    def read(first: int, stop: int) -> list[Piece]:
+        return images.read(first, min(first + images.block_samples, stop))
+
+    def entries(start: int, stop: int) -> Iterator[Entry]:
+        """Some blocks are fetched side by side."""
+        size = images.block_samples
+        for group in range(start, stop, size * _BLOCKS_TOGETHER):
+            firsts = range(group, min(group + size * _BLOCKS_TOGETHER, stop), size)
+            for i, pieces in images.files.map(lambda first: read(first, stop), firsts):
+                images.check_unchanged()
+                for piece in pieces:
+                    samples = to_samples(np.arange(i, i + len(piece.rows)), piece.rows, piece.addresses, piece.owners)
+                    for k, label in enumerate(samples.labels.tolist()):
+                        reason = piece.damaged.get(k)
+                        yield Entry(f"{images.path}, image {i + k}", label, partial(_read_sample, samples, k, reason))
+                    i += len(piece.rows)
+
+    return Images(
+        name=str(images.path),
+        num_images=images.num_samples,
+        entries=entries,
+        fingerprint=json.dumps(images.identity),
+        class_names=images.class_names,
+        origin={**origin, "src": images.path if images.is_remote else src},  # a URL without a password
+    )
+
+
+def _read_sample(samples: Samples, position: int, reason: str | None) -> np.ndarray:
+    """Pixels of a sample; `reason`: why it is damaged."""
+    if reason:
+        raise CorruptImageError(reason)
+    height_px, width_px = samples.sizes[position].tolist()
+    stored = samples.image_bytes(position)
+    if samples.modes[position] == RAW:
+        return stored.reshape(height_px, width_px, 3)
+    return decode_as_engines_do(stored, height_px, width_px)
 
 
 def _read_stored(reader: BetonReader, i: int) -> np.ndarray:

@@ -10,10 +10,13 @@ from fastssl.evaluation.labels import check_same_classes, num_labelled_classes
 from pipelines.beton.duplicates import find_across
 from pipelines.hold_out import hold_out_ids
 from pipelines.loader import DataConfig, open_train_images
+from pipelines.remote.store import is_url
 from pipelines.shards.open_images import AnyImages, open_images
 
 
-def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = None) -> tuple[Part, Part, str]:
+def choose_parts(
+    data: DataConfig, on: str | Path | None = None, test: str | Path | None = None
+) -> tuple[Part, Part, str]:
     """Open the files and split them.
 
     Args:
@@ -37,7 +40,8 @@ def choose_parts(data: DataConfig, on: Path | None = None, test: Path | None = N
     if test_path:
         test_key, reader = "--test" if test else "data.test", open_images(test_path)
         check_same_classes(train, reader, test_key)
-        return _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0), str(test_path)
+        shown = str(reader.path if is_url(str(test_path)) else test_path)  # without a password
+        return _labelled(train, train.labels >= 0), _labelled(reader, reader.labels >= 0), shown
     return hold_out(train, data.holdout_fraction, "--test is not given" if on else "data.test is not set")
 
 

@@ -18,6 +18,8 @@ from pipelines.errors import DataError
 from pipelines.files import read_file
 from pipelines.loader import open_train_images
 from pipelines.printable import printable
+from pipelines.remote.store import is_url
+from pipelines.shards.describe import short_name
 
 _TO_FILL_IN = "to fill in"
 _RESULT = ("encoder", "name", "top1", "interval95_test_images")  # keys of a line of eval.jsonl that is a result
@@ -166,16 +168,21 @@ def _names_only(value: Any) -> Any:
         return {key: _names_only(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_names_only(each) for each in value]
-    return Path(value).name if isinstance(value, str) and "/" in value else value
+    return _name(value) if isinstance(value, str) and "/" in value else value
+
+
+def _name(path: str) -> str:
+    """The last part of a path, or of a URL, which may hold a password."""
+    return short_name(path) if is_url(path) else Path(path).name
 
 
 def _images(cfg: Config) -> str:
     try:
         reader = open_train_images(cfg.data)
     except DataError:
-        return f"{_text(Path(cfg.data.train_name).name)}, which is not there any more"
+        return f"{_text(_name(cfg.data.train_name))}, which is not there any more"
     classes = f", {len(reader.class_names)} classes (labels were not used)" if reader.class_names else ""
-    return f"{reader.num_samples:,} from {_text(Path(cfg.data.train_name).name)}{classes}"
+    return f"{reader.num_samples:,} from {_text(_name(cfg.data.train_name))}{classes}"
 
 
 def _environment(run: RunFolder) -> dict[str, Any]:

@@ -152,7 +152,9 @@ def _choose_machine(facts: Facts) -> list[Choice]:
     if facts.device == "cpu" and facts.num_free_cores < facts.num_cores and facts.num_processes == 1:
         why = f"other programs use {facts.num_cores - facts.num_free_cores} of {facts.num_cores} cores"
         chosen.append(Choice("run.num_threads", facts.num_free_cores, why))
-    if facts.file_bytes > facts.memory_bytes * 0.7:
+    if facts.is_sharded:
+        chosen.append(Choice("data.order", "lanes", "shards are read block by block"))
+    elif facts.file_bytes > facts.memory_bytes * 0.7:
         chosen.append(Choice("data.order", "quasi_random", "the file is larger than the free memory"))
     return chosen
 
@@ -160,7 +162,7 @@ def _choose_machine(facts: Facts) -> list[Choice]:
 def _choose_engine(facts: Facts) -> Choice:
     if facts.device == "cpu":
         return Choice("data.engine", "ffcv", "decodes on the CPU")
-    if facts.is_one_size and facts.decoded_bytes < facts.gpu_memory_bytes * _RESIDENT_SHARE:
+    if facts.is_one_size and not facts.is_sharded and facts.decoded_bytes < facts.gpu_memory_bytes * _RESIDENT_SHARE:
         return Choice("data.engine", "resident", "the decoded images fit into the GPU's memory")
     if facts.has_dali:
         return Choice("data.engine", "dali", "decodes on the GPU")

@@ -83,7 +83,7 @@ def make_plan(
     Raises:
         UserError, DataError: What the user must change, in one line.
     """
-    facts = read_facts(Path(paths["data.train"]), device=given.get("run.device", "auto"), num_processes=num_processes)
+    facts = read_facts(paths["data.train"], device=given.get("run.device", "auto"), num_processes=num_processes)
     if facts.num_images < MIN_IMAGES:
         raise UserError(f"{paths['data.train']} holds one image: a training needs at least {MIN_IMAGES}")
     say(_describe(facts))

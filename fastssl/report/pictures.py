@@ -23,10 +23,10 @@ from fastssl.report.thumbnails import CELL_PX
 from pipelines.beton import BetonReader
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.errors import DataError
-from pipelines.hold_out import hold_out_ids
+from pipelines.hold_out import holdout_table
 from pipelines.loader import cores_per_process, open_train_images
 from pipelines.samples import decode_sample
-from pipelines.shards.open_images import AnyImages
+from pipelines.shards.open_images import AnyImages, few_samples, some_labels
 
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 8
 NUM_MISTAKES = 16
@@ -128,7 +128,7 @@ def draw_pictures(run: Path, cfg: Config, *, num_images: int, device: torch.devi
         raise DataError(f"{album.reader.path} has only {len(album.ids)} images to show")
     if not np.isfinite(features).all():
         raise ConfigError("the encoder gives features that are not finite")
-    labels = album.reader.labels[album.ids]
+    labels = some_labels(album.reader, album.ids)
     neighbours, similarity = nearest_others(features, VOTING_NEIGHBOURS)
     place, projection = project(features)
     return Pictures(
@@ -152,10 +152,14 @@ def choose_album(cfg: Config, num_images: int) -> Album:
     reader = open_train_images(cfg.data)
     if isinstance(reader, BetonReader):
         report_bus_errors(reader)
-    fit, held_out = hold_out_ids(reader, cfg.data.holdout_fraction)
-    ids = held_out if len(held_out) else fit
-    some = np.linspace(0, len(ids) - 1, min(len(ids), num_images)).astype(np.int64)
-    return Album(reader=reader, ids=ids[some], is_held_out=len(held_out) > 0)
+    table = holdout_table(reader, cfg.data.holdout_fraction)
+    held_out = np.flatnonzero(table)
+    wanted = held_out if len(held_out) else np.arange(len(table))  # within a period of the table
+    num_periods, rest = divmod(reader.num_samples, len(table))
+    num = num_periods * len(wanted) + int((wanted < rest).sum())
+    some = np.linspace(0, num - 1, min(num, num_images)).astype(np.int64)
+    ids = some // len(wanted) * len(table) + wanted[some % len(wanted)]
+    return Album(reader=reader, ids=ids, is_held_out=len(held_out) > 0)
 
 
 def nearest_others(features: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -256,7 +260,7 @@ def _read(encoder: Encoder, album: Album) -> Iterator[tuple[Sequence[int], list[
 
     def one(i: int) -> Any:
         try:
-            pixels = decode_sample(album.reader.path, album.reader.samples(np.array([i])), 0)
+            pixels = decode_sample(album.reader.path, few_samples(album.reader, np.array([i])), 0)
         except DataError as error:
             return str(error)
         thumbnail = Image.fromarray(pixels)

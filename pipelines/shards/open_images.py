@@ -50,6 +50,23 @@ def open_images(
     return BetonReader(path)
 
 
+def names_dataset(place: str | Path) -> bool:
+    """Whether a user means a data set of many: a URL, a manifest, a folder with one, or a pattern of .beton files."""
+    text = os.fspath(place)
+    if is_url(text) or text.endswith(".json"):
+        return True
+    path = Path(text)
+    is_pattern = text.endswith(".beton") and glob.has_magic(text) and not path.exists()
+    return is_pattern or (path / MANIFEST_NAME).is_file()
+
+
+def some_labels(images: AnyImages, ids: np.ndarray) -> np.ndarray:
+    """Labels of some samples, int64 [n], without those of all others."""
+    if isinstance(images, ShardedImages):
+        return images.few_rows(ids)["label"].astype(np.int64)
+    return images.labels[ids]
+
+
 def few_samples(images: AnyImages, ids: np.ndarray) -> Samples:
     """Some samples from places far apart, such as for a picture; see `ShardedImages.few`."""
     return images.few(ids) if isinstance(images, ShardedImages) else images.samples(ids)

@@ -17,7 +17,9 @@ from pipelines.convert import convert
 from pipelines.errors import DataError
 from pipelines.loader import build_eval_loader
 from pipelines.transform import read_image
+from tests.helpers.fault_server import FaultServer
 from tests.helpers.runs import train_tiny_run
+from tests.helpers.shards import write_pictures
 
 NUM_IMAGES, SIZE_PX = 24, 40
 WEIGHTS = "checkpoints/step_00000003/weights.pt"
@@ -228,3 +230,18 @@ def test_files_of_other_programs_are_one_line(run, tmp_path) -> None:
         with pytest.raises(ConfigError, match="not a file of fastssl") as caught:
             fastssl.load_encoder(file)
         assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_of_many_shards_by_folder_manifest_pattern_and_url(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    folder = tmp_path / "set"
+    write_pictures(folder, num=2, num_each=3)
+    encoder = fastssl.load_encoder(run)
+    files = sorted(folder.glob("*.beton"))
+    expected = torch.cat([fastssl.embed(encoder, path, batch_size=4) for path in files])
+    with FaultServer(folder) as server:
+        for place in (folder, str(folder / "dataset.json"), f"{folder}/x-*.beton", server.url):
+            assert torch.equal(fastssl.embed(encoder, place, batch_size=4), expected)
+    (folder / "dataset.json").unlink()
+    with pytest.raises(DataError, match="there is no image in"):  # a folder of images without any
+        fastssl.embed(encoder, folder)

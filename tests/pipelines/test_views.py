@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastssl.cli import main
 from kernels.augment.ops.jitter import CONTRAST, HUE
 from kernels.augment.params import VIEW_PARAMS
 from pipelines.philox import uniform
@@ -20,6 +21,7 @@ from pipelines.views import (
     eval_params,
     size_groups,
 )
+from tests.helpers.shards import write_pictures
 
 NUM_DRAWS = 20_000
 # A spec in which every op can happen.
@@ -315,3 +317,11 @@ def test_eval_params() -> None:
 
 def test_eval_of_a_whole_square_image_is_the_identity() -> None:
     assert eval_params(EvalViewSpec(), np.array([[32, 32]]))["crop_box"][0, 0].tolist() == [0, 0, 32, 32]
+
+
+def test_the_picture_of_a_data_set_of_many_shards_is_next_to_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    write_pictures(tmp_path / "set")
+    assert main(["views", str(tmp_path / "set"), "--num", "4"]) == 0
+    assert capsys.readouterr().out == f"views: {tmp_path}/set.views.png: 4 images, mio_small\n"
+    assert (tmp_path / "set.views.png").exists()

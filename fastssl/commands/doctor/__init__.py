@@ -15,7 +15,9 @@ def add_parser(commands: Commands) -> None:
     )
     add_set(doctor)
     doctor.add_argument(
-        "--data", type=Path, metavar="PATH", help="folder or .beton file whose disk to measure (default: data.train)"
+        "--data",
+        metavar="PATH|URL",
+        help="folder, .beton file, data set of many or URL whose speed to measure (default: data.train)",
     )
     add_json(doctor, "the findings")
     doctor.set_defaults(call=_doctor)

@@ -33,23 +33,23 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def examine(cfg: Config | None = None, data: Path | None = None) -> Iterator[Finding]:
+def examine(cfg: Config | None = None, data: str | Path | None = None) -> Iterator[Finding]:
     """Run the checks one after the other.
 
     A check that raises gives a failed finding; the libraries' output on stdout is dropped.
 
     Args:
         cfg: The planned run: its device, files and folder are also checked.
-        data: A folder or .beton file whose disk is measured (default: data.train of cfg).
+        data: What is measured: a folder, a .beton file, a data set of many or a URL (default: data.train of cfg).
     """
-    node = Node(cfg=cfg, data=data or (Path(cfg.data.train_paths[0]) if cfg and cfg.data.train_paths else None))
+    node = Node(cfg=cfg, data=data or (cfg.data.train_paths[0] if cfg and cfg.data.train_paths else None))
     for name, check in CHECKS.items():
         with contextlib.redirect_stdout(io.StringIO()):
             found = _examined(name, check, node)
         yield found
 
 
-def doctor(cfg: Config | None, data: Path | None, *, as_json: bool) -> int:
+def doctor(cfg: Config | None, data: str | Path | None, *, as_json: bool) -> int:
     """Print the findings, one line each as they come, or all of them as JSON.
 
     Returns:

@@ -38,7 +38,7 @@ class Node:
     """The requirements on this machine."""
 
     cfg: Config | None = None
-    data: Path | None = None
+    data: str | Path | None = None
 
     @property
     def wants_gpu(self) -> bool:

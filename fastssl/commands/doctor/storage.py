@@ -1,4 +1,4 @@
-"""Checks of the disks that images are read from and checkpoints are written to."""
+"""Checks of the disks and stores that images are read from, and of the disks that checkpoints are written to."""
 
 import os
 import tempfile
@@ -7,6 +7,11 @@ from pathlib import Path
 
 from fastssl.commands.doctor.finding import Finding, Node
 from pipelines.bench.disk import drop_from_cache, measure_disk
+from pipelines.bench.remote import measure_ranges
+from pipelines.errors import DataError
+from pipelines.shards.open_images import names_dataset, open_images
+from pipelines.shards.pieces import RemoteFiles
+from pipelines.shards.sharded_images import ShardedImages
 
 _SECONDS = 1.0
 _PROBE_BYTES = 64 << 20
@@ -18,11 +23,40 @@ def check_data(node: Node) -> Finding:
     """Speed of reading images from their disk, without the page cache."""
     if node.data is None:
         return Finding("skipped", "no data given: use --data PATH, or --cfg with data.train, to measure its disk")
-    if not node.data.exists():
-        return Finding("fail", f"{node.data} does not exist", "mount it, or correct the path (data.train, --data)")
-    file = _largest_beton(node.data)
-    if file is None:
-        return _probe(node.data)
+    if names_dataset(node.data):
+        return _check_shards(str(node.data))
+    data = Path(node.data)
+    if not data.exists():
+        return Finding("fail", f"{data} does not exist", "mount it, or correct the path (data.train, --data)")
+    file = _largest_beton(data)
+    return _probe(data) if file is None else _measured(file)
+
+
+def _check_shards(place: str) -> Finding:
+    """Of a data set of many: its largest shard on a disk, or some ranges of a store."""
+    try:
+        images = open_images(place)
+        assert isinstance(images, ShardedImages)
+        manifest = images.manifest
+        about = f"{images.path}: {len(manifest.shards):,} shards, {images.num_samples:,} images"
+        if isinstance(images.files, RemoteFiles):
+            speed = measure_ranges(images, seconds=_SECONDS)
+            images.files.close()
+            return Finding(
+                "ok",
+                f"{about}; {speed.bytes_per_s / 1e6:,.0f} MB/s and {speed.img_per_s:,.0f} img/s in {speed.num} blocks, "
+                f"{speed.first_s * 1e3:,.0f} ms for the first one",
+            )
+    except DataError as error:
+        advice = "correct data.train, --data or the credentials; fastssl manifest writes a manifest"
+        return Finding("fail", str(error), advice)
+    largest = max(manifest.shards, key=lambda shard: shard.num_bytes)
+    folder = Path(images.path).parent if "*" in str(images.path) else Path(images.path)
+    found = _measured(folder / largest.name)
+    return found._replace(detail=f"{about}; its largest shard, {found.detail}")
+
+
+def _measured(file: Path) -> Finding:
     epoch, sequential = measure_disk(file, seed=0, num_threads=len(os.sched_getaffinity(0)), seconds=_SECONDS)
     if epoch.bytes_per_s is None or epoch.img_per_s is None or sequential.bytes_per_s is None:
         return Finding("ok", f"{file}: {epoch.note or sequential.note}")

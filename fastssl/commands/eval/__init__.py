@@ -20,12 +20,13 @@ def add_parser(commands: Commands) -> None:
         help="knn, linear, logistic, few_label, linear_augmented, finetune (default: the run's eval.what)",
     )
     evaluate.add_argument(
-        "--on", type=Path, metavar="X.beton", help="evaluate on another data set (default: the run's own)"
+        "--on",
+        metavar="X.beton|FOLDER|URL",
+        help="evaluate on another data set, of one file or many (default: the run's own)",
     )
     evaluate.add_argument(
         "--test",
-        type=Path,
-        metavar="TEST.beton",
+        metavar="TEST.beton|FOLDER|URL",
         help="test set (default: the run's data.test; with --on, images held out of that file)",
     )
     evaluate.add_argument(

@@ -37,6 +37,7 @@ from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import best_held_out, training_time
 from pipelines.printable import printable
 from pipelines.progress import Progress
+from pipelines.remote.store import is_url
 from pipelines.shards.open_images import AnyImages
 from pipelines.views import build_eval_spec
 
@@ -65,8 +66,8 @@ def evaluate_run(
     overrides: Sequence[str] = (),
     *,
     what: Sequence[str] = (),
-    on: Path | None = None,
-    test: Path | None = None,
+    on: str | Path | None = None,
+    test: str | Path | None = None,
     step: int | None = None,
 ) -> Report:
     """Evaluate the last checkpoint of a run and the best one by held-out images, or the one of a step.
@@ -122,7 +123,7 @@ def evaluate_run(
     about = {
         "scored_on": scored_on,
         "duplicates": duplicates,
-        "on": str(on) if on else None,
+        "on": str(train.reader.path if is_url(str(on)) else on) if on else None,
         "train": {"path": str(train.reader.path), "num_labelled": len(train.ids), **data_identity(train.reader)},
         "test": {"path": str(test_part.reader.path), "num_labelled": len(test_part.ids)}
         | data_identity(test_part.reader),

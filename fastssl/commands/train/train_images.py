@@ -31,6 +31,9 @@ from pipelines.errors import DataError, SourceChangedError
 from pipelines.files import read_file
 from pipelines.loader import open_train_images
 from pipelines.printable import printable
+from pipelines.remote.store import is_url
+from pipelines.shards.describe import short_name
+from pipelines.shards.open_images import names_dataset
 
 MAX_PX = 512  # of the longer side of a stored image: decoding larger ones takes time, and views have at most 224 px
 _SOURCES_FILE, _SETTINGS_FILE, _ENCODER_FILE = "sources.json", "start.yaml", "encoder.pt"
@@ -55,7 +58,8 @@ def train_images(
     The same call resumes what was interrupted: a conversion, or a training from its last checkpoint.
 
     Args:
-        sources: A folder of images, another source of `fastssl convert`, or several; one .beton file is used as it is.
+        sources: A folder of images, another source of `fastssl convert`, or several; one .beton
+            file, or one data set of many, is used as it is.
         run: The run's folder; None: runs/ and the name of the first source.
         kind: The kind of the sources; None: inferred.
         test: A source of test images, with the same classes.
@@ -90,13 +94,13 @@ def train_images(
         num_processes = num_processes or count_processes(cfg.run.device)
     else:
         for each in (*names, *([test] if test else [])):
-            if kind is None and not _is_beton(each):
+            if kind is None and not _is_converted(each):
                 infer_kind(each)  # refuses what is no source before anything is written
         _claim(folder, names, test)
         converter = _Converter(folder, kind, max_bad, is_same=is_same)
-        paths = {"run.dir": str(folder.path), "data.train": str(converter.converted(names, "train"))}
+        paths = {"run.dir": str(folder.path), "data.train": converter.converted(names, "train")}
         if test:
-            paths["data.test"] = str(converter.converted([test], "test"))
+            paths["data.test"] = converter.converted([test], "test")
         plan = make_plan(paths, settings, given=given, hours=hours, init=init, num_processes=num_processes, say=_say)
         for line in plan.lines():
             _say(line)
@@ -116,6 +120,8 @@ def train_images(
 
 
 def _default_folder(sources: Sequence[str]) -> Path:
+    if names_dataset(sources[0]):
+        return Path("runs") / short_name(sources[0])
     path = Path(os.path.abspath(sources[0]))
     name = path.stem if path.is_file() else path.name
     if not name:
@@ -153,11 +159,16 @@ def _claim(folder: RunFolder, sources: Sequence[str], test: str | None) -> None:
 
 
 def _about(sources: Sequence[str], test: str | None) -> dict[str, Any]:
-    return {"sources": [os.path.abspath(source) for source in sources], "test": test and os.path.abspath(test)}
+    return {"sources": [_absolute(source) for source in sources], "test": test and _absolute(test)}
 
 
-def _is_beton(source: str) -> bool:
-    return source.lower().endswith(".beton")
+def _absolute(source: str) -> str:
+    return source if is_url(source) else os.path.abspath(source)
+
+
+def _is_converted(source: str) -> bool:
+    """Whether it is a .beton file or a data set of many."""
+    return source.lower().endswith(".beton") or names_dataset(source)
 
 
 @dataclass(frozen=True)
@@ -169,13 +180,13 @@ class _Converter:
     max_bad: float | None
     is_same: bool  # what is there is of the same sources: a conversion is resumed
 
-    def converted(self, sources: Sequence[str], name: str) -> Path:
-        """The .beton file of some sources: converted into the run's folder, or the one that was given.
+    def converted(self, sources: Sequence[str], name: str) -> str:
+        """The .beton file of some sources: converted into the run's folder, or what was given, if it is converted.
 
         Images that were added, removed or changed since an earlier conversion start it again.
         """
-        if len(sources) == 1 and _is_beton(sources[0]):
-            return Path(sources[0])
+        if len(sources) == 1 and _is_converted(sources[0]) and (self.kind is None or is_url(sources[0])):
+            return sources[0] if is_url(sources[0]) else str(Path(sources[0]))
         out = self.folder.path / "data" / f"{name}.beton"
         _say(f"converting {', '.join(sources)} to {out}")
         try:
@@ -188,7 +199,7 @@ class _Converter:
                 raise
             raise UserError(str(error)) from None
         _say(f"{out}: {report.num_images:,} images in {report.wall_s:.0f} s")
-        return out
+        return str(out)
 
     def _convert(self, sources: Sequence[str], out: Path, *, resume: bool) -> ConvertReport:
         return convert(

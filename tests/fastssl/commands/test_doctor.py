@@ -17,7 +17,9 @@ from fastssl.commands.doctor.network import check_gloo, check_interfaces
 from fastssl.commands.doctor.software import check_apex, check_packages
 from fastssl.commands.doctor.storage import check_data, check_run_dir
 from fastssl.config import build_config
+from tests.helpers.fault_server import FaultServer
 from tests.helpers.processes import ROOT, environment
+from tests.helpers.shards import write_pictures
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -218,3 +220,22 @@ def test_bad_config(in_process):
     done = in_process("doctor", "--cfg", "/no/such.yaml")
     assert done.returncode == 2
     assert "/no/such.yaml" in done.stderr
+
+
+def test_data_sets_of_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    folder = tmp_path / "set"
+    write_pictures(folder)
+    for place in (folder, str(folder / "dataset.json"), f"{folder}/*.beton"):
+        found = check_data(Node(data=place))
+        assert found.status == "ok"
+        assert "3 shards, 24 images; its largest shard, " in found.detail
+    with FaultServer(folder) as server:
+        found = check_data(Node(data=server.url))
+        assert found.status == "ok"
+        assert f"{server.url}: 3 shards, 24 images; " in found.detail
+        assert " MB/s and " in found.detail
+        server.always("dataset.json", "403")
+        found = check_data(Node(data=server.url))
+        assert found.status == "fail"
+        assert "not allowed (403)" in found.detail

@@ -18,9 +18,13 @@ from fastssl.embedding.images import open_images
 from fastssl.embedding.table import read_table
 from fastssl.errors import UserError
 from pipelines.convert import convert
+from pipelines.convert.images import CorruptImageError
 from pipelines.errors import DataError
+from pipelines.shards.rows import ROW
+from tests.helpers.fault_server import FaultServer
 from tests.helpers.processes import environment, start_command
 from tests.helpers.runs import train_tiny_run, write_tiny_weights
+from tests.helpers.shards import write_pictures
 
 BROKEN = {"garden/broken.jpg": "JPEG", "garden/deep/empty.png": "empty file"}
 NUM_IMAGES = 22
@@ -446,3 +450,31 @@ def test_the_function_writes_the_table_of_the_command(in_process, photographs, w
     arguments = (photographs, "--model", weights, "--out", tmp_path / "b.parquet", "--batch-size", 5)
     assert_done(in_process("embed", *arguments, "--device", "cpu"))
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_a_data_set_of_many_shards_is_listed_like_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    folder = tmp_path / "set"
+    write_pictures(folder, num=3, num_each=4)
+    single = [open_images(str(path)) for path in sorted(folder.glob("*.beton"))]
+    expected = [entry for images in single for entry in images.entries(0, 4)]
+    with FaultServer(folder) as server:
+        for place in (str(folder), f"{folder}/dataset.json", f"{folder}/*.beton", server.url):
+            images = open_images(place)
+            assert (images.origin["kind"], images.num_images, images.class_names) == ("shards", 12, ["cat", "dog"])
+            found = list(images.entries(3, 11))
+            assert [entry.path for entry in found] == [f"{images.name}, image {i}" for i in range(3, 11)]
+            for entry, other in zip(found, expected[3:11], strict=True):
+                assert entry.label == other.label
+                np.testing.assert_array_equal(entry.read(), other.read())
+        assert images.name == images.origin["src"] == server.url
+        start = int(np.fromfile(folder / "x-00001-of-00003.beton.rows", ROW)["ptr"][1])
+        with (folder / "x-00001-of-00003.beton").open("r+b") as file:
+            file.seek(start + 100)
+            file.write(bytes(8))
+        [whole_one, damaged] = open_images(server.url).entries(4, 6)
+        whole_one.read()
+        with pytest.raises(CorruptImageError, match="checksum"):
+            damaged.read()
+    with pytest.raises(UserError, match="one file"):
+        open_images(str(folder / "x-00001-of-00003.beton"), "shards")

@@ -7,9 +7,11 @@ import yaml
 
 from fastssl.config import load_config
 from fastssl.plan.choices import as_yaml, choose, expectation, with_batch_size
-from fastssl.plan.facts import Facts
+from fastssl.plan.facts import Facts, read_facts
 from fastssl.plan.initial_weights import InitialWeights
 from fastssl.plan.make_plan import value_of
+from tests.helpers.fault_server import FaultServer
+from tests.helpers.shards import write_pictures
 
 CPU = Facts(
     num_images=5_000,
@@ -102,3 +104,22 @@ def test_what_to_expect():
     assert "few" in expectation(CPU, has_initial_weights=False)
     assert expectation(replace(CPU, num_images=200), has_initial_weights=True) is None
     assert expectation(GPU, has_initial_weights=False) is None
+
+
+def test_the_facts_of_many_shards_come_from_some_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    monkeypatch.setattr("fastssl.plan.facts._MOST_SIZES", 4)
+    monkeypatch.setattr("fastssl.plan.facts._BUSY_S", 0.01)
+    folder = tmp_path / "set"
+    write_pictures(folder, px=40)
+    with FaultServer(folder) as server:
+        found = read_facts(server.url, device="cpu")
+        rows = [each for each in server.requests if each.path.endswith(".rows")]
+        assert (len(rows), len(server.requests)) == (4, 5)  # and the manifest
+    assert found == replace(
+        read_facts(folder, device="cpu"), memory_bytes=found.memory_bytes, num_free_cores=found.num_free_cores
+    )
+    assert (found.num_images, found.short_side_px, found.is_one_size, found.num_classes) == (24, 40, True, 2)
+    assert found.decoded_bytes == 24 * 40 * 44 * 3
+    assert found.is_sharded
+    assert next(each.value for each in choose(found) if each.key == "data.order") == "lanes"

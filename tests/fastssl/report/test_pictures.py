@@ -6,8 +6,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastssl.report.pictures import covariance_eigenvalues, find_mistakes, first_filters, nearest_others, project
+from fastssl.config import Config
+from fastssl.report.pictures import (
+    choose_album,
+    covariance_eigenvalues,
+    find_mistakes,
+    first_filters,
+    nearest_others,
+    project,
+)
 from fastssl.report.thumbnails import draw_filters, draw_sheet, smaller
+from pipelines.hold_out import hold_out_ids
+from pipelines.loader import DataConfig
+from pipelines.shards.open_images import some_labels
+from tests.helpers.shards import write_pictures
 
 # Two groups of four features in opposite directions.
 FEATURES = np.array([[1, 0.1 * i] for i in range(4)] + [[-1, 0.1 * i] for i in range(4)], np.float32)
@@ -63,3 +75,19 @@ def test_a_sheet_places_every_thumbnail_and_a_damaged_picture_is_none():
     assert (sheet.num_columns, sheet.num_rows) == (2, 2)
     assert sheet.style(2) == "background-position:0.0000% 100.0000%"
     assert smaller(b"\x89PNG damaged") is None
+
+
+def test_an_album_of_many_shards_is_spread_over_the_held_out_images_without_a_list_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.beton.writer.PAGE_BYTES", 4096)
+    monkeypatch.setattr("pipelines.hold_out._PERIOD", 16)
+    write_pictures(tmp_path / "set", num=5, num_each=8)  # two periods and a half
+    for fraction in (0.25, 0.0):
+        cfg = Config(data=DataConfig(train=str(tmp_path / "set"), holdout_fraction=fraction))
+        album = choose_album(cfg, 1000)
+        fit, held_out = hold_out_ids(album.reader, fraction)
+        assert album.is_held_out == (fraction > 0)
+        assert album.ids.tolist() == (held_out if fraction else fit).tolist()
+        some = choose_album(cfg, 4).ids
+        assert set(some) < set(album.ids)
+        assert (some[0], some[-1]) == (album.ids[0], album.ids[-1])
+    assert some_labels(album.reader, np.array([0, 9, 39])).tolist() == [0, 1, 1]
