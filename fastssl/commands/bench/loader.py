@@ -12,6 +12,7 @@ from fastssl.tracking.result_rows import append_rows, environment_columns
 from pipelines.bench.loader import Row, bench_loader
 from pipelines.bench.streams import Job
 from pipelines.loader import cores_per_process
+from pipelines.shards.open_images import names_dataset
 
 SHOWN = {
     "measured": "measured",
@@ -57,6 +58,8 @@ def bench_loader_on(
         ConfigError: a bad recipe or device, or `out` cannot be written.
         DataError: a bad file, engine, batch or number of threads.
     """
+    if names_dataset(beton):
+        raise ConfigError(f"{beton}: bench loader measures one file: name one of its shards")
     data = {"train": str(beton), "global_batch_size": batch_size}
     cfg = build_config({"data": data, "views": {"recipe": recipe, "size_px": size_px}, "run": {"device": device}})
     job = Job(
