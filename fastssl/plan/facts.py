@@ -12,8 +12,9 @@ import torch
 
 from fastssl.evaluation.labels import num_labelled_classes
 from fastssl.processes.launch import choose_device
+from pipelines.beton import BetonReader
 from pipelines.read_ahead import available_memory_bytes
-from pipelines.shards.open_images import AnyImages, open_images
+from pipelines.shards.open_images import open_images
 from pipelines.shards.sharded_images import ShardedImages
 
 _MOST_SIZES = 256  # of a data set of many files, whose rows are not read
@@ -92,7 +93,7 @@ def read_facts(beton: str | Path, *, device: str = "auto", num_processes: int | 
     )
 
 
-def _sizes_of(images: AnyImages) -> tuple[np.ndarray, bool, int]:
+def _sizes_of(images: BetonReader | ShardedImages) -> tuple[np.ndarray, bool, int]:
     """Heights and widths [n, 2] in pixels, of some images if there are many files; whether all have one size; bytes."""
     if not isinstance(images, ShardedImages):
         return images.sizes, bool((images.sizes == images.sizes[0]).all()), len(images.mmap)

@@ -133,7 +133,8 @@ def test_all_ranks_end_where_the_file_was_overwritten(training):
     assert training.end() == (0, [])
 
 
-@pytest.mark.parametrize("change", [pytest.param("removed", marks=pytest.mark.slow), "replaced"])
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["removed", "replaced"])
 def test_a_file_that_was_removed_or_replaced_is_used_to_the_end(training, digits, change):
     training.start()
     training.wait_for_step(4)

@@ -77,7 +77,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("how", "num_kills"),
     [
-        ("--resume", 4),
+        pytest.param("--resume", 4, marks=pytest.mark.slow),
         pytest.param("--overwrite", 2, marks=pytest.mark.slow),
         *(pytest.param(how, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]) for how in HOW),
     ],
