@@ -232,8 +232,9 @@ def _alternate(
 def _config(place: str, num_workers: int, **changes: Any) -> Any:
     from pipelines.loader import DataConfig
 
-    # A window of 100 MB: some of them in an epoch of a few thousand photographs.
-    return DataConfig(train=place, global_batch_size=64, num_workers=num_workers, window_mb=100, **changes)
+    # Of a few thousand photographs, 64 lanes would have blocks of one image, and windows of 1 GB the whole epoch.
+    sizes = {"lanes": 4, "window_mb": 100} if place.rpartition(".")[2] != "beton" else {}
+    return DataConfig(train=place, global_batch_size=64, num_workers=num_workers, **sizes, **changes)
 
 
 def _loader(cfg: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,25 @@ from typing import get_args
 import numpy as np
 
 from pipelines.bench.disk import DiskSpeed, measure_disk
+from pipelines.bench.remote import measure_ranges
 from pipelines.bench.stages import COPY, measure_stages
-from pipelines.bench.streams import Job, open_decode, open_engine
+from pipelines.bench.streams import Job, in_order, open_decode, open_engine
 from pipelines.bench.verdict import Figures, advice
 from pipelines.bench.windows import Measured, Open, measure_in_turns
-from pipelines.beton import BetonReader
 from pipelines.engines import EngineName
 from pipelines.errors import DataError, did_you_mean
 from pipelines.read_ahead import available_memory_bytes
+from pipelines.shards.expectation import describe_expectation, expect
+from pipelines.shards.open_images import names_dataset, open_images
+from pipelines.shards.sharded_images import ShardedImages
 from pipelines.views import build_view_specs
 
 ENGINES = tuple(name for name in get_args(EngineName) if name != "synthetic")
 _CEILING, _DECODE = "synthetic ceiling", "libjpeg-turbo alone"
 _MAX_BUSY_ELSEWHERE = 0.1  # above this, the figures are unreliable
 _USUAL_WINDOW_S = 2.0
+_NETWORK = "network, blocks of shards"
+_MOST_SIZES = 64  # images whose size is looked at; of remote shards, a request for each
 
 Row = dict[str, str | int | float | None]
 
@@ -61,7 +66,7 @@ def check_job(job: Job, engines: Sequence[str], window_s: float) -> None:
         raise DataError(f"--threads must be in 1..{num_cores}, the cores of this process, got {job.num_threads}")
     if not window_s > 0:
         raise DataError(f"--seconds must be > 0, got {window_s:g}")
-    num_samples = BetonReader(job.beton).num_samples
+    num_samples = open_images(job.beton).num_samples
     if not 1 <= job.batch_size <= num_samples:
         raise DataError(f"--batch-size must be in 1..{num_samples}, the images of {job.beton}, got {job.batch_size}")
 
@@ -86,8 +91,7 @@ def bench_loader(
         DataError: the job cannot be run, or no engine can read the file.
     """
     check_job(job, engines, window_s)
-    say("disk")  # first: a process that has the file mapped keeps its pages in memory
-    disk = measure_disk(Path(job.beton), seed=job.seed, num_threads=job.num_threads, seconds=window_s)
+    source_rows, disk = _measure_source(job, window_s, say)
     streams: dict[str, Open] = {_engine(name): partial(open_engine, engine=name) for name in dict.fromkeys(engines)}
     streams |= {_CEILING: partial(open_engine, engine="synthetic"), _DECODE: open_decode}
     measured = measure_in_turns(streams, job, num_repetitions=num_repetitions, window_s=window_s, say=say)
@@ -98,10 +102,40 @@ def bench_loader(
     say("stages")
     stages_s = measure_stages(job, num_repetitions=num_repetitions, share=window_s / _USUAL_WINDOW_S)
     rows = [_stream_row(name, found) for name, found in measured.items()]
-    rows += [_disk_row("disk, order of an epoch", disk[0]), _disk_row("disk, sequential", disk[1])]
+    rows += source_rows
     rows += [_stage_row(name, seconds, job) for name, seconds in stages_s.items() if name != "loader"]
     figures = _figures(job, engine_speeds, speeds.get(_CEILING), disk, stages_s)
-    return LoaderReport(rows, advice(figures), _warning(measured))
+    return LoaderReport(rows, [*advice(figures), *_expected(job, source_rows)], _warning(measured))
+
+
+def _measure_source(
+    job: Job, window_s: float, say: Callable[[str], None]
+) -> tuple[list[Row], tuple[DiskSpeed, DiskSpeed]]:
+    """Rows of where the images come from, and the disk's speeds, which are unknown of many files and of a network."""
+    if not names_dataset(job.beton):
+        say("disk")  # first: a process that has the file mapped keeps its pages in memory
+        disk = measure_disk(Path(job.beton), seed=job.seed, num_threads=job.num_threads, seconds=window_s)
+        return [_disk_row("disk, order of an epoch", disk[0]), _disk_row("disk, sequential", disk[1])], disk
+    unknown = DiskSpeed(None, None, "not measured: many files")
+    images = open_images(job.beton)
+    if not isinstance(images, ShardedImages) or not images.is_remote:
+        return [_disk_row("disk, order of an epoch", unknown)], (unknown, unknown)
+    say("network")
+    speed = measure_ranges(images, seconds=window_s, seed=job.seed)
+    images.files.close()
+    network = DiskSpeed(speed.bytes_per_s, speed.img_per_s, f"{speed.num} blocks")
+    return [_disk_row(_NETWORK, network)], (network, unknown)
+
+
+def _expected(job: Job, source_rows: Sequence[Row]) -> Iterator[str]:
+    """What a training on remote shards fetches, and when its first batch is there."""
+    rate = next((row["mb_per_s"] for row in source_rows if row["measured"] == _NETWORK), None)
+    if not isinstance(rate, float):
+        return
+    images = open_images(job.beton)
+    assert isinstance(images, ShardedImages)
+    found = expect(images, in_order(job, images)[1], global_batch_size=job.batch_size, num_nodes=1)
+    yield f"{describe_expectation(images, found, None)}, which takes about {found.first_bytes / 1e6 / rate:.1f} s."
 
 
 def _engine(name: str) -> str:
@@ -123,8 +157,11 @@ def _figures(
     disk: tuple[DiskSpeed, DiskSpeed],
     stages_s: dict[str, float],
 ) -> Figures:
-    reader, specs = BetonReader(job.beton), build_view_specs(job.views)
-    num_file_bytes = len(reader.mmap)
+    images, specs = open_images(job.beton), build_view_specs(job.views)
+    num_file_bytes = images.manifest.num_bytes if isinstance(images, ShardedImages) else len(images.mmap)
+    some = np.linspace(0, images.num_samples - 1, min(images.num_samples, _MOST_SIZES)).astype(np.int64)
+    rows = images.few_rows(some) if isinstance(images, ShardedImages) else None
+    sides_px = images.sizes.max(1) if rows is None else np.maximum(rows["height"], rows["width"])
     return Figures(
         engines_img_per_s=engine_speeds,
         synthetic_img_per_s=synthetic_img_per_s,
@@ -135,7 +172,7 @@ def _figures(
         num_cores=len(os.sched_getaffinity(0)),
         num_file_bytes=num_file_bytes,
         fits_in_memory=num_file_bytes < available_memory_bytes(),
-        image_px=int(np.median(reader.sizes.max(axis=1))),
+        image_px=int(np.median(sides_px)),
         view_px=max(spec.size_px for spec in specs),
         blurs=any(spec.blur_p > 0 for spec in specs),
     )

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.bad_samples import BadSamples
-from pipelines.bench.streams import Job, JpegSamples, RepeatedImages, build_job_loader
-from pipelines.beton import JPG, BetonReader
-from pipelines.epoch_order import Group, num_together
-from pipelines.sampler import global_batches
+from pipelines.bench.streams import Job, JpegSamples, build_job_loader, in_order
+from pipelines.beton import JPG
+from pipelines.shards.open_images import open_images
 from pipelines.views import build_view_specs, size_groups
 
 COPY = "copy to the GPU"
@@ -86,10 +85,18 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
     from kernels.augment.cpu import OutputPool
     from pipelines.engines.decode_crop import BatchDecoder
 
-    loader, images, views = build_job_loader(job, engine="ffcv"), RepeatedImages(BetonReader(job.beton)), job.views
+    loader, views = build_job_loader(job, engine="ffcv"), job.views
+    images, order = in_order(job, open_images(job.beton))
     specs = build_view_specs(views)
     num_batches = math.ceil(num_pixels / (job.batch_size * sum(spec.size_px**2 for spec in specs)))
-    batches = global_batches(np.arange(images.num_samples), job.seed, 0, job.batch_size)[-num_batches:]
+    first_batch = max(0, order.num_batches - num_batches)
+    with closing(order.epoch(0, first_batch, 0, 1)) as epoch:
+        samples = list(epoch.groups())
+    batches = [
+        group.samples[first : first + job.batch_size]
+        for group in samples
+        for first in range(0, len(group.samples), job.batch_size)
+    ]
     groups = size_groups(specs)
     pixels = tuple(np.empty((job.batch_size, len(v), size_px, size_px, 3), np.uint8) for size_px, v in groups)
     decoder = BatchDecoder(images, 1, BadSamples(images.path, images.num_samples, 0.0))
@@ -98,15 +105,13 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
     opened.callback(decoder.close)
 
     def draw() -> list[np.ndarray]:
-        num = num_together(job.batch_size)
-        together = (batches[first : first + num].reshape(-1) for first in range(0, len(batches), num))
-        return [plan.params for plan in loader.plans(Group(images.samples(ids), 0) for ids in together)]
+        return [plan.params for plan in loader.plans(samples)]
 
     params = draw()
 
     def decode_and_crop() -> None:
-        for ids, drawn in zip(batches, params, strict=True):
-            decoder.start(images.samples(ids), np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
+        for batch, drawn in zip(batches, params, strict=True):
+            decoder.start(batch.copy(), np.ascontiguousarray(drawn["crop_box"]), groups, pixels).wait()
 
     def pixel_op(on_device: tuple[Any, ...]) -> None:
         for drawn in params:  # always on the last batch's pixels: the time depends only on the draw
@@ -124,10 +129,11 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
         "loader": _Stage(load),
     }
     if images.stored_modes == (JPG,):
-        stages["decode"] = _Stage(partial(JpegSamples(images).decode, batches.reshape(-1)))
+        jpegs = JpegSamples()
+        stages["decode"] = _Stage(lambda: [jpegs.decode(batch) for batch in batches])
     if job.device != "cpu":
         stages |= _gpu_stages(job.device, pixels, len(batches), pixel_op)
-    return stages, batches.size
+    return stages, len(batches) * job.batch_size
 
 
 def _gpu_stages(

@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import JPG, BetonReader
 from pipelines.engines import BatchPlan, Engine, Groups, build_engine
-from pipelines.epoch_order import FileOrder
-from pipelines.sampler import global_batches
+from pipelines.epoch_order import EpochOrder, FileOrder
 from pipelines.samples import ImageSet, Samples
+from pipelines.shards.open_images import open_images
+from pipelines.shards.sharded_images import ShardedImages
 from pipelines.views import ViewsConfig
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def open_engine(job: Job, *, engine: str) -> Stream:
 
 
 def build_job_loader(job: Job, *, engine: str) -> Loader:
-    """Build the loader of a job as in training, except that the file's samples are repeated.
+    """Build the loader of a job as in training, except that the samples of one file are repeated.
 
     Raises:
         DataError: the engine does not support the file or the device.
@@ -79,24 +81,17 @@ def build_job_loader(job: Job, *, engine: str) -> Loader:
     from pipelines.loader import DataConfig, Loader
 
     torch.set_num_threads(job.num_threads)
-    reader, device = BetonReader(job.beton), torch.device(job.device)
-    repeated = RepeatedImages(reader)
-    bad_samples = BadSamples(reader.path, reader.num_samples, 0.0)
+    opened, device = open_images(job.beton), torch.device(job.device)
+    images, order = in_order(job, opened)
+    bad_samples = BadSamples(opened.path, opened.num_samples, 0.0)
     ahead = {"num_workers": job.num_threads, "prefetch_batches": PREFETCH_BATCHES}
-    inner = build_engine(engine, reader, **ahead, device=device, bad_samples=bad_samples)
+    inner = build_engine(engine, opened, **ahead, device=device, bad_samples=bad_samples)
     cfg = DataConfig(engine=engine, global_batch_size=job.batch_size, **ahead)  # pyright: ignore (a literal)
     return Loader(
-        _RepeatedEngine(inner, reader.num_samples),
+        _RepeatedEngine(inner, opened.num_samples),
         job.views,
-        images=repeated,
-        order=FileOrder(
-            repeated,
-            global_batch_size=job.batch_size,
-            seed=job.seed,
-            window_bytes=None,
-            drop_behind=False,
-            reads_ahead=False,
-        ),
+        images=images,
+        order=order,
         cfg=cfg,
         bad_samples=bad_samples,
         seed=job.seed,
@@ -105,6 +100,29 @@ def build_job_loader(job: Job, *, engine: str) -> Loader:
         device=device,
         num_threads=job.num_threads,
     )
+
+
+def in_order(job: Job, images: BetonReader | ShardedImages) -> tuple[ImageSet, EpochOrder]:
+    """The images of a job in the order of a training: of one file repeated and random, of many in lanes.
+
+    Raises:
+        DataError: the batch does not fit the data set.
+    """
+    from pipelines.loader import DataConfig, build_order
+
+    if isinstance(images, ShardedImages):
+        cfg = DataConfig(global_batch_size=job.batch_size)
+        return images, build_order(images, cfg, job.seed, BadSamples(images.path, images.num_samples, 0.0))
+    repeated = RepeatedImages(images)
+    order = FileOrder(
+        repeated,
+        global_batch_size=job.batch_size,
+        seed=job.seed,
+        window_bytes=None,
+        drop_behind=False,
+        reads_ahead=False,
+    )
+    return repeated, order
 
 
 class _RepeatedEngine:
@@ -135,37 +153,39 @@ def open_decode(job: Job) -> Stream:
     """
     from pipelines.convert import bounded_map
 
-    images = RepeatedImages(BetonReader(job.beton))
+    images, order = in_order(job, open_images(job.beton))
     if images.stored_modes != (JPG,):
         raise ValueError("the images are not stored as JPEG")
     own = threading.local()
 
-    def decode(sample_ids: np.ndarray) -> None:
+    def decode(samples: Samples) -> None:
         if not hasattr(own, "decoder"):
-            own.decoder = JpegSamples(images)
-        own.decoder.decode(sample_ids)
+            own.decoder = JpegSamples()
+        own.decoder.decode(samples)
 
-    ids = np.arange(images.num_samples)
-    order = chained(lambda epoch: iter(global_batches(ids, job.seed, epoch, job.batch_size)))
+    def batches_of(epoch: int) -> Iterator[Samples]:
+        with closing(order.epoch(epoch, 0, 0, 1)) as samples:
+            for group in samples.groups():
+                for first in range(0, len(group.samples), job.batch_size):
+                    yield group.samples[first : first + job.batch_size]
+
     num_ahead = 2 * job.num_threads
-    batches = bounded_map(decode, order, ThreadPoolExecutor(job.num_threads), max_ahead=num_ahead)
+    batches = bounded_map(decode, chained(batches_of), ThreadPoolExecutor(job.num_threads), max_ahead=num_ahead)
     return Stream(batches, num_ahead)
 
 
 class JpegSamples:
-    """Decodes samples of a data set with libjpeg-turbo, one after the other, and discards the pixels."""
+    """Decodes samples with libjpeg-turbo, one after the other, and discards the pixels."""
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self) -> None:
         from pipelines.engines.turbojpeg import JpegDecoder
 
-        self._images = images
         self._decoder = JpegDecoder()
 
-    def decode(self, sample_ids: np.ndarray) -> None:
-        """Decode the samples `sample_ids`, int64 [num]."""
+    def decode(self, samples: Samples) -> None:
+        """Decode samples that are JPEGs."""
         from pipelines.engines.turbojpeg import decode_jpeg
 
-        samples = self._images.samples(sample_ids)
         self._decoder.reserve(3 * int(samples.sizes.prod(1, dtype=np.int64).max()))
         handle, pixels = self._decoder.handle, self._decoder.pixels
         for position, (height_px, width_px) in enumerate(samples.sizes.tolist()):

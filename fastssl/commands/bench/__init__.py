@@ -12,7 +12,9 @@ def add_parser(commands: Commands) -> None:
     bench = add_command(commands, "bench", "measure how fast this machine loads a .beton file")
     parts = bench.add_subparsers(title="what to measure", required=True, metavar="PART")
     loader = add_command(parts, "loader", "measure each engine, the disk and decoding, and name the bottleneck")
-    loader.add_argument("beton", type=Path, metavar="X.beton", help="the file to load")
+    loader.add_argument(
+        "beton", metavar="X.beton", help="the file to load, or a data set of many: folder, manifest, pattern or URL"
+    )
     add_recipe(loader, "byol")
     loader.add_argument("--size-px", type=int, metavar="N", help="side of every view in pixels (default: the recipe's)")
     loader.add_argument(

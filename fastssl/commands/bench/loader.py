@@ -12,7 +12,7 @@ from fastssl.tracking.result_rows import append_rows, environment_columns
 from pipelines.bench.loader import Row, bench_loader
 from pipelines.bench.streams import Job
 from pipelines.loader import cores_per_process
-from pipelines.shards.open_images import names_dataset
+from pipelines.shards.describe import short_name
 
 SHOWN = {
     "measured": "measured",
@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "ffcv", "nvidia-dali-cuda130", "numba", "numpy", "pillow")
 
 
 def bench_loader_on(
-    beton: Path,
+    beton: str,
     *,
     recipe: str,
     size_px: int | None,
@@ -43,7 +43,7 @@ def bench_loader_on(
     """Measure the engines on a .beton file, and find the machine's bottleneck; append rows to `out` if given.
 
     Args:
-        beton: The .beton file.
+        beton: The .beton file, or a data set of many: its folder, manifest, pattern or URL.
         recipe: Name of a recipe, or a .yaml file with one.
         size_px: Side of every view; None: the recipe's.
         engines: Names of engines.
@@ -58,12 +58,10 @@ def bench_loader_on(
         ConfigError: a bad recipe or device, or `out` cannot be written.
         DataError: a bad file, engine, batch or number of threads.
     """
-    if names_dataset(beton):
-        raise ConfigError(f"{beton}: bench loader measures one file: name one of its shards")
-    data = {"train": str(beton), "global_batch_size": batch_size}
+    data = {"train": beton, "global_batch_size": batch_size}
     cfg = build_config({"data": data, "views": {"recipe": recipe, "size_px": size_px}, "run": {"device": device}})
     job = Job(
-        beton=str(beton),
+        beton=beton,
         views=cfg.views,
         batch_size=batch_size,
         num_threads=cores_per_process() if num_threads is None else num_threads,
@@ -75,7 +73,7 @@ def bench_loader_on(
     rows = [_rounded(row) for row in report.rows]
     if report.warning:
         _say(f"warning: {report.warning}")
-    own = {"beton": beton.name, "recipe": cfg.views.recipe, "size_px": size_px, "batch_size": batch_size}
+    own = {"beton": short_name(beton), "recipe": cfg.views.recipe, "size_px": size_px, "batch_size": batch_size}
     own |= {"num_threads": job.num_threads, "device": job.device, "window_s": seconds, "seed": job.seed}
     if out:
         try:

@@ -2,15 +2,18 @@
 
 import csv
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipelines.bench.loader import check_job
+from pipelines.bench.loader import bench_loader, check_job
 from pipelines.bench.streams import Job
 from pipelines.errors import DataError
 from pipelines.views import ViewsConfig
+from tests.helpers.fault_server import FaultServer
+from tests.helpers.shards import write_image_shards
 from tests.pipelines.engines.test_engines import make_jpegs, write_jpegs
 
 STREAMS = ["engine ffcv", "engine dali", "engine resident", "synthetic ceiling", "libjpeg-turbo alone"]
@@ -60,6 +63,23 @@ def test_a_short_run_prints_a_table_and_what_bounds_the_machine(photographs, tmp
 
 def job_on(path: Path) -> Job:
     return Job(beton=str(path), views=ViewsConfig(), batch_size=NUM_IMAGES, num_threads=1, seed=0)
+
+
+@pytest.mark.slow
+def test_shards_are_measured_in_lanes_and_a_network_by_blocks(tmp_path):
+    folder = write_image_shards(tmp_path / "set")
+    job = replace(job_on(folder), views=ViewsConfig(recipe="weak", size_px=16), batch_size=64)
+    report = bench_loader(job, ["ffcv", "torch"], window_s=0.2, num_repetitions=1)
+    rows = {row["measured"]: row for row in report.rows}
+    assert {"engine ffcv", "engine torch", "synthetic ceiling", "draw", "pixel op"} <= rows.keys()
+    assert rows["disk, order of an epoch"]["note"] == "not measured: many files"
+    assert rows["libjpeg-turbo alone"]["note"].endswith("the images are not stored as JPEG")
+    with FaultServer(folder) as server:
+        report = bench_loader(replace(job, beton=server.url), ["ffcv"], window_s=0.2, num_repetitions=1)
+    rows = {row["measured"]: row for row in report.rows}
+    assert float(rows["network, blocks of shards"]["mb_per_s"] or 0) > 0
+    assert "3 shards, 515 images" in report.sentences[-1]
+    assert re.search(r"MB come before the first batch, which takes about \d+\.\d s\.$", report.sentences[-1])
 
 
 def test_a_batch_of_all_images_is_accepted(photographs):
