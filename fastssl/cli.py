@@ -120,14 +120,16 @@ def _run(args: argparse.Namespace) -> int:
     return code or 0
 
 
+# Options and arguments that name a path, or something else such as a URL or a data set of torchvision.
+_PLACES = ("src", "sources", "on", "test", "init", "root", "classes", "beton", "folder", "data")
+
+
 def _check_paths(args: argparse.Namespace) -> None:
     from fastssl.errors import UserError
 
     for name, value in vars(args).items():
         for each in value if isinstance(value, list) else [value]:
-            is_path = isinstance(each, Path) or (
-                isinstance(each, str) and name in ("src", "sources", "test", "init", "root", "classes")
-            )
+            is_path = isinstance(each, Path) or (isinstance(each, str) and name in _PLACES)
             if is_path and (reason := why_no_path(each)):
                 raise UserError(f"{str(each)!r:.300} is not a path: {reason}")
 

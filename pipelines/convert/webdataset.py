@@ -170,11 +170,11 @@ def _pick(archives: list[SourcePath], indexes: list[np.ndarray], numbers: Iterat
 
 
 def _members_from(tar: tarfile.TarFile, offset: int) -> Iterator[Member]:
-    """The members from an offset on; tarfile has no public call for this."""
+    """The members from an offset on: an archive begins where its file is."""
     assert tar.fileobj is not None
     tar.fileobj.seek(offset)
-    tar.offset, tar.firstmember, tar._loaded = offset, None, False  # pyright: ignore
-    return _parts(tar, iter(tar.next, None))
+    rest = tarfile.TarFile(fileobj=tar.fileobj, tarinfo=_StrictTarInfo)
+    return _parts(rest, iter(rest.next, None))
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class MixedImages:
         weights: Their weights, in any unit.
         path: Their names, for messages.
         num_samples: N of all sources.
+        starts: int64 [S + 1], the first id of each source; the last is N.
         identity: Of all sources and weights.
         stored_modes: The modes that occur.
         class_names: Names by label, if all sources have the same; otherwise no image has a label here.
@@ -49,8 +50,8 @@ class MixedImages:
         except ValueError as error:
             raise DataError(f"data.train: {error}") from None
         self.path: Path | str = " + ".join(str(source.path) for source in self.sources)
-        self._starts = np.cumsum([0, *(source.num_samples for source in self.sources)])
-        self.num_samples = int(self._starts[-1])
+        self.starts = np.cumsum([0, *(source.num_samples for source in self.sources)])
+        self.num_samples = int(self.starts[-1])
         self.stored_modes = tuple(sorted({mode for source in self.sources for mode in source.stored_modes}))
         names = [source.class_names for source in self.sources]
         self.has_labels = all(each is not None and each == names[0] for each in names)
@@ -78,27 +79,27 @@ class MixedImages:
     def samples(self, ids: np.ndarray) -> Samples:
         """See `ImageSet.samples`."""
         ids = np.asarray(ids, np.int64)
-        source_of = np.searchsorted(self._starts, ids, side="right") - 1
+        source_of = np.searchsorted(self.starts, ids, side="right") - 1
         parts = []
         for number in np.unique(source_of).tolist():
             positions = np.flatnonzero(source_of == number)
-            own = self.sources[number].samples(ids[positions] - self._starts[number])
+            own = self.sources[number].samples(ids[positions] - self.starts[number])
             parts.append((positions, self.as_own(number, own)))
         return together(len(ids), parts)
 
     def as_own(self, number: int, samples: Samples) -> Samples:
         """Samples of one source, with the ids and labels that they have here."""
         labels = samples.labels if self.has_labels else np.full(len(samples), -1)
-        return replace(samples, ids=samples.ids + self._starts[number], labels=labels)
+        return replace(samples, ids=samples.ids + self.starts[number], labels=labels)
 
     def check_unchanged(self, ids: np.ndarray | None = None) -> None:
         """See `ImageSet.check_unchanged`."""
-        source_of = None if ids is None else np.searchsorted(self._starts, ids, side="right") - 1
+        source_of = None if ids is None else np.searchsorted(self.starts, ids, side="right") - 1
         for number, source in enumerate(self.sources):
             if ids is None or source_of is None:
                 source.check_unchanged()
             elif len(own := ids[source_of == number]):
-                source.check_unchanged(own - self._starts[number])
+                source.check_unchanged(own - self.starts[number])
 
 
 def together(num: int, parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
@@ -178,7 +179,7 @@ class _OfSource(BadSamples):
     """The bad samples of one source, recorded among those of all."""
 
     def __init__(self, bad_samples: BadSamples, images: MixedImages, number: int) -> None:
-        self._all, self._first = bad_samples, int(images._starts[number])
+        self._all, self._first = bad_samples, int(images.starts[number])
         self._num = images.sources[number].num_samples
 
     def replace(self, sample_id: int, reason: str) -> int:

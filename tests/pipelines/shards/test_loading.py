@@ -763,5 +763,5 @@ def test_the_order_of_a_reader_is_the_order_of_its_numbers(folder):
         assert 0 < order.first_batch_bytes <= order.window_bytes
         for epoch in range(2):
             with closing(order.epoch(epoch, 0, 0, 1)) as samples:
-                ids = np.concatenate([group.ids for group in samples.groups()])
+                ids = np.concatenate([group.samples.ids for group in samples.groups()])
             assert len(np.unique(ids)) == len(ids) == order.num_batches * SIZE
