@@ -68,8 +68,11 @@ def write_tiny_weights(file: Path, seed: int = 0, **views: Any) -> Path:
 
 
 def losses(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl without times."""
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run / "metrics.jsonl")]
+    """The rows of metrics.jsonl without times, and without what the network did."""
+    return [
+        {k: v for k, v in row.items() if k not in (*TIMING, "remote_retries")}
+        for row in read_rows(run / "metrics.jsonl")
+    ]
 
 
 def final_state(run: Path) -> dict[str, Any]:
