@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -107,8 +107,18 @@ class FileOrder:
 class KeyedOrder:
     """Random order of a data set of any size: no array is as long as it."""
 
-    def __init__(self, images: ImageSet, *, global_batch_size: int, seed: int) -> None:
-        self._images, self._size, self._seed = images, global_batch_size, seed
+    def __init__(
+        self, images: ImageSet, *, global_batch_size: int, seed: int, read: Callable[[np.ndarray], Samples]
+    ) -> None:
+        """Set the order.
+
+        Args:
+            images: The data set.
+            global_batch_size: G.
+            seed: The run's seed.
+            read: Gets samples by their ids, int64 [n], which lie far apart.
+        """
+        self._images, self._size, self._seed, self._read = images, global_batch_size, seed, read
         self.num_batches = images.num_samples // global_batch_size
 
     def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> _KeyedEpoch:
@@ -119,9 +129,7 @@ class KeyedOrder:
         """One rank's samples of some global batches."""
         size = self._size // world_size
         positions = np.array(steps)[:, None] * self._size + rank * size + np.arange(size)
-        return self._images.samples(
-            sample_at(positions, self._images.num_samples, self._seed, epoch, _KEYED_STREAM).reshape(-1)
-        )
+        return self._read(sample_at(positions, self._images.num_samples, self._seed, epoch, _KEYED_STREAM).reshape(-1))
 
     def together(self, world_size: int) -> int:
         """See `num_together`."""

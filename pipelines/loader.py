@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -21,22 +21,20 @@ from pipelines.engines import BatchPlan, Engine, EngineName, build_engine
 from pipelines.epoch_order import EpochOrder, FileOrder, Group, KeyedOrder
 from pipelines.errors import DataError
 from pipelines.path_names import why_no_path
+from pipelines.pixel_op import PixelOpAndTransfer
 from pipelines.read_ahead import read_whole
 from pipelines.remote.store import why_not_to_write_down
 from pipelines.samples import ImageSet
 from pipelines.shards.expectation import describe_expectation, expect
-from pipelines.shards.lane_reader import LanesOrder
+from pipelines.shards.lane_reader import LanesOrder, check_ranks
 from pipelines.shards.mixed_images import MixedImages, MixedOrder
 from pipelines.shards.open_images import AnyImages, open_images
 from pipelines.shards.sharded_images import ShardedImages
 from pipelines.views import ViewsConfig, build_eval_spec, build_view_specs, draw, eval_params, size_groups
 
 if TYPE_CHECKING:
-    import subprocess
-
     import torch
 
-    from kernels.augment.cpu import OutputPool
     from pipelines.batch import Batch, RawBatch
 
 T = TypeVar("T")
@@ -136,8 +134,8 @@ class Loader:
     """Yields the training batches of one rank; build it with `build_loader`.
 
     Attributes:
-        num_samples: Number of images in the file.
-        identity: The file's at the start, which must be the same in a resumed run.
+        num_samples: Number of images of the data set.
+        identity: Its identity at the start, which must be the same in a resumed run.
         bad_samples: The damaged samples found so far.
         order: The order of an epoch.
     """
@@ -183,6 +181,8 @@ class Loader:
     def remote_retries(self) -> dict[str, int] | None:
         """How often requests were repeated so far, by reason; None: nothing is fetched."""
         images = self._images
+        if isinstance(images, MixedImages):
+            return images.retries if images.remote_sources else None
         return images.retries if isinstance(images, ShardedImages) and images.is_remote else None
 
     def __len__(self) -> int:
@@ -362,7 +362,7 @@ def build_loader(
     bad_samples = BadSamples(images.path, images.num_samples, cfg.max_bad_fraction)
     order = build_order(images, cfg, seed, bad_samples)
     if isinstance(order, LanesOrder | MixedOrder):
-        order.check_ranks(world_size)
+        check_ranks(order.num_lanes, world_size)
     if isinstance(images, BetonReader) and cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
         read_whole(images, int(os.environ.get("LOCAL_RANK", "0")), _local_world_size())
     _report_bus_errors(images)
@@ -440,10 +440,10 @@ def build_order(
         num_bytes = images.manifest.image_bytes
         if images.is_remote and (cfg.cache_dir is None or cfg.cache_gb * 1e9 < num_bytes):
             raise DataError(
-                f"data.order=random: {images.path} is remote and {num_bytes / 1e9:.1f} GB large: take lanes, or a "
+                f"data.order=random: {images.path} is remote and {num_bytes / 1e9:.3g} GB large: take lanes, or a "
                 "data.cache_dir with a data.cache_gb that holds all of it"
             )
-        return KeyedOrder(images, global_batch_size=size, seed=seed)
+        return KeyedOrder(images, global_batch_size=size, seed=seed, read=images.few)
     return LanesOrder(images, **lanes)
 
 
@@ -503,86 +503,3 @@ def cores_per_process() -> int:
 def _local_world_size() -> int:
     """Number of processes on the node (from torchrun's and DeepSpeed's environment variables)."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-
-
-class PixelOpAndTransfer:
-    """Pixel op and transfer of one batch."""
-
-    def __init__(
-        self, groups: Sequence[tuple[int, list[int]]], views: ViewsConfig, device: torch.device, num_threads: int
-    ) -> None:
-        self._groups, self._device = groups, device
-        self._side_stream: torch.cuda.Stream | None = None
-        self._compilation: subprocess.Popen | None = None
-        self._pools: list[OutputPool | None] = [None for _ in groups]
-        if device.type == "cpu":  # GPU batches do not use numba
-            from kernels.augment.cpu import OutputPool, compile_ahead
-
-            self._compilation = compile_ahead()
-            self._pools = [OutputPool() for _ in groups]
-        self._options: dict[str, Any] = {"mean": views.mean, "std": views.std, "num_threads": num_threads}
-
-    def each(self, raw_batches: Iterator[RawBatch]) -> Iterator[Batch]:
-        """Finish one batch after the other; on a GPU, one batch ahead of the consumer and on a separate stream.
-
-        The host only launches the work, so that the copies and the pixel op overlap with the previous training step.
-        """
-        if self._device.type != "cuda":
-            yield from map(self, raw_batches)
-            return
-        import torch
-
-        if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream(self._device)
-            self._side_stream.wait_stream(torch.cuda.current_stream(self._device))  # engine images are made there
-        side = self._side_stream
-        waiting: tuple[Batch, torch.cuda.Event] | None = None
-        while True:
-            with torch.cuda.stream(side):
-                raw = next(raw_batches, None)
-                is_ready = torch.cuda.Event()
-                ready = None if raw is None else (self(raw), is_ready)
-                is_ready.record(side)
-            if waiting is not None:
-                yield _hand_over(*waiting)
-            if ready is None:
-                return
-            waiting = ready
-
-    def __call__(self, raw: RawBatch) -> Batch:
-        from kernels.augment import augment
-        from pipelines.batch import Batch
-
-        if self._compilation is not None:
-            self._compilation.wait()
-            self._compilation = None
-        finished: dict[int, torch.Tensor] = {}
-        for (_, members), pixels, pool in zip(self._groups, raw.views, self._pools, strict=True):
-            if self._device.type == "cuda" and isinstance(pixels, np.ndarray):  # a quarter of the size of float32
-                pixels = self._to_device(pixels)
-            finished |= zip(
-                members, augment(pixels, raw.params[:, members], outputs=pool, **self._options), strict=True
-            )
-        return Batch(
-            views=[finished[view] for view in sorted(finished)],
-            labels=self._to_device(raw.labels),
-            sample_ids=self._to_device(raw.sample_ids),
-        )
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        import torch
-
-        tensor = torch.from_numpy(array)
-        # torch keeps the pinned memory until the copy is done; the engine may overwrite the array immediately.
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
-
-
-def _hand_over(batch: Batch, is_ready: torch.cuda.Event) -> Batch:
-    """Make the consumer's stream wait for the batch, and keep the batch's memory until that stream has used it."""
-    import torch
-
-    stream = torch.cuda.current_stream(batch.labels.device)
-    stream.wait_event(is_ready)
-    for tensor in (*batch.views, batch.labels, batch.sample_ids):
-        tensor.record_stream(stream)
-    return batch

@@ -1,6 +1,5 @@
 """Read-ahead for slow disks and files larger than memory: tells the system what is read next and what is not needed."""
 
-import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,11 +9,10 @@ import psutil
 
 from pipelines.beton import BetonReader
 from pipelines.errors import DataError
+from pipelines.page_cache import MAX_GAP_BYTES, NUM_PROBES, drop_pages, is_cached
 from pipelines.progress import Progress
 
 _RANDOM_GROUP_BYTES = 64 << 20  # group size in random order: half a second of a disk that reads 128 MB/s
-_MAX_GAP_BYTES = 128 << 10  # smaller gaps are read too, rather than splitting the request
-_NUM_PROBES = 16
 _READ_BYTES = 8 << 20
 
 
@@ -82,34 +80,26 @@ class ReadAhead:
             os.posix_fadvise(self._file, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def _drop(self, group: int) -> None:
-        """Drop a group's whole pages, including those shared with a neighbour, which is read again if used later."""
+        """Drop a group's pages."""
         starts, stops = self._ranges(group)
-        starts -= starts % mmap.PAGESIZE
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             if self._is_over:
                 return
-            num_bytes = min(-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._reader.mmap)) - start
-            # A mapped page stays in the cache.
-            self._reader.file_map.madvise(mmap.MADV_DONTNEED, start, num_bytes)
-            os.posix_fadvise(self._file, start, num_bytes, os.POSIX_FADV_DONTNEED)
+            drop_pages(self._file, self._reader.file_map, start, stop)
 
     def _is_cached(self, group: int) -> bool:
-        """Whether some evenly spaced samples of a group are all in the page cache (if the file system can tell)."""
+        """Whether some evenly spaced samples of a group are all in the page cache."""
         ids = self._ids_of(group)
-        some = ids[:: -(-len(ids) // _NUM_PROBES)]
+        some = ids[:: -(-len(ids) // NUM_PROBES)]
         middle = self._reader.data_ptr[some] + self._reader.data_bytes[some] // np.uint64(2)
-        byte = bytearray(1)
-        try:
-            return all(os.preadv(self._file, [byte], place, os.RWF_NOWAIT) for place in middle.tolist())
-        except OSError:  # BlockingIOError: not in the cache; others: the file system cannot tell
-            return False
+        return is_cached(self._file, middle.tolist())
 
     def _ranges(self, group: int) -> tuple[np.ndarray, np.ndarray]:
         """Byte ranges of a group in the file: start and end offsets, int64, ascending; nearby ranges are merged."""
         ids = self._ids_of(group)
         starts = np.sort(self._reader.data_ptr[ids].astype(np.int64))
         stops = np.sort((self._reader.data_ptr[ids] + self._reader.data_bytes[ids]).astype(np.int64))
-        far = np.flatnonzero(starts[1:] - stops[:-1] > _MAX_GAP_BYTES) + 1
+        far = np.flatnonzero(starts[1:] - stops[:-1] > MAX_GAP_BYTES) + 1
         return starts[np.append(0, far)], stops[np.append(far, len(stops)) - 1]
 
     def _ids_of(self, group: int) -> np.ndarray:

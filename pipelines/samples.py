@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +70,13 @@ class Samples:
 
 
 _ARRAYS = ("ids", "addresses", "num_bytes", "modes", "sizes", "labels")
+
+
+def joined(parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
+    """Samples from several parts, each with its positions in the result; together they have every position once."""
+    order = np.argsort(np.concatenate([positions for positions, _ in parts]))
+    arrays = {name: np.concatenate([getattr(part, name) for _, part in parts])[order] for name in _ARRAYS}
+    return Samples(**arrays, owners=tuple(owner for _, part in parts for owner in part.owners))
 
 
 class ImageSet(Protocol):

@@ -1,8 +1,6 @@
 """Reads a .beton file without ffcv."""
 
 import mmap
-import os
-import weakref
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +12,8 @@ from pipelines.beton.format import HEADER, JPG, RAW, hashes_path, sidecar_path, 
 from pipelines.beton.identity import Identity, identity_of
 from pipelines.beton.sidecar import read_sidecar
 from pipelines.beton.tables import BetonTables, truncated
-from pipelines.errors import DataChangedError, DataError
-from pipelines.files import open_regular
+from pipelines.errors import DataError
+from pipelines.files import check_state, open_regular, opened_with, read_records, state_of
 from pipelines.samples import Samples, decode_sample
 
 
@@ -52,16 +50,15 @@ class BetonReader:
         if not self.path.is_file():
             raise DataError(f"{path}: no such file; `fastssl convert` writes a .beton")
         try:
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self.descriptor)
-            self._state = self._state_now()
+            self.descriptor = opened_with(self, self.path)
+            self._state = state_of(self.descriptor)
             if self._state[0] < HEADER.itemsize:
                 raise DataError(f"{path}: not a .beton file (shorter than its header); convert the data again")
             self.file_map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         self.mmap = np.frombuffer(self.file_map, np.uint8)
-        tables = BetonTables(self.path, len(self.mmap), self.read)
+        tables = BetonTables(self.path, len(self.mmap), self._read_table)
         self.num_samples = tables.num_samples
         self.sizes, self.labels, self.modes = tables.sizes, tables.labels, tables.modes
         self.data_ptr, self.data_bytes = tables.data_ptr, tables.data_bytes
@@ -90,17 +87,8 @@ class BetonReader:
         return np.frombuffer(stored, "<u8").reshape(-1, 2)
 
     def check_unchanged(self, ids: np.ndarray | None = None) -> None:
-        """Compare size and modification time with those at opening; takes about a microsecond.
-
-        Raises:
-            DataChangedError: the file was changed in place.
-        """
-        now = self._state_now()
-        if now != self._state:
-            what = "was written to" if now[0] == self._state[0] else f"went from {self._state[0]} to {now[0]} bytes"
-            raise DataChangedError(
-                f"{self.path}: {what} while in use: restore it, then start again (run.resume=auto resumes a training)"
-            )
+        """See `ImageSet.check_unchanged`."""
+        check_state(self.path, self.descriptor, self._state)
 
     def read(self, dtype: np.dtype, start: int, num: int) -> np.ndarray:
         """Read `num` records from byte `start` on, not through the map: touched pages count as the process's memory.
@@ -108,14 +96,16 @@ class BetonReader:
         Raises:
             DataError: the file ends before.
         """
-        records = np.empty(num, dtype)
-        left = records.view(np.uint8).data
-        while left:
-            num_read = os.preadv(self.descriptor, [left], start)
-            if not num_read:
-                raise truncated(self.path)
-            left, start = left[num_read:], start + num_read
+        records = read_records(self.descriptor, dtype, start, num)
+        if records is None:
+            raise truncated(self.path)
         return records
+
+    def _read_table(self, dtype: np.dtype, start: int, num: int) -> np.ndarray:
+        """As `read`, but header and fields through the map: what is read from byte 0 on, the system reads far ahead."""
+        if start > HEADER.itemsize:
+            return self.read(dtype, start, num)
+        return self.mmap[start : start + num * dtype.itemsize].view(dtype)
 
     def image_bytes(self, i: int) -> np.ndarray:
         """Stored bytes of sample i, a uint8 view of the memory map: a JPEG file, or H*W*3 raw pixels."""
@@ -142,11 +132,6 @@ class BetonReader:
     def decode(self, i: int) -> np.ndarray:
         """See `samples.decode_sample`."""
         return decode_sample(self.path, self.samples(np.array([i])), 0)
-
-    def _state_now(self) -> tuple[int, int]:
-        """Size in bytes and time of the last modification in ns. (Removing or renaming a file changes neither.)"""
-        found = os.fstat(self.descriptor)
-        return found.st_size, found.st_mtime_ns
 
     def _read_sidecar(self) -> None:
         path = sidecar_path(self.path)

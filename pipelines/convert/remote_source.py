@@ -92,7 +92,7 @@ def find_objects(
     Args:
         url: What to find. A pattern's `*`, `?` and `[...]` do not match a slash.
         suffixes: Suffixes of the objects to use below a prefix, and not deeper.
-        expand: Gives the names that a brace pattern stands for; None: it is none.
+        expand: Gives the names that a brace pattern stands for; None: it is another name.
     Returns:
         The objects, by name; and the names of others directly below a prefix.
     Raises:

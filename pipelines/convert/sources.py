@@ -226,7 +226,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str] | None:
-    """The names that a numbered brace pattern stands for; None: it is none.
+    """The names that a numbered brace pattern stands for; None: it is another name.
 
     Raises:
         DataError: the range does not rise, or has too many numbers.

@@ -90,7 +90,7 @@ class Destination:
 
         Args:
             out: The local file.
-            neighbours: Those that belong to it, also if they do not exist: then there is none of their name afterwards.
+            neighbours: Those that belong to it, also if they do not exist: then no file has their name afterwards.
             overwrite: Replace what is there. The old .beton is removed first: a task that is killed leaves no mixture.
         Returns:
             False: another task has put the same file meanwhile.

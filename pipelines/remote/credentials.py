@@ -103,7 +103,7 @@ def _section(path: Path, name: str) -> dict[str, str]:
     else:
         is_damaged = False
     if is_damaged:
-        raise DataError(f"{path}: not a file of AWS profiles; write it anew with `aws configure`")
+        raise DataError(f"{path}: not a file of AWS profiles; write it again with `aws configure`")
     return dict(parser[name]) if parser.has_section(name) else {}
 
 

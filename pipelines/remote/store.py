@@ -23,6 +23,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pipelines.errors import DataError
 from pipelines.remote import credentials
+from pipelines.remote.failures import EXISTS, REASONS, TOO_SHORT, Failure, failure_of
 
 T = TypeVar("T")
 
@@ -34,34 +35,8 @@ _SINGLE_PUT_BYTES = 64 << 20  # larger ones are uploaded in parts
 _PART_BYTES = 16 << 20  # of at most 10,000: objects of up to 160 GB
 _PARTS_AT_ONCE = 4
 _MAX_WAIT_S = 30.0
-_MAX_ASKED_WAIT_S = 120.0
-_RETRIED = (408, 425, 429)  # and 5xx
-_EXISTS = 409
-_REASONS = {
-    400: "the server does not understand the request (400)",
-    401: "not allowed (401): check the credentials",
-    403: "not allowed (403): check the credentials and the object's name",
-    404: "no such object",
-    412: "has changed since its manifest was written",
-    _EXISTS: "exists already",
-}
-_ENDED = "the credentials have ended: renew them and start again"
-_TOO_SHORT = "is shorter than the manifest says"
+
 _CLOSED = "closed"
-_NO_RANGES = "the server does not serve ranges of a file: use one that does"
-# Parts of obstore's messages, which has no classes for these.
-_FINAL_TEXTS = {
-    "StartTooLarge": _TOO_SHORT,
-    "NotPartial": _NO_RANGES,
-    "NoContentRange": _NO_RANGES,
-    "Range request not supported": _NO_RANGES,
-    "UnexpectedRange": "the server serves other ranges than asked for: use one that does",
-    "MissingContentLength": "the server does not say how long the object is: use one that does",
-    "BareRedirect": "the bucket is in another region: set AWS_REGION",
-}
-_STATUS = re.compile(r"status code: (\d{3})")
-_RETRY_AFTER = re.compile(r"retry[-_ ]?after\D{1,5}(\d{1,4})", re.IGNORECASE)
-_METADATA_SERVER = re.compile(r"//(169\.254\.\d+\.\d+|metadata\b|\[?fd00:ec2)")
 
 _user_pid: int | None = None  # the process that has used obstore
 
@@ -77,15 +52,6 @@ class ObjectInfo:
     path: str
     num_bytes: int
     etag: str | None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    reason: str
-    is_final: bool = True
-    status: int = 0
-    has_ended: bool = False  # the credentials
-    asked_wait_s: float = 0.0
 
 
 def is_url(text: str | Path) -> bool:
@@ -188,12 +154,12 @@ class RemoteStore:
         if etag and not etag.startswith("W/"):  # servers hold a weak one for different from itself
             options["if_match"] = etag
 
-        def action(store: Any) -> bytes | _Failure:
+        def action(store: Any) -> bytes | Failure:
             result = store.get(self._path(path), options=options)
             if etag and not _is_same(etag, result.meta["e_tag"]):
-                return _Failure(_REASONS[412], status=412)
+                return Failure(REASONS[412], status=412)
             piece = result.bytes().to_bytes()
-            return piece if len(piece) == stop - start else _Failure(_TOO_SHORT)
+            return piece if len(piece) == stop - start else Failure(TOO_SHORT)
 
         return self._call(path, action)
 
@@ -208,14 +174,14 @@ class RemoteStore:
             RemoteError: as `get`; or it has more than `max_bytes` bytes.
         """
 
-        def action(store: Any) -> tuple[bytes, str | None] | _Failure:
+        def action(store: Any) -> tuple[bytes, str | None] | Failure:
             result = store.get(self._path(path))
             num_bytes = result.meta["size"]
             if num_bytes > max_bytes:
-                return _Failure(f"has {num_bytes:,} bytes, and at most {max_bytes:,} are read")
+                return Failure(f"has {num_bytes:,} bytes, and at most {max_bytes:,} are read")
             content = result.bytes().to_bytes()
             if len(content) != num_bytes:
-                return _Failure("cut short", is_final=False)
+                return Failure("cut short", is_final=False)
             return content, result.meta["e_tag"]
 
         return self._call(path, action)
@@ -227,7 +193,7 @@ class RemoteStore:
             RemoteError: as `get`.
         """
 
-        def action(store: Any) -> ObjectInfo | _Failure | None:
+        def action(store: Any) -> ObjectInfo | Failure | None:
             found = store.head(self._path(path))
             return ObjectInfo(path, found["size"], found["e_tag"])
 
@@ -318,7 +284,7 @@ class RemoteStore:
         """
         found = self.info(path)
         if found is None:
-            raise RemoteError(f"{self._shown_path(path)}: {_REASONS[404]}")
+            raise RemoteError(f"{self._shown_path(path)}: {REASONS[404]}")
         starts = iter(range(start, found.num_bytes, _STREAM_BYTES))
         pending: deque[Future[bytes]] = deque()
         try:
@@ -360,7 +326,7 @@ class RemoteStore:
 
     def _create(self, path: str, data: bytes | Path, action: Callable[[Any], bool]) -> bool:
         before = self.retries.total()
-        created = self._call(path, action, kind="write", otherwise={_EXISTS: False, 412: False})
+        created = self._call(path, action, kind="write", otherwise={EXISTS: False, 412: False})
         # If an answer was lost, what exists may be our own.
         return created or (self.retries.total() > before and self.holds(path, data))
 
@@ -376,7 +342,7 @@ class RemoteStore:
     def _call(
         self,
         path: str,
-        action: Callable[[Any], T | _Failure],
+        action: Callable[[Any], T | Failure],
         *,
         kind: str = "read",
         otherwise: dict[int, T] | None = None,
@@ -398,7 +364,7 @@ class RemoteStore:
         while True:
             store, num_renewals = self._open(kind)
             result = self._try(action, store)
-            if not isinstance(result, _Failure):
+            if not isinstance(result, Failure):
                 return result
             if otherwise is not None and result.status in otherwise:
                 return otherwise[result.status]
@@ -417,15 +383,15 @@ class RemoteStore:
             if self._is_over.wait(self._wait_s(result, num_tries)):
                 raise RemoteError(f"{self._shown_path(path)}: {_CLOSED}")
 
-    def _try(self, action: Callable[[Any], T | _Failure], store: Any) -> T | _Failure:
+    def _try(self, action: Callable[[Any], T | Failure], store: Any) -> T | Failure:
         from obstore.exceptions import BaseError
 
         try:
             return action(store)
         except (BaseError, OSError, ValueError, NotImplementedError) as error:
-            return _failure_of(error, is_local=self._parts.scheme == "file")
+            return failure_of(error, is_local=self._parts.scheme == "file")
 
-    def _wait_s(self, failure: _Failure, num_tries: int) -> float:
+    def _wait_s(self, failure: Failure, num_tries: int) -> float:
         """Before the next try: twice as long each time, and with jitter, or all processes would come back at once.
 
         Retry-After: obstore's errors hold the status and the text of an answer, but none of its headers. So a server's
@@ -441,7 +407,7 @@ class RemoteStore:
         with self._lock:
             self.retries[reason] += 1
 
-    def _renew(self, failure: _Failure, num_renewals: int) -> bool:
+    def _renew(self, failure: Failure, num_renewals: int) -> bool:
         """Take new credentials after a failure, if there are any; whether to try again at once."""
         if not failure.has_ended and failure.status not in (400, 401, 403):
             return False
@@ -556,58 +522,3 @@ def _duration(seconds: float) -> timedelta:
 
 def _is_same(etag: str, other: str | None) -> bool:
     return other is None or etag.removeprefix("W/").strip('"') == other.removeprefix("W/").strip('"')
-
-
-def _failure_of(error: Exception, *, is_local: bool) -> _Failure:
-    """What obstore's error means; its message, which may hold secrets, is looked at but not kept."""
-    from obstore import exceptions
-
-    text = str(error)
-    message = text.partition("\n\nDebug source")[0]
-    has_ended = "ExpiredToken" in text or "TokenRefreshRequired" in text
-    match error:
-        case FileNotFoundError():
-            return _Failure(_REASONS[404], status=404)
-        case exceptions.PreconditionError():
-            return _Failure(_REASONS[412], status=412)
-        case exceptions.AlreadyExistsError():
-            return _Failure(_REASONS[_EXISTS], status=_EXISTS)
-        case NotImplementedError():
-            return _Failure("the server cannot create only where nothing is: use object storage", status=501)
-        case exceptions.InvalidPathError():
-            return _Failure("not a name of an object")
-    if _METADATA_SERVER.search(message):
-        reason = "no credentials: none in the environment, and the metadata server of the machine gives none"
-        return _Failure(reason, is_final=False, status=401)
-    found = _STATUS.search(message)
-    status = int(found[1]) if found else 0
-    if has_ended:
-        return _Failure(_ENDED, status=status, has_ended=True)
-    if isinstance(error, exceptions.UnauthenticatedError):
-        return _Failure(_REASONS[401], status=401)
-    if isinstance(error, exceptions.PermissionDeniedError | PermissionError):
-        return _Failure(_REASONS[403], status=403)
-    for part, reason in _FINAL_TEXTS.items():
-        if part in text:
-            return _Failure(reason)
-    if is_local:
-        return _Failure("cannot be read or written")
-    if status == 416:
-        return _Failure(_TOO_SHORT, status=status)
-    if 300 <= status < 400:
-        return _Failure(f"is somewhere else ({status}): name the address that the server leads to", status=status)
-    if status:
-        asked = _RETRY_AFTER.search(text) if status in (429, 503) else None
-        return _Failure(
-            _REASONS.get(status, f"status {status}"),
-            is_final=status < 500 and status not in _RETRIED,
-            status=status,
-            asked_wait_s=min(float(asked[1]), _MAX_ASKED_WAIT_S) if asked else 0.0,
-        )
-    if isinstance(error, ValueError):
-        return _Failure("not a name of an object")
-    if "TimedOut" in text or "kind: Timeout" in text:
-        return _Failure("no answer in time", is_final=False)
-    if "kind: Connect" in text:
-        return _Failure("no connection", is_final=False)
-    return _Failure("connection cut", is_final=False)

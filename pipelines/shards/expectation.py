@@ -36,9 +36,9 @@ def expect(images: ShardedImages, order: EpochOrder, *, global_batch_size: int, 
     num, all_bytes = images.num_samples, images.manifest.image_bytes + images.num_samples * ROW.itemsize
     if isinstance(order, LanesOrder):
         first_bytes, num_shares = order.first_batch_bytes, num_nodes
-    else:  # a block for each image
+    else:
         assert isinstance(order, KeyedOrder)
-        first_bytes, num_shares = min(global_batch_size * images.block_samples * all_bytes // num, all_bytes), 1
+        first_bytes, num_shares = global_batch_size * all_bytes // num, 1
     return Expectation(all_bytes=all_bytes, epoch_bytes=all_bytes // num_shares, first_bytes=first_bytes)
 
 

@@ -26,6 +26,21 @@ _POLL_S = 0.2
 _STEPS_LOOKED_AT = 16  # of a window, to fetch first what is needed first
 
 
+def check_lanes(num_lanes: int, global_batch_size: int) -> None:
+    """Raise DataError if a global batch cannot be divided among the lanes."""
+    if global_batch_size % num_lanes:
+        raise DataError(
+            f"data.lanes is {num_lanes}, which does not divide data.global_batch_size {global_batch_size}: change one "
+            "of them"
+        )
+
+
+def check_ranks(num_lanes: int, world_size: int) -> None:
+    """Raise DataError if the lanes cannot be divided among the processes."""
+    if num_lanes % world_size:
+        raise DataError(f"data.lanes is {num_lanes}, not a multiple of the {world_size} processes: change one of them")
+
+
 class LanesOrder:
     """`epoch_order.EpochOrder` of a sharded data set in lanes, see `order.lanes.LaneOrder`."""
 
@@ -53,12 +68,8 @@ class LanesOrder:
         Raises:
             DataError: the numbers do not fit each other.
         """
-        if global_batch_size % num_lanes:
-            raise DataError(
-                f"data.lanes is {num_lanes}, which does not divide data.global_batch_size {global_batch_size}: change "
-                "one of them"
-            )
-        self._images, self._size, self._num_lanes = images, global_batch_size, num_lanes
+        check_lanes(num_lanes, global_batch_size)
+        self._images, self._size, self.num_lanes = images, global_batch_size, num_lanes
         self._seed, self._bad_samples, self._drop_behind = seed, bad_samples, drop_behind
         self._block_samples = images.block_samples_of(num_lanes)
         mean_bytes = images.manifest.image_bytes / images.num_samples
@@ -77,22 +88,14 @@ class LanesOrder:
     @property
     def window_bytes(self) -> int:
         """Stored size of a window over all lanes, about."""
-        num = self._num_lanes * self._block_samples * self._window_blocks
+        num = self.num_lanes * self._block_samples * self._window_blocks
         return round(num * self._images.manifest.image_bytes / self._images.num_samples)
 
     @property
     def first_batch_bytes(self) -> int:
-        """What is fetched before the first global batch is there, about: a block for each image, but no more blocks
-        than a window has."""
+        """What is fetched before the first global batch is there, about: a block for each image, at most a window."""
         mean_bytes = self._images.manifest.image_bytes / self._images.num_samples
         return min(round(self._size * self._block_samples * mean_bytes), self.window_bytes)
-
-    def check_ranks(self, world_size: int) -> None:
-        """Raise DataError if the lanes cannot be divided among so many processes."""
-        if self._num_lanes % world_size:
-            raise DataError(
-                f"data.lanes is {self._num_lanes}, not a multiple of the {world_size} processes: change one of them"
-            )
 
     def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> LaneEpoch:
         """See `EpochOrder.epoch`."""
@@ -114,13 +117,13 @@ class LanesOrder:
     @property
     def slice_size(self) -> int:
         """Samples of a lane in a global batch."""
-        return self._size // self._num_lanes
+        return self._size // self.num_lanes
 
     def _order_of(self, epoch: int) -> LaneOrder:
         return LaneOrder(
             num_samples=self._images.num_samples,
             block_samples=self._block_samples,
-            num_lanes=self._num_lanes,
+            num_lanes=self.num_lanes,
             window_blocks=self._window_blocks,
             seed=self._seed,
             epoch=epoch,

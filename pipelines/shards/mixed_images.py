@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from pipelines.epoch_order import Group
 from pipelines.errors import DataError
 from pipelines.order.keyed import sample_at
 from pipelines.order.mixture import Mixture
-from pipelines.samples import Samples
-from pipelines.shards.lane_reader import LanesOrder, LaneStream, step_groups
+from pipelines.samples import Samples, joined
+from pipelines.shards.lane_reader import LanesOrder, LaneStream, check_lanes, step_groups
 from pipelines.shards.sharded_images import ShardedImages
 
 _MAX_SEED = (1 << 64) - 1
@@ -30,7 +31,7 @@ class MixedImages:
 
     Attributes:
         sources: The data sets.
-        weights: Their weights, in any unit.
+        mixture: Which of them a place has.
         path: Their names, for messages.
         num_samples: N of all sources.
         starts: int64 [S + 1], the first id of each source; the last is N.
@@ -44,9 +45,9 @@ class MixedImages:
 
     def __init__(self, sources: Sequence[BetonReader | ShardedImages], weights: Sequence[float]) -> None:
         """Raises DataError where the weights are of no use."""
-        self.sources, self.weights = list(sources), list(weights)
+        self.sources = list(sources)
         try:
-            self.mixture = Mixture(self.weights)
+            self.mixture = Mixture(weights)
         except ValueError as error:
             raise DataError(f"data.train: {error}") from None
         self.path: Path | str = " + ".join(str(source.path) for source in self.sources)
@@ -76,6 +77,16 @@ class MixedImages:
             return np.full(self.num_samples, -1)
         return np.concatenate([source.labels for source in self.sources])
 
+    @property
+    def remote_sources(self) -> list[ShardedImages]:
+        """The sources that are fetched."""
+        return [source for source in self.sources if isinstance(source, ShardedImages) and source.is_remote]
+
+    @property
+    def retries(self) -> dict[str, int]:
+        """How often a remote request was repeated, by reason."""
+        return dict(sum((Counter(source.retries) for source in self.remote_sources), Counter()))
+
     def samples(self, ids: np.ndarray) -> Samples:
         """See `ImageSet.samples`."""
         ids = np.asarray(ids, np.int64)
@@ -85,7 +96,7 @@ class MixedImages:
             positions = np.flatnonzero(source_of == number)
             own = self.sources[number].samples(ids[positions] - self.starts[number])
             parts.append((positions, self.as_own(number, own)))
-        return together(len(ids), parts)
+        return joined(parts)
 
     def as_own(self, number: int, samples: Samples) -> Samples:
         """Samples of one source, with the ids and labels that they have here."""
@@ -100,15 +111,6 @@ class MixedImages:
                 source.check_unchanged()
             elif len(own := ids[source_of == number]):
                 source.check_unchanged(own - self.starts[number])
-
-
-def together(num: int, parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
-    """Samples from several parts, each with its positions in the result."""
-    order = np.empty(num, np.int64)
-    order[np.concatenate([positions for positions, _ in parts])] = np.arange(num)
-    names = ("ids", "addresses", "num_bytes", "modes", "sizes", "labels")
-    arrays = {name: np.concatenate([getattr(part, name) for _, part in parts])[order] for name in names}
-    return Samples(**arrays, owners=tuple(owner for _, part in parts for owner in part.owners))
 
 
 class MixedOrder:
@@ -134,11 +136,7 @@ class MixedOrder:
         Raises:
             DataError: the numbers do not fit each other, or a source is too small.
         """
-        if global_batch_size % num_lanes:
-            raise DataError(
-                f"data.lanes is {num_lanes}, which does not divide data.global_batch_size {global_batch_size}: change "
-                "one of them"
-            )
+        check_lanes(num_lanes, global_batch_size)
         self.images, self.num_lanes, self.seed = images, num_lanes, seed
         self.slice_size = global_batch_size // num_lanes
         self.num_batches = images.num_samples // global_batch_size
@@ -161,13 +159,6 @@ class MixedOrder:
                 )
                 if isinstance(source, ShardedImages)
                 else None
-            )
-
-    def check_ranks(self, world_size: int) -> None:
-        """Raise DataError if the lanes cannot be divided among so many processes."""
-        if self.num_lanes % world_size:
-            raise DataError(
-                f"data.lanes is {self.num_lanes}, not a multiple of the {world_size} processes: change one of them"
             )
 
     def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> MixedEpoch:
@@ -221,7 +212,7 @@ class MixedEpoch:
                     at = position[lanes[some], columns[some]]
                     epochs[at] = own_epoch
                     parts.append((at, self._take(source, own_epoch, lanes[some], own_places[some])))
-            yield Group(together(places.size, parts), epochs)
+            yield Group(joined(parts), epochs)
 
     def end(self, num_batches: int) -> None:
         """See `EpochSamples.end`."""

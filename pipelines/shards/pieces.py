@@ -6,32 +6,31 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
-from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from pipelines.beton.bus_error import report_bus_errors
 from pipelines.beton.format import MAX_LABEL
-from pipelines.errors import DataChangedError, DataError
+from pipelines.errors import DataError
+from pipelines.files import check_state, opened_with, read_records, state_of
+from pipelines.page_cache import MAX_GAP_BYTES, NUM_PROBES, drop_pages, is_cached
 from pipelines.remote.cache import BlockCache
 from pipelines.remote.store import RemoteError, RemoteStore
 from pipelines.shards.manifest import Manifest, Shard
-from pipelines.shards.rows import HEAD_BYTES, MAX_IMAGE_BYTES, ROW, first_bad_row, num_bytes_of, row_crc32, rows_path
+from pipelines.shards.rows import HEAD_BYTES, ROW, first_bad_row, num_bytes_of, row_crc32, rows_path
 
 T = TypeVar("T")
 Span: TypeAlias = tuple[int, int, int]  # shard, and its first sample and the one after the last
 
 WRONG_CHECKSUM = "has another checksum than its rows file says"
-_MAX_GAP_BYTES = 128 << 10  # between images: smaller gaps are read too, rather than asking twice
-_NUM_PROBES = 16
 _NUM_FETCHES = 3  # of a range whose bytes turn out to be wrong
 
 
@@ -52,26 +51,6 @@ class Piece:
     damaged: dict[int, str] = field(default_factory=dict)
 
 
-class ShardFiles(Protocol):
-    """The files of a manifest's shards; may be used from several threads."""
-
-    def read(self, shard: int, first: int, stop: int) -> Piece:
-        """Samples first..stop-1 of a shard.
-
-        Raises:
-            DataError: the shard is missing, cut short, or not the one of the manifest.
-        """
-        ...
-
-    def rows(self, shard: int, first: int, stop: int) -> np.ndarray:
-        """Rows of the samples first..stop-1 of a shard, ROW [n]; their checksums are not compared."""
-        ...
-
-    def close(self) -> None:
-        """Cancel what is under way."""
-        ...
-
-
 class LocalFiles:
     """Memory maps of local shards, opened when they are first needed.
 
@@ -87,13 +66,17 @@ class LocalFiles:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastssl-read-ahead")
 
     def read(self, shard: int, first: int, stop: int) -> Piece:
-        """See `ShardFiles.read`."""
+        """Samples first..stop-1 of a shard.
+
+        Raises:
+            DataError: the shard is missing, cut short, or not the one of the manifest.
+        """
         found = self.maps(shard)
         rows = found.rows(first, stop)
         return Piece(rows, rows["ptr"] + found.address, (found.mmap,))
 
     def rows(self, shard: int, first: int, stop: int) -> np.ndarray:
-        """See `ShardFiles.rows`."""
+        """Rows of the samples first..stop-1 of a shard, ROW [n]; their checksums are not compared."""
         return self.maps(shard).rows(first, stop)
 
     def will_need(self, spans: Sequence[Span]) -> None:
@@ -106,8 +89,7 @@ class LocalFiles:
         self._thread.submit(self._drop, spans)
 
     def _ask(self, spans: Sequence[Span]) -> None:
-        some = spans[:: -(-len(spans) // _NUM_PROBES)]
-        if all(self._is_cached(*span) for span in some):
+        if all(map(self._is_cached, spans[:: -(-len(spans) // NUM_PROBES)])):
             return
         for shard, first, stop in spans:
             if self._is_over:
@@ -116,14 +98,11 @@ class LocalFiles:
             for start, end, _ in _ranges(rows, num_bytes_of(rows)):
                 os.posix_fadvise(found.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
-    def _is_cached(self, shard: int, first: int, stop: int) -> bool:
-        """Whether the middle of a sample is in the page cache (if the file system can tell)."""
-        row, found = self.rows(shard, (first + stop) // 2, (first + stop) // 2 + 1)[0], self.maps(shard)
-        try:
-            middle = int(row["ptr"]) + (int(row["num_bytes"]) & MAX_IMAGE_BYTES) // 2
-            return bool(os.preadv(found.descriptor, [bytearray(1)], middle, os.RWF_NOWAIT))
-        except OSError:  # BlockingIOError: not in the cache; others: the file system cannot tell
-            return False
+    def _is_cached(self, span: Span) -> bool:
+        """Whether the middle of a sample is in the page cache."""
+        shard, middle = span[0], (span[1] + span[2]) // 2
+        rows = self.rows(shard, middle, middle + 1)
+        return is_cached(self.maps(shard).descriptor, [int(rows["ptr"][0]) + int(num_bytes_of(rows)[0]) // 2])
 
     def _drop(self, spans: Sequence[Span]) -> None:
         for shard, first, stop in spans:
@@ -131,10 +110,7 @@ class LocalFiles:
                 return
             rows, found = self.rows(shard, first, stop), self.maps(shard)
             for start, end, _ in _ranges(rows, num_bytes_of(rows)):
-                page = start - start % PAGESIZE
-                num_bytes = min(-(-end // PAGESIZE) * PAGESIZE, len(found.mmap)) - page
-                found.file_map.madvise(MADV_DONTNEED, page, num_bytes)  # a mapped page stays in the cache
-                os.posix_fadvise(found.descriptor, page, num_bytes, os.POSIX_FADV_DONTNEED)
+                drop_pages(found.descriptor, found.file_map, start, end)
 
     def check_unchanged(self, shards: Sequence[int] | None = None) -> None:
         """Raise DataChangedError if one of these shards has changed since it was opened; None: any."""
@@ -183,9 +159,9 @@ class _Maps:
         self.path = folder / shard.name
         self._shard, self._rows_path = shard, rows_path(self.path)
         try:
-            self.descriptor, self._rows_descriptor = _opened(self, self.path), _opened(self, self._rows_path)
-            self._state = _state_of(self.descriptor)
-            num_rows = _state_of(self._rows_descriptor)[0] / ROW.itemsize
+            self.descriptor, self._rows_descriptor = opened_with(self, self.path), opened_with(self, self._rows_path)
+            self._state = state_of(self.descriptor)
+            num_rows = state_of(self._rows_descriptor)[0] / ROW.itemsize
             if self._state[0] != shard.num_bytes:
                 raise _not_the_one(self.path, f"{self._state[0]:,} bytes instead of {shard.num_bytes:,}")
             if num_rows != shard.num_images:
@@ -201,13 +177,9 @@ class _Maps:
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         """Rows of the samples first..stop-1, ROW [n]."""
-        rows = np.empty(stop - first, ROW)
-        left, start = rows.view(np.uint8).data, first * ROW.itemsize
-        while left:
-            num_read = os.preadv(self._rows_descriptor, [left], start)
-            if not num_read:
-                raise _not_the_one(self._rows_path, "cut short")
-            left, start = left[num_read:], start + num_read
+        rows = read_records(self._rows_descriptor, ROW, first * ROW.itemsize, stop - first)
+        if rows is None:
+            raise _not_the_one(self._rows_path, "cut short")
         if (bad := first_bad_row(rows, self._shard.num_bytes, MAX_LABEL)) is not None:
             raise _not_the_one(self._rows_path, f"row {first + bad} describes no image of the file")
         return rows
@@ -231,12 +203,7 @@ class _Maps:
 
     def check_unchanged(self) -> None:
         """See `ImageSet.check_unchanged`."""
-        now = _state_of(self.descriptor)
-        if now != self._state:
-            what = "was written to" if now[0] == self._state[0] else f"went from {self._state[0]} to {now[0]} bytes"
-            raise DataChangedError(
-                f"{self.path}: {what} while in use: restore it, then start again (run.resume=auto resumes a training)"
-            )
+        check_state(self.path, self.descriptor, self._state)
 
 
 class RemoteFiles:
@@ -257,7 +224,7 @@ class RemoteFiles:
         return self._threads.submit(self.read, shard, first, stop)
 
     def read(self, shard: int, first: int, stop: int) -> Piece:
-        """See `ShardFiles.read`. Bytes that are wrong are fetched again; what stays wrong is damaged."""
+        """As `LocalFiles.read`. Bytes that are wrong are fetched again; what stays wrong is damaged."""
         for num_tries in range(1, _NUM_FETCHES + 1):
             piece = self._read_once(shard, first, stop)
             if not piece.damaged or num_tries == _NUM_FETCHES:
@@ -267,7 +234,7 @@ class RemoteFiles:
         raise AssertionError
 
     def rows(self, shard: int, first: int, stop: int) -> np.ndarray:
-        """See `ShardFiles.rows`."""
+        """As `LocalFiles.rows`."""
         found, about = self._get(shard, True, first * ROW.itemsize, stop * ROW.itemsize), self._shards[shard]
         rows = np.frombuffer(found, ROW)
         if first_bad_row(rows, about.num_bytes, MAX_LABEL) is None:
@@ -280,7 +247,7 @@ class RemoteFiles:
         return rows
 
     def close(self) -> None:
-        """See `ShardFiles.close`."""
+        """Cancel what is under way."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
@@ -330,20 +297,8 @@ def _ranges(rows: np.ndarray, num_bytes: np.ndarray) -> list[tuple[int, int, np.
     order = np.argsort(rows["ptr"], kind="stable")
     starts = rows["ptr"].astype(np.int64)[order]
     ends = np.maximum.accumulate(starts + num_bytes[order])
-    bounds = [0, *(np.flatnonzero(starts[1:] - ends[:-1] > _MAX_GAP_BYTES) + 1).tolist(), len(rows)]
+    bounds = [0, *(np.flatnonzero(starts[1:] - ends[:-1] > MAX_GAP_BYTES) + 1).tolist(), len(rows)]
     return [(int(starts[a]), int(ends[b - 1]), order[a:b]) for a, b in pairwise(bounds) if b > a]
-
-
-def _opened(owner: object, path: Path) -> int:
-    """A descriptor that is closed with its owner."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    weakref.finalize(owner, os.close, descriptor)
-    return descriptor
-
-
-def _state_of(descriptor: int) -> tuple[int, int]:
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns
 
 
 def _not_the_one(path: Path | str, what: str) -> DataError:

@@ -247,19 +247,25 @@ def open_sharded(
         path = Path(place)
         folder = path if path.is_dir() else path.parent
         text, _ = LocalStore(folder).get_whole(MANIFEST_NAME if path.is_dir() else path.name, MAX_MANIFEST_BYTES)
-        manifest = Manifest.from_json(text, str(path))
+        manifest = Manifest.from_json(text, str(folder / MANIFEST_NAME if path.is_dir() else path))
         return ShardedImages(str(folder), manifest, LocalFiles(folder, manifest))
     prefix, _, name = place.rpartition("/")
     if not name.endswith(".json"):
         prefix, name = place.rstrip("/"), MANIFEST_NAME
     store = RemoteStore(prefix, num_threads=num_threads)
     try:
-        text, _ = store.get_whole(name, MAX_MANIFEST_BYTES)
+        manifest = _fetched(store, name)
     except RemoteError as error:
         raise DataError(f"{error} (`fastssl manifest URL` writes one)") from None
-    manifest = Manifest.from_json(text, f"{store.shown}/{name}")
+    except DataError:  # a wrong byte on the way, which its digest has found, does not come twice
+        store.retries["wrong checksum"] += 1
+        manifest = _fetched(store, name)
     cache = BlockCache(Path(cache_dir), cache_bytes) if cache_dir else None
     return ShardedImages(store.shown, manifest, RemoteFiles(store, manifest, cache))
+
+
+def _fetched(store: RemoteStore, name: str) -> Manifest:
+    return Manifest.from_json(store.get_whole(name, MAX_MANIFEST_BYTES)[0], f"{store.shown}/{name}")
 
 
 def _num_bytes(pieces: list[Piece]) -> int:

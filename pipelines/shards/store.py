@@ -177,7 +177,7 @@ def opened_store(place: str) -> Iterator[Store]:
     """The files of a data set, by its folder, its manifest or the URL of either.
 
     Raises:
-        DataError: there is no such folder, or the URL is none of a store.
+        DataError: there is no such folder, or the URL is not one of a store.
     """
     place = place.rstrip("/").removesuffix(f"/{MANIFEST_NAME}") if place.strip("/") else place
     if is_url(place):

@@ -96,7 +96,7 @@ def test_a_training_through_two_hundred_faults_ends_bit_for_bit_the_same(tiny_co
     assert whole.end() == {0}, whole.output()
     kinds = ("cut", "429", "500", "503", "flip")
     with FaultServer(shards, seed=3, share=0.06, kinds=kinds, max_in_a_row=2) as server:
-        server.plan(MANIFEST_NAME, *["ok"] * 8)  # its own checksum has no second try
+        server.plan(MANIFEST_NAME, *["ok"] * 8)  # two wrong ones in turn end the start
         faulty = Training(tiny_config, "faulty", f"data.train={server.url}")
         faulty.start()
         assert faulty.end() == {0}, faulty.output()

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.errors import DataError
 from pipelines.remote import RemoteError, RemoteStore
-from pipelines.remote import store as store_module
+from pipelines.remote.failures import Failure
 from tests.helpers.fault_server import FaultServer
 from tests.helpers.s3 import s3_server, send, use
 
@@ -102,7 +102,7 @@ def test_an_object_whose_answer_was_lost_is_our_own(store, monkeypatch, is_own):
             send_request(action, opened)
         else:
             opened.put("x", DATA[:99] + b"!")
-        return store_module._Failure("connection cut", is_final=False)
+        return Failure("connection cut", is_final=False)
 
     monkeypatch.setattr(store, "_try", lose_the_first)
     assert store.put("x", DATA[:100], create_only=True) is is_own

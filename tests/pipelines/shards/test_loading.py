@@ -21,7 +21,7 @@ import torch
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
 from pipelines.errors import DataChangedError, DataError
-from pipelines.loader import DataConfig, Loader, build_loader, open_train_images
+from pipelines.loader import DataConfig, Loader, WeightedImages, build_loader, open_train_images
 from pipelines.remote import BlockCache, RemoteStore
 from pipelines.remote import cache as cache_module
 from pipelines.shards.lane_reader import LanesOrder
@@ -29,7 +29,7 @@ from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.open_images import AnyImages, open_images
 from pipelines.shards.pieces import RemoteFiles
 from pipelines.shards.rows import ROW
-from pipelines.shards.sharded_images import ShardedImages
+from pipelines.shards.sharded_images import ShardedImages, open_sharded
 from pipelines.views import ViewsConfig
 from tests.helpers.fault_server import FaultServer
 from tests.helpers.nginx import nginx
@@ -235,7 +235,9 @@ def test_random_order_is_a_permutation_for_any_number_of_ranks(build, folder):
 def test_random_order_of_remote_data_needs_a_cache_that_holds_all(build, folder, tmp_path):
     with FaultServer(folder) as server:
         for more in ({}, {"cache_dir": str(tmp_path), "cache_gb": 0.0021}):
-            with pytest.raises(DataError, match=r"^data\.order=random: .* is remote and 0\.0 GB large: take lanes, or"):
+            with pytest.raises(
+                DataError, match=r"^data\.order=random: .* is remote and 0\.002\d+ GB large: take lanes, or"
+            ):
                 build(server.url, order="random", **more)
         local = batches_of(build(folder, order="random"))
         assert_same(batches_of(build(server.url, order="random", cache_dir=str(tmp_path), cache_gb=0.1)), local)
@@ -376,6 +378,34 @@ def test_what_passes_is_repeated_and_counted(build, server, expected, name, faul
     server.plan(name, "ok", fault)
     assert_same(batches_of(build(images)), expected)
     assert images.retries == {reason: 1}
+
+
+def test_a_flipped_byte_of_the_manifest_is_asked_for_again(server):
+    server.plan(MANIFEST_NAME, "flip")
+    images = open_sharded(server.url)
+    assert images.num_samples == NUM
+    assert images.retries == {"wrong checksum": 1}
+    server.plan(MANIFEST_NAME, "flip", "flip")
+    with pytest.raises(DataError, match="not a manifest"):
+        open_sharded(server.url)
+
+
+def test_random_order_fetches_each_image_alone(build, server, tmp_path):
+    images = opened(server, BlockCache(tmp_path, 100 << 20))
+    batches = batches_of(build(images, order="random", cache_dir=str(tmp_path), cache_gb=0.1))
+    asked = [request for request in server.requests if request.path.endswith(".beton")]
+    assert len(asked) == sum(len(batch[0]) for batch in batches)
+
+
+def test_a_mixture_counts_the_retries_of_its_sources(build, server, folder):
+    server.plan(SECOND, "500")
+    mixed = (WeightedImages(path=server.url), WeightedImages(path=str(folder)))
+    cfg = DataConfig(**SETTINGS | {"train": mixed})
+    places = {"rank": 0, "world_size": 1, "device": CPU, "num_threads": 1}
+    with closing(build_loader(open_train_images(cfg), cfg, VIEWS, seed=5, **places)) as loader:
+        assert loader.remote_retries == {}
+        batches_of(loader)
+        assert loader.remote_retries == {"status 500": 1}
 
 
 # Rows and images of one block that are wrong at once are fetched again at once: so each for itself.
@@ -590,7 +620,7 @@ def test_two_shards_of_one_name(folder, tmp_path):
     copy = local_copy(folder, tmp_path)
     path = copy / MANIFEST_NAME
     path.write_text(path.read_text().replace(SECOND, FIRST))
-    with pytest.raises(DataError, match=rf"copy: not a manifest \(it lists {FIRST} twice\)"):
+    with pytest.raises(DataError, match=rf"copy/dataset\.json: not a manifest \(it lists {FIRST} twice\)"):
         open_images(copy)
 
 
