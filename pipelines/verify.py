@@ -19,7 +19,7 @@ from pipelines.printable import printable
 from pipelines.progress import Progress
 from pipelines.remote.store import is_url
 from pipelines.shards.build import check_manifest
-from pipelines.shards.open_images import open_images
+from pipelines.shards.open_images import names_dataset, open_images
 from pipelines.shards.pieces import WRONG_CHECKSUM, Piece
 from pipelines.shards.rows import HEAD_BYTES, row_crc32
 from pipelines.shards.sharded_images import ShardedImages, to_samples
@@ -123,9 +123,7 @@ class ShardsVerifyReport:
 
 def verify_any(place: str, *, num_threads: int | None = None) -> VerifyReport | ShardsVerifyReport:
     """`verify` a .beton file, or `verify_shards` of what else `open_images` takes."""
-    path = Path(place)
-    is_pattern = glob.has_magic(place) and not path.exists()
-    if is_url(place) or place.endswith(".json") or path.is_dir() or is_pattern:
+    if names_dataset(place) or Path(place).is_dir():
         return verify_shards(place, num_threads=num_threads)
     return verify(place, num_threads=num_threads)
 

@@ -30,6 +30,7 @@ from pipelines.shards.open_images import open_images as open_any
 from pipelines.shards.pieces import Piece
 from pipelines.shards.sharded_images import ShardedImages, to_samples
 
+_SAMPLES_TOGETHER = 1024  # of one file
 _BLOCKS_TOGETHER = 8  # of about 4 MB
 KINDS = ("beton", "shards", *get_args(SourceKind))
 
@@ -152,10 +153,10 @@ def _of_beton(reader: BetonReader, origin: Mapping[str, Any]) -> Images:
     report_bus_errors(reader)
 
     def entries(start: int, stop: int) -> Iterator[Entry]:
-        for i in range(start, stop):
-            if i % 1024 == 0:
-                reader.check_unchanged()
-            yield Entry(f"{reader.path}, image {i}", int(reader.labels[i]), partial(_read_stored, reader, i))
+        for first in range(start, stop, _SAMPLES_TOGETHER):
+            reader.check_unchanged()
+            samples = reader.samples(np.arange(first, min(first + _SAMPLES_TOGETHER, stop)))
+            yield from _entries_of(reader.path, samples)
         reader.check_unchanged()
 
     return Images(
@@ -185,9 +186,7 @@ def _of_shards(src: str, origin: Mapping[str, Any]) -> Images:
                 images.check_unchanged()
                 for piece in pieces:
                     samples = to_samples(np.arange(i, i + len(piece.rows)), piece.rows, piece.addresses, piece.owners)
-                    for k, label in enumerate(samples.labels.tolist()):
-                        reason = piece.damaged.get(k)
-                        yield Entry(f"{images.path}, image {i + k}", label, partial(_read_sample, samples, k, reason))
+                    yield from _entries_of(images.path, samples, piece.damaged)
                     i += len(piece.rows)
 
     return Images(
@@ -200,21 +199,18 @@ def _of_shards(src: str, origin: Mapping[str, Any]) -> Images:
     )
 
 
+def _entries_of(place: str | Path, samples: Samples, damaged: Mapping[int, str] | None = None) -> Iterator[Entry]:
+    """Entries of stored samples; `damaged`: reasons by position."""
+    for k, (i, label) in enumerate(zip(samples.ids.tolist(), samples.labels.tolist(), strict=True)):
+        yield Entry(f"{place}, image {i}", label, partial(_read_sample, samples, k, (damaged or {}).get(k)))
+
+
 def _read_sample(samples: Samples, position: int, reason: str | None) -> np.ndarray:
-    """Pixels of a sample; `reason`: why it is damaged."""
+    """Pixels of a stored image, decoded as the engines do; `reason`: why it is damaged."""
     if reason:
         raise CorruptImageError(reason)
     height_px, width_px = samples.sizes[position].tolist()
     stored = samples.image_bytes(position)
     if samples.modes[position] == RAW:
-        return stored.reshape(height_px, width_px, 3)
-    return decode_as_engines_do(stored, height_px, width_px)
-
-
-def _read_stored(reader: BetonReader, i: int) -> np.ndarray:
-    """Pixels of a stored image, decoded as the engines do."""
-    height_px, width_px = map(int, reader.sizes[i])
-    stored = reader.image_bytes(i)
-    if reader.modes[i] == RAW:
         return stored.reshape(height_px, width_px, 3)
     return decode_as_engines_do(stored, height_px, width_px)

@@ -333,5 +333,12 @@ def _map_archives(function: Callable[[SourcePath], T], archives: list[SourcePath
             return list(threads.map(function, archives))
     if num_processes == 1 or num_bytes < MIN_POOL_BYTES:
         return [function(archive) for archive in archives]
-    with ProcessPoolExecutor(num_processes, get_context("forkserver")) as pool:
+    # A fork server that was started before knows no credentials that were set since.
+    environment = {"initializer": _take_environment, "initargs": (dict(os.environ),)}
+    with ProcessPoolExecutor(num_processes, get_context("forkserver"), **environment) as pool:
         return list(pool.map(function, archives))
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)

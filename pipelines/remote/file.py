@@ -119,15 +119,12 @@ class RemoteFile(io.RawIOBase):
         try:
             run.start, run.data = start, future.result()
         except RemoteError as error:
-            changed = "has changed" in str(error)
-            shown = f"{self._store.shown}/{self._found.path}"
             self._runs.remove(run)
             run.cancel()
-            if not changed:
+            if error.status != 412:
                 raise
-        else:
-            return
-        raise DataError(f"{shown}: changed while it was read; convert again")
+            shown = f"{self._store.shown}/{self._found.path}"
+            raise DataError(f"{shown}: changed while it was read; convert again") from None
 
     def _ask(self, run: _Run, num_bytes: int) -> None:
         num_bytes = min(max(num_bytes, run.range_bytes), MAX_RANGE_BYTES, self._found.num_bytes - run.end)

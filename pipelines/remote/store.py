@@ -42,7 +42,15 @@ _user_pid: int | None = None  # the process that has used obstore
 
 
 class RemoteError(DataError):
-    """An object that cannot be read or written; one line that names it, without user, password, query or keys."""
+    """An object that cannot be read or written; one line that names it, without user, password, query or keys.
+
+    Attributes:
+        status: Of the server's answer, such as 412 where the object has changed; 0: there was none.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -376,9 +384,9 @@ class RemoteStore:
             if has_no_lists:
                 reason = "the server has no list of its files (no WebDAV): name each file"
             if result.is_final or has_no_lists:
-                raise RemoteError(f"{self._shown_path(path)}: {reason}")
+                raise RemoteError(f"{self._shown_path(path)}: {reason}", result.status)
             if num_tries >= self._max_tries:
-                raise RemoteError(f"{self._shown_path(path)}: {reason}, {num_tries} tries")
+                raise RemoteError(f"{self._shown_path(path)}: {reason}, {num_tries} tries", result.status)
             self._count(reason)
             if self._is_over.wait(self._wait_s(result, num_tries)):
                 raise RemoteError(f"{self._shown_path(path)}: {_CLOSED}")

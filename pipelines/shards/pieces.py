@@ -56,10 +56,13 @@ class LocalFiles:
 
     The checksums of images are not compared, as for a single file: the decoder finds damage, `fastssl verify`
     all of it.
+
+    Attributes:
+        folder: Where the shards are.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder, self._shards = folder, manifest.shards
+        self.folder, self._shards = folder, manifest.shards
         self._maps: dict[int, _Maps] = {}
         self._lock = threading.Lock()
         self._is_over = False
@@ -140,7 +143,7 @@ class LocalFiles:
             with self._lock:
                 found = self._maps.get(shard)
                 if found is None:
-                    found = self._maps[shard] = _Maps(self._folder, self._shards[shard])
+                    found = self._maps[shard] = _Maps(self.folder, self._shards[shard])
         return found
 
 

@@ -51,8 +51,7 @@ def _check_shards(place: str) -> Finding:
         advice = "correct data.train, --data or the credentials; fastssl manifest writes a manifest"
         return Finding("fail", str(error), advice)
     largest = max(manifest.shards, key=lambda shard: shard.num_bytes)
-    folder = Path(images.path).parent if "*" in str(images.path) else Path(images.path)
-    found = _measured(folder / largest.name)
+    found = _measured(images.files.folder / largest.name)
     return found._replace(detail=f"{about}; its largest shard, {found.detail}")
 
 

@@ -2,10 +2,13 @@
 
 import functools
 import io
+import os
 import random
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from pipelines.remote import RemoteStore
 from pipelines.remote import file as file_module
 from tests.helpers.fault_server import FaultServer
 from tests.helpers.nginx import nginx
-from tests.helpers.s3 import s3_server, use
+from tests.helpers.s3 import forget, s3_server, use
 from tests.pipelines.convert.test_webdataset import jpeg, samples, write_tar
 
 QUICK: Any = {"silence_s": 2.0, "connect_s": 1.0, "first_wait_s": 0.01}
@@ -178,6 +181,10 @@ def test_from_bucket_to_bucket(folder, tmp_path, endpoint, monkeypatch):
 
 
 def test_archives_are_counted_in_processes(folder, tmp_path, endpoint, monkeypatch):
+    """The fork server was started before there were credentials."""
+    forget(monkeypatch)
+    with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+        assert pool.submit(os.getenv, "AWS_ACCESS_KEY_ID").result() is None
     use(monkeypatch, endpoint)
     monkeypatch.setattr("pipelines.convert.webdataset.MIN_POOL_BYTES", 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
