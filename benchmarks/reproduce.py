@@ -73,6 +73,8 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cifar10-mio-exp-b512": (("mio_resnet18_cifar10_200ep_b512.yaml",), ()),
     "cifar10-mio-jensen-b512": (("mio_resnet18_cifar10_200ep_b512.yaml",), ("loss.negative=jensen",)),
     "cifar10-simclr-b512": (("simclr_resnet18_cifar10_200ep_b512.yaml",), ()),
+    "cifar10-minc-b512": (("data/cifar10.yaml", "loss/minc_small.yaml"), ("data.global_batch_size=512",)),
+    "cifar10-spectral-b512": (("data/cifar10.yaml", "loss/spectral_small.yaml"), ("data.global_batch_size=512",)),
 }
 # CIFAR's data sets: torchvision's name and folder.
 CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}

@@ -287,7 +287,7 @@ def test_rows_name_configurations_that_differ_in_loss_and_batch_only():
         if loss in ("mio", "simclr"):
             assert (cfg.optim, cfg.model) == (reference.optim, reference.model)
         assert cfg.train.num_epochs == (100 if images == "imagenet" else 200)
-    assert len(jobs) == 6 * 5 + 3
+    assert len(jobs) == 6 * 5 + 5
 
 
 def _job(row: str, data: Path, out: Path, *more: str) -> reproduce.Job:
