@@ -69,7 +69,6 @@ def main() -> None:
 
 def start_up() -> list[Row]:
     """A simulated manifest of 10^9 images: from its text to the first batch's ids, and positions in sequence."""
-    from pipelines.bad_samples import BadSamples
     from pipelines.shards.lane_reader import LanesOrder
     from pipelines.shards.manifest import Manifest, Shard
     from pipelines.shards.pieces import LocalFiles
@@ -87,9 +86,7 @@ def start_up() -> list[Row]:
     used, start_s = psutil.Process().memory_info().rss, time.perf_counter()
     manifest = Manifest.from_json(text, "simulated")
     images = ShardedImages("simulated", manifest, LocalFiles(Path("simulated"), manifest))
-    bad_samples = BadSamples("simulated", images.num_samples, 0.0)
-    options = {"window_bytes": 1_000_000_000, "seed": 0, "bad_samples": bad_samples}
-    order = LanesOrder(images, global_batch_size=4_096, num_lanes=64, **options)
+    order = LanesOrder(images, global_batch_size=4_096, num_lanes=64, window_bytes=1_000_000_000, seed=0)
     stream = order.stream(0, 1, goes_on=False)
     stream.ids(0, range(order.slice_size))
     start_up_s = time.perf_counter() - start_s
@@ -124,7 +121,7 @@ def remote(folder: Path, url: str, num_workers: int, num_repetitions: int) -> li
     cfg = _config(url, num_workers, engine="synthetic")
     images = open_train_images(cfg)
     assert isinstance(images, ShardedImages)
-    first_batch_bytes = build_order(images, cfg, 0, _none_bad(images)).first_batch_bytes  # pyright: ignore (lanes)
+    first_batch_bytes = build_order(images, cfg, 0).first_batch_bytes  # pyright: ignore (lanes)
     mb_per_s, first_s = [], []
     for epoch in range(num_repetitions):
         loader = _loader(_config(url, num_workers, engine="synthetic"))
@@ -246,12 +243,6 @@ def _loader(cfg: Any) -> Any:
     places = {"seed": 0, "rank": 0, "world_size": 1, "device": torch.device("cpu"), "num_threads": cfg.num_workers}
     views = ViewsConfig(recipe="byol") if cfg.engine != "synthetic" else ViewsConfig(recipe="weak", size_px=32)
     return build_loader(open_train_images(cfg), cfg, views, **places)
-
-
-def _none_bad(images: Any) -> Any:
-    from pipelines.bad_samples import BadSamples
-
-    return BadSamples(images.path, images.num_samples, 0.0)
 
 
 def _in_process(function: Any, *arguments: Any) -> list[Row]:

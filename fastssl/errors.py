@@ -32,7 +32,7 @@ def print_error(message: str) -> None:
     """Print on stderr, in one line, why this process ends."""
     rank = os.environ.get("RANK", "0")
     where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (rank {rank})"
-    # One write: launchers start processes with `python -u`, where print() writes the line break apart from the text, and
-    # the lines of two processes would mix.
+    # One write: launchers start processes with `python -u`, where print() writes the line break apart from the text, so
+    # that the lines of two processes would mix.
     sys.stderr.write(f"fastssl: error{where}: {printable(' '.join(message.split()))}\n")
     sys.stderr.flush()

@@ -360,7 +360,9 @@ def build_loader(
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
     num_workers = cfg.num_workers or cores_per_process()
     bad_samples = BadSamples(images.path, images.num_samples, cfg.max_bad_fraction)
-    order = build_order(images, cfg, seed, bad_samples)
+    if isinstance(images, ShardedImages | MixedImages):
+        images = images.replacing(bad_samples)
+    order = build_order(images, cfg, seed)
     if isinstance(order, LanesOrder | MixedOrder):
         check_ranks(order.num_lanes, world_size)
     if isinstance(images, BetonReader) and cfg.cache == "ram" and cfg.engine in _READING_ENGINES:
@@ -392,16 +394,14 @@ def build_loader(
 
 def remote_line(images: AnyImages, cfg: DataConfig, loader: Loader, world_size: int) -> str | None:
     """What a training on remote shards will fetch, as one line; None: nothing."""
-    if not isinstance(images, ShardedImages) or not images.is_remote:
+    if not isinstance(images, ShardedImages | MixedImages) or not images.is_remote:
         return None
     num_nodes = max(1, world_size // _local_world_size())
     found = expect(images, loader.order, global_batch_size=cfg.global_batch_size, num_nodes=num_nodes)
-    return describe_expectation(images, found, round(cfg.cache_gb * 1e9) if cfg.cache_dir else None)
+    return describe_expectation(found, round(cfg.cache_gb * 1e9) if cfg.cache_dir else None)
 
 
-def build_order(
-    images: AnyImages, cfg: DataConfig, seed: int, bad_samples: BadSamples
-) -> FileOrder | LanesOrder | KeyedOrder | MixedOrder:
+def build_order(images: AnyImages, cfg: DataConfig, seed: int) -> FileOrder | LanesOrder | KeyedOrder | MixedOrder:
     """The order that `data.order` names.
 
     Raises:
@@ -427,7 +427,6 @@ def build_order(
         "num_lanes": cfg.lanes or math.gcd(size, _DEFAULT_LANES),
         "window_bytes": window_bytes,
         "seed": seed,
-        "bad_samples": bad_samples,
         "drop_behind": drop_behind,
     }
     if isinstance(images, MixedImages):

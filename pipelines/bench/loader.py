@@ -135,7 +135,7 @@ def _expected(job: Job, source_rows: Sequence[Row]) -> Iterator[str]:
     images = open_images(job.beton)
     assert isinstance(images, ShardedImages)
     found = expect(images, in_order(job, images)[1], global_batch_size=job.batch_size, num_nodes=1)
-    yield f"{describe_expectation(images, found, None)}, which takes about {found.first_bytes / 1e6 / rate:.1f} s."
+    yield f"{describe_expectation(found, None)}, which takes about {found.first_bytes / 1e6 / rate:.1f} s."
 
 
 def _engine(name: str) -> str:

@@ -112,7 +112,7 @@ def in_order(job: Job, images: BetonReader | ShardedImages) -> tuple[ImageSet, E
 
     if isinstance(images, ShardedImages):
         cfg = DataConfig(global_batch_size=job.batch_size)
-        return images, build_order(images, cfg, job.seed, BadSamples(images.path, images.num_samples, 0.0))
+        return images, build_order(images, cfg, job.seed)
     repeated = RepeatedImages(images)
     order = FileOrder(
         repeated,

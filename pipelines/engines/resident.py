@@ -59,7 +59,7 @@ class ResidentEngine:
         one_size = bool((images.sizes == images.sizes[0]).all())
         if device.type == "cuda" and not one_size:
             raise DataError(f"{images.path}: engine resident needs images of one size on a GPU; take ffcv or dali")
-        decoded, bad = _decode_all(images, num_workers)
+        decoded, bad = _decode_all(images, num_workers, bad_samples)
         self._substitutes = Substitutes(bad_samples, decoded)
         self._substitutes.add(bad)
         self._decoded, self._on_gpu, self._on_cpu = decoded, None, None
@@ -129,8 +129,8 @@ class _Decoded:
         """Memory is nobody else's."""
 
 
-def _decode_all(images: ImageSet, num_threads: int) -> tuple[_Decoded, dict[int, str]]:
-    """Decode all images; also returns the reason for each image that could not be decoded."""
+def _decode_all(images: ImageSet, num_threads: int, bad_samples: BadSamples) -> tuple[_Decoded, dict[int, str]]:
+    """Decode all images; also returns the reason for each image that could not be read or decoded."""
     data_bytes = images.sizes.prod(1, dtype=np.uint64) * np.uint64(3)
     ends = np.cumsum(data_bytes, dtype=np.uint64)
     pixels = np.empty(int(ends[-1]), np.uint8)
@@ -141,7 +141,11 @@ def _decode_all(images: ImageSet, num_threads: int) -> tuple[_Decoded, dict[int,
         samples = images.samples(np.arange(first, min(first + _IMAGES_OF_A_TASK, images.num_samples)))
         decoder = JpegDecoder()
         try:
-            for position, i in enumerate(samples.ids.tolist()):
+            for position in range(len(samples)):
+                i = first + position
+                if samples.ids[position] != i:  # replaced already, as its bytes are not the stored ones
+                    bad[i] = bad_samples.reasons[i]
+                    continue
                 target = pixels[int(first_bytes[i]) : int(ends[i])]
                 if samples.modes[position] == RAW:
                     target[:] = samples.image_bytes(position)

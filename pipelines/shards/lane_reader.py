@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 
-from pipelines.bad_samples import BadSamples
 from pipelines.epoch_order import Group, num_together
 from pipelines.errors import DataError
 from pipelines.order.lanes import LaneOrder
@@ -52,7 +51,6 @@ class LanesOrder:
         num_lanes: int,
         window_bytes: int,
         seed: int,
-        bad_samples: BadSamples,
         drop_behind: bool = False,
     ) -> None:
         """Set the order.
@@ -63,14 +61,13 @@ class LanesOrder:
             num_lanes: C, a divisor of G.
             window_bytes: Stored size of the images that all lanes mix at a time.
             seed: The run's seed.
-            bad_samples: Records images with a wrong checksum.
             drop_behind: Drop used samples from the page cache.
         Raises:
             DataError: the numbers do not fit each other.
         """
         check_lanes(num_lanes, global_batch_size)
         self._images, self._size, self.num_lanes = images, global_batch_size, num_lanes
-        self._seed, self._bad_samples, self._drop_behind = seed, bad_samples, drop_behind
+        self._seed, self._drop_behind = seed, drop_behind
         self._block_samples = images.block_samples_of(num_lanes)
         mean_bytes = images.manifest.image_bytes / images.num_samples
         self._window_blocks = max(1, round(window_bytes / (num_lanes * self._block_samples * mean_bytes)))
@@ -93,9 +90,13 @@ class LanesOrder:
 
     @property
     def first_batch_bytes(self) -> int:
-        """What is fetched before the first global batch is there, about: a block for each image, at most a window."""
+        """What is fetched before the first global batch is there, about."""
+        return self.bytes_before(self._size)
+
+    def bytes_before(self, num_images: float) -> int:
+        """What is fetched before the first `num_images` are there, about: a block for each, at most a window."""
         mean_bytes = self._images.manifest.image_bytes / self._images.num_samples
-        return min(round(self._size * self._block_samples * mean_bytes), self.window_bytes)
+        return min(round(num_images * self._block_samples * mean_bytes), self.window_bytes)
 
     def epoch(self, epoch: int, first_batch: int, rank: int, world_size: int) -> LaneEpoch:
         """See `EpochOrder.epoch`."""
@@ -108,7 +109,6 @@ class LanesOrder:
             self._images,
             self._order_of,
             lanes,
-            self._bad_samples,
             slice_size=self.slice_size,
             drop_behind=self._drop_behind,
             goes_on=goes_on,
@@ -175,15 +175,13 @@ class LaneStream:
         images: ShardedImages,
         order_of: Callable[[int], LaneOrder],
         lanes: range,
-        bad_samples: BadSamples,
         *,
         slice_size: int,
         drop_behind: bool,
         goes_on: bool,
     ) -> None:
         self._images, self._order_of, self.lanes = images, cache(order_of), lanes
-        self._bad_samples, self._slice_size = bad_samples, slice_size
-        self._drop_behind, self._goes_on = drop_behind, goes_on
+        self._slice_size, self._drop_behind, self._goes_on = slice_size, drop_behind, goes_on
         self._windows: dict[tuple[int, int], Window | LocalWindow] = {}  # by epoch and number
         self._lock = threading.Lock()
         self._is_over = threading.Event()
@@ -261,19 +259,10 @@ class LaneStream:
             raise RuntimeError(_ENDED)
         positions = np.flatnonzero(np.isin(ids, list(damaged))) if damaged else ids[:0]
         for position in positions.tolist():
-            ids[position], piece = self._substitute(int(ids[position]), damaged[int(ids[position])])
+            ids[position], piece = self._images.substitute(int(ids[position]), damaged[int(ids[position])])
             rows[position], addresses[position] = piece.rows[0], piece.addresses[0]
             owners.append(piece.owners)
         return to_samples(ids, rows, addresses, tuple(owners))
-
-    def _substitute(self, sample_id: int, reason: str) -> tuple[int, Piece]:
-        """The next good sample in the place of a damaged one."""
-        while True:
-            sample_id = self._bad_samples.replace(sample_id, reason)
-            (piece,) = self._images.read(sample_id, sample_id + 1)
-            if not piece.damaged:
-                return sample_id, piece
-            reason = piece.damaged[0]
 
 
 class LocalWindow:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,15 @@ class MixedImages:
         self.has_labels = all(each is not None and each == names[0] for each in names)
         self.class_names = names[0] if self.has_labels else None
 
+    def replacing(self, bad_samples: BadSamples) -> MixedImages:
+        """See `ShardedImages.replacing`."""
+        found = copy.copy(self)
+        found.sources = [
+            source.replacing(_OfSource(bad_samples, self, number)) if isinstance(source, ShardedImages) else source
+            for number, source in enumerate(self.sources)
+        ]
+        return found
+
     @property
     def identity(self) -> list[int]:
         """See `ImageSet.identity`."""
@@ -81,6 +91,11 @@ class MixedImages:
     def remote_sources(self) -> list[ShardedImages]:
         """The sources that are fetched."""
         return [source for source in self.sources if isinstance(source, ShardedImages) and source.is_remote]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it is fetched."""
+        return bool(self.remote_sources)
 
     @property
     def retries(self) -> dict[str, int]:
@@ -128,7 +143,6 @@ class MixedOrder:
         num_lanes: int,
         window_bytes: int,
         seed: int,
-        bad_samples: BadSamples,
         drop_behind: bool = False,
     ) -> None:
         """See `LanesOrder`; the window is divided among the sources by their weights.
@@ -154,7 +168,6 @@ class MixedOrder:
                     num_lanes=num_lanes,
                     window_bytes=max(1, round(window_bytes * share)),
                     seed=seed + number & _MAX_SEED,
-                    bad_samples=_OfSource(bad_samples, images, number),
                     drop_behind=drop_behind,
                 )
                 if isinstance(source, ShardedImages)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -183,8 +184,8 @@ class _Maps:
         rows = read_records(self._rows_descriptor, ROW, first * ROW.itemsize, stop - first)
         if rows is None:
             raise _not_the_one(self._rows_path, "cut short")
-        if (bad := first_bad_row(rows, self._shard.num_bytes, MAX_LABEL)) is not None:
-            raise _not_the_one(self._rows_path, f"row {first + bad} describes no image of the file")
+        if (wrong := _what_is_wrong(rows, self._shard, first)) is not None:
+            raise _not_the_one(self._rows_path, wrong)
         return rows
 
     def some_rows(self, samples: np.ndarray, *, keep: bool) -> np.ndarray:
@@ -240,13 +241,13 @@ class RemoteFiles:
         """As `LocalFiles.rows`."""
         found, about = self._get(shard, True, first * ROW.itemsize, stop * ROW.itemsize), self._shards[shard]
         rows = np.frombuffer(found, ROW)
-        if first_bad_row(rows, about.num_bytes, MAX_LABEL) is None:
+        if _what_is_wrong(rows, about, first) is None:
             return rows
         self._forget_range(shard, True, first * ROW.itemsize, stop * ROW.itemsize)
         self.store.retries["wrong checksum"] += 1
         rows = np.frombuffer(self._get(shard, True, first * ROW.itemsize, stop * ROW.itemsize), ROW)
-        if (bad := first_bad_row(rows, about.num_bytes, MAX_LABEL)) is not None:
-            raise _not_the_one(f"{self.store.shown}/{about.name}.rows", f"row {first + bad} describes no image")
+        if (wrong := _what_is_wrong(rows, about, first)) is not None:
+            raise _not_the_one(f"{self.store.shown}/{about.name}.rows", wrong)
         return rows
 
     def close(self) -> None:
@@ -302,6 +303,18 @@ def _ranges(rows: np.ndarray, num_bytes: np.ndarray) -> list[tuple[int, int, np.
     ends = np.maximum.accumulate(starts + num_bytes[order])
     bounds = [0, *(np.flatnonzero(starts[1:] - ends[:-1] > MAX_GAP_BYTES) + 1).tolist(), len(rows)]
     return [(int(starts[a]), int(ends[b - 1]), order[a:b]) for a, b in pairwise(bounds) if b > a]
+
+
+def _what_is_wrong(rows: np.ndarray, shard: Shard, first: int) -> str | None:
+    """What shows that these rows, the first of which is `first`, are not the shard's; None: nothing.
+
+    All rows of a shard are compared with the manifest's checksum, some of them are only looked at.
+    """
+    if (bad := first_bad_row(rows, shard.num_bytes, MAX_LABEL)) is not None:
+        return f"row {first + bad} describes no image of the file"
+    if len(rows) == shard.num_images and hashlib.sha256(rows.data).hexdigest() != shard.rows_sha256:
+        return "other images or labels"
+    return None
 
 
 def _not_the_one(path: Path | str, what: str) -> DataError:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.bad_samples import BadSamples
 from pipelines.errors import DataError
 from pipelines.remote.cache import BlockCache
 from pipelines.remote.store import RemoteError, RemoteStore, is_url
@@ -51,9 +53,18 @@ class ShardedImages:
         self.is_remote = isinstance(files, RemoteFiles)
         self.num_samples, self.identity = manifest.num_images, manifest.identity
         self.stored_modes, self.class_names = manifest.modes, manifest.class_names
-        self._kept: OrderedDict[int, list[Piece]] = OrderedDict()
-        self._kept_bytes = 0
-        self._lock = threading.Lock()
+        self._kept = _KeptBlocks()
+        self._bad_samples: BadSamples | None = None
+
+    def replacing(self, bad_samples: BadSamples) -> ShardedImages:
+        """The same data set, in which another image takes the place of a remote one with a wrong checksum.
+
+        Args:
+            bad_samples: Records the damaged images and chooses their replacements.
+        """
+        found = copy.copy(self)
+        found._bad_samples = bad_samples
+        return found
 
     @property
     def retries(self) -> dict[str, int]:
@@ -89,12 +100,12 @@ class ShardedImages:
         return self._all_sizes
 
     def samples(self, ids: np.ndarray) -> Samples:
-        """See `ImageSet.samples`; a remote image with a wrong checksum ends here, `LaneReader` replaces it.
+        """See `ImageSet.samples`; the ids are those of the images that took the place of damaged ones.
 
         Raises:
-            DataError: a shard cannot be read.
+            DataError: a shard cannot be read, or a remote image has a wrong checksum and is not replaced.
         """
-        ids = np.asarray(ids, np.int64)
+        ids = np.array(ids, np.int64)
         rows, addresses = np.empty(len(ids), ROW), np.empty(len(ids), np.uint64)
         owners: list[object] = []
         if isinstance(self.files, LocalFiles):
@@ -108,21 +119,33 @@ class ShardedImages:
         return to_samples(ids, rows, addresses, tuple(owners))
 
     def few(self, ids: np.ndarray) -> Samples:
-        """As `samples`, but of remote images no more is fetched than these: two requests for each.
-
-        Raises:
-            DataError: a shard cannot be read, or an image has a wrong checksum.
-        """
+        """As `samples`, but of remote images no more is fetched than these: two requests for each."""
         if not isinstance(self.files, RemoteFiles):
             return self.samples(ids)
+        ids = np.array(ids, np.int64)
         rows, addresses = np.empty(len(ids), ROW), np.empty(len(ids), np.uint64)
         owners: list[object] = []
-        pieces = self.files.map(lambda i: self.read(i, i + 1)[0], np.asarray(ids, np.int64).tolist())
-        for position, (i, piece) in enumerate(pieces):
-            self._check(i, piece, 0)
+        for position, (i, piece) in enumerate(self.files.map(lambda i: self.read(i, i + 1)[0], ids.tolist())):
+            if piece.damaged:
+                ids[position], piece = self.substitute(i, piece.damaged[0])
             rows[position], addresses[position] = piece.rows[0], piece.addresses[0]
             owners.append(piece.owners)
-        return to_samples(np.asarray(ids, np.int64), rows, addresses, tuple(owners))
+        return to_samples(ids, rows, addresses, tuple(owners))
+
+    def substitute(self, sample_id: int, reason: str) -> tuple[int, Piece]:
+        """The image that takes the place of a damaged one: its id, and a piece of it alone.
+
+        Raises:
+            DataError: damaged images are not replaced, or too many are damaged.
+        """
+        while True:
+            if self._bad_samples is None:
+                raise DataError(f"{self.path}: image {sample_id} {reason}: copy its shard again")
+            sample_id = self._bad_samples.replace(sample_id, reason)
+            (piece,) = self.read(sample_id, sample_id + 1)
+            if not piece.damaged:
+                return sample_id, piece
+            reason = piece.damaged[0]
 
     def few_rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of some samples, ROW [n], a request for each if they are remote; their checksums are not compared."""
@@ -163,39 +186,31 @@ class ShardedImages:
                 yield shard, positions, ids[positions] - self.manifest.starts[shard]
 
     def _fetch(self, ids: np.ndarray, rows: np.ndarray, addresses: np.ndarray, owners: list[object]) -> None:
-        """Fetch the blocks of some ids, side by side, and fill in rows and addresses."""
+        """Fetch the blocks of some ids, side by side, and fill in rows and addresses; puts replacements into `ids`."""
         assert isinstance(self.files, RemoteFiles)
-        size = self.block_samples
+        size, asked = self.block_samples, ids.copy()
         numbers = np.unique(ids // size).tolist()
         blocks = [(b * size, list(pieces)) for b, pieces in self.files.map(self._block, numbers)]
         for first, pieces in blocks:
             for piece in pieces:
-                positions = np.flatnonzero((ids >= first) & (ids < first + len(piece.rows)))
-                within = ids[positions] - first
-                for position in sorted(piece.damaged.keys() & set(within.tolist())):
-                    self._check(first + position, piece, position)
+                positions = np.flatnonzero((asked >= first) & (asked < first + len(piece.rows)))
+                within = asked[positions] - first
                 rows[positions], addresses[positions] = piece.rows[within], piece.addresses[within]
                 owners.extend(piece.owners)
+                is_damaged = np.isin(within, list(piece.damaged))
+                for position, i in zip(positions[is_damaged].tolist(), within[is_damaged].tolist(), strict=True):
+                    ids[position], other = self.substitute(first + i, piece.damaged[i])
+                    rows[position], addresses[position] = other.rows[0], other.addresses[0]
+                    owners.extend(other.owners)
                 first += len(piece.rows)
-
-    def _check(self, sample_id: int, piece: Piece, position: int) -> None:
-        if position in piece.damaged:
-            raise DataError(f"{self.path}: image {sample_id} {piece.damaged[position]}: copy its shard again")
 
     def _block(self, number: int) -> list[Piece]:
         """One block, kept for the next call: batches in order of ids share blocks."""
-        with self._lock:
-            if (found := self._kept.get(number)) is not None:
-                self._kept.move_to_end(number)
-                return found
-        pieces = self.read(number * self.block_samples, min((number + 1) * self.block_samples, self.num_samples))
-        with self._lock:
-            if number not in self._kept:
-                self._kept[number] = pieces
-                self._kept_bytes += _num_bytes(pieces)
-            while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
-                self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
-        return pieces
+        if (found := self._kept.get(number)) is None:
+            first = number * self.block_samples
+            found = self.read(first, min(first + self.block_samples, self.num_samples))
+            self._kept.put(number, found)
+        return found
 
     @cached_property
     def _all_labels(self) -> np.ndarray:
@@ -215,6 +230,29 @@ class ShardedImages:
         counts = [shard.num_images for shard in self.manifest.shards]
         parts = self.files.map(lambda shard: self.files.rows(shard, 0, counts[shard]), range(len(counts)))
         return np.concatenate([rows for _, rows in parts])
+
+
+class _KeptBlocks:
+    """The blocks of random access that were used last, at most `_KEPT_BYTES`. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[int, list[Piece]] = OrderedDict()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> list[Piece] | None:
+        with self._lock:
+            if number in self._blocks:
+                self._blocks.move_to_end(number)
+            return self._blocks.get(number)
+
+    def put(self, number: int, pieces: list[Piece]) -> None:
+        with self._lock:
+            if number not in self._blocks:
+                self._blocks[number] = pieces
+                self._num_bytes += _num_bytes(pieces)
+            while self._num_bytes > _KEPT_BYTES and len(self._blocks) > 1:
+                self._num_bytes -= _num_bytes(self._blocks.popitem(last=False)[1])
 
 
 def to_samples(ids: np.ndarray, rows: np.ndarray, addresses: np.ndarray, owners: tuple[object, ...]) -> Samples:

@@ -18,17 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.bad_samples import BadSamples
 from pipelines.beton import BetonReader
 from pipelines.errors import DataChangedError, DataError
-from pipelines.loader import DataConfig, Loader, WeightedImages, build_loader, open_train_images
+from pipelines.loader import DataConfig, Loader, WeightedImages, build_loader, open_train_images, remote_line
 from pipelines.remote import BlockCache, RemoteStore
 from pipelines.remote import cache as cache_module
 from pipelines.shards.lane_reader import LanesOrder
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.open_images import AnyImages, open_images
 from pipelines.shards.pieces import RemoteFiles
-from pipelines.shards.rows import ROW
+from pipelines.shards.rows import HEAD_BYTES, MAX_IMAGE_BYTES, ROW, row_crc32
 from pipelines.shards.sharded_images import ShardedImages, open_sharded
 from pipelines.views import ViewsConfig
 from tests.helpers.fault_server import FaultServer
@@ -397,12 +396,24 @@ def test_random_order_fetches_each_image_alone(build, server, tmp_path):
     assert len(asked) == sum(len(batch[0]) for batch in batches)
 
 
-def test_a_mixture_counts_the_retries_of_its_sources(build, server, folder):
+def test_a_mixture_counts_the_retries_of_its_sources_and_says_beforehand_what_it_fetches(build, server, folder):
+    """One of two sources of equal weights and sizes is remote: in an epoch, as many images as it has."""
     server.plan(SECOND, "500")
     mixed = (WeightedImages(path=server.url), WeightedImages(path=str(folder)))
     cfg = DataConfig(**SETTINGS | {"train": mixed})
     places = {"rank": 0, "world_size": 1, "device": CPU, "num_threads": 1}
-    with closing(build_loader(open_train_images(cfg), cfg, VIEWS, seed=5, **places)) as loader:
+    images, remote = open_train_images(cfg), open_images(server.url)
+    assert isinstance(remote, ShardedImages)
+    num_bytes = remote.manifest.image_bytes + NUM * ROW.itemsize
+    with closing(build_loader(images, cfg, VIEWS, seed=5, **places)) as loader:
+        line = remote_line(images, cfg, loader, 1)
+        assert line is not None
+        assert line.startswith(
+            f"{server.url}: 3 shards, {NUM} images, {num_bytes / 1e9:.3g} GB; an epoch fetches "
+            f"{num_bytes / 1e9:.3g} GB per node; no cache (data.cache_dir)"
+        )
+        before_mb = float(line.split("; ")[-1].split()[0])
+        assert 0 < before_mb <= remote.manifest.image_bytes / 1e6
         assert loader.remote_retries == {}
         batches_of(loader)
         assert loader.remote_retries == {"status 500": 1}
@@ -431,32 +442,39 @@ def damage(server: FaultServer, shard: int, samples: list[int]) -> None:
     server.files[name] = bytes(content)
 
 
-@pytest.mark.parametrize("engine", ["ffcv", "resident"])
-def test_an_image_that_stays_wrong_is_replaced_and_counted(build, server, expected, engine, capfd):
+@pytest.mark.parametrize(("engine", "order"), [("ffcv", "lanes"), ("ffcv", "random"), ("resident", "lanes")])
+def test_an_image_that_stays_wrong_is_replaced_and_counted(build, server, tmp_path, engine, order, capfd):
     """Images 0..2 of the second shard are 203..205 of all: 206 takes their place, with a line each."""
+    settings: dict[str, Any] = {"engine": engine, "order": order, "max_bad_fraction": 0.01}
+    if order == "random":  # needs a cache that holds all
+        settings |= {"cache_dir": str(tmp_path / "cache"), "cache_gb": 0.1}
+    right = batches_of(build(opened(server), **settings))
     damage(server, 1, [0, 1, 2])
     images = opened(server)
-    if engine == "resident":
-        with pytest.raises(DataError, match=r"image 20[345] has another checksum than its rows file says"):
-            build(images, engine=engine)
-        return
-    loader = build(images, max_bad_fraction=0.01)
-    found = batches_of(loader)
+    loader = build(images, **settings)
     wrong = {203, 204, 205}
-    for batch, other in zip(found, expected, strict=True):
+    for batch, other in zip(batches_of(loader), right, strict=True):
         is_wrong = torch.isin(other[0], torch.tensor(sorted(wrong)))
         assert torch.equal(batch[0], torch.where(is_wrong, 206, other[0]))
         assert torch.equal(batch[2][~is_wrong], other[2][~is_wrong])
-    met = wrong & {int(i) for batch in expected for i in batch[0]}
+    met = wrong if engine == "resident" else wrong & {int(i) for batch in right for i in batch[0]}
     assert len(met) >= 2
     assert set(loader.bad_samples.reasons) >= met
     err = capfd.readouterr().err.splitlines()
     assert len(err) == loader.num_bad_samples
     assert all("has another checksum than its rows file says; image 20" in line for line in err)
     assert images.retries["wrong checksum"] >= 2
-    strict = build(opened(server), max_bad_fraction=0.001)
     with pytest.raises(DataError, match=r"more than data\.max_bad_fraction=0\.001 allows"):
-        batches_of(strict)
+        batches_of(build(opened(server), **settings | {"max_bad_fraction": 0.001}))
+
+
+def test_where_no_image_may_be_replaced_one_that_stays_wrong_ends_the_work(server):
+    damage(server, 1, [0])
+    images = opened(server)
+    for read in (images.samples, images.few):
+        assert read(np.array([202, 204])).ids.tolist() == [202, 204]
+        with pytest.raises(DataError, match=r"image 203 has another checksum than its rows file says: copy its shard"):
+            read(np.array([203]))
 
 
 def changed_shard(server: FaultServer) -> None:
@@ -616,6 +634,31 @@ def test_a_manifest_of_another_data_set(build, folder, tmp_path):
         batches_of(build(copy))
 
 
+def with_other_labels(path: Path) -> None:
+    """The rows file as of the same images converted with other labels."""
+    rows, content = np.fromfile(path, ROW), path.with_suffix("").read_bytes()
+    rows["label"] = (rows["label"] + 1) % 3
+    for row in rows:
+        head, ptr = row.tobytes()[:HEAD_BYTES], int(row["ptr"])
+        row["crc32"] = row_crc32(head, content[ptr : ptr + (int(row["num_bytes"]) & MAX_IMAGE_BYTES)])
+    rows.tofile(path)
+
+
+@pytest.mark.parametrize("order", ["lanes", "random"])
+def test_a_manifest_of_a_data_set_of_the_same_sizes_with_other_labels(build, folder, tmp_path, order):
+    copy = local_copy(folder, tmp_path)
+    with_other_labels(copy / f"{SECOND}.rows")
+    message = rf"{SECOND}\.rows: not the file of the manifest \(other images or labels\)"
+    with pytest.raises(DataError, match=message):
+        batches_of(build(copy, order=order))
+    with pytest.raises(DataError, match=message):
+        _ = open_images(copy).labels
+    with FaultServer(contents(copy)) as server:
+        set_versions(server)
+        with pytest.raises(DataError, match=message):
+            _ = opened(server).labels
+
+
 def test_two_shards_of_one_name(folder, tmp_path):
     copy = local_copy(folder, tmp_path)
     path = copy / MANIFEST_NAME
@@ -716,7 +759,6 @@ import json, resource, sys, time
 from pathlib import Path
 import numpy as np
 import torch
-from pipelines.bad_samples import BadSamples
 from pipelines.loader import open_train_images, DataConfig
 from pipelines.order.lanes import LaneOrder
 from pipelines.shards.lane_reader import LanesOrder
@@ -731,8 +773,7 @@ LaneOrder(num_samples=10**6, block_samples=38, num_lanes=4, window_blocks=500, s
 Path("/proc/self/clear_refs").write_text("5")
 before, start_s = read_bytes("VmRSS"), time.perf_counter()
 images = open_train_images(DataConfig(train=sys.argv[1]))
-bad = BadSamples(images.path, images.num_samples, 0.001)
-lanes = LanesOrder(images, global_batch_size=4096, num_lanes=64, window_bytes=1024_000_000, seed=0, bad_samples=bad)
+lanes = LanesOrder(images, global_batch_size=4096, num_lanes=64, window_bytes=1024_000_000, seed=0)
 order = lanes._order_of(3)
 first = order.batch(lanes.num_batches // 2, 4096, 1, 8)
 start_s = time.perf_counter() - start_s
@@ -785,11 +826,8 @@ def simulated_manifest() -> bytes:
 def test_the_order_of_a_reader_is_the_order_of_its_numbers(folder):
     images = open_images(folder)
     assert isinstance(images, ShardedImages)
-    bad = BadSamples(images.path, NUM, 0)
     for num_lanes in (1, 2, 4, 8, 16):
-        order = LanesOrder(
-            images, global_batch_size=SIZE, num_lanes=num_lanes, window_bytes=10**6, seed=1, bad_samples=bad
-        )
+        order = LanesOrder(images, global_batch_size=SIZE, num_lanes=num_lanes, window_bytes=10**6, seed=1)
         assert order.window_bytes <= 1.5 * 10**6
         assert 0 < order.first_batch_bytes <= order.window_bytes
         for epoch in range(2):
