@@ -185,6 +185,7 @@ class LaneStream:
         self._windows: dict[tuple[int, int], Window | LocalWindow] = {}  # by epoch and number
         self._lock = threading.Lock()
         self._is_over = threading.Event()
+        self._is_first = True
 
     @property
     def places_per_lane(self) -> int:
@@ -199,6 +200,10 @@ class LaneStream:
         """The samples `ids` of these places, in their order; damaged ones are replaced."""
         windows = self._order_of(epoch).windows_of(places.start, places.stop)
         opened = [self._window(epoch, number) for number in windows]
+        if self._is_first:  # the next window must not share the network with what the first batch waits for
+            self._is_first, samples = False, self._gather(ids, opened)
+            self._window(epoch, windows.stop)
+            return samples
         self._window(epoch, windows.stop)  # ahead
         return self._gather(ids, opened)
 

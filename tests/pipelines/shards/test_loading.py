@@ -23,7 +23,8 @@ from pipelines.errors import DataChangedError, DataError
 from pipelines.loader import DataConfig, Loader, WeightedImages, build_loader, open_train_images, remote_line
 from pipelines.remote import BlockCache, RemoteStore
 from pipelines.remote import cache as cache_module
-from pipelines.shards.lane_reader import LanesOrder
+from pipelines.samples import Samples
+from pipelines.shards.lane_reader import LanesOrder, LaneStream
 from pipelines.shards.manifest import MANIFEST_NAME, Manifest
 from pipelines.shards.open_images import AnyImages, open_images
 from pipelines.shards.pieces import RemoteFiles
@@ -387,6 +388,23 @@ def test_a_flipped_byte_of_the_manifest_is_asked_for_again(server):
     server.plan(MANIFEST_NAME, "flip", "flip")
     with pytest.raises(DataError, match="not a manifest"):
         open_sharded(server.url)
+
+
+def test_the_first_batch_waits_for_its_own_window_alone(server, monkeypatch):
+    """Later ones do not: the next window is under way."""
+    order = LanesOrder(opened(server), global_batch_size=SIZE, num_lanes=LANES, window_bytes=10**5, seed=1)
+    gather, under_way = LaneStream._gather, []
+
+    def recorded(stream: LaneStream, *arguments: Any) -> Samples:
+        under_way.append(sorted(number for _, number in stream._windows))
+        return gather(stream, *arguments)
+
+    monkeypatch.setattr(LaneStream, "_gather", recorded)
+    with closing(order.epoch(0, 0, 0, 1)) as samples:
+        for _ in islice(samples.groups(), 2):
+            pass
+    assert under_way[0] == [0]
+    assert under_way[1][:2] == [0, 1]
 
 
 def test_random_order_fetches_each_image_alone(build, server, tmp_path):
@@ -761,7 +779,7 @@ import numpy as np
 import torch
 from pipelines.loader import open_train_images, DataConfig
 from pipelines.order.lanes import LaneOrder
-from pipelines.shards.lane_reader import LanesOrder
+from pipelines.shards.lane_reader import LanesOrder, LaneStream
 
 def read_bytes(name):
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
