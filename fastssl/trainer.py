@@ -240,7 +240,7 @@ class Trainer:
             self.read_reports(keep=0 if is_epoch_end or self.checkpoint_due else 1)
             if is_epoch_end:
                 retries = getattr(self.loader, "remote_retries", None)  # a user's own loader may lack it
-                self.epoch_stats.end_epoch(self.step, self.loader.num_bad_samples, retries)
+                self.epoch_stats.end_epoch(self.step, self.loader.bad_sample_ids, retries)
                 if not self.must_stop:
                     self.judge_held_out()
             self.checkpoint_due |= self.must_stop
@@ -325,6 +325,7 @@ class Trainer:
         state: dict[str, Any] = {
             "data_identity": self._data_identity(),
             "collapsed_since": self.epoch_stats.collapsed_since,
+            "bad_samples": self.epoch_stats.all_bad_samples(self.loader.bad_sample_ids),
         }
         state["loss_scale"] = self.update_step.update.state_dict()
         if self.probe:
@@ -364,7 +365,9 @@ class Trainer:
             print(printable(f"fastssl: warning: {warning}"), file=sys.stderr, flush=True)
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        self.epoch_stats.restore(state["sums"], state["collapsed_since"], state["world_size"])
+        self.epoch_stats.restore(
+            state["sums"], state["collapsed_since"], state["world_size"], bad_samples=state.get("bad_samples", ())
+        )
         self.update_step.update.load_state_dict(state["loss_scale"])
         self.update_step.update.bind()
         if self.probe:

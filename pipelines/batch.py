@@ -2,7 +2,7 @@
 
 # B local batch, V views, Vg views of one output size, H and W their height and width in pixels
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,8 +65,8 @@ class BatchSource(Protocol):
         ...
 
     @property
-    def num_bad_samples(self) -> int:
-        """Number of damaged images found so far."""
+    def bad_sample_ids(self) -> Collection[int]:
+        """The damaged images that this rank has found so far."""
         ...
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ class IterableLoader:
         num_samples: Images of an epoch, over all ranks.
     """
 
-    num_bad_samples = 0
+    bad_sample_ids: tuple[int, ...] = ()
 
     def __init__(self, batches: Batches, *, device: torch.device, world_size: int = 1) -> None:
         """Look at the first batch.

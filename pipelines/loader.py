@@ -173,9 +173,9 @@ class Loader:
         return [(3, spec.size_px, spec.size_px) for spec in self._specs]
 
     @property
-    def num_bad_samples(self) -> int:
-        """Number of damaged images found so far."""
-        return len(self.bad_samples.reasons)
+    def bad_sample_ids(self) -> list[int]:
+        """The damaged images that this rank has found so far."""
+        return list(self.bad_samples.reasons)
 
     @property
     def remote_retries(self) -> dict[str, int] | None:

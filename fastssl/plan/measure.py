@@ -151,7 +151,7 @@ def _measure_here(config: Path, run_dir: Path) -> StepCost | None:
         is_epoch_end = trainer.step % trainer.steps_per_epoch == 0
         trainer.read_reports(keep=0 if is_epoch_end else 1)
         if is_epoch_end:  # with few images on a GPU, it takes longer than the steps
-            trainer.epoch_stats.end_epoch(trainer.step, trainer.loader.num_bad_samples)
+            trainer.epoch_stats.end_epoch(trainer.step, trainer.loader.bad_sample_ids)
     trainer.read_reports(keep=0)
     if on_gpu:
         torch.cuda.synchronize()

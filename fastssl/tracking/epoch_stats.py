@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -71,6 +71,7 @@ class EpochStats:
         self._names = (*_MEANS, *counts)
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._names}
         self._retries = Counter[str]()
+        self._bad_samples: set[int] = set()  # of all ranks, as far as gathered; on the first one
         self._window: dict[str, Tensor] = {}
         self._window_steps = math.ceil(WINDOW_IMAGES / cfg.data.global_batch_size)
 
@@ -127,12 +128,14 @@ class EpochStats:
         row |= report.settings | {"memory_bytes": self._memory_bytes()}
         self.metrics.step_row(report.step, row)
 
-    def end_epoch(self, step: int, num_bad_samples: int, remote_retries: Mapping[str, int] | None = None) -> None:
+    def end_epoch(
+        self, step: int, bad_samples: Collection[int], remote_retries: Mapping[str, int] | None = None
+    ) -> None:
         """Write the row of the epoch that ends with this step, and check for a collapse (all ranks).
 
         Args:
             step: Number of the step, starting at 1.
-            num_bad_samples: Number of bad samples that this rank has found so far.
+            bad_samples: The bad samples that this rank has found so far.
             remote_retries: How often this rank's requests were repeated so far, by reason; None on all ranks: nothing
                 is fetched.
         Raises:
@@ -142,14 +145,14 @@ class EpochStats:
         for value in self.sums.values():
             value.zero_()
         window, self._window = collectives.sum_all(self._window), {}
-        num_bad = collectives.EXCHANGE.sum_(torch.tensor(float(num_bad_samples), device=self._device))
+        num_bad = len(self.all_bad_samples(bad_samples))
         retries = {} if remote_retries is None else self._all_retries(remote_retries)
         epoch = step // self._steps_per_epoch - 1
         signals: list[str] = []
         if self.metrics:
             row = self._step_metrics(sums) | self._throughput()
-            if num_bad > 0:
-                row["bad_samples_seen"] = num_bad  # a sample found by two ranks counts twice
+            if num_bad:
+                row["bad_samples_seen"] = num_bad
             if retries:
                 row["remote_retries"] = retries
             if window and window["num_rows"] > 0:  # else no step of it was taken
@@ -159,6 +162,12 @@ class EpochStats:
                 row |= {name: window[name].tolist() for name in ("positive_counts", "negative_counts")}
             self.metrics.epoch_row(epoch, step, row)
         self._raise_alarm(signals, step)
+
+    def all_bad_samples(self, own: Collection[int]) -> list[int]:
+        """The bad samples that any rank has found since the start of the run, ascending; only on the first rank."""
+        for each in collectives.gather_on_first(list(own)) or ():
+            self._bad_samples.update(each)
+        return sorted(self._bad_samples)
 
     def _all_retries(self, own: Mapping[str, int]) -> dict[str, int]:
         """The sum over the ranks, on the first one; a line where it has risen. Empty on the others."""
@@ -188,13 +197,20 @@ class EpochStats:
         """This rank's sums to be saved in a checkpoint."""
         return {"epoch": self.sums, "window": self._window}
 
-    def restore(self, sums: dict[str, dict[str, Tensor]], collapsed_since: dict[str, int], world_size: int) -> None:
+    def restore(
+        self,
+        sums: dict[str, dict[str, Tensor]],
+        collapsed_since: dict[str, int],
+        world_size: int,
+        bad_samples: Collection[int] = (),
+    ) -> None:
         """Resume from a checkpoint.
 
         Args:
             sums: This rank's sums, on any device.
             collapsed_since: The saved value.
             world_size: World size of the run that saved them.
+            bad_samples: What `all_bad_samples` returned.
         """
         for name, value in self.sums.items():
             value.copy_(sums["epoch"][name])
@@ -202,6 +218,7 @@ class EpochStats:
             self.sums[name] *= collectives.world_size() / world_size
         self._window = {name: value.to(self._device) for name, value in sums["window"].items()}
         self.collapsed_since = collapsed_since
+        self._bad_samples = set(bad_samples)
 
     def _step_metrics(self, sums: dict[str, Tensor]) -> dict[str, Any]:
         num_taken = round(sums["num_steps"].item())

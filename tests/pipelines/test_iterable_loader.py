@@ -29,7 +29,7 @@ def data_loader(views) -> DataLoader:
 def test_batches_of_a_data_loader(views, data_loader) -> None:
     loader = IterableLoader(data_loader, device=CPU, world_size=2)
     assert len(loader) == 3
-    assert (loader.num_samples, loader.local_batch_size, loader.num_bad_samples) == (2 * NUM_IMAGES, BATCH, 0)
+    assert (loader.num_samples, loader.local_batch_size, loader.bad_sample_ids) == (2 * NUM_IMAGES, BATCH, ())
     assert loader.view_shapes == [(3, 8, 8), (3, 8, 8)]
     assert loader.identity == [3, BATCH]
     batches = list(loader.epoch(0))

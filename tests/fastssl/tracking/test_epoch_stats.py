@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastssl import collectives
 from fastssl.config import Config, TrainConfig
 from fastssl.errors import DivergedError
 from fastssl.step.late_reports import StepReport
@@ -68,7 +69,7 @@ def take_epoch(stats: EpochStats, epoch: int, *, losses: list[float | None], spr
                 settings=settings,
             )
         )
-    stats.end_epoch(step, num_bad_samples=0)
+    stats.end_epoch(step, bad_samples=())
 
 
 def test_repeated_requests_are_counted_by_reason_and_shown_when_they_rise(folder, capsys):
@@ -78,8 +79,8 @@ def test_repeated_requests_are_counted_by_reason_and_shown_when_they_rise(folder
         (6, {"no connection": 2, "status 503": 5}),
         (9, {"no connection": 2, "status 503": 5}),
     ):
-        stats.end_epoch(step, 0, retries)
-    stats.end_epoch(12, 0, {"no connection": 3, "status 503": 5})
+        stats.end_epoch(step, (), retries)
+    stats.end_epoch(12, (), {"no connection": 3, "status 503": 5})
     rows = epochs_of(folder)
     assert [row.get("remote_retries") for row in rows] == [
         None,
@@ -91,6 +92,23 @@ def test_repeated_requests_are_counted_by_reason_and_shown_when_they_rise(folder
         "fastssl: 7 remote requests of this epoch were repeated: 5 x status 503, 2 x no connection",
         "fastssl: 1 remote requests of this epoch were repeated: 1 x no connection",
     ]
+
+
+def test_a_bad_sample_counts_once_whichever_rank_found_it_and_whenever(folder, tmp_path, monkeypatch):
+    """Two ranks, the other of which has found 3 and 9, and a run that is resumed."""
+    stats = open_stats(folder)
+    stats.end_epoch(3, ())
+    monkeypatch.setattr(collectives, "gather_on_first", lambda own: [own, [3, 9]])
+    stats.end_epoch(6, [3, 7])
+    saved = stats.all_bad_samples([3, 7, 8])
+    assert saved == [3, 7, 8, 9]
+    monkeypatch.setattr(collectives, "gather_on_first", lambda own: [own, [5]])
+    (tmp_path / "resumed").mkdir()
+    resumed = open_stats(RunFolder(tmp_path / "resumed"))
+    resumed.restore(stats.state(), {}, 1, bad_samples=saved)
+    resumed.end_epoch(9, [7])
+    seen = [row.get("bad_samples_seen") for run in (folder, RunFolder(tmp_path / "resumed")) for row in epochs_of(run)]
+    assert seen == [None, 3, 5]
 
 
 def epochs_of(folder: RunFolder) -> list[dict]:

@@ -479,7 +479,7 @@ def test_an_image_that_stays_wrong_is_replaced_and_counted(build, server, tmp_pa
     assert len(met) >= 2
     assert set(loader.bad_samples.reasons) >= met
     err = capfd.readouterr().err.splitlines()
-    assert len(err) == loader.num_bad_samples
+    assert len(err) == len(loader.bad_sample_ids)
     assert all("has another checksum than its rows file says; image 20" in line for line in err)
     assert images.retries["wrong checksum"] >= 2
     with pytest.raises(DataError, match=r"more than data\.max_bad_fraction=0\.001 allows"):

@@ -158,4 +158,4 @@ def test_a_damaged_image_is_replaced_within_the_mixture(places, tmp_path):
     loader = build_loader(open_train_images(cfg), cfg, VIEWS, **ranks)
     ids = ids_of(loader)
     assert (ids < 64).all()
-    assert loader.num_bad_samples > 0
+    assert loader.bad_sample_ids
