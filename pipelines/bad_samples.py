@@ -16,8 +16,10 @@ _MAX_LINES = 20  # printed to stderr; later ones are only counted
 class BadSamples:
     """The damaged samples that a process has found in one file.
 
-    A bad sample is replaced by the next sample of the file that is not known to be bad. The replacement uses the same
-    draw, with the crop box rescaled to its size. The views therefore do not depend on batches, workers or ranks.
+    A bad sample is replaced by the next sample of the file, and this one, if it is bad too, by the next after it. The
+    replacement uses the same draw, with the crop box rescaled to its size. A sample may be bad for some crop boxes
+    only, so which samples were found bad before has no influence. The views therefore do not depend on batches, workers
+    or ranks.
 
     Attributes:
         reasons: Why each sample is bad, by sample id, in the order of discovery.
@@ -36,7 +38,7 @@ class BadSamples:
         self._lock = threading.Lock()
 
     def replace(self, sample_id: int, reason: str) -> int:
-        """Record a bad sample and return the id of its replacement. Thread-safe.
+        """Record a bad sample and return the id of its replacement, which may be bad itself. Thread-safe.
 
         Raises:
             DataError: too many samples are bad.
@@ -50,9 +52,7 @@ class BadSamples:
                     f"{self._path}: image {sample_id} {reason}; so {num_bad} of {self._num_samples} are bad, more than "
                     f"data.max_bad_fraction={self._max_fraction:g} allows: convert again (`fastssl verify` finds all)"
                 )
-            substitute = (sample_id + 1) % self._num_samples
-            while substitute in self.reasons:
-                substitute = (substitute + 1) % self._num_samples
+        substitute = (sample_id + 1) % self._num_samples
         if is_new and num_bad <= _MAX_LINES:
             line = f"fastssl: warning: {self._path}: image {sample_id} {reason}; image {substitute} takes its place"
             print(printable(line), file=sys.stderr, flush=True)
@@ -78,8 +78,7 @@ class Substitutes:
         Raises:
             DataError: too many samples are bad.
         """
-        # In descending order: a replacement is then known to be good, unless the search wrapped around to the start.
-        for i in sorted(reasons, reverse=True):
+        for i in sorted(reasons):
             self._in_place_of[i] = self._bad_samples.replace(i, reasons[i])
         for i, good in self._in_place_of.items():
             while good in self._in_place_of:
