@@ -9,7 +9,7 @@ ARG DEBIAN_FRONTEND=noninteractive
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        g++ libopencv-imgproc-dev libturbojpeg0-dev pkg-config python3-dev python3-venv \
+        g++ libjpeg-dev libopencv-imgproc-dev libturbojpeg0-dev pkg-config python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 # Where torch and torchvision come from if the base has none; empty: where pip is pointed at.
 ARG TORCH_INDEX_URL=
@@ -17,6 +17,8 @@ WORKDIR /build
 COPY requirements requirements/
 COPY docker docker/
 COPY scripts/install_ffcv.sh scripts/
+COPY setup.py pyproject.toml ./
+COPY pipelines/engines/jpeg_region.c pipelines/engines/
 RUN docker/install_packages.sh /opt/venv
 
 FROM ${BASE}
@@ -46,6 +48,8 @@ RUN chmod -R a+rX . \
     && pip install --no-cache-dir --no-deps --no-build-isolation -e . \
     && HOME=/tmp/check python docker/base_packages.py check /opt/venv/base-packages.txt \
     && rm -rf /tmp/check
+# jpeg_region.c, compiled. Last: an installation without a compiler leaves it out.
+COPY --from=build /build/pipelines/engines/ pipelines/engines/
 
 USER 10001:10001
 CMD ["scripts/demo.sh"]

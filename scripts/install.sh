@@ -14,7 +14,7 @@ die() { printf 'install: error: %s\n' "$*" >&2; exit 2; }
 
 requirements=(-r "requirements/$build.txt")
 [ "$kind" = dev ] && requirements+=(-r requirements/dev.txt)
-stamp=$(cat requirements/{common,cpu,gpu,dev}.txt setup.py scripts/install*.sh | sha256sum | cut -c1-16)-$build
+stamp=$(cat requirements/{common,cpu,gpu,dev}.txt setup.py scripts/install*.sh pipelines/engines/jpeg_region.c | sha256sum | cut -c1-16)-$build
 # An environment with the developers' tools also serves to run.
 for have in dev "$kind"; do
     [ "$(cat "$venv/.fastssl-$have" 2>/dev/null)" = "$stamp" ] && exit 0
@@ -32,7 +32,7 @@ find_python() {
 
 system_packages() {
     local missing=() package
-    for package in g++ pkg-config libopencv-imgproc-dev libturbojpeg0-dev numactl python3-venv python3-dev; do
+    for package in g++ pkg-config libjpeg-dev libopencv-imgproc-dev libturbojpeg0-dev numactl python3-venv python3-dev; do
         dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
     done
     [ ${#missing[@]} -eq 0 ] && return

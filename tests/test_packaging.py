@@ -34,12 +34,11 @@ def test_every_package_is_found_for_installation():
     assert set(found) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder that pip has installed a copy of the checkout to, without what it depends on."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+def install_copy(source: Path, target: Path, **variables: str) -> None:
+    """Let pip install a copy of the checkout, without what it depends on; nothing is compiled in the copy yet."""
+    source.mkdir(exist_ok=True)
     for name in ("fastssl", "pipelines", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
     pip = [
@@ -52,7 +51,15 @@ def installed(tmp_path_factory) -> Path:
         "--no-build-isolation",
         "--disable-pip-version-check",
     ]
-    subprocess.run([*pip, "--target", target, source], check=True, capture_output=True, text=True)
+    environment = os.environ | variables
+    subprocess.run([*pip, "--target", target, source], check=True, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder that pip has installed a copy of the checkout to."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    install_copy(source, target)
     return target
 
 
@@ -67,6 +74,25 @@ def test_an_installed_copy_is_whole(installed: Path, tmp_path: Path) -> None:
     converted = run([installed / "bin/fastssl", "convert", "--from", "digits", "digits.beton", "--split", "test"])
     assert converted.returncode == 0, converted.stderr
     assert "500 images" in converted.stdout
+
+
+def test_an_installed_copy_decodes_only_what_is_seen(installed: Path, tmp_path: Path) -> None:
+    code = "from pipelines.engines.jpeg_region import *; print(SOURCE, why_no_region_decoder())"
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(installed / "pipelines/engines/jpeg_region.c"), "None"], done.stderr
+
+
+def test_without_a_compiler_the_installation_leaves_that_out(tmp_path: Path) -> None:
+    """And JPEGs are decoded in full."""
+    install_copy(tmp_path / "source", tmp_path / "installed", CC="/bin/false")
+    folder = tmp_path / "installed/pipelines/engines"
+    assert (folder / "jpeg_region.c").is_file()
+    assert list(folder.glob("*.so")) == []
+    code = "from pipelines.engines.jpeg_region import why_no_region_decoder; print(why_no_region_decoder())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "not compiled" in done.stdout, done.stderr
 
 
 def test_its_ranges_admit_the_pinned_versions(installed: Path) -> None:

@@ -22,7 +22,8 @@ from numba.extending import intrinsic
 
 from pipelines import resample, simd
 from pipelines.bad_samples import BadSamples, move_boxes
-from pipelines.engines import turbojpeg
+from pipelines.engines import jpeg_region, turbojpeg
+from pipelines.engines.jpeg_region import decode_jpeg_region, why_no_region_decoder
 from pipelines.engines.turbojpeg import OK, UNREADABLE, WRONG_SIZE, JpegDecoder, decode_jpeg, load_library
 from pipelines.errors import DataError
 from pipelines.resample import Weights, is_small, resized_crop, small_crop, small_weights
@@ -30,6 +31,9 @@ from pipelines.samples import JPG, ImageSet, Samples
 
 # The kernel's arguments for one batch after its samples: boxes, place, outputs, `small_weights` of their sizes.
 _Work = tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...], tuple[Weights, ...]]
+
+# Smaller JPEGs are decoded in full: decoding only what the views show would save nothing.
+REGION_MIN_BYTES = 20_000
 
 _BAD_BOX = 3
 _NO_HANDLE = np.zeros(1, np.int64)  # of a decompressor that is not used
@@ -49,13 +53,13 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.CPointer(types.uint8)(address), generate
 
 
-def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
-    """Build the jitted kernel, cached on disk by the date of this file, `source_hash` and `has_jpegs`.
+def _build_kernel(source_hash: str, has_jpegs: bool, has_regions: bool) -> Callable[..., Any]:
+    """Build the jitted kernel, cached on disk by the date of this file and the arguments.
 
     numba compiles the called functions into the kernel, but only checks the kernel's own file for changes. The closure
     makes `source_hash`, the hash of the called functions' source, part of the cache key; otherwise the old code would
-    stay in use after a change of the resampler. If `has_jpegs` is False, numba omits the decoder, whose library LLVM
-    would otherwise need.
+    stay in use after a change of the resampler. If `has_jpegs` or `has_regions` is False, numba omits the decoder of
+    whole JPEGs or of their parts, whose library LLVM would otherwise need.
     """
 
     @njit(nogil=True, cache=True)
@@ -64,6 +68,7 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
         stop: int,
         forgiven: int,
         handle: np.ndarray,
+        message: np.ndarray,
         pixels: np.ndarray,
         addresses: np.ndarray,
         num_bytes: np.ndarray,
@@ -84,8 +89,25 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
         for position in range(first, stop):
             data = carray(_pointer(addresses[position]), (num_bytes[position],), np.uint8)  # pyright: ignore (an intrinsic)
             height_px, width_px = np.int64(sizes[position, 0]), np.int64(sizes[position, 1])
+            # What the views show: rows top..bottom-1, columns left..right-1.
+            top_px, left_px, bottom_px, right_px = height_px, width_px, np.int64(0), np.int64(0)
+            for view in range(boxes.shape[1]):
+                view_top_px, view_left_px, crop_height_px, crop_width_px = boxes[position, view]
+                if min(view_top_px, view_left_px) < 0 or min(crop_height_px, crop_width_px) < 1:
+                    return position, _BAD_BOX
+                top_px, left_px = min(top_px, view_top_px), min(left_px, view_left_px)
+                bottom_px = max(bottom_px, view_top_px + crop_height_px)
+                right_px = max(right_px, view_left_px + crop_width_px)
+            if bottom_px > height_px or right_px > width_px:
+                return position, _BAD_BOX
             if has_jpegs and modes[position] == JPG:
-                status = decode_jpeg(handle, data, height_px, width_px, pixels)  # pyright: ignore (numpy's integers)
+                if has_regions and num_bytes[position] >= REGION_MIN_BYTES:
+                    status = decode_jpeg_region(
+                        data, height_px, width_px, top_px, left_px, bottom_px, right_px, pixels, message
+                    )
+                else:
+                    message[0] = 0
+                    status = decode_jpeg(handle, data, height_px, width_px, pixels)  # pyright: ignore (numpy's integers)
                 if status == WRONG_SIZE or (status != OK and position != forgiven):
                     return position, status
                 image = pixels[: height_px * width_px * 3].reshape((height_px, width_px, 3))
@@ -93,10 +115,6 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
                 image = data.reshape((height_px, width_px, 3))
             for view in range(boxes.shape[1]):
                 top_px, left_px, crop_height_px, crop_width_px = boxes[position, view]
-                if min(top_px, left_px) < 0 or min(crop_height_px, crop_width_px) < 1:
-                    return position, _BAD_BOX
-                if top_px + crop_height_px > height_px or left_px + crop_width_px > width_px:
-                    return position, _BAD_BOX
                 group = place[view, 0]
                 out = outputs[group][position, place[view, 1]]
                 if is_small(crop_height_px, crop_width_px, out.shape[0]):
@@ -112,10 +130,12 @@ def _build_kernel(source_hash: str, has_jpegs: bool) -> Callable[..., Any]:
 
 
 @cache
-def _kernel(has_jpegs: bool) -> Callable[..., Any]:
-    """The kernel for files with JPEGs, or for files with only raw pixels."""
-    sources = [Path(str(module.__file__)).read_bytes() for module in (resample, simd, turbojpeg)]
-    return _build_kernel("".join(hashlib.sha256(source).hexdigest() for source in sources), has_jpegs)
+def _kernel(has_jpegs: bool, has_regions: bool) -> Callable[..., Any]:
+    """The kernel for files with JPEGs, decoded in part or in full, or for files with only raw pixels."""
+    sources = [Path(str(module.__file__)) for module in (resample, simd, turbojpeg, jpeg_region)]
+    sources.append(jpeg_region.SOURCE)
+    source_hash = "".join(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
+    return _build_kernel(source_hash, has_jpegs, has_regions)
 
 
 class Decoding:
@@ -145,7 +165,7 @@ class BatchDecoder:
         self._images = images
         self._bad_samples = bad_samples
         self._has_jpegs = JPG in images.stored_modes  # raw images need no decompressor and no buffer
-        self._decode_samples = _kernel(self._has_jpegs)
+        self._decode_samples = _kernel(self._has_jpegs, self._has_jpegs and why_no_region_decoder() is None)
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastssl-decode")
         self._decoders: SimpleQueue[JpegDecoder] = SimpleQueue()
@@ -207,7 +227,7 @@ class BatchDecoder:
             asked: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by position: size of the original sample, and boxes
             while first < stop:
                 first, status = self._decode_samples(
-                    first, stop, forgiven, handle, decoder.pixels,
+                    first, stop, forgiven, handle, decoder.message, decoder.pixels,
                     samples.addresses, samples.num_bytes, samples.modes, samples.sizes, *work,
                 )  # fmt: skip
                 if status == UNREADABLE and decoder.is_harmless():

@@ -15,6 +15,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from numba import njit, types
 
+from pipelines.engines.jpeg_region import MESSAGE_BYTES
 from pipelines.errors import DataError
 
 # Return values of `decode_jpeg` and of the kernels that call it.
@@ -71,10 +72,12 @@ class JpegDecoder:
 
     Attributes:
         pixels: uint8 buffer, at least as large as requested by `reserve`.
+        message: uint8 [MESSAGE_BYTES] for `decode_jpeg_region`; empty if another function decoded last.
     """
 
     def __init__(self) -> None:
         self.pixels = np.empty(0, np.uint8)
+        self.message = np.zeros(MESSAGE_BYTES, np.uint8)
         self._handle = np.zeros(1, np.int64)
 
     @property
@@ -94,7 +97,8 @@ class JpegDecoder:
 
     def last_message(self) -> str:
         """Error message of the last failed call."""
-        return load_library().tjGetErrorStr2(int(self._handle[0])).decode(errors="replace")
+        of_region = self.message.tobytes().partition(b"\0")[0]
+        return (of_region or load_library().tjGetErrorStr2(int(self._handle[0]))).decode(errors="replace")
 
     def is_harmless(self) -> bool:
         """Whether the last failure was a warning that does not affect the image; a worse message would replace it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastssl.commands.doctor.finding import Finding, Node
 from fastssl.machine.environment import package_version
+from pipelines.engines.jpeg_region import why_no_region_decoder
 from pipelines.errors import one_line
 
 _REQUIRED = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "timm")
@@ -55,6 +56,14 @@ def check_ffcv(_: Node) -> Finding:
             "fail", f"FFCV cannot be imported ({reason})", f"{_INSTALL}; scripts/install_ffcv.sh compiles it"
         )
     return Finding("ok", f"FFCV {package_version('ffcv')}, its compiled extension loads")
+
+
+def check_jpeg_region(_: Node) -> Finding:
+    """The compiled decoder of the part of a JPEG that the views show; without it, JPEGs are decoded in full."""
+    reason = why_no_region_decoder()
+    if reason:
+        return Finding("warn", f"JPEGs are decoded in full, which takes longer: {reason}", _INSTALL)
+    return Finding("ok", "of JPEGs, only what the views show is decoded")
 
 
 def check_dali(node: Node) -> Finding:
