@@ -40,6 +40,14 @@ def open_plain(job: Job) -> Stream:
     return open_engine(replace(job, views=replace(job.views, override=_PLAIN)), engine="ffcv")
 
 
+def open_whole_jpegs(job: Job) -> Stream:
+    """This package's loader as it is where `jpeg_region.c` is not compiled: each JPEG is decoded in full."""
+    from pipelines.engines import decode_crop
+
+    decode_crop.why_no_region_decoder = lambda: "not used in this process"
+    return open_engine(job, engine="ffcv")
+
+
 def open_stock_ffcv(job: Job) -> Stream:
     """Unmodified FFCV, compiled: its Loader decodes an image once for each of its two pipelines."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -331,6 +339,10 @@ PROVIDERS = {
         "torchvision v2, PIL, Pillow's blur", FULL_RECIPE, partial(open_torchvision, form="pil_pillow_blur")
     ),
     "decode": Provider("libjpeg-turbo", "decode only", open_decode),
+    "decode_seen": Provider(
+        "libjpeg-turbo, what the views show", "draw and decode only", partial(open_decode, seen_only=True)
+    ),
+    "ours_whole": Provider("fastssl, ffcv engine, whole JPEGs", FULL_RECIPE, open_whole_jpegs),
     "synthetic": Provider(
         "fastssl, synthetic engine", "full recipe without decode and crop", partial(open_engine, engine="synthetic")
     ),

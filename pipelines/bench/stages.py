@@ -130,7 +130,12 @@ def _stages(job: Job, num_pixels: float, opened: ExitStack) -> tuple[dict[str, _
     }
     if images.stored_modes == (JPG,):
         jpegs = JpegSamples()
-        stages["decode"] = _Stage(lambda: [jpegs.decode(batch) for batch in batches])
+
+        def decode() -> None:
+            for batch, drawn in zip(batches, params, strict=True):
+                jpegs.decode(batch, drawn["crop_box"])
+
+        stages["decode"] = _Stage(decode)
     if job.device != "cpu":
         stages |= _gpu_stages(job.device, pixels, len(batches), pixel_op)
     return stages, len(batches) * job.batch_size

@@ -21,7 +21,7 @@ from pipelines.epoch_order import EpochOrder, FileOrder
 from pipelines.samples import ImageSet, Samples
 from pipelines.shards.open_images import open_images
 from pipelines.shards.sharded_images import ShardedImages
-from pipelines.views import ViewsConfig
+from pipelines.views import ViewsConfig, build_view_specs, draw
 
 if TYPE_CHECKING:
     from pipelines.batch import RawBatch
@@ -145,23 +145,30 @@ class _RepeatedEngine:
         self._engine.close()
 
 
-def open_decode(job: Job) -> Stream:
+def open_decode(job: Job, *, seen_only: bool = False) -> Stream:
     """Open a stream of bare libjpeg-turbo decoding: each image is decoded once, nothing else.
 
+    Args:
+        job: The images.
+        seen_only: Decode only what the views show, as the ffcv engine does; their draw is timed too.
     Raises:
-        ValueError: the images are not stored as JPEG.
+        ValueError: the images are not stored as JPEG, or `seen_only` was not compiled.
     """
     from pipelines.convert import bounded_map
+    from pipelines.engines.jpeg_region import why_no_region_decoder
 
+    if seen_only and (reason := why_no_region_decoder()):
+        raise ValueError(reason)
     images, order = in_order(job, open_images(job.beton))
     if images.stored_modes != (JPG,):
         raise ValueError("the images are not stored as JPEG")
-    own = threading.local()
+    own, specs = threading.local(), build_view_specs(job.views)
 
     def decode(samples: Samples) -> None:
         if not hasattr(own, "decoder"):
             own.decoder = JpegSamples()
-        own.decoder.decode(samples)
+        boxes = draw(specs, job.seed, 0, samples.ids, samples.sizes)["crop_box"] if seen_only else None
+        own.decoder.decode(samples, boxes)
 
     def batches_of(epoch: int) -> Iterator[Samples]:
         with closing(order.epoch(epoch, 0, 0, 1)) as samples:
@@ -182,14 +189,30 @@ class JpegSamples:
 
         self._decoder = JpegDecoder()
 
-    def decode(self, samples: Samples) -> None:
-        """Decode samples that are JPEGs."""
+    def decode(self, samples: Samples, boxes: np.ndarray | None = None) -> None:
+        """Decode samples that are JPEGs.
+
+        Args:
+            samples: B samples.
+            boxes: Crop boxes (top, left, height, width), int32 [B, V, 4], of which only the union is decoded, if the
+                ffcv engine would do so; None: decode the whole images.
+        """
+        from pipelines.engines.decode_crop import REGION_MIN_BYTES
+        from pipelines.engines.jpeg_region import decode_jpeg_region, why_no_region_decoder
         from pipelines.engines.turbojpeg import decode_jpeg
 
+        boxes = None if why_no_region_decoder() else boxes
         self._decoder.reserve(3 * int(samples.sizes.prod(1, dtype=np.int64).max()))
         handle, pixels = self._decoder.handle, self._decoder.pixels
         for position, (height_px, width_px) in enumerate(samples.sizes.tolist()):
-            decode_jpeg(handle, samples.image_bytes(position), height_px, width_px, pixels)
+            data = samples.image_bytes(position)
+            if boxes is None or len(data) < REGION_MIN_BYTES:
+                decode_jpeg(handle, data, height_px, width_px, pixels)
+                continue
+            top_px, left_px = boxes[position, :, :2].min(0).tolist()
+            bottom_px, right_px = (boxes[position, :, :2] + boxes[position, :, 2:]).max(0).tolist()
+            box = top_px, left_px, bottom_px, right_px
+            decode_jpeg_region(data, height_px, width_px, *box, pixels, self._decoder.message)
 
 
 def repeated_ids(images: ImageSet) -> np.ndarray:
