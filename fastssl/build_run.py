@@ -22,7 +22,7 @@ from fastssl.losses import Loss, build_loss
 from fastssl.machine.nvidia_gpu import has_gpu
 from fastssl.models.activation_checkpointing import checkpoint_activations
 from fastssl.models.objective import Objective
-from fastssl.models.sync_batch_norm import has_batch_norm, synchronize_batch_norms
+from fastssl.models.sync_batch_norm import exclude_from_compilation, has_batch_norm, synchronize_batch_norms
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim.nvidia_apex import apex_layer_norm, put_layer_norms, why_no_apex
 from fastssl.processes.consistency import check_same_config
@@ -215,6 +215,7 @@ def _compile(objective: Objective) -> None:
         raise ConfigError(f"train.compile: there is no C++ compiler {compiler}: install one, or name it in CXX")
     for network in (objective.model, objective.target):
         if network is not None:
+            exclude_from_compilation(network)
             network.compile(dynamic=False)
 
 

@@ -151,6 +151,22 @@ def skip_fused_step_if(optimizer: Optimizer, is_skipped: Tensor) -> None:
 # --- DeepSpeed's start
 
 
+def import_deepspeed() -> Any:
+    """The package deepspeed, imported without MLflow: its autotuner imports that where it is installed, one second.
+
+    It has no setting for this. What is imported already stays, and MLflow can be imported afterwards.
+    """
+    is_hidden = "mlflow" not in sys.modules
+    if is_hidden:
+        sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]  # Python's sign of what cannot be imported
+    try:
+        import deepspeed
+    finally:
+        if is_hidden:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 def use_gloo_for_shared_memory() -> None:
     """Keep DeepSpeed from compiling its shared-memory collective for CPUs, which takes a minute and a half.
 

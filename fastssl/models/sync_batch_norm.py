@@ -48,7 +48,13 @@ class SyncBatchNorm(BatchNormBase):
             y = after(y)
         return y
 
-    @torch.compiler.disable()  # torch.compile would have to trace the collectives
+    def exclude_from_compilation(self) -> None:
+        """Keep torch.compile from tracing the collectives.
+
+        Not a decorator: it would import the compiler, two seconds, in processes that compile nothing.
+        """
+        self._normalize = torch.compiler.disable(self._normalize)  # pyright: ignore[reportAttributeAccessIssue]
+
     def _normalize(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if collectives.world_size() == 1 and x.numel() <= x.shape[1]:
@@ -69,6 +75,13 @@ class SyncBatchNorm(BatchNormBase):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"batch norm needs [B, C, ...], got shape {list(input.shape)}")
+
+
+def exclude_from_compilation(module: nn.Module) -> None:
+    """Keep torch.compile from tracing the collectives of the module's `SyncBatchNorm` layers."""
+    for norm in module.modules():
+        if isinstance(norm, SyncBatchNorm):
+            norm.exclude_from_compilation()
 
 
 def has_batch_norm(module: nn.Module) -> bool:

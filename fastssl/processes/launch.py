@@ -17,7 +17,7 @@ from fastssl import collectives
 from fastssl.config import RunConfig
 from fastssl.errors import ConfigError, Preempted
 from fastssl.machine.nvidia_gpu import driver_version, why_no_gpu, why_too_old
-from fastssl.machine.private_api import check_libraries, use_gloo_for_shared_memory
+from fastssl.machine.private_api import check_libraries, import_deepspeed, use_gloo_for_shared_memory
 from fastssl.processes.rendezvous import ALONE, join
 from fastssl.processes.watchdog import Watchdog
 from pipelines.loader import cores_per_process
@@ -139,7 +139,7 @@ def choose_device(wanted: str) -> torch.device:
 def _init_deepspeed(device: torch.device, cfg: RunConfig) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    import deepspeed
+    deepspeed = import_deepspeed()
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

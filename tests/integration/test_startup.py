@@ -75,6 +75,19 @@ def test_the_command_line_imports_nothing_heavy():
     assert done.stdout.strip() == "set()"
 
 
+def test_a_training_imports_neither_the_compiler_nor_a_tracker():
+    """Seconds of every start: torch's compiler is for train.compile, and DeepSpeed imports MLflow for its autotuner."""
+    code = """
+import sys, fastssl.trainer
+from fastssl.machine.private_api import import_deepspeed
+import_deepspeed()
+print({"torch._dynamo", "mlflow"} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_with_compiled_code_in_the_cache_the_first_batch_comes_soon(first_batch):
     first_batch(None)  # compiles what other tests have not compiled yet
     again = min((first_batch(None) for _ in range(2)), key=lambda found: found["start_s"])

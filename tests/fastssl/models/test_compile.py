@@ -12,6 +12,7 @@ from fastssl.errors import ConfigError
 from fastssl.losses import build_loss
 from fastssl.models.grad_cache import unchanged_buffers
 from fastssl.models.objective import Objective
+from fastssl.models.sync_batch_norm import SyncBatchNorm
 from fastssl.models.two_view import TwoViewModel
 
 TINY = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "zero_init_last": False}
@@ -25,9 +26,11 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def build(*, loss: str = "mio", **train: object) -> Objective:
+def build(*, loss: str = "mio", batch_norm: str = "per_rank", **train: object) -> Objective:
     data = {"train": "x.beton", "global_batch_size": 8}
-    cfg = build_config({"model": MODEL, "data": data, "train": train, "loss": {"name": loss}})
+    cfg = build_config(
+        {"model": MODEL | {"batch_norm": batch_norm}, "data": data, "train": train, "loss": {"name": loss}}
+    )
     torch.manual_seed(0)
     model = TwoViewModel(cfg.model, image_px=16)
     return build_objective(cfg, model, build_loss(cfg.loss, cfg.model.projector_dim))
@@ -68,6 +71,13 @@ def test_gradients_are_the_same_but_for_rounding(loss: str, num_micro_batches: i
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(dict(compiled.named_buffers())[name], buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_collectives_of_batch_norms_stay_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    excluded: list[SyncBatchNorm] = []
+    monkeypatch.setattr(SyncBatchNorm, "exclude_from_compilation", lambda norm: excluded.append(norm))
+    model = build(batch_norm="sync", compile=True).model
+    assert excluded == [module for module in model.modules() if isinstance(module, SyncBatchNorm)] != []
 
 
 def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

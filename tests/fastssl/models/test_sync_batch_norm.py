@@ -15,7 +15,7 @@ from fastssl import collectives
 from fastssl.losses import ByolConfig, LossConfig, MioConfig, build_loss
 from fastssl.models.config import ModelConfig
 from fastssl.models.objective import Objective
-from fastssl.models.sync_batch_norm import SyncBatchNorm, synchronize_batch_norms
+from fastssl.models.sync_batch_norm import SyncBatchNorm, exclude_from_compilation, synchronize_batch_norms
 from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import OptimConfig, build_optimizer
 from tests.helpers.processes import join_ranks, start_ranks
@@ -228,6 +228,16 @@ def test_it_stands_where_the_plain_one_stood(name: str) -> None:
     assert list(model.state_dict()) == names
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     assert {type(norm) for norm in norms} == {SyncBatchNorm}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler reads it of every tensor
+def test_its_collectives_are_not_traced() -> None:
+    norm, x = SyncBatchNorm(3), torch.randn(4, 3)
+    expected = norm(x)
+    exclude_from_compilation(nn.Sequential(norm))
+    with pytest.raises(Exception, match=r"torch\.compiler\.disable"):
+        torch.compile(norm, backend="eager", fullgraph=True)(x)
+    assert torch.equal(torch.compile(norm, backend="eager")(x), expected)
 
 
 def test_a_norm_that_does_more_is_refused() -> None:
