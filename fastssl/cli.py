@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from fastssl.errors import DivergedError, PeerLostError, Preempted, UserError
     from fastssl.machine.open_files import allow_open_files
+    from fastssl.machine.thread_waiting import let_threads_sleep
 
+    let_threads_sleep()  # before a command imports torch
     try:
         allow_open_files()
         _check_paths(args)

@@ -55,7 +55,8 @@ class RunConfig(Section):
         diagnose_every_epochs: Number of epochs between two checks of the representation, including the collapse check
             (`fastssl.tracking.representation`). On an H200 it takes, together with a checkpoint, .3 s for a ResNet-18
             (the epochs after one in benchmarks/results/cifar10_gpu_curve.csv).
-        num_threads: CPU threads per process; 0: the machine's cores divided by its number of processes.
+        num_threads: CPU threads per process; 0: the machine's cores divided by its number of processes. The number
+            changes results by rounding. Next to other busy programs see `fastssl.machine.thread_waiting`.
         peak_tflops: Peak TFLOP/s of a device at train.precision, for the utilisation in metrics.jsonl; None: use the
             built-in value of known GPUs (`fastssl.tracking.throughput`).
         rendezvous_timeout_s: How long to wait at the start for all processes to join.
