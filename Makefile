@@ -6,7 +6,8 @@ DOCS_VENV ?= .venv-docs
 BIN := $(abspath $(VENV))/bin
 IMAGE ?= fastssl
 IMAGE_BUILD ?= docker build
-PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+# Bytecode is written, whatever the environment says: tests start hundreds of processes that import the packages.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -p no:cacheprovider
 # A worker a core: most tests wait for a process of their own to start. The slow ones measure, one at a time.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 

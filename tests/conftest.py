@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from fastssl.machine.thread_waiting import let_threads_sleep
 from pipelines.torchvision_operators import declare_torchvision_operators
 from tests.helpers.processes import ROOT, environment
 
+let_threads_sleep()  # before torch is imported: several workers share the cores
 declare_torchvision_operators()  # tests import torchvision and timm plainly
 
 # Enough of everything, small enough for seconds: digits at 16 px, a tiny ResNet with batch norm.

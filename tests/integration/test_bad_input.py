@@ -1,6 +1,7 @@
 """Bad input gets one line on stderr and exit code 2, never a traceback."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from fastssl.checkpoint.save_load import load_weights
 from fastssl.errors import ConfigError
+from tests.helpers.processes import start_training
 
 
 def assert_one_line(done, *parts):
@@ -18,6 +20,20 @@ def assert_one_line(done, *parts):
     assert lines[0].startswith("fastssl: error")
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """Run `fastssl train ARGUMENTS` in a process that has done the imports; stderr has all of its output."""
+
+    def run(*arguments):
+        log = tmp_path / "log.txt"
+        log.unlink(missing_ok=True)
+        (process,) = start_training(list(map(str, arguments)), num_ranks=1, log=log)
+        process.join(240)
+        return subprocess.CompletedProcess(arguments, process.exitcode, "", log.read_text())
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -63,13 +79,12 @@ def test_what_a_config_cannot_say(settings, parts, tiny_config, in_process):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_train(settings, parts, tiny_config, command):
+def test_train(settings, parts, tiny_config, forked):
     import torch
 
     if settings == ["run.device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    done = command(sys.executable, "fastssl/train.py", "--cfg", tiny_config, "--set", *settings)
-    assert_one_line(done, *parts)
+    assert_one_line(forked("--cfg", tiny_config, "--set", *settings), *parts)
     assert not (tiny_config.parent / "run").exists()
 
 
@@ -83,14 +98,14 @@ def test_apex_where_it_cannot_serve(key, tiny_config, in_process):
     assert not (tiny_config.parent / "run").exists()
 
 
-def test_train_on_broken_files(tiny_config, digits, tmp_path, command):
+def test_train_on_broken_files(tiny_config, digits, tmp_path, command, forked):
     cut = tmp_path / "cut.beton"
     cut.write_bytes((digits / "train.beton").read_bytes()[:-5000])
     train = [sys.executable, "fastssl/train.py", "--cfg", tiny_config, "--set"]
     assert_one_line(command(*train, f"data.train={cut}"), str(cut), "truncated")
     text = tmp_path / "text.beton"
     text.write_text("not a beton " * 1000)
-    assert_one_line(command(*train, f"data.train={text}"), str(text))
+    assert_one_line(forked("--cfg", tiny_config, "--set", f"data.train={text}"), str(text))
 
 
 def test_missing_config(in_process):
