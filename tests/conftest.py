@@ -10,7 +10,7 @@ import pytest
 
 from fastssl.machine.thread_waiting import let_threads_sleep
 from pipelines.torchvision_operators import declare_torchvision_operators
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment, run_command_forked
 
 let_threads_sleep()  # before torch is imported: several workers share the cores
 declare_torchvision_operators()  # tests import torchvision and timm plainly
@@ -92,5 +92,16 @@ def in_process(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.Co
         code = main(list(map(str, arguments)))
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a `fastssl` command in a process of its own that is forked from one with the imports of a training."""
+    folder = tmp_path_factory.mktemp("forked")
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return run_command_forked(list(map(str, arguments)), folder)
 
     return run

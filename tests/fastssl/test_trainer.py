@@ -112,7 +112,7 @@ def test_the_configuration_says_what_was_given(tmp_path) -> None:
     assert trainer.cfg.loss == MioConfig(negative="jensen")
 
 
-def test_own_model_loss_and_batches_are_trained_and_used(program, tmp_path, command) -> None:
+def test_own_model_loss_and_batches_are_trained_and_used(program, tmp_path, in_process) -> None:
     folder = tmp_path / "run"
     done = program(OWN, folder, "never")
     assert done.returncode == 0, done.stderr
@@ -134,8 +134,8 @@ def test_own_model_loss_and_batches_are_trained_and_used(program, tmp_path, comm
     exec(PARTS, namespace)
     encoder = fastssl.load_encoder(folder, backbone=namespace["Encoder"]())
     assert encoder(torch.zeros(2, 3, 12, 12)).shape == (2, 6)
-    for name, arguments in (("eval", ()), ("hessian", ())):
-        refused = command("fastssl", name, folder, *arguments)
+    for name in ("eval", "hessian"):
+        refused = in_process(name, folder)
         assert refused.returncode == 2
         assert "given from Python: a command cannot build it" in refused.stderr
         assert len(refused.stderr.splitlines()) == 1

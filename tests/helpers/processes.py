@@ -46,6 +46,35 @@ def start_command(arguments: Sequence[str], *, num_ranks: int, log: Path) -> lis
     return ranks
 
 
+def run_command_forked(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `fastssl ARGUMENTS` in a process that has done the imports of a training; its output is kept in `folder`."""
+    code = "import sys; from fastssl.cli import main; sys.exit(main(sys.argv[1:]))"
+    return run_program_forked(code, arguments, folder)
+
+
+def run_program_forked(code: str, arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`python -c CODE ARGUMENTS` from the repository's root, without the seconds of a training's imports."""
+    out, err = folder / "stdout.txt", folder / "stderr.txt"
+    process = forkserver().Process(target=_execute, args=(code, list(arguments), out, err))
+    process.start()
+    process.join(240)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    returncode = process.exitcode
+    assert returncode is not None
+    return subprocess.CompletedProcess(arguments, returncode, out.read_text(), err.read_text())
+
+
+def _execute(code: str, arguments: list[str], out: Path, err: Path) -> None:
+    for stream, path in ((1, out), (2, err)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream)
+    os.chdir(ROOT)
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
+
+
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """The context for processes that have already done the imports of a training."""
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,7 +1,6 @@
 """Bad input gets one line on stderr and exit code 2, never a traceback."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +9,6 @@ from PIL import Image
 
 from fastssl.checkpoint.save_load import load_weights
 from fastssl.errors import ConfigError
-from tests.helpers.processes import start_training
 
 
 def assert_one_line(done, *parts):
@@ -20,20 +18,6 @@ def assert_one_line(done, *parts):
     assert lines[0].startswith("fastssl: error")
     for part in parts:
         assert part in lines[0], lines[0]
-
-
-@pytest.fixture
-def forked(tmp_path):
-    """Run `fastssl train ARGUMENTS` in a process that has done the imports; stderr has all of its output."""
-
-    def run(*arguments):
-        log = tmp_path / "log.txt"
-        log.unlink(missing_ok=True)
-        (process,) = start_training(list(map(str, arguments)), num_ranks=1, log=log)
-        process.join(240)
-        return subprocess.CompletedProcess(arguments, process.exitcode, "", log.read_text())
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -84,7 +68,7 @@ def test_train(settings, parts, tiny_config, forked):
 
     if settings == ["run.device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert_one_line(forked("--cfg", tiny_config, "--set", *settings), *parts)
+    assert_one_line(forked("train", "--cfg", tiny_config, "--set", *settings), *parts)
     assert not (tiny_config.parent / "run").exists()
 
 
@@ -105,7 +89,7 @@ def test_train_on_broken_files(tiny_config, digits, tmp_path, command, forked):
     assert_one_line(command(*train, f"data.train={cut}"), str(cut), "truncated")
     text = tmp_path / "text.beton"
     text.write_text("not a beton " * 1000)
-    assert_one_line(forked("--cfg", tiny_config, "--set", f"data.train={text}"), str(text))
+    assert_one_line(forked("train", "--cfg", tiny_config, "--set", f"data.train={text}"), str(text))
 
 
 def test_missing_config(in_process):

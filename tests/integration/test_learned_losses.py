@@ -2,14 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fastssl.losses import LOSSES
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import run_program_forked
 
 NUM_STEPS = 4
 SAVED_AT = 2
@@ -77,10 +75,7 @@ print(json.dumps(found))
 
 
 def run(program: str, config: Path, folder: Path, *arguments: object) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + program, str(config), str(folder), *map(str, arguments)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = run_program_forked(BEGIN + program, [str(config), str(folder), *map(str, arguments)], folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def test_one_process_leaves_a_whole_run_folder_and_evaluates(tiny_config, comman
     assert rows[-1]["skipped_steps"] == 0
     assert read_rows(run / "metrics.jsonl")[-1]["model_tflops_per_device"] > 0
 
-    table = command("fastssl", "eval", run)
+    few = ["eval.linear_epochs=5", "eval.linear_lrs=[0.1]", "eval.num_seeds=1", "eval.num_draws=1"]
+    table = command("fastssl", "eval", run, "--set", *few)
     assert table.returncode == 0, table.stderr
     names = {row["encoder"] for row in read_rows(run / "eval.jsonl")}
     assert names == {"raw pixels", "untrained encoder", "pre-trained encoder"}
@@ -183,9 +185,9 @@ def test_a_damaged_sample_is_replaced_and_counted_or_ends_the_run(tiny_config, t
     assert [row["bad_samples_seen"] for row in epochs] == [1, 1]
 
 
-def test_a_diverged_run_keeps_its_last_good_checkpoint(tiny_config, command):
+def test_a_diverged_run_keeps_its_last_good_checkpoint(tiny_config, forked):
     settings = ["--set", "run.checkpoint_every_steps=5", "run.log_every_steps=1000", "optim.base_lr=1e30"]
-    done = command(*TRAIN, tiny_config, *settings)
+    done = forked("train", "--cfg", tiny_config, *settings)
     assert done.returncode == 3, done.stderr
     assert "the loss is" in done.stderr
     assert "6 steps in a row (train.max_skipped_steps is 5" in done.stderr
@@ -195,10 +197,10 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tiny_config, command):
     assert all(len(set(row["sample_ids"])) == 128 for row in skipped)
 
 
-def test_a_collapsed_representation_is_named_and_ends_the_run_where_it_shall(tiny_config, command):
+def test_a_collapsed_representation_is_named_and_ends_the_run_where_it_shall(tiny_config, forked):
     """Projections on a line: there is nothing that a loss could do."""
     settings = ["--set", "model.projector_dim=1", "train.num_epochs=3", "train.on_collapse=stop"]
-    done = command(*TRAIN, tiny_config, *settings)
+    done = forked("train", "--cfg", tiny_config, *settings)
     assert done.returncode == 3
     warning, error = done.stderr.splitlines()
     assert "the projections lie on a line (rankme_z 1, below 2 since epoch 1)" in warning
@@ -209,9 +211,9 @@ def test_a_collapsed_representation_is_named_and_ends_the_run_where_it_shall(tin
     assert last_checkpoint(run_of(tiny_config) / "checkpoints") == run_of(tiny_config) / "checkpoints/step_00000010"
 
 
-def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, command):
+def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, forked):
     (run_of(tiny_config) / "checkpoints" / "step_00000900").mkdir(parents=True)
-    done = command(*TRAIN, tiny_config)
+    done = forked("train", "--cfg", tiny_config)
     assert done.returncode == 2
     assert "config.yaml" in done.stderr
 
@@ -221,14 +223,15 @@ def test_checkpoints_of_another_run_are_not_taken_for_ones_own(tiny_config, comm
     ("zero_stage", "num_ranks"), [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow)], ids=["alone", "deepspeed-zero1"]
 )
 def test_killed_in_mid_epoch_and_with_a_damaged_checkpoint_it_ends_bit_for_bit_the_same(
-    zero_stage, num_ranks, tiny_config, command
+    zero_stage, num_ranks, tiny_config, command, forked
 ):
     """Of the loss that remembers most; `test_random_kills.py` has the others, every stage and many more kills."""
     settings = ["--set", f"train.zero_stage={zero_stage}", "run.checkpoint_every_steps=3"]
     settings.append("loss={name: minc, target_momentum: 0.9}")
     whole, checkpoints = tiny_config.parent / "whole", run_of(tiny_config) / "checkpoints"
     launcher = TRAIN if num_ranks == 1 else deepspeed(num_ranks)
-    done = command(*launcher, tiny_config, *settings, f"run.dir={whole}")
+    train = partial(forked, "train", "--cfg") if num_ranks == 1 else partial(command, *launcher)
+    done = train(tiny_config, *settings, f"run.dir={whole}")
     assert done.returncode == 0, done.stdout + done.stderr
 
     kill_after_step([*launcher, str(tiny_config), *settings], run_of(tiny_config), step=14)
@@ -236,7 +239,7 @@ def test_killed_in_mid_epoch_and_with_a_damaged_checkpoint_it_ends_bit_for_bit_t
     content = bytearray((last / "state.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (last / "state.pt").write_bytes(content)
-    resumed = command(*launcher, tiny_config, *settings, "run.resume=auto")
+    resumed = train(tiny_config, *settings, "run.resume=auto")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"resumed at step {step_of(before)} ->" in resumed.stdout
     assert f"{last}/state.pt is damaged" in resumed.stderr

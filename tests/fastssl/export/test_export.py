@@ -19,7 +19,7 @@ from fastssl.export.export_encoder import FORMATS, WEIGHTS, export_encoder
 from fastssl.export.stock_models import find_stock_model, random_images
 from fastssl.models.config import ModelConfig
 from pipelines.preprocessing import describe_preprocessing, views_from
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, run_program_forked
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +238,12 @@ export_encoder.export_encoder(sys.argv[1], "hf", sys.argv[2], overwrite=True)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3], ids=["old aside", "new in", "old deleted"])
-def test_a_kill_during_the_replacement_loses_nothing(at, run, tmp_path):
+def test_a_kill_during_the_replacement_loses_nothing(at, run, tmp_path, tmp_path_factory):
     out = export_encoder(run, "safetensors", tmp_path / "out")
     card = out / "README.md"
     card.write_text("edited")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", _KILLED, run, out, str(at)], env=environment, check=False)
-    assert done.returncode == 9
+    done = run_program_forked(_KILLED, [str(run), str(out), str(at)], tmp_path_factory.mktemp("forked"))
+    assert done.returncode == 9, done.stderr
     assert "edited" in [path.read_text() for path in tmp_path.glob("*/README.md")]
     with pytest.raises(UserError, match="exists"):  # whole again: the old one, or the new one
         export_encoder(run, "safetensors", out)
