@@ -39,7 +39,7 @@ from fastssl.models.two_view import TwoViewModel
 from fastssl.optim import build_optimizer
 from fastssl.optim.layerwise import bind_partitions
 from fastssl.optim.schedules import learning_rate
-from fastssl.processes.consistency import check_same_data, check_shared_folder
+from fastssl.processes.consistency import check_same_data, check_shared_folder, compare_blur_dtype
 from fastssl.processes.launch import Process, start_process, started_process
 from fastssl.processes.preemption import StopRequest
 from fastssl.processes.watchdog import Watchdog
@@ -326,6 +326,7 @@ class Trainer:
             "data_identity": self._data_identity(),
             "collapsed_since": self.epoch_stats.collapsed_since,
             "bad_samples": self.epoch_stats.all_bad_samples(self.loader.bad_sample_ids),
+            "blur_dtype": self._blur_dtype(),
         }
         state["loss_scale"] = self.update_step.update.state_dict()
         if self.probe:
@@ -360,9 +361,21 @@ class Trainer:
         found, saved = self._data_identity(), state["data_identity"]
         if isinstance(saved, list):  # of an older version
             saved = {next(iter(found)): saved}
-        warning = check_same_data(self.cfg, found, saved)
-        if warning and collectives.rank() == 0:
-            print(printable(f"fastssl: warning: {warning}"), file=sys.stderr, flush=True)
+        warnings = [
+            check_same_data(self.cfg, found, saved),
+            compare_blur_dtype(self._blur_dtype(), state.get("blur_dtype")),
+        ]
+        for warning in filter(None, warnings):
+            if collectives.rank() == 0:
+                print(printable(f"fastssl: warning: {warning}"), file=sys.stderr, flush=True)
+
+    def _blur_dtype(self) -> str | None:
+        """Arithmetic of the blur of this CPU's pixel op; None if the run does not use it."""
+        if self.device.type != "cpu" or not isinstance(self.loader, Loader):
+            return None
+        from kernels.augment.cpu import BLUR_DTYPE
+
+        return BLUR_DTYPE
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.epoch_stats.restore(

@@ -106,7 +106,7 @@ def load_checkpoint(
 ) -> None:
     """Restore a run from the newest whole checkpoint (all ranks call it); without any, nothing happens.
 
-    With the same number of processes and type of device as at the save, a run on the CPU continues bit for bit. With
+    With the same number of processes and kind of CPU as at the save, a run on the CPU continues bit for bit. With
     another number of processes, each rank gets the mean of the batch-norm buffers; the first rank gets the total of the
     sums, the others zeros. With another number or device, random states are derived from (seed, step, rank).
 

@@ -78,6 +78,23 @@ def check_same_data(cfg: Config, found: Mapping[str, Identity], saved: Mapping[s
     return None
 
 
+def compare_blur_dtype(found: str | None, saved: str | None) -> str | None:
+    """Compare the arithmetic of the CPU's blur with that of the checkpoint; it depends on the CPU.
+
+    Args:
+        found: "int16" or "float32", `kernels.augment.cpu.BLUR_DTYPE`; None: the pixel op does not run on the CPU.
+        saved: The same of the checkpoint; None also for one of an older version.
+    Returns:
+        A warning that they differ; None: they are equal, or one is None.
+    """
+    if found is None or saved is None or found == saved:
+        return None
+    return (
+        f"this CPU blurs views in {found}, the CPU of the checkpoint in {saved}: blurred views differ by up to .05 "
+        "levels of 255"
+    )
+
+
 def _path_of(cfg: Config, key: str) -> str | None:
     return cfg.data.test if key == "data.test" else cfg.data.train_name
 

@@ -37,7 +37,8 @@ def augment(
 
     Order: the ops in that of `kernels.augment.ops.OPS`, normalise, cast. Each op is torchvision v2's on float32 in
     [0, 1], with the same clamping. A blur kernel too large for v2's reflect padding (kernel // 2 >= side) is reduced to
-    the largest possible one, 2 * side - 1.
+    the largest possible one, 2 * side - 1. On CPUs with AVX2, "numba" blurs in 16-bit integers if sigma <= 2 px, which
+    differs from float32 by at most .05 levels of 255 before normalisation (`kernels.augment.cpu.BLUR_DTYPE`).
 
     Args:
         views: Cropped and resized views, uint8 [B, Vg, H, W, 3], RGB: an array, or a tensor on the device; or the

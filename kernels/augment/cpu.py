@@ -4,11 +4,16 @@ prange is not used: the decoding threads run numba code at the same time, and nu
 concurrent parallel calls. Instead, the functions release the GIL and the samples are divided among plain threads.
 Samples are independent, so the result does not depend on the number of threads.
 The pointwise ops are compiled into the loops; the other ops are loops of this file.
+
+The blur has two forms. In float32 it is torchvision's up to rounding. In 16-bit integers it is faster and differs from
+the float32 form by at most .05 levels of 255; every other op is computed in float32 in either case. The integers are
+used with AVX2 and for sigma up to 2 px, see `BLUR_DTYPE`.
 """
 
 # B samples, Vg views of one size, H and W height and width in pixels, P = H * W, R the blur's radius in pixels
 # piece: float32 [3 * _PLANE], red, green and blue of up to _PIECE_PX pixels, each plane at a multiple of _PLANE
 # row: float32 [3 W], interleaved red, green, blue
+# steps: int16 [...], values of the integer blur, in 1/128 of a level of 255: 0..32640
 
 import collections
 import fcntl
@@ -22,12 +27,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from kernels.augment import ops
@@ -43,14 +49,25 @@ _PIECE_PX = 1024  # three float32 planes of this size are 12 KiB, which fits in 
 # The distance between planes is constant, so that LLVM knows without a test that they do not overlap. It is not a
 # multiple of 4 KiB, which would map the planes to the same L1 cache sets.
 _PLANE = _PIECE_PX + 16
-_BLOCK = 32  # floats summed at once by the blur: four AVX2 registers
+_BLOCK = 32  # floats summed at once by the blur: four AVX2 registers; or integers of each colour: two
 _DROPPED_WEIGHT = 2e-6  # see _blur_weights
 _SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares balance the load
 _MIN_SHARE_PX = 2**18  # 0.6 ms of work: with smaller shares, the threads lose more time waiting for the GIL
+_LINE = 16  # floats per cache line
+_MIN_STREAMED_BYTES = 2**24  # a result of this size leaves the caches before it is read
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 1, 2, 3, 4, 6))
 _LEVEL = np.float32(1 / 255)
+_MAX_INT16_SIGMA, _MAX_INT16_RADIUS = np.float32(2), 9  # see _blur_int16
+_STEPS, _HALF = np.float32(255 * 128), np.float32(0.5)
+_STEP = np.float32(_LEVEL / 128)  # exactly: a view of one level has the same floats blurred and not blurred
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's grey
+_TARGET: Any = cpu_target.target_context
+_FEATURES = _TARGET.codegen().magic_tuple()[2].split(",")  # part of the key of numba's cache
 _UNCHANGED = np.array([[1, 1, 1], [0, 0, 0]], np.float32)  # identity scale and shift
+
+BlurDtype = Literal["int16", "float32"]
+BLUR_DTYPE: BlurDtype = "int16" if "+avx2" in _FEATURES else "float32"
+"""The form of the blur on this CPU, for the instructions that numba compiles for (NUMBA_CPU_NAME=generic: float32)."""
 
 
 class OutputPool:
@@ -64,7 +81,7 @@ class OutputPool:
         self._free: collections.deque[np.ndarray] = collections.deque(maxlen=2)
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an uninitialised float32 array of the given shape for one result."""
+        """Return an uninitialised float32 array of the given shape for one result, aligned to a cache line."""
         size = math.prod(shape)
         try:
             memory = self._free.pop()
@@ -73,7 +90,9 @@ class OutputPool:
         if memory is None or memory.size != size:
             self._free.clear()
             # numpy requests huge pages, torch does not: at 224 px, touching 4 KiB pages took longer than the ops.
-            memory = np.empty(size, np.float32)
+            memory = np.empty(size + _LINE, np.float32)
+            first = -memory.ctypes.data // memory.itemsize % _LINE
+            memory = memory[first : first + size]
         out = memory.reshape(shape)
         weakref.finalize(out, self._free.append, memory).atexit = False
         return out
@@ -86,8 +105,15 @@ def augment_numba(
     std: Sequence[float],
     num_threads: int,
     outputs: OutputPool,
+    blur_dtype: BlurDtype | None = None,
 ) -> np.ndarray:
-    """Apply all ops to all views; arguments as in `augment`.
+    """Apply all ops to all views.
+
+    Args:
+        views, params, mean, std, num_threads, outputs: As in `augment`.
+        blur_dtype: Arithmetic of the blur; None: BLUR_DTYPE. "int16" differs from "float32" by at most .05 levels of
+            255 in [0, 1] units, before normalisation; it is used for sigma <= 2 px. Its result is the same on every
+            CPU, for the same values before the blur.
 
     Returns:
         float32 [Vg, B, H, W, 3].
@@ -99,7 +125,10 @@ def augment_numba(
     max_radius = min(int(params["blur_kernel_px"].max(initial=0)) // 2, height - 1, width - 1)
     levels = np.ascontiguousarray(views).reshape(-1)
     size = (height, width, max_radius)
-    arguments = (levels, np.ascontiguousarray(params), size, normal, _UNCHANGED, out.reshape(-1))
+    is_int16 = (blur_dtype or BLUR_DTYPE) == "int16"
+    # Lines are written without being read first. Rows are whole lines, and an OutputPool's memory is aligned to them.
+    is_streamed = width % _LINE == 0 and out.nbytes >= _MIN_STREAMED_BYTES
+    arguments = (levels, np.ascontiguousarray(params), size, normal, _UNCHANGED, out.reshape(-1), is_int16, is_streamed)
     most_shares = views.size // (3 * _MIN_SHARE_PX)
     num_shares = min(_SHARES_PER_THREAD * num_threads, most_shares, num_samples) if num_threads > 1 else 1
     if num_shares <= 1:
@@ -167,11 +196,11 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the 
 
 
 @njit(**_JIT, cache=True)  # contains all other functions, so that only this one is cached
-def _augment_range(levels, params, size, normal, unchanged, out, start, stop):
+def _augment_range(levels, params, size, normal, unchanged, out, is_int16, is_streamed, start, stop):
     """Process the views of samples start..stop-1, uint8 [B * Vg * P * 3], into out, float32 [Vg * B * P * 3].
 
     size is (H, W, largest radius); normal and unchanged each contain a row of scales and one of shifts, [2, 3 W] and
-    [2, 3].
+    [2, 3]. is_int16: the blur may use integers; is_streamed: the result bypasses the caches.
     """
     height, width, max_radius = size
     num_samples, num_views = params.shape
@@ -181,14 +210,53 @@ def _augment_range(levels, params, size, normal, unchanged, out, start, stop):
     pieces = np.zeros((height * width // _piece_px(width) + 1) * 3 * _PLANE, np.float32)
     rows = np.zeros((2 * max_radius + 3) * row_size + 6 * max_radius, np.float32)
     weights = np.empty(max_radius + 1, np.float32)
-    places = np.empty(2 * max_radius + 1, np.int64)
-    scratch = (pieces, rows, weights, places)
+    places = np.empty(2 * max_radius + 2, np.int64)
+    int16_radius = min(max_radius, _MAX_INT16_RADIUS)
+    # As rows: the ring and the padded row, with three planes each.
+    steps = np.zeros((2 * int16_radius + 2) * 3 * _whole_blocks(width) + 6 * int16_radius, np.int16)
+    blends = np.zeros(int16_radius + 1, np.int16)
+    blurred = np.zeros(3 * _PLANE, np.float32)
+    finished = np.empty(3 * max(width, _PIECE_PX), np.float32)
+    owned = (pieces, rows, weights, places, steps, blends, blurred, finished)
+    scratch = (
+        _borrow(pieces),
+        _borrow(rows),
+        _borrow(weights),
+        _borrow(places),
+        _borrow(steps),
+        _borrow(blends),
+        _borrow(blurred),
+        _borrow(finished),
+    )
+    levels, out, normal, unchanged = _borrow(levels), _borrow(out), _borrow(normal), _borrow(unchanged)
     for sample in range(start, stop):
         for view in range(num_views):
             image = levels[(sample * num_views + view) * num_values :]
             target = out[(view * num_samples + sample) * num_values :]
-            _augment_view(image, params[sample, view], size, scratch, normal, unchanged, target)
+            _augment_view(image, params[sample, view], size, scratch, normal, unchanged, is_int16, is_streamed, target)
+    _fence()
+    _keep(owned)
 
+
+def _declare_borrow(_: Any, array: Any) -> Any:
+    """The array without its reference count, which numba otherwise changes, atomically, for every slice and call."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        borrowed = context.make_array(array)(context, builder, args[0])
+        borrowed.meminfo = ir.Constant(borrowed.meminfo.type, None)
+        borrowed.parent = ir.Constant(borrowed.parent.type, None)
+        return borrowed._getvalue()
+
+    return array(array), generate
+
+
+def _declare_keep(_: Any, owned: Any) -> Any:
+    """Keep borrowed arrays in memory up to here."""
+    return types.none(owned), lambda context, *_: context.get_dummy_value()
+
+
+_borrow: Any = intrinsic(_declare_borrow)
+_keep: Any = intrinsic(_declare_keep)
 
 # numba's cache is keyed by this file's time and size alone; the code also depends on the ops.
 _SOURCES = (Path(__file__), *sorted(Path(ops.__file__).parent.glob("*.py")))
@@ -198,19 +266,22 @@ _augment_range._cache._cache_file._source_stamp = [  # pyright: ignore[reportAtt
 
 
 @njit(inline="always")  # compiled only once, in its caller: a sixth less compile time
-def _augment_view(image, record, size, scratch, normal, unchanged, out):
+def _augment_view(image, record, size, scratch, normal, unchanged, is_int16, is_streamed, out):
     """Process one view, piece by piece. Contrast needs the mean grey of the view after the parts before it, so with
     contrast all pieces are first processed up to that point and stored.
     """
     height, width, max_radius = size
-    pieces, _, weights, _ = scratch
+    pieces, _, weights, _, _, blends, _, finished = scratch
     num_px = height * width
     piece_px = _piece_px(width)
     radius = 0
     if record.blur_sigma > _ZERO:
         radius = _blur_weights(record.blur_sigma, min(record.blur_kernel_px // 2, max_radius), weights)
+    is_int16 = is_int16 and record.blur_sigma <= _MAX_INT16_SIGMA and radius <= _MAX_INT16_RADIUS
+    if is_int16:
+        _blend_weights(weights, radius, blends)
     if radius == 0 and True not in _gates(record):
-        _normalise(image, normal, 3 * width, 3 * num_px, out)
+        _normalise(image, normal, 3 * width, 3 * num_px, is_streamed, finished, out)
         return
     order, factor = record.jitter_order, record.jitter_factor
     num_parts = 4 if record.jitter else 0
@@ -237,19 +308,23 @@ def _augment_view(image, record, size, scratch, normal, unchanged, out):
             _before_blur(piece, num, record)
             if radius == 0:
                 _after_blur(piece, num, record)
-                _store(piece, 0, num, normal, out, 3 * first)
+                _write(piece, num, normal, is_streamed, finished, out, 3 * first)
+            elif is_int16:
+                _blur_int16(piece, first, num, size, radius, scratch, record, normal, is_streamed, out)
             else:
                 _blur(piece, first, num, size, radius, scratch, record, normal, unchanged, out)
         grey_mean = np.float32(grey_sum / num_px)
 
 
 @_jit
-def _normalise(image, normal, row_size, num_values, out):
-    """Process a view without ops: uint8 [P * 3] to normalised pixels."""
+def _normalise(image, normal, row_size, num_values, is_streamed, finished, out):
+    """Process a view without ops: uint8 [P * 3] to normalised pixels, by way of `finished` if they are streamed."""
     for first in range(0, num_values, row_size):
-        levels, row = image[first:], out[first:]
+        levels, row = image[first:], finished if is_streamed else out[first:]
         for i in range(row_size):
             row[i] = levels[i] * _LEVEL * normal[0, i] + normal[1, i]
+        if is_streamed:
+            _stream(finished, row_size, out, first)
 
 
 @_jit
@@ -383,6 +458,54 @@ def _store(piece, begin, num, normal, out, at):
         target[3 * i + 2] = source[i + 2 * _PLANE] * scale_b + shift_b
 
 
+@_jit
+def _write(piece, num, normal, is_streamed, finished, out, at):
+    """Normalise and interleave the first `num` pixels of the piece, and write them from out[at] on."""
+    if is_streamed:
+        _store(piece, 0, num, normal, finished, 0)
+        _stream(finished, 3 * num, out, at)
+    else:
+        _store(piece, 0, num, normal, out, at)
+
+
+@_jit
+def _stream(finished, num, out, at):
+    """Copy whole cache lines to memory without reading them first; a plain store reads each line that it writes."""
+    for i in range(0, num, _LINE):
+        _stream_line(finished, i, out, at + i)
+
+
+def _declare_stream_line(_: Any, source: Any, start: Any, target: Any, at: Any) -> Any:
+    """target[at : at + _LINE] = source[start : start + _LINE]; target[at] is at the start of a cache line."""
+    line = ir.VectorType(ir.FloatType(), _LINE)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        arrays = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2))
+        places = [
+            builder.bitcast(builder.gep(array, [args[i]]), line.as_pointer())
+            for array, i in zip(arrays, (1, 3), strict=True)
+        ]
+        written = builder.store(builder.load(places[0], align=4), places[1], align=64)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.none(source, types.intp, target, types.intp), generate
+
+
+def _declare_fence(_: Any) -> Any:
+    """Order streamed lines before what this thread does next, such as handing the result to another thread."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
+_stream_line: Any = intrinsic(_declare_stream_line)
+_fence: Any = intrinsic(_declare_fence)
+
+
 def _build_read(names: Sequence[str]) -> Any:
     """Compile a function from a record to the tuple of these fields."""
     if not names:
@@ -467,7 +590,7 @@ def _blur(piece, first, num, size, radius, scratch, record, normal, unchanged, o
     last 2 R + 1 rows. The row R above it is then blurred vertically from the ring.
     """
     height, width, _ = size
-    _, rows, weights, places = scratch
+    _, rows, weights, places, _, _, _, _ = scratch
     row_size = _whole_blocks(3 * width)
     ring_size = 2 * radius + 1
     blurred = ring_size * row_size
@@ -550,3 +673,154 @@ def _declare_sum_block(_: Any, rows: Any, places: Any, weights: Any, radius: Any
 
 
 _sum_block: Any = intrinsic(_declare_sum_block)
+
+
+@_jit
+def _blend_weights(weights, radius, blends):
+    """Write to blends[0..R - 1] what `_blur_int16` multiplies by, from weights[0..R]; 32768 is 1."""
+    outer = 0.0
+    for i in range(radius - 1, -1, -1):
+        outer += 2 * weights[i + 1]
+        total = outer + (2 * weights[i] if i > 0 else weights[0])
+        blends[i] = min(int(outer / total * 32768 + 0.5), 32767)
+
+
+@_jit
+def _store_steps(piece, begin, num, steps, at, plane):
+    """Store pixels begin..begin + num - 1 of the piece as integers, red from steps[at] on, the next `plane` behind."""
+    for colour in range(3):
+        source, target = piece[colour * _PLANE + begin :], steps[at + colour * plane :]
+        for i in range(num):
+            target[i] = np.int16(_clamp(source[i], _ONE) * _STEPS + _HALF)
+
+
+@_jit
+def _blur_int16(piece, first, num, size, radius, scratch, record, normal, is_streamed, out):
+    """`_blur` in 16-bit integers, with one plane for each colour.
+
+    Along each axis, with m(i) the mean of the two taps at distance i and m(0) the pixel itself, the blur is computed
+    from the outside to the inside: b = m(R), then b = m(i) + blends[i] * (b - m(i)) for i = R - 1 .. 0, where
+    blends[i] is the share of the weights beyond i in those from i on. A view of one level remains exactly as it is, and
+    nothing overflows. A rounding at distance i counts only by the weights beyond i: all of them together are .05 levels
+    at most for sigma <= 2, which has R <= 9.
+    """
+    height, width, _ = size
+    _, _, _, places, steps, blends, blurred, finished = scratch
+    plane = _whole_blocks(width)
+    row_size, ring_size = 3 * plane, 2 * radius + 1
+    padded, padded_plane = ring_size * row_size + radius, plane + 2 * radius
+    done = 0
+    while done < num:
+        y = (first + done) // width
+        x = first + done - y * width
+        num_here = min(width - x, num - done)
+        _store_steps(piece, done, num_here, steps, padded + x, padded_plane)
+        done += num_here
+        if x + num_here < width:
+            return
+        for i in range(radius + 1):
+            places[2 * i], places[2 * i + 1] = padded - i, padded + i
+        for colour in range(3):
+            left = padded + colour * padded_plane
+            right = left + width - 1
+            for i in range(1, radius + 1):
+                steps[left - i], steps[right + i] = steps[left + i], steps[right - i]
+        to = y % ring_size * row_size
+        for block in range(0, plane, _BLOCK):
+            _blend_to_steps(steps, places, blends, radius, block, padded_plane, steps, to + block, plane)
+        for row in range(max(y - radius, 0), height if y == height - 1 else y - radius + 1):
+            for i in range(radius + 1):
+                below = height - 1 - abs(height - 1 - row - i)
+                places[2 * i] = abs(row - i) % ring_size * row_size
+                places[2 * i + 1] = below % ring_size * row_size
+            for begin in range(0, width, _PIECE_PX):
+                num_out = min(_PIECE_PX, width - begin)
+                for block in range(0, num_out, _BLOCK):
+                    _blend_to_floats(steps, places, blends, radius, begin + block, plane, blurred, block, _PLANE)
+                _after_blur(blurred, num_out, record)
+                _write(blurred, num_out, normal, is_streamed, finished, out, 3 * (row * width + begin))
+
+
+def _build_blend(is_float: bool) -> Any:
+    """Build the blend of `_blur_int16` along one axis for _BLOCK pixels, in registers.
+
+    (steps, places, blends, R, at, plane, out, to, out_plane): the two taps at distance i are at places[2 i] + at and
+    places[2 i + 1] + at of steps. The result goes to out[to...], as steps or as floats in [0, 1]. The next colours are
+    `plane` and `out_plane` behind.
+    """
+    shorts, ints, floats = (ir.VectorType(kind, _BLOCK) for kind in (ir.IntType(16), ir.IntType(32), ir.FloatType()))
+    one = ir.Constant(ints, [1] * _BLOCK)
+
+    def declare(
+        _: Any, steps: Any, places: Any, blends: Any, radius: Any, at: Any, plane: Any, out: Any, to: Any, far: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            steps, places, blends, out = (
+                context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 1, 2, 6)
+            )
+            radius, at, plane, _, to, out_plane = args[3:]
+            index = at.type
+
+            def place_of(array: Any, start: Any, step: Any, colour: int, kind: Any) -> Any:
+                place = builder.gep(array, [builder.add(start, builder.mul(step, index(colour)))])
+                return builder.bitcast(place, kind.as_pointer())
+
+            def means(distance: Any) -> list[Any]:
+                """The means of two taps, rounded up, of each colour: one instruction of AVX2."""
+                pair = builder.shl(distance, index(1))
+                starts = [builder.load(builder.gep(places, [builder.add(pair, index(i))])) for i in range(2)]
+                found = []
+                for colour in range(3):
+                    taps = (
+                        builder.load(place_of(steps, builder.add(start, at), plane, colour, shorts), align=2)
+                        for start in starts
+                    )
+                    total = builder.add(builder.add(*(builder.zext(tap, ints) for tap in taps)), one)
+                    found.append(builder.trunc(builder.lshr(total, one), shorts))
+                return found
+
+            values = [cgutils.alloca_once_value(builder, mean) for mean in means(radius)]
+            with cgutils.for_range(builder, radius) as loop:
+                i = builder.sub(builder.sub(radius, index(1)), loop.index)
+                share = builder.load(builder.gep(blends, [i]))
+                first = builder.insert_element(ir.Constant(shorts, ir.Undefined), share, ir.IntType(32)(0))
+                share = builder.shuffle_vector(first, first, ir.Constant(ints, None))
+                for value, mean in zip(values, means(i), strict=True):
+                    product = _multiply_rounded(builder, builder.sub(builder.load(value), mean), share)
+                    builder.store(builder.add(mean, product), value)
+            for colour, value in enumerate(values):
+                result, align = builder.load(value), 2
+                if is_float:
+                    step = ir.Constant(floats, [float(_STEP)] * _BLOCK)
+                    result, align = builder.fmul(builder.sitofp(builder.zext(result, ints), floats), step), 4
+                builder.store(result, place_of(out, to, out_plane, colour, result.type), align=align)
+            return context.get_dummy_value()
+
+        number = types.intp
+        return types.none(steps, places, blends, number, number, number, out, number, number), generate
+
+    return intrinsic(declare)
+
+
+def _multiply_rounded(builder: Any, a: Any, b: Any) -> Any:
+    """(a * b + 2^14) >> 15 of vectors of 16-bit integers. LLVM does not find the instruction for it by itself."""
+
+    def call(name: str, parts: Sequence[Any]) -> Any:
+        kind = ir.FunctionType(parts[0].type, [parts[0].type] * 2)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), parts)
+
+    if "+avx512bw" in _FEATURES:
+        return call("llvm.x86.avx512.pmul.hr.sw.512", (a, b))
+    ints = ir.VectorType(ir.IntType(32), _BLOCK)
+    if "+avx2" in _FEATURES:
+        halves = []
+        for first in range(0, _BLOCK, 16):
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), 16), list(range(first, first + 16)))
+            halves.append(call("llvm.x86.avx2.pmul.hr.sw", [builder.shuffle_vector(x, x, lanes) for x in (a, b)]))
+        return builder.shuffle_vector(*halves, ir.Constant(ints, list(range(_BLOCK))))
+    product = builder.mul(builder.sext(a, ints), builder.sext(b, ints))
+    rounded = builder.add(product, ir.Constant(ints, [1 << 14] * _BLOCK))
+    return builder.trunc(builder.ashr(rounded, ir.Constant(ints, [15] * _BLOCK)), a.type)
+
+
+_blend_to_steps, _blend_to_floats = _build_blend(is_float=False), _build_blend(is_float=True)

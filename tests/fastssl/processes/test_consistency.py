@@ -104,3 +104,12 @@ def main(rank: int, world_size: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+
+
+def test_another_form_of_the_blur_is_a_warning():
+    assert consistency.compare_blur_dtype("int16", "int16") is None
+    assert consistency.compare_blur_dtype(None, "int16") is None
+    assert consistency.compare_blur_dtype("float32", None) is None
+    warning = consistency.compare_blur_dtype("float32", "int16")
+    assert warning is not None
+    assert warning.startswith("this CPU blurs views in float32, the CPU of the checkpoint in int16")

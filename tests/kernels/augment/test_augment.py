@@ -1,6 +1,8 @@
 import io
 import itertools
 import os
+import subprocess
+import sys
 import tarfile
 import weakref
 from collections.abc import Iterator
@@ -13,11 +15,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
-from kernels.augment import augment
+from kernels.augment import augment, cpu
 from kernels.augment.cpu import OutputPool
 from kernels.augment.ops.jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from kernels.augment.params import VIEW_PARAMS
 from pipelines.views import RECIPES, ViewSpec, draw
+from tests.helpers.processes import ROOT
 from tests.helpers.view_records import jitter, make_records
 
 IDENTITY: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -26,7 +29,9 @@ IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224,
 EXACT_LEVELS = 0.0  # flip, brightness, grayscale, solarize: the same operations on the same floats
 ROUNDING_LEVELS = 6e-5  # contrast, saturation: 3e-5, two units in the last place
 HUE_LEVELS = 5e-4  # 4e-4: six sectors of rounding; our form does not divide by max - min, torchvision's does
-BLUR_LEVELS = 1.2e-3  # 9e-4: the weights left out move a value by less than 4e-6 * 255 = 1.0e-3
+# Of the float32 form, 9e-4: the weights left out move a value by less than 4e-6 * 255 = 1.0e-3.
+BLUR_LEVELS = 1.2e-3
+INT16_LEVELS = 0.05  # the integer form against the float32 form: 0.016; the sum of its roundings is at most 0.048
 AFFINE_LEVELS = 0.0127  # 0.011 at 224 px, 1.5e-3 at 33: positions are float32, rounded at 1e-6 of the side
 ALL_LEVELS = 1.2e-3  # recipes without affine: 6e-4
 DIGITS_LEVELS = 5e-3  # the recipe with affine, at 32 px: 2.1e-3
@@ -55,6 +60,12 @@ def _images(num: int, height_px: int = 32, width_px: int = 32, num_views: int = 
     return images
 
 
+@pytest.fixture
+def float_blur(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AVX2."""
+    monkeypatch.setattr(cpu, "BLUR_DTYPE", "float32")
+
+
 def _max_difference(images: np.ndarray, params: np.ndarray, **options: Any) -> float:
     ours = augment(images, params, impl="numba", num_threads=1, **(IDENTITY | options))
     reference = augment(images, params, impl="reference", **(IDENTITY | options))
@@ -80,6 +91,7 @@ OPS = {
 }
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("impl", ["reference", "numba"])
 @pytest.mark.parametrize("name", OPS)
 def test_each_op_is_torchvisions(name: str, impl: Any) -> None:
@@ -201,6 +213,7 @@ def _assert_parity(name: str, images: np.ndarray) -> None:
         assert 255 * _max_difference(images, params) <= limit, fields
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("side_px", SIDES_PX)
 @pytest.mark.parametrize("name", PARITY)
 def test_each_op_on_every_side(name: str, side_px: int) -> None:
@@ -208,6 +221,7 @@ def test_each_op_on_every_side(name: str, side_px: int) -> None:
     _assert_parity(name, _made(side_px))
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("name", PARITY)
 def test_each_op_on_photographs(name: str, photographs: list[Image.Image]) -> None:
     _assert_parity(name, _resized(photographs, 96))
@@ -220,6 +234,7 @@ def test_normalise(flip: bool, side_px: int) -> None:
     assert _max_difference(images, make_records(len(images), flip=flip), **IMAGENET) <= NORMALISE_TOLERANCE
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_at_32_px(recipe: str) -> None:
     num = 300
@@ -228,6 +243,7 @@ def test_recipes_at_32_px(recipe: str) -> None:
     assert 255 * _max_difference(_images(num, num_views=2), params) <= limit
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_on_photographs(recipe: str, photographs: list[Image.Image]) -> None:
     side_px = RECIPES[recipe][0].size_px
@@ -236,6 +252,7 @@ def test_recipes_on_photographs(recipe: str, photographs: list[Image.Image]) -> 
     assert 255 * _max_difference(images, params) <= (DIGITS_LEVELS if recipe == "digits" else ALL_LEVELS)
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("size_px", [(3, 1500), (14, 1024), (14, 700)])
 def test_rows_wider_than_a_piece(size_px: tuple[int, int]) -> None:
     """The op works on pieces of about a thousand pixels: here a part of a row, or one row."""
@@ -260,6 +277,7 @@ def test_a_pixel_at_the_solarize_threshold_is_inverted() -> None:
     torch.testing.assert_close(result[0, 0, 0], expected, rtol=0, atol=ROUNDING_LEVELS / 255)
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("size_px", [(8, 8), (33, 47), (96, 64), (224, 224)])
 def test_everything_at_once_at_other_sizes(size_px: tuple[int, int]) -> None:
     """No solarize above another threshold than .5: it jumps there, and a rounding error would be a jump too."""
@@ -293,6 +311,7 @@ def test_results_stay_in_zero_to_one() -> None:
     assert float(result.max()) <= 1 + 1e-6
 
 
+@pytest.mark.usefixtures("float_blur")
 @pytest.mark.parametrize("size_px", [(1, 1), (2, 5), (8, 8), (11, 11), (12, 12)])
 def test_blur_kernel_larger_than_the_image_is_cut(size_px: tuple[int, int]) -> None:
     """23 taps need 12 px; below that the largest kernel that reflect padding can serve is used."""
@@ -305,6 +324,7 @@ def test_blur_kernel_larger_than_the_image_is_cut(size_px: tuple[int, int]) -> N
     torch.testing.assert_close(augment(images, params, **IDENTITY)[0], expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.usefixtures("float_blur")
 def test_blur_sigma_from_nothing_to_wide() -> None:
     sigmas = np.linspace(0.1, 5, 30, dtype=np.float32)[:, None]
     assert _max_difference(_images(30), make_records(30, blur_sigma=sigmas, blur_kernel_px=23)) < TOLERANCE
@@ -320,7 +340,137 @@ def test_flip_and_affine_do_not_commute_and_affine_is_first() -> None:
     assert float((both - flipped_before).abs().max()) > 0.1
 
 
+# --- the blur in 16-bit integers
+
+
+def _blur(images: np.ndarray, params: np.ndarray, blur_dtype: Any, **options: Any) -> np.ndarray:
+    """float32 [Vg, B, H, W, 3]."""
+    return cpu.augment_numba(
+        images, params, **(IDENTITY | options), num_threads=1, outputs=OutputPool(), blur_dtype=blur_dtype
+    )
+
+
+def _extremes(num: int, height_px: int, width_px: int) -> np.ndarray:
+    """Noise, noise of 0 and 255, and checkerboards of 0 and 255 with squares of 1..7 px: uint8 [num, 1, H, W, 3]."""
+    images = np.random.default_rng(1).integers(0, 256, (num, 1, height_px, width_px, 3), dtype=np.uint8)
+    images[1::3] = images[1::3] // 128 * 255
+    y, x = np.indices((height_px, width_px))
+    for i, image in enumerate(images[2::3, 0]):
+        image[:] = ((y // (1 + i % 7) + x // (1 + i % 5)) % 2 * 255)[..., None]
+    return images
+
+
+@pytest.mark.parametrize("kernel_px", [3, 9, 23])
+@pytest.mark.parametrize(
+    "size_px", [(32, 32), (96, 96), (224, 224), (1, 1), (2, 5), (33, 47), (11, 13), (3, 1500), (14, 1024)]
+)
+def test_integer_blur_is_the_float_blur(size_px: tuple[int, int], kernel_px: int) -> None:
+    """The borders too: sides below 12 px are all reflection."""
+    num = 24
+    sigmas = np.linspace(0.1, 2, num, dtype=np.float32)[:, None]
+    params = make_records(num, blur_sigma=sigmas, blur_kernel_px=kernel_px)
+    images = _extremes(num, *size_px)
+    difference = np.abs(_blur(images, params, "int16") - _blur(images, params, "float32"))
+    assert 255 * difference.max() <= INT16_LEVELS
+    if min(size_px) >= 32:  # it is another form
+        assert difference.max() > 0
+
+
+def test_integer_blur_within_its_bound_for_every_sigma() -> None:
+    """The sum of all roundings: half a step of 1/128 level each, weighted, for the worst image."""
+    weights, blends = np.empty(12, np.float32), np.empty(12, np.int16)
+    for sigma in np.linspace(0.1, 2, 2001, dtype=np.float32):
+        radius = cpu._blur_weights(sigma, 11, weights)
+        assert radius <= cpu._MAX_INT16_RADIUS
+        cpu._blend_weights(weights, radius, blends)
+        beyond = np.append(2 * np.cumsum(weights[radius:0:-1], dtype=np.float64)[::-1], 0)  # at distance > i
+        inside = np.append(1.0, beyond[:-1])
+        shares = np.abs(32768 * beyond[:radius] / inside[:radius] - blends[:radius]) * 32640 / 32768
+        axis = 0.5 * (1 - weights[0]) + np.sum(inside[:radius] * (0.5 + shares))  # means, products, weights
+        assert (2 * axis + 0.5) / 128 <= INT16_LEVELS
+
+
+def test_integer_blur_of_one_level_is_exact() -> None:
+    """Equal to the bit to the view without a blur, whatever the level and sigma."""
+    images = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1, 1), (256, 1, 33, 40, 3))
+    for sigma in (0.2, 0.7, 1.3, 2.0):
+        blurred = _blur(images, make_records(256, blur_sigma=sigma, blur_kernel_px=23), "int16")
+        np.testing.assert_array_equal(blurred, _blur(images, make_records(256, flip=True), "int16"))
+
+
+def test_integer_blur_changes_blurred_views_only() -> None:
+    params = draw(RECIPES["byol"], 0, 0, np.arange(40), np.full((40, 2), 32))
+    images = _images(40, num_views=2)
+    forms = _blur(images, params, "int16"), _blur(images, params, "float32")
+    is_blurred = params["blur_sigma"].T > 0
+    assert 0 < is_blurred.sum() < is_blurred.size
+    np.testing.assert_array_equal(forms[0][~is_blurred], forms[1][~is_blurred])
+    assert not np.array_equal(forms[0][is_blurred], forms[1][is_blurred])
+
+
+def test_wide_blurs_are_floats() -> None:
+    images = _extremes(6, 32, 32)
+    params = make_records(6, blur_sigma=np.nextafter(np.float32(2), np.float32(3)), blur_kernel_px=23)
+    np.testing.assert_array_equal(_blur(images, params, "int16"), _blur(images, params, "float32"))
+
+
+@pytest.mark.parametrize("recipe", ["byol", "simclr", "digits"])
+def test_recipes_with_the_integer_blur(recipe: str) -> None:
+    num = 60
+    params = draw(RECIPES[recipe][:2], 3, 0, np.arange(num), np.full((num, 2), 32))
+    images = _images(num, num_views=2)
+    difference = np.abs(_blur(images, params, "int16") - _blur(images, params, "float32"))
+    assert 255 * difference.max() <= INT16_LEVELS  # solarize at .5 does not jump
+
+
+WITHOUT_AVX2 = """
+import sys
+import numpy as np
+from kernels.augment import cpu
+inputs = np.load(sys.argv[1])
+for blur_dtype in (None, "float32", "int16"):
+    result = cpu.augment_numba(
+        inputs["images"], inputs["params"], (0,) * 3, (1,) * 3, 1, cpu.OutputPool(), blur_dtype=blur_dtype
+    )
+    np.save(f"{sys.argv[1]}.{blur_dtype}.npy", result)
+print(cpu.BLUR_DTYPE)
+"""
+
+
+def test_without_avx2_the_blur_is_in_floats(tmp_path: Path) -> None:
+    """numba compiles for another CPU. The integers, if asked for, are the same on every CPU."""
+    images, params = _extremes(6, 33, 40), make_records(6, blur_sigma=1.7, blur_kernel_px=23)
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, images=images, params=params)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_AVX2, str(inputs)],
+        check=True,
+        env=os.environ | {"NUMBA_CPU_NAME": "generic", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == ["float32"]
+    chosen, floats, integers = (np.load(f"{inputs}.{name}.npy") for name in (None, "float32", "int16"))
+    np.testing.assert_array_equal(chosen, floats)
+    np.testing.assert_array_equal(integers, _blur(images, params, "int16"))
+    np.testing.assert_allclose(floats, _blur(images, params, "float32"), rtol=0, atol=TOLERANCE)
+
+
+def test_avx2_decides() -> None:
+    features = Path("/proc/cpuinfo").read_text().split()
+    assert ("avx2" in features) == (cpu.BLUR_DTYPE == "int16")
+
+
 # --- the interface
+
+
+def test_a_large_result_bypasses_the_caches_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = draw(RECIPES["byol"], 0, 0, np.arange(20), np.full((20, 2), 96))
+    images = _images(20, 96, 96, num_views=2)
+    plain = _blur(images, params, None, **IMAGENET)
+    assert plain.nbytes < cpu._MIN_STREAMED_BYTES
+    monkeypatch.setattr(cpu, "_MIN_STREAMED_BYTES", 0)
+    np.testing.assert_array_equal(_blur(images, params, None, **IMAGENET), plain)
 
 
 @pytest.mark.parametrize("impl", ["numba", "reference"])
