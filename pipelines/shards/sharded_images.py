@@ -43,6 +43,7 @@ class ShardedImages:
         stored_modes: The modes that occur.
         class_names: Names by label; None if unknown.
         hashes: None; images are not compared across shards.
+        bad_samples: Chooses what takes the place of a damaged remote image; None: such an image is an error.
     """
 
     hashes: np.ndarray | None = None
@@ -54,7 +55,7 @@ class ShardedImages:
         self.num_samples, self.identity = manifest.num_images, manifest.identity
         self.stored_modes, self.class_names = manifest.modes, manifest.class_names
         self._kept = _KeptBlocks()
-        self._bad_samples: BadSamples | None = None
+        self.bad_samples: BadSamples | None = None
 
     def replacing(self, bad_samples: BadSamples) -> ShardedImages:
         """The same data set, in which another image takes the place of a remote one with a wrong checksum.
@@ -63,7 +64,7 @@ class ShardedImages:
             bad_samples: Records the damaged images and chooses their replacements.
         """
         found = copy.copy(self)
-        found._bad_samples = bad_samples
+        found.bad_samples = bad_samples
         return found
 
     @property
@@ -139,9 +140,9 @@ class ShardedImages:
             DataError: damaged images are not replaced, or too many are damaged.
         """
         while True:
-            if self._bad_samples is None:
+            if self.bad_samples is None:
                 raise DataError(f"{self.path}: image {sample_id} {reason}: copy its shard again")
-            sample_id = self._bad_samples.replace(sample_id, reason)
+            sample_id = self.bad_samples.replace(sample_id, reason)
             (piece,) = self.read(sample_id, sample_id + 1)
             if not piece.damaged:
                 return sample_id, piece

@@ -479,7 +479,7 @@ def test_nginx_serves_ranges_and_knows_if_match(tmp_path):
     root = tmp_path / "root"
     (root / "d").mkdir(parents=True)
     (root / "d/x.beton").write_bytes(DATA)
-    with nginx(root, tmp_path / "nginx") as url, RemoteStore(f"{url}/d", **QUICK) as store:
+    with nginx(root, tmp_path / "nginx") as url, RemoteStore(f"{url}/d") as store:
         found = store.info("x.beton")
         assert found is not None
         assert found.num_bytes == len(DATA)
