@@ -63,8 +63,7 @@ def main() -> None:
                 rows += _in_process(remote, folder, url, args.num_workers, args.repetitions)
     print(format_table(rows, SHOWN))
     if args.out:
-        command = {"command": f"python benchmarks/bench_shards.py {args.photographs} --times {args.times}"}
-        append_rows(args.out, [row | command | environment_columns(PACKAGES) for row in rows])
+        append_rows(args.out, [row | environment_columns(PACKAGES) for row in rows])
         draw(rows, args.out.with_suffix(".png"))
 
 

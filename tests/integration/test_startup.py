@@ -75,8 +75,8 @@ def test_the_command_line_imports_nothing_heavy():
     assert done.stdout.strip() == "set()"
 
 
-def test_a_training_imports_neither_the_compiler_nor_a_tracker():
-    """Seconds of every start: torch's compiler is for train.compile, and DeepSpeed imports MLflow for its autotuner."""
+def test_the_trainer_imports_neither_the_compiler_nor_a_tracker():
+    """Seconds of a start. torch's compiler comes with the first optimizer; DeepSpeed has MLflow for its autotuner."""
     code = """
 import sys, fastssl.trainer
 from fastssl.machine.private_api import import_deepspeed
