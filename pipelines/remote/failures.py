@@ -1,5 +1,6 @@
 """What a failed request means: a reason without secrets, and whether another try is of use."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ REASONS = {
     EXISTS: "exists already",
 }
 _ENDED = "the credentials have ended: renew them and start again"
+NO_CONNECTION = "no connection"
 TOO_SHORT = "is shorter than the manifest says"
 _NO_RANGES = "the server does not serve ranges of a file: use one that does"
 # Parts of obstore's messages, which has no classes for these.
@@ -29,6 +31,7 @@ _FINAL_TEXTS = {
 }
 _STATUS = re.compile(r"status code: (\d{3})")
 _RETRY_AFTER = re.compile(r"retry[-_ ]?after\D{1,5}(\d{1,4})", re.IGNORECASE)
+_SYSTEM_ERROR = re.compile(r"Os \{\s+code: (\d{1,3}),")
 _METADATA_SERVER = re.compile(r"//(169\.254\.\d+\.\d+|metadata\b|\[?fd00:ec2)")
 
 
@@ -102,5 +105,8 @@ def failure_of(error: Exception, *, is_local: bool) -> Failure:
     if "TimedOut" in text or "kind: Timeout" in text:
         return Failure("no answer in time", is_final=False)
     if "kind: Connect" in text:
-        return Failure("no connection", is_final=False)
+        code = _SYSTEM_ERROR.search(text)
+        return Failure(
+            f"{NO_CONNECTION} ({os.strerror(int(code[1])).lower()})" if code else NO_CONNECTION, is_final=False
+        )
     return Failure("connection cut", is_final=False)
