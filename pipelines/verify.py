@@ -21,7 +21,7 @@ from pipelines.remote.store import is_url
 from pipelines.shards.build import check_manifest
 from pipelines.shards.open_images import names_dataset, open_images
 from pipelines.shards.pieces import WRONG_CHECKSUM, Piece
-from pipelines.shards.rows import HEAD_BYTES, row_crc32
+from pipelines.shards.rows import HEAD_BYTES, ROW, build_rows, row_crc32, rows_path
 from pipelines.shards.sharded_images import ShardedImages, to_samples
 from pipelines.shards.store import opened_store
 
@@ -41,7 +41,8 @@ class VerifyReport:
         num_jpeg: Number of images stored as JPEG.
         num_raw: Number of images stored as pixels.
         file_bytes: Size of the file.
-        sha256: Checksum of the file, equal to the sidecar's; None if there is no sidecar to compare with.
+        digest: Checksum of its rows, which hold one of each image, equal to the sidecar's; for files of older versions,
+            of the file. None if there is no sidecar to compare with.
     """
 
     path: Path
@@ -49,10 +50,10 @@ class VerifyReport:
     num_jpeg: int
     num_raw: int
     file_bytes: int
-    sha256: str | None
+    digest: str | None
 
     def __str__(self) -> str:
-        checksum = f"sha256 {self.sha256} as in the sidecar" if self.sha256 else "no sidecar, so no checksum compared"
+        checksum = f"checksum {self.digest} as in the sidecar" if self.digest else "no sidecar, so no checksum compared"
         return (
             f"{printable(self.path)}: whole; {self.num_images:,} images "
             f"({self.num_jpeg:,} JPEG, {self.num_raw:,} raw), {self.file_bytes:,} bytes, {checksum}"
@@ -60,25 +61,27 @@ class VerifyReport:
 
 
 def verify(path: str | Path, *, num_threads: int | None = None) -> VerifyReport:
-    """Check the structure, the checksum, and that every image can be decoded at its recorded size.
+    """Check the structure, the checksums, and that every image can be decoded at its recorded size.
 
-    Raw pixels are not decoded: their number of bytes is checked, and the checksum covers them.
+    Raw pixels are not decoded: their number of bytes is checked, and the checksums cover them.
 
     Args:
         path: The .beton file.
         num_threads: Number of threads; None: one per core.
     Raises:
-        DataError: the structure is damaged, images cannot be decoded (the message lists the first ones), or the
-            checksum differs from the sidecar's.
+        DataError: the structure is damaged, images are not as they were written or cannot be decoded (the message lists
+            the first ones), or the tables are not those that were written.
     """
     reader = BetonReader(path)
     report_bus_errors(reader)
     num_threads = num_threads or len(os.sched_getaffinity(0))
+    key = next((key for key in ("rows_sha256", "sha256") if key in reader.sidecar), None)
     with ThreadPoolExecutor(1) as hashing:
-        digest = hashing.submit(_sha256, reader.path) if "sha256" in reader.sidecar else None
-        bad = _bad_images(reader, num_threads)
-        sha256 = digest.result() if digest else None
-    same = sha256 == reader.sidecar.get("sha256")
+        of_file = hashing.submit(_sha256, reader.path) if key == "sha256" else None
+        found = _Found(reader, has_checksums=key == "rows_sha256")
+        bad = _bad_images(found, num_threads)
+        digest = of_file.result() if of_file else found.digest
+    same = key is None or digest == reader.sidecar[key]
     if bad or not same:
         raise DataError(f"{path}: {_describe(bad, reader.num_samples, same=same)}; copy it again or convert again")
     num_raw = int((reader.modes == RAW).sum())
@@ -88,7 +91,7 @@ def verify(path: str | Path, *, num_threads: int | None = None) -> VerifyReport:
         num_jpeg=reader.num_samples - num_raw,
         num_raw=num_raw,
         file_bytes=len(reader.mmap),
-        sha256=sha256,
+        digest=digest,
     )
 
 
@@ -209,19 +212,69 @@ def _describe(bad: Sequence[tuple[int | str, str]], num_samples: int, *, same: b
         more = f" and {len(bad) - NUM_NAMED:,} more" if len(bad) > NUM_NAMED else ""
         faults.append(f"{len(bad):,} of {num_samples:,} images are bad: {named}{more}")
     if not same:
-        faults.append("its sha256 is not the sidecar's")
+        faults.append("its checksum is not the sidecar's")
     return "; ".join(faults)
 
 
-def _bad_images(reader: BetonReader, num_threads: int) -> list[tuple[int, str]]:
-    """(index, reason) of every image that cannot be decoded, in order."""
+class _Found:
+    """The rows of a file, made anew from its tables and its images.
+
+    Attributes:
+        reader: The file.
+    """
+
+    def __init__(self, reader: BetonReader, *, has_checksums: bool) -> None:
+        """Make the rows without their checksums; `fault` computes these.
+
+        Args:
+            reader: The file.
+            has_checksums: Whether the sidecar has a checksum of its rows.
+        """
+        self.reader = reader
+        self._rows = self._written = None
+        if has_checksums:
+            self._rows = build_rows(
+                ptr=reader.data_ptr,
+                num_bytes=reader.data_bytes,
+                modes=reader.modes,
+                sizes=reader.sizes,
+                labels=reader.labels,
+            )
+            path = rows_path(reader.path)
+            written = path.read_bytes() if path.is_file() else b""
+            if hashlib.sha256(written).hexdigest() == reader.sidecar["rows_sha256"]:
+                self._written = np.frombuffer(written, ROW)
+
+    @property
+    def digest(self) -> str | None:
+        """Checksum of the rows, in hex; None: they are not compared."""
+        return None if self._rows is None else hashlib.sha256(self._rows.tobytes()).hexdigest()
+
+    def fault(self, i: int) -> str:
+        """Why an image is bad: it is not the one that was written, or the engines would reject it; empty: it is not."""
+        stored = self.reader.image_bytes(i)
+        if self._rows is not None:
+            self._rows["crc32"][i] = row_crc32(self._rows[i].tobytes()[:HEAD_BYTES], stored.data)
+            if self._written is not None and self._rows[i] != self._written[i]:
+                return WRONG_CHECKSUM
+        if self.reader.modes[i] != RAW:
+            try:
+                decode_as_engines_do(stored, *map(int, self.reader.sizes[i]))
+            except CorruptImageError as error:
+                return str(error)
+        return ""
+
+
+def _bad_images(file: _Found, num_threads: int) -> list[tuple[int, str]]:
+    """(index, reason) of every image that is bad, in order."""
+    reader = file.reader
 
     def ranges() -> Iterator[range]:
         for first in range(0, reader.num_samples, NUM_SAMPLES_PER_TASK):
             yield range(first, min(first + NUM_SAMPLES_PER_TASK, reader.num_samples))
 
     def check(samples: range) -> tuple[int, list[tuple[int, str]]]:
-        found = [(i, _fault(reader, i)) for i in samples if reader.modes[i] != RAW]
+        found = [(i, file.fault(i)) for i in samples]
         return len(samples), [(i, fault) for i, fault in found if fault]
 
     bad: list[tuple[int, str]] = []
@@ -231,15 +284,6 @@ def _bad_images(reader: BetonReader, num_threads: int) -> list[tuple[int, str]]:
             bad += found
             progress.advance(num)
     return bad
-
-
-def _fault(reader: BetonReader, i: int) -> str:
-    """Why the engines would reject a JPEG; empty if they would not."""
-    try:
-        decode_as_engines_do(reader.image_bytes(i), *map(int, reader.sizes[i]))
-    except CorruptImageError as error:
-        return str(error)
-    return ""
 
 
 def _sha256(path: Path) -> str:

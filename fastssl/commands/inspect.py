@@ -60,7 +60,7 @@ def _examined(args: argparse.Namespace) -> dict[str, Any]:
     return inspect(args.beton) | {
         "num_labelled": len(labels),
         "num_classes": len(reader.class_names or set(labels.tolist())),
-        "checksum": "recorded" if "sha256" in reader.sidecar else "none",
+        "checksum": "recorded" if {"rows_sha256", "sha256"} & reader.sidecar.keys() else "none",
         "contact_sheet": str(out),
     }
 
@@ -68,7 +68,7 @@ def _examined(args: argparse.Namespace) -> dict[str, Any]:
 def _lines(found: Mapping[str, Any]) -> dict[str, str]:
     """The lines for a person, by their headings."""
     width, height = found["width_px"], found["height_px"]
-    checksum = "sha256 recorded at the conversion; `fastssl verify` compares it"
+    checksum = "recorded at the conversion; `fastssl verify` compares it"
     return {
         "file": found["path"],
         **_lines_of_images(found),

@@ -71,7 +71,8 @@ def data_identity(reader: AnyImages) -> dict[str, Any]:
         }
     if not isinstance(reader, BetonReader):
         return {"identity": reader.identity}
-    checksum = reader.sidecar.get("sha256") or f"changed {os.fstat(reader.descriptor).st_mtime_ns}"
+    recorded = reader.sidecar.get("rows_sha256") or reader.sidecar.get("sha256")  # this of files of older versions
+    checksum = recorded or f"changed {os.fstat(reader.descriptor).st_mtime_ns}"
     num_images, file_bytes, tables, images = reader.identity
     crc32 = {"tables_crc32": tables, "some_images_crc32": images}
     return {"file_bytes": file_bytes, "num_images": num_images, "checksum": checksum, **crc32}

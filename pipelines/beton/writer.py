@@ -39,6 +39,8 @@ from pipelines.beton.sidecar import MAX_SIDECAR_BYTES
 from pipelines.errors import DataError
 from pipelines.shards.rows import MAX_IMAGE_BYTES, build_rows, row_crc32, row_head, rows_path
 
+WRITE_BYTES = 1 << 20  # at a time: a call of the system takes longer than the copy of a small image
+
 _VERSIONS = {"sidecar": SIDECAR_VERSION, "numpy": np.__version__, "pillow": PIL.__version__}
 
 
@@ -116,7 +118,7 @@ class BetonWriter:
         self._partial = partial_path(self.path)
         self._checkpoint = checkpoint_path(self.path)
         self._new_checkpoint = self.path.with_name(f"{self._checkpoint.name}.new")
-        self._file: BinaryIO = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._file: BinaryIO = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b", WRITE_BYTES)
         try:
             self._begin()
         except BaseException:
@@ -286,13 +288,11 @@ class BetonWriter:
         about = self._about | summarise(sizes, image["mode"], metadata["f1"], self._about["class_names"])
         about |= {"versions": _VERSIONS} | {"options": self._options, "file_bytes": self._partial.stat().st_size}
         hashes, rows = self._hashes[: self.num_samples], self._rows().tobytes()
-        about["rows_crc32"] = zlib.crc32(rows)
-        with ThreadPoolExecutor(2) as others, self._partial.open("rb") as file:
-            on_disk = others.submit(os.fsync, self._file.fileno())
-            duplicates = others.submit(_count_duplicates, hashes)
-            about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        about |= {"rows_crc32": zlib.crc32(rows), "rows_sha256": hashlib.sha256(rows).hexdigest()}
+        with ThreadPoolExecutor(1) as other:
+            on_disk = other.submit(os.fsync, self._file.fileno())
+            about |= _count_duplicates(hashes)
             on_disk.result()
-            about |= duplicates.result()
         sidecar, new_hashes = sidecar_path(self._partial), hashes_path(self._partial)
         new_rows = rows_path(self._partial)
         try:

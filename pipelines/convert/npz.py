@@ -18,6 +18,7 @@ from pipelines.errors import DataError, one_line
 from pipelines.files import MAX_FILE_BYTES, check_inflation, open_regular
 
 MAX_HEADER_BYTES = 1000  # of an array; numpy writes about 120 for a plain one
+READ_BYTES = 1 << 20  # at a time, of images that are smaller
 LOCAL_HEADER_BYTES = 30  # of a member of a zip file, before its name
 MAX_DEFLATE_RATIO = 1032  # the largest that zlib reaches (zlib.net/zlib_tech.html)
 MAX_COLUMN_MAJOR_BYTES = 1 << 30  # of an array that has to be in memory as a whole
@@ -53,9 +54,12 @@ def npz_source(path: Path, split: str | None = None) -> Source:
     def read(start: int, stop: int) -> Iterator[Item]:
         with _open_archive(path) as archive, archive.open(f"{x_key}.npy") as values:
             values.seek(x.header_bytes + start * image_bytes)
-            for i in range(start, stop):
-                pixels = np.frombuffer(values.read(image_bytes), np.uint8).reshape(x.shape[1:])
-                yield Item(f"{name}, image {i}", pixels, int(labels[i]))
+            num_per_read = max(READ_BYTES // image_bytes, 1)
+            for first in range(start, stop, num_per_read):
+                numbers = range(first, min(first + num_per_read, stop))
+                block = values.read(len(numbers) * image_bytes)
+                for i, pixels in zip(numbers, np.frombuffer(block, np.uint8).reshape(-1, *x.shape[1:]), strict=True):
+                    yield Item(f"{name}, image {i}", pixels, int(labels[i]))
             values.read(1)  # at the end of the array, this compares the checksum
 
     def pick(numbers: Iterator[int]) -> Iterator[Item]:

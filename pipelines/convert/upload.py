@@ -22,7 +22,7 @@ from pipelines.beton.sidecar import MAX_SIDECAR_BYTES, parse_sidecar
 from pipelines.errors import DataError, SourceChangedError
 from pipelines.remote import RemoteError, RemoteStore
 
-_CHECKSUMS = ("sha256", "rows_crc32", "hashes_crc32")  # of a sidecar: what tells the content
+_CHECKSUMS = ("rows_sha256", "hashes_crc32")  # of a sidecar: what tells the content
 _CHOICE = "convert again under another name, or with --overwrite"
 
 

@@ -1,5 +1,6 @@
 """`verify` finds what a training would stumble over."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.beton import BetonReader, BetonWriter
+from pipelines.beton.format import FIELD, HEADER, METADATA
 from pipelines.errors import DataError
 from pipelines.shards.build import write_manifest
 from pipelines.shards.rows import ROW
@@ -55,16 +57,51 @@ def drop_sidecar(path: Path) -> None:
 def test_a_whole_file(beton):
     found = verify(beton)
     assert (found.num_images, found.num_jpeg, found.num_raw) == (200, 150, 50)
-    assert found.sha256 == json.loads(Path(f"{beton}.json").read_text())["sha256"]
+    assert found.digest == json.loads(Path(f"{beton}.json").read_text())["rows_sha256"]
+    assert found.digest == hashlib.sha256(Path(f"{beton}.rows").read_bytes()).hexdigest()
     assert f"{beton}: whole; 200 images (150 JPEG, 50 raw)" in str(found)
     drop_sidecar(beton)
-    assert verify(beton).sha256 is None
+    assert verify(beton).digest is None
     assert "no sidecar" in str(verify(beton))
 
 
-def test_a_changed_pixel_fails_the_checksum_alone(beton):
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_a_changed_pixel_fails_the_checksum_alone(beton, has_rows):
+    """Without its rows file, whose checksum the sidecar holds, a file is compared too, but no image can be named."""
     damage(beton, 4, 10, b"x")
-    with pytest.raises(DataError, match=r"x\.beton: its sha256 is not the sidecar's; copy it again"):
+    named = r"1 of 200 images are bad: 4 \(has another checksum than its rows file says\); "
+    if not has_rows:
+        Path(f"{beton}.rows").unlink()
+    with pytest.raises(
+        DataError, match=rf"x\.beton: {named if has_rows else ''}its checksum is not the sidecar's; copy"
+    ):
+        verify(beton)
+
+
+@pytest.mark.parametrize("has_rows", [True, False])
+def test_a_changed_label_fails(beton, has_rows):
+    assert BetonReader(beton).labels[7] == -1
+    assert METADATA.fields is not None
+    label_at = METADATA.fields["f1"][1]
+    with beton.open("r+b") as file:
+        file.seek(HEADER.itemsize + 2 * FIELD.itemsize + 7 * METADATA.itemsize + label_at)
+        file.write((3).to_bytes(8, "little"))
+    assert BetonReader(beton).labels[7] == 3
+    if not has_rows:
+        Path(f"{beton}.rows").unlink()
+    with pytest.raises(DataError, match="its checksum is not the sidecar's"):
+        verify(beton)
+
+
+def test_a_file_of_an_older_version_has_a_checksum_of_the_whole(beton):
+    sidecar = Path(f"{beton}.json")
+    found = json.loads(sidecar.read_text())
+    del found["rows_sha256"]
+    found["sha256"] = hashlib.sha256(beton.read_bytes()).hexdigest()
+    sidecar.write_text(json.dumps(found))
+    assert verify(beton).digest == found["sha256"]
+    damage(beton, 4, 10, b"x")
+    with pytest.raises(DataError, match=r"x\.beton: its checksum is not the sidecar's; copy it again"):
         verify(beton)
 
 

@@ -70,7 +70,7 @@ def test_inspect_shows_what_a_person_asks_for(beton, tmp_path, capfd):
     assert shown["classes"].startswith("10, 48 to 51 images each")
     assert shown["width"] == "8 px, median 8"
     assert shown["from"] == "scikit-learn digits, test"
-    assert "sha256 recorded" in shown["checksum"]
+    assert "recorded at the conversion" in shown["checksum"]
     sidecar = beton.parent / f"{beton.name}.json"
     entries = json.loads(sidecar.read_text())
     assert entries["duplicates"] == {"copies": 0, "similar": 0}
@@ -125,7 +125,7 @@ def test_inspect_and_verify_take_a_data_set_of_many_shards(tmp_path, monkeypatch
 def test_verify_and_convert_as_json(beton, tmp_path, capfd):
     assert main(["verify", str(beton), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
-    assert (found["num_images"], found["num_raw"], len(found["sha256"])) == (500, 500, 64)
+    assert (found["num_images"], found["num_raw"], len(found["digest"])) == (500, 500, 64)
     again = ["convert", "--from", "digits", "--split", "test", str(tmp_path / "b.beton"), "--json"]
     assert main(again) == 0
     [file] = json.loads(capfd.readouterr().out)["files"]

@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_files_are_told_apart_with_and_without_a_sidecar(digits, tmp_path):
     train, test = BetonReader(digits / "train.beton"), BetonReader(digits / "test.beton")
     assert data_identity(train) != data_identity(test)
-    assert data_identity(train)["checksum"] == train.sidecar["sha256"]
+    assert data_identity(train)["checksum"] == train.sidecar["rows_sha256"]
     bare = tmp_path / "bare.beton"
     content = (digits / "test.beton").read_bytes()
     bare.write_bytes(content)
@@ -101,7 +101,7 @@ def test_a_file_with_the_sidecar_of_another_is_told_apart(tmp_path):
         path = tmp_path / "x.beton"
         with BetonWriter(path, overwrite=True) as writer:
             writer.write_raw(np.full((8, 8, 3), level, np.uint8))
-        sidecar_path(path).write_text(json.dumps({"num_images": 1, "sha256": "of another file"}))
+        sidecar_path(path).write_text(json.dumps({"num_images": 1, "rows_sha256": "of another file"}))
         found.append(data_identity(BetonReader(path)))
     assert found[0]["checksum"] == found[1]["checksum"]
     assert found[0] != found[1]

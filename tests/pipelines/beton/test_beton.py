@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipelines.beton.format import ALLOCATION, FIELD, HEADER, MAX_LABEL, METADAT
 from pipelines.beton.identity import difference
 from pipelines.contact_sheet import contact_sheet
 from pipelines.errors import DataError
+from pipelines.shards.rows import rows_path
 from tests.helpers import stock_ffcv
 
 # FFCV decodes with libjpeg-turbo's fast integer DCT (TJFLAG_FASTDCT), Pillow with the accurate one. On 100
@@ -256,7 +258,8 @@ def test_sidecar_and_inspect(tmp_path):
     path = tmp_path / "x.beton"
     write_small(path)
     sidecar = json.loads((tmp_path / "x.beton.json").read_text())
-    assert sidecar["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    rows = rows_path(path).read_bytes()
+    assert (sidecar["rows_sha256"], sidecar["rows_crc32"]) == (hashlib.sha256(rows).hexdigest(), zlib.crc32(rows))
     assert sidecar["file_bytes"] == path.stat().st_size
     assert sidecar["source"] == "test"
     found = inspect(path)
