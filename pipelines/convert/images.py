@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipelines.beton.format import MAX_SIDE_PX
 from pipelines.convert.content import HEIC, can_read_heic, format_of, register_heic
 from pipelines.convert.hashes import NO_HASHES, Hashes, hash_image
+from pipelines.convert.png import decode_png, png_size
 from pipelines.convert.source import Item
 from pipelines.engines.turbojpeg import OK, WRONG_SIZE, JpegDecoder, decode_jpeg, decode_small_jpeg
 from pipelines.errors import DataError, one_line
@@ -139,7 +140,8 @@ def _read_upright(file: str | bytes) -> np.ndarray:
     data = _bytes_of(file)
     frame = _read_frame(data)
     if frame is None:
-        return _upright_rgb(_open_to_read(data))
+        pixels = _read_png(data)
+        return _upright_rgb(_open_to_read(data)) if pixels is None else pixels
     _check_frame(frame, data)
     pixels = decode_as_engines_do(data, frame.height_px, frame.width_px)
     turn = UPRIGHT.get(_orientation(_open(data))) if frame.may_be_turned else None
@@ -153,7 +155,8 @@ def store_file(file: str | bytes, *, max_px: int | None, quality: int) -> Stored
     have 1 or 3 components, are upright (EXIF) and no larger than `max_px`. Everything else is converted to upright RGB,
     downscaled, and stored as JPEG (4:2:0), or as raw pixels if the source is not a JPEG and the area is at most
     `SMALL_AREA_PX`. Of an animation, the first frame is used. JPEGs are decoded with the decoder used in training, so
-    every image accepted here can be decoded there. Pillow decodes all other images, including CMYK.
+    every image accepted here can be decoded there. `pipelines.convert.png` decodes plain PNGs, and Pillow all other
+    images, including CMYK.
 
     Args:
         file: The file's path or bytes.
@@ -206,6 +209,8 @@ def store_pixels(pixels: np.ndarray, *, max_px: int | None) -> StoredImage:
 def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
     frame = _read_frame(data)
     if frame is None:
+        if (pixels := _read_png(data)) is not None:
+            return _encode(Image.fromarray(pixels), None, max_px, quality, is_jpeg=False)
         image = _open_to_read(data)
         image.load()  # this also applies and drops the orientation of a TIFF
         is_jpeg = image.format in JPEG_FORMATS
@@ -220,6 +225,15 @@ def _store(data: bytes, max_px: int | None, quality: int) -> StoredImage:
     return _encode(Image.fromarray(pixels), turn, max_px, quality, is_jpeg=True)
 
 
+def _read_png(data: bytes) -> np.ndarray | None:
+    """uint8 RGB [H, W, 3] of a plain PNG; None: Pillow has to read it, or to say why not."""
+    size = png_size(data)
+    if size is None:
+        return None
+    _check_area(size[1], size[0])
+    return decode_png(data, *size)
+
+
 def _encode(
     rgb: Image.Image, turn: Image.Transpose | None, max_px: int | None, quality: int, *, is_jpeg: bool
 ) -> StoredImage:
@@ -228,8 +242,8 @@ def _encode(
         return _raw(np.asarray(rgb))
     encoded = io.BytesIO()
     rgb.save(encoded, "JPEG", quality=quality)
-    data, small = encoded.getvalue(), rgb.reduce(max(min(rgb.size) // SMALL_PX, 1))
-    hashes = hash_image(data, np.asarray(small))
+    data, divisor = encoded.getvalue(), min(rgb.size) // SMALL_PX
+    hashes = hash_image(data, np.asarray(rgb.reduce(divisor) if divisor > 1 else rgb))
     return StoredImage(how="encoded", data=data, height_px=rgb.height, width_px=rgb.width, hashes=hashes)
 
 
