@@ -22,12 +22,13 @@ def test_a_short_run_measures_both_writers(tmp_path, command):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with out.open(newline="") as file:
-        ours, ffcv = csv.DictReader(file)
-    assert ours["num_images"] == ffcv["num_images"] == "6"
-    for row in (ours, ffcv):
+        ours, ffcv, decoding = csv.DictReader(file)
+    assert ours["num_images"] == ffcv["num_images"] == decoding["num_images"] == "6"
+    for row in (ours, ffcv, decoding):
         slowest, middle, fastest = (float(row[f"img_per_s_{key}"]) for key in ("min", "p50", "max"))
         assert 0 < slowest <= middle <= fastest
-    assert float(ffcv["ratio_to_ffcv"]) == 1
+    assert float(ffcv["ratio_to_ffcv"]) == float(decoding["ratio_to_decoding"]) == 1
+    assert decoding["file_bytes"] == "0"
     assert "beside FFCV's DatasetWriter" in done.stdout
 
 
