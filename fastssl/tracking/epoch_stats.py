@@ -96,7 +96,7 @@ class EpochStats:
         return self._communication.measured((step + 2) % self._steps_per_epoch == 0)
 
     def add_to_window(self, result: StepResult, step: int) -> None:
-        """Add a step to the window, if it is one of the last steps of an epoch that is diagnosed.
+        """Add a step to the window (all ranks), if it is one of the last steps of an epoch that is diagnosed.
 
         Args:
             result: Result of the step just launched; a skipped step adds nothing.

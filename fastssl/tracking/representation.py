@@ -1,6 +1,7 @@
 """Diagnostics of the representation during training: how many directions it uses, and whether it collapses.
 
 # B local batch, V views, F features, D projection; h [B, F] features, z [B, D] projections, u = z/|z|
+# P = min(512, global batch) samples whose pairs are used: the first of the global batch
 # n the number of samples of a window over all steps and ranks; sums are over both
 
 | figure                 | what it is                                                              | source |
@@ -27,9 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl import collectives
+
 WINDOW_IMAGES = 2048  # the last images of an epoch: few enough that the network barely changes, more than most D
 NUM_BINS = 40  # of similarities, from -1 to 1
-_MAX_ROWS = 512  # rows of a local batch whose pairs are used
+_MAX_PAIRED = 512  # samples of a global batch whose pairs are used
 _LIDAR_DELTA = 1e-4  # added to Sw's diagonal, arXiv:2312.04000
 _ALPHA_FROM, _ALPHA_TO = 4, 100  # range of fitted eigenvalues, 1-based: the first few do not follow a power law
 # A representation counts as collapsed if it is below one of these in two consecutive epochs.
@@ -45,6 +48,8 @@ MEANING = {
 def window_sums(h: list[Tensor], z: list[Tensor]) -> dict[str, Tensor]:
     """Sums that one step adds to a window, fp32 (fp64 for fp64 inputs), on the device, without synchronisation.
 
+    Their sum over ranks does not depend on how the global batch is divided. All ranks call it, with equal shapes.
+
     Args:
         h: Features of each view [B, F].
         z: Projections of each view [B, D].
@@ -54,10 +59,14 @@ def window_sums(h: list[Tensor], z: list[Tensor]) -> dict[str, Tensor]:
     u = F.normalize(torch.stack(z).to(dtype), dim=2)  # [V, B, D]
     rows, middle = u.flatten(0, 1), u.mean(0)
     apart = (u - middle).flatten(0, 1)
-    some = u[:, :_MAX_ROWS]
+    num_samples = u.shape[1]
+    start = collectives.rank() * num_samples  # of this rank's samples in the global batch
+    some = u[:, : max(0, _MAX_PAIRED - start)]
     positive = torch.cat([(some[v] * some[w]).sum(1) for v in range(len(u)) for w in range(v)])
-    similarity = some[0] @ some[1].T
-    own = similarity.diagonal()  # pairs of the same sample, subtracted below
+    others = rows.new_zeros(min(_MAX_PAIRED, num_samples * collectives.world_size()), rows.shape[1])  # [P, D]
+    others[start : start + some.shape[1]] = some[1]
+    similarity = some[0] @ collectives.EXCHANGE.sum_(others).T
+    own = similarity.diagonal(start)  # pairs of the same sample, subtracted below
     return {
         "num_rows": rows.new_full((), len(rows)),
         "h": features.sum(0),

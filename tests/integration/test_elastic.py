@@ -20,8 +20,7 @@ GLOBAL_BATCH_SIZE = 256
 # fp32: summing the 256 rows of a batch in another order moves a gradient by about sqrt(256) * 2^-24 of its terms, in
 # each of the three steps; a gradient is a sum of terms that cancel to about a tenth.
 TOLERANCE = 10 * (END - CUT) * GLOBAL_BATCH_SIZE**0.5 * 2.0**-24
-# Of all images whatever the ranks: negatives are pairs of one process's images, so others.
-FIGURES = ("loss", "grad_norm", "skipped_steps", "online_top1", "std_z", "positive_similarity")
+FIGURES = ("loss", "grad_norm", "skipped_steps", "online_top1", "std_z", "positive_similarity", "negative_similarity")
 
 
 def train(config: Path, run: Path, *settings: str, num_ranks: int) -> str:
@@ -86,3 +85,5 @@ def assert_same_rows(rows: list[dict], resumed: list[dict]) -> None:
     for name in FIGURES:
         assert resumed[-1][name] == pytest.approx(rows[-1][name], rel=1e-5), name
     assert sum(resumed[-1]["positive_counts"]) == sum(rows[-1]["positive_counts"]) == 5 * GLOBAL_BATCH_SIZE
+    num_negative = 5 * GLOBAL_BATCH_SIZE * (GLOBAL_BATCH_SIZE - 1)
+    assert sum(resumed[-1]["negative_counts"]) == sum(rows[-1]["negative_counts"]) == num_negative

@@ -1,6 +1,11 @@
-"""What a run writes of its steps, where some or all of them were not taken."""
+"""What a run writes of its steps: where some or all were not taken, and on any number of processes.
+
+The file is also the program of a rank: `python test_epoch_stats.py RANK WORLD_SIZE FOLDER`.
+"""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,8 @@ from fastssl.tracking.representation import COLLAPSE_THRESHOLDS
 from fastssl.tracking.run_folder import RunFolder
 from fastssl.tracking.writers import read_rows
 from pipelines.loader import DataConfig
+from tests.helpers.processes import join_ranks, start_ranks
+from tests.helpers.runs import losses
 
 STEPS_PER_EPOCH = 3
 
@@ -24,9 +31,9 @@ def folder(tmp_path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def open_stats(folder: RunFolder, on_collapse: str = "warn") -> EpochStats:
+def open_stats(folder: RunFolder, on_collapse: str = "warn", *, global_batch_size: int = 4096) -> EpochStats:
     """The window of the diagnostics is one step: a batch is larger than it."""
-    data = DataConfig(train="x.beton", global_batch_size=4096)
+    data = DataConfig(train="x.beton", global_batch_size=global_batch_size)
     cfg = Config(data=data, train=TrainConfig(on_collapse=on_collapse))
     stats = EpochStats(
         cfg,
@@ -156,3 +163,69 @@ def test_a_collapse_is_told_over_an_epoch_without_diagnostics(folder):
     with pytest.raises(DivergedError, match="collapsed at step 9"):
         take_epoch(stats, 2, losses=[1.0] * 3, spread=1e-6)
     stats.close()
+
+
+# Any number of processes
+
+
+def take_share(stats: EpochStats, steps: range) -> None:
+    """This rank's share of steps whose global batches are the same for every number of processes."""
+    for step in steps:
+        # Of the 512 samples whose pairs are used, the second of two processes has 212 in the first epoch, then none.
+        num_samples = 600 if step <= STEPS_PER_EPOCH else 1200
+        generator = torch.Generator().manual_seed(step)
+        z = torch.randn(num_samples, 8, generator=generator) + 0.2 * torch.randn(2, num_samples, 8, generator=generator)
+        views = list(z.chunk(collectives.world_size(), dim=1)[collectives.rank()])
+        loss, grad_norm = views[0].mean(), torch.tensor(2.0)
+        for name, x in {"loss": loss, "grad_norm": grad_norm, "num_steps": 1.0}.items():
+            stats.sums[name] += x
+        report = torch.stack((torch.tensor(1.0), loss, grad_norm))
+        stats.add_to_window(StepResult(torch.tensor(True), loss, grad_norm, report, views, views), step)
+
+
+def resume_as_rank(folder: Path) -> None:
+    """The last step of an epoch whose sums one process saved: they are the first rank's, and the others start at 0."""
+    saved = torch.load(folder / "sums.pt")
+    if collectives.rank() > 0:
+        saved = {group: {name: torch.zeros_like(x) for name, x in sums.items()} for group, sums in saved.items()}
+    stats = open_stats(RunFolder(folder / "resumed"), global_batch_size=1024)
+    stats.restore(saved, {}, world_size=1)
+    take_share(stats, range(3, 4))
+    stats.end_epoch(3, ())
+    take_share(stats, range(4, 7))
+    stats.end_epoch(6, ())
+    stats.close()
+
+
+@pytest.mark.dist
+def test_an_epoch_resumed_by_two_processes_has_the_row_of_one_process(tmp_path):
+    """The cut is within the window of the diagnostics, the last two steps of three."""
+    whole, resumed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
+    for run in (whole, resumed):
+        run.path.mkdir()
+    stats = open_stats(whole, global_batch_size=1024)
+    for epoch in range(2):
+        take_share(stats, range(3 * epoch + 1, 3 * epoch + 3))
+        if epoch == 0:
+            torch.save(stats.state(), tmp_path / "sums.pt")
+        take_share(stats, range(3 * epoch + 3, 3 * epoch + 4))
+        stats.end_epoch(3 * epoch + 3, ())
+    stats.close()
+    start_ranks(__file__, 2, tmp_path)
+    rows, found = losses(whole.path), losses(resumed.path)
+    assert [row["step"] for row in found] == [3, 6]
+    assert sum(found[0]["negative_counts"]) == 2 * 512 * 511
+    assert sum(found[0]["positive_counts"]) == 2 * 512
+    for row, expected in zip(found, rows, strict=True):
+        assert row.pop("kind") == expected.pop("kind") == "epoch"
+        for name in ("positive_counts", "negative_counts"):
+            assert row.pop(name) == pytest.approx(expected.pop(name), abs=2), name  # pairs at the edge of a bin
+        assert row == pytest.approx(expected, rel=1e-4)  # fp32 sums in another order
+
+
+if __name__ == "__main__":
+    rank, shared = int(sys.argv[1]), Path(sys.argv[3])
+    join_ranks(rank, int(sys.argv[2]), shared)
+    resume_as_rank(shared)
+    torch.save(None, shared / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
