@@ -18,7 +18,7 @@ COPY requirements requirements/
 COPY docker docker/
 COPY scripts/install_ffcv.sh scripts/
 COPY setup.py pyproject.toml ./
-COPY pipelines/engines/jpeg_region.c pipelines/engines/
+COPY pipelines/engines/jpeg_check.c pipelines/engines/jpeg_region.c pipelines/engines/
 RUN docker/install_packages.sh /opt/venv
 
 FROM ${BASE}
@@ -48,7 +48,7 @@ RUN chmod -R a+rX . \
     && pip install --no-cache-dir --no-deps --no-build-isolation -e . \
     && HOME=/tmp/check python docker/base_packages.py check /opt/venv/base-packages.txt \
     && rm -rf /tmp/check
-# jpeg_region.c, compiled. Last: an installation without a compiler leaves it out.
+# The C files, compiled. Last: an installation without a compiler leaves them out.
 COPY --from=build /build/pipelines/engines/ pipelines/engines/
 
 USER 10001:10001

@@ -2,8 +2,9 @@
 
 The ranges below are for an environment of one's own, with one's own build of torch; requirements/ has the versions that
 `make` installs and the tests run with. FFCV is compiled by scripts/install_ffcv.sh: its metadata asks for packages that
-clash with these. Without it images that are stored as JPEGs cannot be read. Without a C compiler and the header of
-libjpeg-turbo the extension is left out, and JPEGs are decoded in full (pipelines/engines/jpeg_region.py).
+clash with these. Without it images that are stored as JPEGs cannot be read. Without a C compiler the extensions are
+left out: libjpeg checks all JPEGs (pipelines/engines/jpeg_check.py), and they are decoded in full (jpeg_region.py), as
+without the header of libjpeg-turbo.
 """
 
 import hashlib
@@ -11,7 +12,22 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-JPEG_REGION = Path("pipelines/engines/jpeg_region.c")
+ENGINES = Path("pipelines/engines")
+
+
+def library(name: str, *libraries: str) -> Extension:
+    """A plain library, which Python does not import, from one C file that has the checksum of its source."""
+    source = ENGINES / f"{name}.c"
+    checksum = hashlib.sha256(source.read_bytes()).hexdigest()
+    return Extension(
+        f"pipelines.engines._{name}",
+        [str(source)],
+        define_macros=[("SOURCE_SHA256", f'"{checksum}"')],
+        libraries=list(libraries),
+        extra_compile_args=["-O3"],
+        optional=True,
+    )
+
 
 setup(
     name="fastssl",
@@ -20,17 +36,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["fastssl*", "pipelines*", "kernels*"]),
-    package_data={"fastssl.report": ["page.html", "page.css", "page.js"], "pipelines.engines": [JPEG_REGION.name]},
-    # A plain library, which Python does not import.
-    ext_modules=[
-        Extension(
-            "pipelines.engines._jpeg_region",
-            [str(JPEG_REGION)],
-            define_macros=[("SOURCE_SHA256", f'"{hashlib.sha256(JPEG_REGION.read_bytes()).hexdigest()}"')],
-            libraries=["jpeg"],
-            optional=True,
-        )
-    ],
+    package_data={"fastssl.report": ["page.html", "page.css", "page.js"], "pipelines.engines": ["*.c"]},
+    ext_modules=[library("jpeg_check"), library("jpeg_region", "jpeg")],
     # From the oldest version that the tests ran with to the next that may break.
     install_requires=[
         "torch>=2.11,<3",

@@ -24,7 +24,7 @@ fi
 pip install -q "setuptools>=77.0.3,<82" wheel
 pip install -q -r /tmp/missing.txt
 scripts/install_ffcv.sh
-python setup.py -q build_ext --inplace # pipelines/engines/jpeg_region.c
+python setup.py -q build_ext --inplace # pipelines/engines/*.c
 # The names of these packages differ between Debian's and Ubuntu's releases.
 ldd "$venv"/lib/python3*/site-packages/ffcv/_libffcv*.so pipelines/engines/*.so |
     grep -oE '/[^ ]*(opencv|turbojpeg|libjpeg)[^ ]*' | xargs realpath | xargs dpkg-query -S | cut -d: -f1 | sort -u \

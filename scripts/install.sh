@@ -14,7 +14,7 @@ die() { printf 'install: error: %s\n' "$*" >&2; exit 2; }
 
 requirements=(-r "requirements/$build.txt")
 [ "$kind" = dev ] && requirements+=(-r requirements/dev.txt)
-stamp=$(cat requirements/{common,cpu,gpu,dev}.txt setup.py scripts/install*.sh pipelines/engines/jpeg_region.c | sha256sum | cut -c1-16)-$build
+stamp=$(cat requirements/{common,cpu,gpu,dev}.txt setup.py scripts/install*.sh pipelines/engines/*.c | sha256sum | cut -c1-16)-$build
 # An environment with the developers' tools also serves to run.
 for have in dev "$kind"; do
     [ "$(cat "$venv/.fastssl-$have" 2>/dev/null)" = "$stamp" ] && exit 0

@@ -78,6 +78,7 @@ def test_what_the_command_and_the_installation_need_is_let_through(path: str):
         "data/train.beton",
         "fastssl/__pycache__/cli.cpython-311.pyc",
         "pip.conf",
+        "pipelines/engines/_jpeg_check.cpython-311-x86_64-linux-gnu.so",
         "pipelines/engines/_jpeg_region.cpython-311-x86_64-linux-gnu.so",
         "runs/demo/metrics.jsonl",
         "tests/conftest.py",

@@ -76,28 +76,35 @@ def test_an_installed_copy_is_whole(installed: Path, tmp_path: Path) -> None:
     assert "500 images" in converted.stdout
 
 
-def test_an_installed_copy_decodes_only_what_is_seen(installed: Path, tmp_path: Path) -> None:
-    code = "from pipelines.engines.jpeg_region import *; print(SOURCE, why_no_region_decoder())"
+@pytest.mark.parametrize(
+    ("name", "reason"), [("jpeg_check", "why_no_jpeg_check"), ("jpeg_region", "why_no_region_decoder")]
+)
+def test_an_installed_copy_has_its_compiled_libraries(installed: Path, tmp_path: Path, name: str, reason: str) -> None:
+    code = f"from pipelines.engines.{name} import *; print(SOURCE, {reason}())"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [str(installed / "pipelines/engines/jpeg_region.c"), "None"], done.stderr
+    assert done.stdout.split() == [str(installed / f"pipelines/engines/{name}.c"), "None"], done.stderr
 
 
-def test_without_a_compiler_the_installation_leaves_that_out(tmp_path: Path) -> None:
-    """And JPEGs are decoded in full."""
+def test_without_a_compiler_the_installation_leaves_them_out(tmp_path: Path) -> None:
+    """And JPEGs are decoded in full, and checked by libjpeg."""
     install_copy(tmp_path / "source", tmp_path / "installed", CC="/bin/false")
     folder = tmp_path / "installed/pipelines/engines"
-    assert (folder / "jpeg_region.c").is_file()
+    assert {path.name for path in folder.glob("*.c")} == {"jpeg_check.c", "jpeg_region.c"}
     assert list(folder.glob("*.so")) == []
-    code = "from pipelines.engines.jpeg_region import why_no_region_decoder; print(why_no_region_decoder())"
+    code = (
+        "from pipelines.engines.jpeg_check import why_no_jpeg_check\n"
+        "from pipelines.engines.jpeg_region import why_no_region_decoder\n"
+        "print(why_no_jpeg_check(), why_no_region_decoder())"
+    )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "not compiled" in done.stdout, done.stderr
+    assert done.stdout.count("not compiled") == 2, done.stderr
 
 
 def test_its_ranges_admit_the_pinned_versions(installed: Path) -> None:
     (metadata,) = (metadata_of(path) for path in installed.glob("fastssl-*.dist-info"))
-    ranges = [Requirement(line) for line in metadata.requires]
+    ranges = [Requirement(line) for line in metadata.requires or ()]
     pinned: dict[str, set[str]] = {}
     for path in (ROOT / "requirements").glob("*.txt"):
         for name, version in re.findall(r"^([\w.-]+)(?:\[\w+\])?==([\w.]+)", path.read_text(), flags=re.MULTILINE):

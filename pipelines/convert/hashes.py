@@ -1,7 +1,7 @@
 """Two hashes of each image: one of its stored bytes, one of what it looks like.
 
 Computed in jitted code without the GIL, from what a conversion has at hand: for a JPEG that passes unchanged, the image
-at 1/8 of its size that checking it decodes anyway. The hash of the look is the DCT hash known as pHash (Zauner 2010,
+at 1/8 of its size that checking it gives anyway. The hash of the look is the DCT hash known as pHash (Zauner 2010,
 "Implementation and benchmarking of perceptual image hash functions"), as the package imagehash computes it in Python.
 """
 

@@ -5,13 +5,14 @@ decoding. It is compiled at installation (setup.py). Without it, JPEGs are decod
 """
 
 import ctypes
-import hashlib
 from functools import cache
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
 from numba import njit, types
+
+from pipelines.engines.compiled import load_compiled
 
 SOURCE = Path(__file__).with_name("jpeg_region.c")
 MESSAGE_BYTES = 200  # libjpeg's JMSG_LENGTH_MAX
@@ -25,21 +26,14 @@ _decode = types.ExternalFunction(
 @cache
 def why_no_region_decoder() -> str | None:
     """Load the compiled library for LLVM; returns None, or the reason why it cannot be used."""
-    paths = sorted(SOURCE.parent.glob("_jpeg_region*.so"))
-    if not paths:
-        return "it was not compiled: the installation found no C compiler or no header of libjpeg-turbo >= 2.1"
     try:
-        library = ctypes.CDLL(str(paths[0]))
-        library.jpeg_region_source.restype = ctypes.c_char_p
-        source_sha256 = library.jpeg_region_source().decode()
-    except (OSError, AttributeError) as error:
-        return f"{paths[0].name} cannot be loaded ({error})"
-    if source_sha256 != hashlib.sha256(SOURCE.read_bytes()).hexdigest():
-        return f"{paths[0].name} was compiled from another version of {SOURCE.name}"
-    message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        library = load_compiled(SOURCE, "no C compiler or no header of libjpeg-turbo >= 2.1")
+    except ImportError as error:
+        return str(error)
+    path, message = Path(library._name), ctypes.create_string_buffer(MESSAGE_BYTES)
     if not library.jpeg_region_works(message):
-        return f"{paths[0].name} was compiled for another libjpeg ({message.value.decode(errors='replace')})"
-    llvm.load_library_permanently(str(paths[0]))
+        return f"{path.name} was compiled for another libjpeg ({message.value.decode(errors='replace')})"
+    llvm.load_library_permanently(str(path))
     return None
 
 

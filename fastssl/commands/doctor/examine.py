@@ -16,6 +16,7 @@ CHECKS: dict[str, Check] = {
     "python": software.check_python,
     "packages": software.check_packages,
     "ffcv": software.check_ffcv,
+    "jpeg_check": software.check_jpeg_check,
     "jpeg_region": software.check_jpeg_region,
     "dali": software.check_dali,
     "apex": software.check_apex,

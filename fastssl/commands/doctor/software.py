@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastssl.commands.doctor.finding import Finding, Node
 from fastssl.machine.environment import package_version
+from pipelines.engines.jpeg_check import why_no_jpeg_check
 from pipelines.engines.jpeg_region import why_no_region_decoder
 from pipelines.errors import one_line
 
@@ -56,6 +57,14 @@ def check_ffcv(_: Node) -> Finding:
             "fail", f"FFCV cannot be imported ({reason})", f"{_INSTALL}; scripts/install_ffcv.sh compiles it"
         )
     return Finding("ok", f"FFCV {package_version('ffcv')}, its compiled extension loads")
+
+
+def check_jpeg_check(_: Node) -> Finding:
+    """The compiled check of JPEGs at conversion; without it, libjpeg checks all of them."""
+    reason = why_no_jpeg_check()
+    if reason:
+        return Finding("warn", f"JPEGs take longer to convert, with the same result: {reason}", _INSTALL)
+    return Finding("ok", "JPEGs are converted without decoding them")
 
 
 def check_jpeg_region(_: Node) -> Finding:

@@ -14,7 +14,7 @@ from fastssl.commands.doctor.finding import Finding, Node
 from fastssl.commands.doctor.gpu import check_gpu, check_triton
 from fastssl.commands.doctor.machine import check_memory, cpu_quota
 from fastssl.commands.doctor.network import check_gloo, check_interfaces
-from fastssl.commands.doctor.software import check_apex, check_jpeg_region, check_packages
+from fastssl.commands.doctor.software import check_apex, check_jpeg_check, check_jpeg_region, check_packages
 from fastssl.commands.doctor.storage import check_data, check_run_dir
 from fastssl.config import build_config
 from tests.helpers.fault_server import FaultServer
@@ -241,10 +241,17 @@ def test_data_sets_of_many_shards(tmp_path, monkeypatch):
         assert "not allowed (403)" in found.detail
 
 
-def test_it_says_whether_jpegs_are_decoded_in_full(monkeypatch):
-    assert check_jpeg_region(Node()).status == "ok"
-    monkeypatch.setattr("fastssl.commands.doctor.software.why_no_region_decoder", lambda: "it was not compiled")
-    found = check_jpeg_region(Node())
+@pytest.mark.parametrize(
+    ("check", "reason", "detail"),
+    [
+        (check_jpeg_check, "why_no_jpeg_check", "JPEGs take longer to convert, with the same result"),
+        (check_jpeg_region, "why_no_region_decoder", "JPEGs are decoded in full, which takes longer"),
+    ],
+)
+def test_it_says_what_was_not_compiled(monkeypatch, check, reason, detail):
+    assert check(Node()).status == "ok"
+    monkeypatch.setattr(f"fastssl.commands.doctor.software.{reason}", lambda: "it was not compiled")
+    found = check(Node())
     assert found.status == "warn"
-    assert found.detail == "JPEGs are decoded in full, which takes longer: it was not compiled"
+    assert found.detail == f"{detail}: it was not compiled"
     assert "make install" in found.advice
