@@ -156,7 +156,7 @@ def convert(
     work_dir: str | Path | None = None,
     **source_options: Any,
 ) -> ConvertReport:
-    """Write a .beton file and its sidecar. Every image is decoded once, so that corrupt images are found.
+    """Write a .beton file and its sidecar. Every image is checked, so that corrupt images are found.
 
     Corrupt images are left out and listed in `<out>.errors.txt`, other files of a folder in `<out>.left_out.txt`; lines
     are printed that sum up both.
