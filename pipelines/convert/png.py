@@ -16,7 +16,7 @@ from numba import njit
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3}  # by colour type
 # Chunks that do not change what Pillow makes of the pixels.
-_WITHOUT_EFFECT = (b"sRGB", b"gAMA", b"cHRM", b"pHYs", b"tIME", b"bKGD", b"sBIT", b"tEXt")
+_WITHOUT_EFFECT = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"pHYs", b"tIME", b"bKGD", b"sBIT", b"tEXt")
 _TURNING_TEXTS = (b"Raw profile", b"XML:com.adobe.xmp")  # Pillow looks in them for an orientation
 _MAX_TEXT_BYTES = 1 << 16
 

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from pipelines.convert.images import CorruptImageError, read_upright, store_file
@@ -91,8 +91,10 @@ def with_text(keyword: str, text: str) -> bytes:
     return encoded(picture(9, 8), pnginfo=info)
 
 
-def test_texts_and_resolution_do_not_matter():
-    for data in (with_text("Software", "x"), encoded(picture(9, 8), dpi=(72, 72))):
+def test_texts_resolution_and_colour_profile_do_not_matter():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = {"dpi": (72, 72)}, {"icc_profile": profile}
+    for data in (with_text("Software", "x"), *(encoded(picture(9, 8), **options) for options in plain)):
         assert np.array_equal(pixels_of(data), by_pillow(data))
 
 
