@@ -1,6 +1,7 @@
 """Real trainings of seconds, in real processes, by every way to start one."""
 
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def test_one_process_leaves_a_whole_run_folder_and_evaluates(tiny_config, comman
     run = run_of(tiny_config)
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "views.png", "curves.png", "tensorboard"):
         assert (run / name).exists(), name
-    assert done.stdout.count("epoch ") == 2  # one line an epoch when not a terminal
+    # One line an epoch when not a terminal; a slow machine has others that say how far it is.
+    assert len(re.findall(r"^epoch [12]/2  loss ", done.stdout, re.MULTILINE)) == 2
     rows = losses(run)
     assert [row["step"] for row in rows if "kind" not in row] == list(range(1, 21))
     assert rows[-1]["loss"] < rows[0]["loss"]
