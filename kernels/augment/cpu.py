@@ -216,8 +216,7 @@ def _augment_range(levels, params, size, normal, unchanged, out, is_int16, is_st
     steps = np.zeros((2 * int16_radius + 2) * 3 * _whole_blocks(width) + 6 * int16_radius, np.int16)
     blends = np.zeros(int16_radius + 1, np.int16)
     blurred = np.zeros(3 * _PLANE, np.float32)
-    finished = np.empty(3 * max(width, _PIECE_PX), np.float32)
-    owned = (pieces, rows, weights, places, steps, blends, blurred, finished)
+    owned = (pieces, rows, weights, places, steps, blends, blurred)
     scratch = (
         _borrow(pieces),
         _borrow(rows),
@@ -226,7 +225,6 @@ def _augment_range(levels, params, size, normal, unchanged, out, is_int16, is_st
         _borrow(steps),
         _borrow(blends),
         _borrow(blurred),
-        _borrow(finished),
     )
     levels, out, normal, unchanged = _borrow(levels), _borrow(out), _borrow(normal), _borrow(unchanged)
     for sample in range(start, stop):
@@ -271,7 +269,7 @@ def _augment_view(image, record, size, scratch, normal, unchanged, is_int16, is_
     contrast all pieces are first processed up to that point and stored.
     """
     height, width, max_radius = size
-    pieces, _, weights, _, _, blends, _, finished = scratch
+    pieces, _, weights, _, _, blends, _ = scratch
     num_px = height * width
     piece_px = _piece_px(width)
     radius = 0
@@ -280,8 +278,8 @@ def _augment_view(image, record, size, scratch, normal, unchanged, is_int16, is_
     is_int16 = is_int16 and record.blur_sigma <= _MAX_INT16_SIGMA and radius <= _MAX_INT16_RADIUS
     if is_int16:
         _blend_weights(weights, radius, blends)
-    if radius == 0 and True not in _gates(record):
-        _normalise(image, normal, 3 * width, 3 * num_px, is_streamed, finished, out)
+    if radius == 0 and not is_streamed and True not in _gates(record):
+        _normalise(image, normal, 3 * width, 3 * num_px, out)
         return
     order, factor = record.jitter_order, record.jitter_factor
     num_parts = 4 if record.jitter else 0
@@ -308,7 +306,7 @@ def _augment_view(image, record, size, scratch, normal, unchanged, is_int16, is_
             _before_blur(piece, num, record)
             if radius == 0:
                 _after_blur(piece, num, record)
-                _write(piece, num, normal, is_streamed, finished, out, 3 * first)
+                _write(piece, num, normal, is_streamed, out, 3 * first)
             elif is_int16:
                 _blur_int16(piece, first, num, size, radius, scratch, record, normal, is_streamed, out)
             else:
@@ -317,14 +315,12 @@ def _augment_view(image, record, size, scratch, normal, unchanged, is_int16, is_
 
 
 @_jit
-def _normalise(image, normal, row_size, num_values, is_streamed, finished, out):
-    """Process a view without ops: uint8 [P * 3] to normalised pixels, by way of `finished` if they are streamed."""
+def _normalise(image, normal, row_size, num_values, out):
+    """Process a view without ops: uint8 [P * 3] to normalised pixels."""
     for first in range(0, num_values, row_size):
-        levels, row = image[first:], finished if is_streamed else out[first:]
+        levels, row = image[first:], out[first:]
         for i in range(row_size):
             row[i] = levels[i] * _LEVEL * normal[0, i] + normal[1, i]
-        if is_streamed:
-            _stream(finished, row_size, out, first)
 
 
 @_jit
@@ -459,37 +455,52 @@ def _store(piece, begin, num, normal, out, at):
 
 
 @_jit
-def _write(piece, num, normal, is_streamed, finished, out, at):
+def _write(piece, num, normal, is_streamed, out, at):
     """Normalise and interleave the first `num` pixels of the piece, and write them from out[at] on."""
-    if is_streamed:
-        _store(piece, 0, num, normal, finished, 0)
-        _stream(finished, 3 * num, out, at)
-    else:
+    if not is_streamed:
         _store(piece, 0, num, normal, out, at)
-
-
-@_jit
-def _stream(finished, num, out, at):
-    """Copy whole cache lines to memory without reading them first; a plain store reads each line that it writes."""
+        return
+    scales, shifts = (normal[0, 0], normal[0, 1], normal[0, 2]), (normal[1, 0], normal[1, 1], normal[1, 2])
     for i in range(0, num, _LINE):
-        _stream_line(finished, i, out, at + i)
+        _stream(piece, i, scales, shifts, out, at + 3 * i)
 
 
-def _declare_stream_line(_: Any, source: Any, start: Any, target: Any, at: Any) -> Any:
-    """target[at : at + _LINE] = source[start : start + _LINE]; target[at] is at the start of a cache line."""
+def _declare_stream(_: Any, piece: Any, begin: Any, scales: Any, shifts: Any, out: Any, at: Any) -> Any:
+    """`_store` for _LINE pixels: three cache lines, which are not read before they are written, as by a plain store.
+
+    out[at] is at the start of a line. Lines go to memory while the next pixels are computed; collected in a buffer and
+    written together, they would make the core wait for the memory.
+    """
     line = ir.VectorType(ir.FloatType(), _LINE)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        arrays = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2))
-        places = [
-            builder.bitcast(builder.gep(array, [args[i]]), line.as_pointer())
-            for array, i in zip(arrays, (1, 3), strict=True)
-        ]
-        written = builder.store(builder.load(places[0], align=4), places[1], align=64)
-        written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        piece, out = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 4))
+        _, begin, scales, shifts, _, at = args
+
+        def shuffle(a: Any, b: Any, lanes: Sequence[int]) -> Any:
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes)))
+
+        def line_at(array: Any, start: Any, offset: int) -> Any:
+            return builder.bitcast(builder.gep(array, [builder.add(start, start.type(offset))]), line.as_pointer())
+
+        def of_colour(numbers: Any, colour: int) -> Any:
+            number = builder.extract_value(numbers, colour)
+            first = builder.insert_element(ir.Constant(line, ir.Undefined), number, ir.IntType(32)(0))
+            return shuffle(first, first, [0] * _LINE)
+
+        colours = []
+        for colour in range(3):
+            values = builder.load(line_at(piece, begin, colour * _PLANE), align=4)
+            scaled = builder.fmul(values, of_colour(scales, colour), flags=("contract",))
+            colours.append(builder.fadd(scaled, of_colour(shifts, colour), flags=("contract",)))
+        red_green, blue = (shuffle(a, b, range(2 * _LINE)) for a, b in (colours[:2], colours[2:] * 2))
+        for first in range(0, 3 * _LINE, _LINE):
+            lanes = [i % 3 * _LINE + i // 3 for i in range(first, first + _LINE)]
+            written = builder.store(shuffle(red_green, blue, lanes), line_at(out, at, first), align=64)
+            written.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
 
-    return types.none(source, types.intp, target, types.intp), generate
+    return types.none(piece, types.intp, scales, shifts, out, types.intp), generate
 
 
 def _declare_fence(_: Any) -> Any:
@@ -502,7 +513,7 @@ def _declare_fence(_: Any) -> Any:
     return types.none(), generate
 
 
-_stream_line: Any = intrinsic(_declare_stream_line)
+_stream: Any = intrinsic(_declare_stream)
 _fence: Any = intrinsic(_declare_fence)
 
 
@@ -590,7 +601,7 @@ def _blur(piece, first, num, size, radius, scratch, record, normal, unchanged, o
     last 2 R + 1 rows. The row R above it is then blurred vertically from the ring.
     """
     height, width, _ = size
-    _, rows, weights, places, _, _, _, _ = scratch
+    _, rows, weights, places, _, _, _ = scratch
     row_size = _whole_blocks(3 * width)
     ring_size = 2 * radius + 1
     blurred = ring_size * row_size
@@ -705,7 +716,7 @@ def _blur_int16(piece, first, num, size, radius, scratch, record, normal, is_str
     at most for sigma <= 2, which has R <= 9.
     """
     height, width, _ = size
-    _, _, _, places, steps, blends, blurred, finished = scratch
+    _, _, _, places, steps, blends, blurred = scratch
     plane = _whole_blocks(width)
     row_size, ring_size = 3 * plane, 2 * radius + 1
     padded, padded_plane = ring_size * row_size + radius, plane + 2 * radius
@@ -738,7 +749,7 @@ def _blur_int16(piece, first, num, size, radius, scratch, record, normal, is_str
                 for block in range(0, num_out, _BLOCK):
                     _blend_to_floats(steps, places, blends, radius, begin + block, plane, blurred, block, _PLANE)
                 _after_blur(blurred, num_out, record)
-                _write(blurred, num_out, normal, is_streamed, finished, out, 3 * (row * width + begin))
+                _write(blurred, num_out, normal, is_streamed, out, 3 * (row * width + begin))
 
 
 def _build_blend(is_float: bool) -> Any:
