@@ -46,14 +46,16 @@ _JIT: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 _jit = njit(**_JIT)
 
 _PIECE_PX = 1024  # three float32 planes of this size are 12 KiB, which fits in L1
-# The distance between planes is constant, so that LLVM knows without a test that they do not overlap. It is not a
-# multiple of 4 KiB, which would map the planes to the same L1 cache sets.
-_PLANE = _PIECE_PX + 16
+# The distance between planes is constant, so that LLVM knows without a test that they do not overlap. It is a third of
+# 4 KiB more than 4 KiB: a load waits for an earlier store, to whatever plane, if the lowest 12 bits of both addresses
+# are equal, so that with a few bytes more than 4 KiB, a pixel of one plane waits for that before it of another.
+_PLANE = _PIECE_PX + 21 * 16
 _BLOCK = 32  # floats summed at once by the blur: four AVX2 registers; or integers of each colour: two
 _DROPPED_WEIGHT = 2e-6  # see _blur_weights
 _SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares balance the load
 _MIN_SHARE_PX = 2**18  # 0.6 ms of work: with smaller shares, the threads lose more time waiting for the GIL
 _LINE = 16  # floats per cache line
+_PAGE_BYTES = 4096
 _MIN_STREAMED_BYTES = 2**24  # a result of this size leaves the caches before it is read
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 1, 2, 3, 4, 6))
 _LEVEL = np.float32(1 / 255)
@@ -207,15 +209,15 @@ def _augment_range(levels, params, size, normal, unchanged, out, is_int16, is_st
     num_values = 3 * height * width
     # The ring's 2 R + 1 rows, the blurred row, the padded row; each is padded to whole blocks.
     row_size = _whole_blocks(3 * width)
-    pieces = np.zeros((height * width // _piece_px(width) + 1) * 3 * _PLANE, np.float32)
+    pieces = _zeros_on_page((height * width // _piece_px(width) + 1) * 3 * _PLANE, np.float32)
     rows = np.zeros((2 * max_radius + 3) * row_size + 6 * max_radius, np.float32)
     weights = np.empty(max_radius + 1, np.float32)
     places = np.empty(2 * max_radius + 2, np.int64)
     int16_radius = min(max_radius, _MAX_INT16_RADIUS)
-    # As rows: the ring and the padded row, with three planes each.
-    steps = np.zeros((2 * int16_radius + 2) * 3 * _whole_blocks(width) + 6 * int16_radius, np.int16)
+    # The padded row and the ring, with three planes each; see _blur_int16.
+    steps = _zeros_on_page((2 * int16_radius + 2) * 3 * _whole_blocks(width) + 6 * _BLOCK, np.int16)
     blends = np.zeros(int16_radius + 1, np.int16)
-    blurred = np.zeros(3 * _PLANE, np.float32)
+    blurred = _zeros_on_page(3 * _PLANE, np.float32)
     owned = (pieces, rows, weights, places, steps, blends, blurred)
     scratch = (
         _borrow(pieces),
@@ -234,6 +236,16 @@ def _augment_range(levels, params, size, normal, unchanged, out, is_int16, is_st
             _augment_view(image, params[sample, view], size, scratch, normal, unchanged, is_int16, is_streamed, target)
     _fence()
     _keep(owned)
+
+
+@_jit
+def _zeros_on_page(num, dtype):
+    """Zeros from the start of a page on. Whole cache lines from there are in one page each; an access to two pages at
+    once makes the core wait: a blur whose padded row was in two pages took up to a quarter longer.
+    """
+    memory = np.zeros(num + _PAGE_BYTES, dtype)
+    first = np.int64(-memory.ctypes.data % np.uint64(_PAGE_BYTES)) // memory.itemsize
+    return memory[first : first + num]
 
 
 def _declare_borrow(_: Any, array: Any) -> Any:
@@ -719,7 +731,9 @@ def _blur_int16(piece, first, num, size, radius, scratch, record, normal, is_str
     _, _, _, places, steps, blends, blurred = scratch
     plane = _whole_blocks(width)
     row_size, ring_size = 3 * plane, 2 * radius + 1
-    padded, padded_plane = ring_size * row_size + radius, plane + 2 * radius
+    # First, since taps are not aligned: up to 600 px, the padded row is in one page.
+    padded, padded_plane = _BLOCK, plane + 2 * _BLOCK
+    ring = 3 * padded_plane
     done = 0
     while done < num:
         y = (first + done) // width
@@ -736,14 +750,14 @@ def _blur_int16(piece, first, num, size, radius, scratch, record, normal, is_str
             right = left + width - 1
             for i in range(1, radius + 1):
                 steps[left - i], steps[right + i] = steps[left + i], steps[right - i]
-        to = y % ring_size * row_size
+        to = ring + y % ring_size * row_size
         for block in range(0, plane, _BLOCK):
             _blend_to_steps(steps, places, blends, radius, block, padded_plane, steps, to + block, plane)
         for row in range(max(y - radius, 0), height if y == height - 1 else y - radius + 1):
             for i in range(radius + 1):
                 below = height - 1 - abs(height - 1 - row - i)
-                places[2 * i] = abs(row - i) % ring_size * row_size
-                places[2 * i + 1] = below % ring_size * row_size
+                places[2 * i] = ring + abs(row - i) % ring_size * row_size
+                places[2 * i + 1] = ring + below % ring_size * row_size
             for begin in range(0, width, _PIECE_PX):
                 num_out = min(_PIECE_PX, width - begin)
                 for block in range(0, num_out, _BLOCK):
