@@ -54,7 +54,8 @@ _BLOCK = 32  # floats summed at once by the blur: four AVX2 registers; or intege
 _DROPPED_WEIGHT = 2e-6  # see _blur_weights
 _SHARES_PER_THREAD = 4  # blurred views take longer than others: smaller shares balance the load
 _MIN_SHARE_PX = 2**18  # 0.6 ms of work: with smaller shares, the threads lose more time waiting for the GIL
-_LINE = 16  # floats per cache line
+_LINE_BYTES = 64  # of a cache
+_LINE = _LINE_BYTES // 4  # floats
 _PAGE_BYTES = 4096
 _MIN_STREAMED_BYTES = 2**24  # a result of this size leaves the caches before it is read
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 1, 2, 3, 4, 6))
@@ -309,6 +310,8 @@ def _augment_view(image, record, size, scratch, normal, unchanged, is_int16, is_
             if is_output and contrast_at < num_parts:
                 begin = contrast_at
             else:
+                if is_streamed:  # the levels of so large a batch are not in the caches either
+                    _prefetch(image, 3 * (first + piece_px), 3 * piece_px)
                 _load(image, record, height, width, first, num, piece)
             for place in range(begin, end):
                 _adjust(piece, num, order[place], factor[order[place]], grey_mean)
@@ -333,6 +336,31 @@ def _normalise(image, normal, row_size, num_values, out):
         levels, row = image[first:], out[first:]
         for i in range(row_size):
             row[i] = levels[i] * _LEVEL * normal[0, i] + normal[1, i]
+
+
+@_jit
+def _prefetch(image, at, num):
+    """Start to read num levels from image[at] on, those of the next piece, while this one is processed."""
+    for i in range(at, at + num, _LINE_BYTES):
+        _prefetch_line(image, i)
+
+
+def _declare_prefetch_line(_: Any, image: Any, at: Any) -> Any:
+    """Read the cache line with image[at] into L2; at may be beyond the end."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.gep(context.make_array(image)(context, builder, args[0]).data, [args[1]])
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+        to_read, in_l2, of_data = number(0), number(2), number(1)
+        builder.call(function, [place, to_read, in_l2, of_data])
+        return context.get_dummy_value()
+
+    return types.none(image, types.intp), generate
+
+
+_prefetch_line: Any = intrinsic(_declare_prefetch_line)
 
 
 @_jit
