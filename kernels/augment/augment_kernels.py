@@ -146,7 +146,7 @@ def _saturate(r, g, b, factor):
 
 @triton.jit
 def _turn_hue(r, g, b, turns):
-    """Shift the hue at fixed saturation and value; each channel is a trapezoid of the hue (kernels/augment/cpu.py)."""
+    """Shift the hue at fixed saturation and value; each channel is a trapezoid of the hue (loops/colour.py)."""
     high = tl.maximum(tl.maximum(r, g), b)
     low = tl.minimum(tl.minimum(r, g), b)
     span = high - low

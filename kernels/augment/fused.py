@@ -29,7 +29,7 @@ BLOCK_ROWS = 32
 CHUNKS = 8  # number of chunks per view in the sum of its grey
 NUM_WARPS = 8
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# Weights beyond this are dropped: 2e-6 of the total, as in kernels/augment/cpu.py.
+# Weights beyond this are dropped: 2e-6 of the total, as in kernels/augment/loops/blur_float32.py.
 RADIUS_IN_SIGMAS = 4.8
 
 

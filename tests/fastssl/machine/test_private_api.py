@@ -23,7 +23,10 @@ DOCUMENTED = {"_replace", "_asdict", "_exit"}  # of named tuples and of os
 OF_KERNELS = {
     ("kernels/augment/cpu.py", "_cache"),
     ("kernels/augment/cpu.py", "_cache_file"),
-    ("kernels/augment/cpu.py", "_getvalue"),  # of numba's array structures, for which intrinsics have no other way
+    (
+        "kernels/augment/loops/layout.py",
+        "_getvalue",
+    ),  # of numba's array structures, for which intrinsics have no other way
     ("kernels/augment/cpu.py", "_load_index"),
     ("kernels/augment/cpu.py", "_source_stamp"),
     ("kernels/similarity/__init__.py", "_dynamo_marked_constant"),

@@ -17,6 +17,8 @@ from torchvision.transforms.v2 import functional as v2
 
 from kernels.augment import augment, cpu
 from kernels.augment.cpu import OutputPool
+from kernels.augment.loops.blur_float32 import blur_weights
+from kernels.augment.loops.blur_int16 import MAX_INT16_RADIUS, blend_weights
 from kernels.augment.ops.jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from kernels.augment.params import VIEW_PARAMS
 from pipelines.views import RECIPES, ViewSpec, draw
@@ -380,9 +382,9 @@ def test_integer_blur_within_its_bound_for_every_sigma() -> None:
     """The sum of all roundings: half a step of 1/128 level each, weighted, for the worst image."""
     weights, blends = np.empty(12, np.float32), np.empty(12, np.int16)
     for sigma in np.linspace(0.1, 2, 2001, dtype=np.float32):
-        radius = cpu._blur_weights(sigma, 11, weights)
-        assert radius <= cpu._MAX_INT16_RADIUS
-        cpu._blend_weights(weights, radius, blends)
+        radius = blur_weights(sigma, 11, weights)
+        assert radius <= MAX_INT16_RADIUS
+        blend_weights(weights, radius, blends)
         beyond = np.append(2 * np.cumsum(weights[radius:0:-1], dtype=np.float64)[::-1], 0)  # at distance > i
         inside = np.append(1.0, beyond[:-1])
         shares = np.abs(32768 * beyond[:radius] / inside[:radius] - blends[:radius]) * 32640 / 32768

@@ -1,0 +1,1 @@
+"""The loops of the pixel op on the CPU, compiled by numba as parts of kernels/augment/cpu.py."""
