@@ -5,8 +5,8 @@ import hashlib
 from pathlib import Path
 
 
-def load_compiled(source: Path, needs: str) -> ctypes.CDLL:
-    """Load the library that was compiled from a C file.
+def load_compiled(source: Path, needs: str) -> tuple[ctypes.CDLL, Path]:
+    """The library that was compiled from a C file, loaded, and its path.
 
     Args:
         source: The C file; its function `NAME_source` returns the checksum of the file that was compiled.
@@ -26,4 +26,4 @@ def load_compiled(source: Path, needs: str) -> ctypes.CDLL:
         raise ImportError(f"{paths[0].name} cannot be loaded ({error})") from error
     if source_sha256 != hashlib.sha256(source.read_bytes()).hexdigest():
         raise ImportError(f"{paths[0].name} was compiled from another version of {source.name}")
-    return library
+    return library, paths[0]

@@ -29,7 +29,7 @@ def why_no_jpeg_check() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = load_compiled(SOURCE, "no C compiler")
+    library, _ = load_compiled(SOURCE, "no C compiler")
     library.jpeg_check_workspace_bytes.restype = ctypes.c_size_t
     library.jpeg_check_workspace_bytes.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
     pointer = ctypes.c_void_p

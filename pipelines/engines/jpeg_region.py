@@ -27,10 +27,10 @@ _decode = types.ExternalFunction(
 def why_no_region_decoder() -> str | None:
     """Load the compiled library for LLVM; returns None, or the reason why it cannot be used."""
     try:
-        library = load_compiled(SOURCE, "no C compiler or no header of libjpeg-turbo >= 2.1")
+        library, path = load_compiled(SOURCE, "no C compiler or no header of libjpeg-turbo >= 2.1")
     except ImportError as error:
         return str(error)
-    path, message = Path(library._name), ctypes.create_string_buffer(MESSAGE_BYTES)
+    message = ctypes.create_string_buffer(MESSAGE_BYTES)
     if not library.jpeg_region_works(message):
         return f"{path.name} was compiled for another libjpeg ({message.value.decode(errors='replace')})"
     llvm.load_library_permanently(str(path))
