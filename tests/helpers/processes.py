@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -112,25 +113,45 @@ def run_in_this_process(arguments: list[str], log: Path) -> None:
     sys.exit(main(arguments))
 
 
-def start_ranks(program: str, world_size: int, folder: Path, timeout_s: float = 240) -> list[Any]:
-    """Run `program RANK WORLD_SIZE FOLDER` in one process per rank; return what each saved as FOLDER/rank<RANK>.pt.
-
-    A program starts with a call of `join_ranks`.
-    """
+def start_ranks(program: str, world_size: int, folder: Path, *more: str) -> list[Any]:
+    """`run_ranks`; return what each rank saved as FOLDER/rank<RANK>.pt."""
     import torch
 
-    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, program]
+    run_ranks(program, world_size, folder, *more)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+
+
+def run_ranks(program: str, world_size: int, folder: Path, *more: str) -> None:
+    """Run `program RANK WORLD_SIZE FOLDER MORE` in a process per rank, each forked from one that has done the imports.
+
+    A program starts with a call of `join_ranks`, or joins by the environment variables that launchers set.
+    """
+    port = free_port()
     ranks = [
-        subprocess.Popen([*command, str(rank), str(world_size), str(folder)], env=settings)
+        forkserver().Process(target=_run_rank, args=(program, rank, world_size, folder, more, port))
         for rank in range(world_size)
     ]
+    for process in ranks:
+        process.start()
     try:
-        assert [process.wait(timeout=timeout_s) for process in ranks] == [0] * world_size
+        for process in ranks:
+            process.join(280)
     finally:
         for process in ranks:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+            process.join()
+    output = "".join((folder / f"rank{rank}.log").read_text() for rank in range(world_size))
+    assert [process.exitcode for process in ranks] == [0] * world_size, output
+
+
+def _run_rank(program: str, rank: int, world_size: int, folder: Path, more: tuple[str, ...], port: str) -> None:
+    with (folder / f"rank{rank}.log").open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    sys.argv = [program, str(rank), str(world_size), str(folder), *more]
+    runpy.run_path(program, run_name="__main__")
 
 
 def join_ranks(rank: int, world_size: int, folder: Path) -> None:

@@ -5,7 +5,6 @@ ranks goes through every optimizer and every two stages.
 """
 
 import os
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from fastssl.checkpoint.engine_state import collect_engine_state, restore_engine_state
 from tests.helpers.group_counts import AdamByGroup
-from tests.helpers.processes import ROOT, environment, free_port
+from tests.helpers.processes import run_ranks
 
 STAGES = {
     "zero0": {"stage": 0},
@@ -127,39 +126,23 @@ def load(rank: int, world_size: int, folder: Path) -> None:
         assert int(engine.global_steps) == 4
 
 
-def run_ranks(mode: str, world_size: int, folder: Path) -> None:
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, mode, str(rank), str(world_size), str(folder)],
-            env=environment() | settings | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [rank.communicate(timeout=280)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(outputs)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    run_ranks("save", 2, folder)
+    run_ranks(__file__, 2, folder, "save")
     return folder
 
 
 @pytest.mark.dist
 def test_restored_it_goes_on_bit_for_bit_and_every_stage_reads_every_other(saved):
-    assert len(list(saved.iterdir())) == len(OPTIMIZERS) * len(STAGES)
+    assert len(list(saved.glob("*.pt"))) == len(OPTIMIZERS) * len(STAGES)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_world_of_another_size_holds_the_same(world_size, saved):
-    run_ranks("load", world_size, saved)
+    run_ranks(__file__, world_size, saved, "load")
 
 
 if __name__ == "__main__":
@@ -167,6 +150,6 @@ if __name__ == "__main__":
     from fastssl.processes.launch import start_process
 
     start_process(RunConfig(device="cpu", num_threads=1))
-    {"save": save, "load": load}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    {"save": save, "load": load}[sys.argv[4]](int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
     sys.stdout.flush()
     os._exit(0)  # without the seconds of taking the process group down

@@ -8,8 +8,6 @@ reduction rounds (bf16 under autocast) cannot hide what the optimizer does.
 
 import copy
 import itertools
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from fastssl.optim import OptimConfig, build_optimizer
 from fastssl.optim.layerwise import bind_partitions
 from fastssl.processes.launch import start_process
 from fastssl.step.deepspeed_config import build_ds_config
+from tests.helpers.processes import start_ranks
 
 NUM_STEPS = 5
 SETTINGS = {
@@ -186,7 +185,6 @@ def run_unbound() -> str:
 
 
 def run_rank(rank: int, world_size: int, folder: Path, cases: list[Case]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     start_process(RunConfig(device="cpu", num_threads=1))
     unbound = run_unbound()
@@ -195,27 +193,14 @@ def run_rank(rank: int, world_size: int, folder: Path, cases: list[Case]) -> Non
     torch.distributed.destroy_process_group()
 
 
-def start_ranks(world_size: int, folder: Path, cases: str) -> list[tuple[dict[str, dict[str, Any]], str]]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(world_size), str(folder), cases], env=environment)
-        for rank in range(world_size)
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in ranks] == [0] * world_size
-    finally:
-        for process in ranks:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
-
-
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [(2, "quick"), *(pytest.param(n, "all", marks=pytest.mark.slow) for n in (1, 2, 4))],
 )
 def test_steps_are_those_of_the_whole_layers(world_size, cases, tmp_path):
-    assert_steps_of_whole_layers(start_ranks(world_size, tmp_path, cases), CASES if cases == "all" else QUICK_CASES)
+    ranks = start_ranks(__file__, world_size, tmp_path, cases)
+    assert_steps_of_whole_layers(ranks, CASES if cases == "all" else QUICK_CASES)
 
 
 def assert_steps_of_whole_layers(ranks: list[tuple[dict[str, dict[str, Any]], str]], cases: list[Case]) -> None:
