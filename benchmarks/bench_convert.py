@@ -27,14 +27,19 @@ COLUMNS = (
 TARGET_RATIO = 5.0
 
 
+def files_of(folder: str) -> list[tuple[str, int]]:
+    """Path and label of each image, as `fastssl convert` finds them."""
+    from pipelines.convert.sources import SourceOptions, build_source
+
+    source = build_source("folder", folder, SourceOptions())
+    return [(str(item.image), item.label) for item in source.read(0, source.num_items)]
+
+
 class PillowFolder:
     """A folder of images as FFCV's examples pass it to DatasetWriter: decoded by Pillow in the worker processes."""
 
     def __init__(self, folder: str) -> None:
-        from pipelines.convert.sources import SourceOptions, build_source
-
-        source = build_source("folder", folder, SourceOptions())
-        self._items = [(str(item.image), item.label) for item in source.read(0, source.num_items)]
+        self._items = files_of(folder)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -72,10 +77,8 @@ def decoding(folder: str, out: Path, num_workers: int) -> None:
     """Read and decode each file as ours reads it, with one thread per core; nothing is written."""
     from pipelines.convert import bounded_map
     from pipelines.convert.images import read_upright
-    from pipelines.convert.sources import SourceOptions, build_source
 
-    source = build_source("folder", folder, SourceOptions())
-    paths = [str(item.image) for item in source.read(0, source.num_items)]
+    paths = [path for path, _ in files_of(folder)]
     tasks = [paths[first : first + 8] for first in range(0, len(paths), 8)]
 
     def read(task: list[str]) -> int:

@@ -78,7 +78,7 @@ def verify(path: str | Path, *, num_threads: int | None = None) -> VerifyReport:
     key = next((key for key in ("rows_sha256", "sha256") if key in reader.sidecar), None)
     with ThreadPoolExecutor(1) as hashing:
         of_file = hashing.submit(_sha256, reader.path) if key == "sha256" else None
-        found = _Found(reader, has_checksums=key == "rows_sha256")
+        found = _FileCheck(reader, has_checksums=key == "rows_sha256")
         bad = _bad_images(found, num_threads)
         digest = of_file.result() if of_file else found.digest
     same = key is None or digest == reader.sidecar[key]
@@ -198,11 +198,17 @@ def _faults(piece: Piece) -> Iterator[tuple[int, str]]:
         stored = samples.image_bytes(k)
         if k in piece.damaged or row_crc32(heads[k].tobytes(), stored.data) != rows["crc32"][k]:
             yield k, WRONG_CHECKSUM
-        elif samples.modes[k] != RAW:
-            try:
-                decode_as_engines_do(stored, *samples.sizes[k].tolist())
-            except CorruptImageError as error:
-                yield k, str(error)
+        elif samples.modes[k] != RAW and (fault := _fault_of_jpeg(stored, samples.sizes[k])):
+            yield k, fault
+
+
+def _fault_of_jpeg(stored: np.ndarray, size: np.ndarray) -> str:
+    """Why the engines would reject a JPEG of this height and width; empty: they would not."""
+    try:
+        decode_as_engines_do(stored, *size.tolist())
+    except CorruptImageError as error:
+        return str(error)
+    return ""
 
 
 def _describe(bad: Sequence[tuple[int | str, str]], num_samples: int, *, same: bool) -> str:
@@ -216,15 +222,15 @@ def _describe(bad: Sequence[tuple[int | str, str]], num_samples: int, *, same: b
     return "; ".join(faults)
 
 
-class _Found:
-    """The rows of a file, made anew from its tables and its images.
+class _FileCheck:
+    """Compares a file with its checksums: builds its rows again, from its tables and its images.
 
     Attributes:
         reader: The file.
     """
 
     def __init__(self, reader: BetonReader, *, has_checksums: bool) -> None:
-        """Make the rows without their checksums; `fault` computes these.
+        """Build the rows without their checksums; `fault` computes these.
 
         Args:
             reader: The file.
@@ -242,7 +248,8 @@ class _Found:
             )
             path = rows_path(reader.path)
             written = path.read_bytes() if path.is_file() else b""
-            if hashlib.sha256(written).hexdigest() == reader.sidecar["rows_sha256"]:
+            is_of_file = len(written) == self._rows.nbytes
+            if is_of_file and hashlib.sha256(written).hexdigest() == reader.sidecar["rows_sha256"]:
                 self._written = np.frombuffer(written, ROW)
 
     @property
@@ -257,15 +264,10 @@ class _Found:
             self._rows["crc32"][i] = row_crc32(self._rows[i].tobytes()[:HEAD_BYTES], stored.data)
             if self._written is not None and self._rows[i] != self._written[i]:
                 return WRONG_CHECKSUM
-        if self.reader.modes[i] != RAW:
-            try:
-                decode_as_engines_do(stored, *map(int, self.reader.sizes[i]))
-            except CorruptImageError as error:
-                return str(error)
-        return ""
+        return _fault_of_jpeg(stored, self.reader.sizes[i]) if self.reader.modes[i] != RAW else ""
 
 
-def _bad_images(file: _Found, num_threads: int) -> list[tuple[int, str]]:
+def _bad_images(file: _FileCheck, num_threads: int) -> list[tuple[int, str]]:
     """(index, reason) of every image that is bad, in order."""
     reader = file.reader
 

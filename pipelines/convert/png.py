@@ -1,6 +1,6 @@
 """Decodes the plain kind of PNG without the GIL: 8 bits, grey or RGB, no transparency, no interlacing.
 
-ISA-L inflates 2.7 times as fast as zlib, with which Pillow does it. What is not plain, or not whole, is left to Pillow,
+ISA-L inflates faster than zlib, with which Pillow does it. What is not plain, or not whole, is left to Pillow,
 and so is the verdict on it. PNG is lossless: the pixels are Pillow's. Of the format: Portable Network Graphics (PNG)
 Specification, third edition, W3C 2025, sections 5, 7, 9 and 11.
 """

@@ -6,6 +6,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -134,8 +135,9 @@ def run_ranks(program: str, world_size: int, folder: Path, *more: str) -> None:
     for process in ranks:
         process.start()
     try:
+        end_s = time.monotonic() + 280
         for process in ranks:
-            process.join(280)
+            process.join(max(end_s - time.monotonic(), 0))
     finally:
         for process in ranks:
             process.kill()
